@@ -1,0 +1,384 @@
+"""Ranges in flight: who asks the bucket for what, in which order, how often, and who is told.
+
+Blocks are wanted by readers (*demand*) or by read-ahead. A worker takes the most urgent block and the wanted ones
+behind it as one range request, as long as spreads the queue over all connections. Each block is stored, and who
+waits for it is answered, the moment its own bytes have arrived. A block has one entry in `Target.wants` from the
+moment it is wanted until it has landed, so it is never in flight twice; among processes the cache's locks see to it.
+
+Failures are tried again with growing, jittered pauses until the reader's patience (``--retry-timeout``) is over.
+Read-ahead that fails is dropped: whoever needs the block will demand it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import queue
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from obsfs.blocks.cache import BLOCK, CachedObject
+from obsfs.errors import ObsfsError, UnavailableError
+from obsfs.remote.client import ObjectVersion
+
+log = logging.getLogger(__name__)
+
+MAX_RANGE = 8
+"""Blocks in the longest range request: 8 MiB, where requests cost little beside their bytes."""
+_ELSEWHERE_POLL = 0.02
+_BACKOFF = (0.1, 5.0)
+
+
+class Body(Protocol):
+    """The body of one range request."""
+
+    def readinto(self, buffer: memoryview) -> None: ...
+    def close(self) -> None: ...
+
+
+OpenRange = Callable[[ObjectVersion, int, int], Body]
+
+
+def range_length(queued: int, connections: int) -> int:
+    """Blocks to take as one range when `queued` are waiting: short while connections would idle, else long."""
+    return max(1, min(MAX_RANGE, -(-queued // connections)))
+
+
+def backoff(attempt: int) -> float:
+    """Seconds to pause after failure number `attempt` (from 1): doubling from 0.1 to 5, with full jitter."""
+    low, high = _BACKOFF
+    return random.uniform(0.5, 1.0) * min(high, low * 2.0 ** (attempt - 1))
+
+
+class Waiter:
+    """Somebody who waits for several blocks; `done` is called once, with None or with what went wrong."""
+
+    __slots__ = ("_done", "_guard", "_left")
+
+    def __init__(self, count: int, done: Callable[[ObsfsError | None], None]) -> None:
+        self._left = count
+        self._done = done
+        self._guard = threading.Lock()
+
+    def landed(self) -> None:
+        """One more block is there."""
+        with self._guard:
+            self._left -= 1
+            if self._left:
+                return
+        self._done(None)
+
+    def failed(self, error: ObsfsError) -> None:
+        """A block will not come; later words are ignored."""
+        with self._guard:
+            if self._left <= 0:
+                return
+            self._left = 0
+        self._done(error)
+
+
+@dataclass(slots=True)
+class _Want:
+    waiters: list[Waiter] = field(default_factory=list)
+    running: bool = False
+    paused: bool = False
+    demanded: bool = False
+    attempts: int = 0
+    failing_since: float = 0.0
+
+
+class Target:
+    """One object version that blocks are fetched for. `on_idle` is called when nothing of it is wanted any more."""
+
+    def __init__(self, cached: CachedObject, on_idle: Callable[[], None]) -> None:
+        self.cached = cached
+        self.wants: dict[int, _Want] = {}
+        self.workers = 0
+        self.on_idle = on_idle
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything of it is wanted, or a worker is still at it."""
+        return bool(self.wants or self.workers)
+
+
+@dataclass
+class FetchStats:
+    """Counts since the start: bytes, requests, seconds."""
+
+    bytes_fetched: int = 0
+    requests: int = 0
+    requests_in_flight: int = 0
+    retries: int = 0
+    errors: int = 0
+    last_error: str = ""
+
+
+class Fetcher:
+    """The workers (`connections` threads, started when first needed) and one thread for slow chores.
+
+    `retry_timeout` is in seconds. Close it to end the threads.
+    """
+
+    def __init__(self, open_range: OpenRange, *, connections: int, retry_timeout: float) -> None:
+        self.connections = connections
+        self.stats = FetchStats()
+        self._open_range = open_range
+        self._retry_timeout = retry_timeout
+        self._changed = threading.Condition()
+        self._demand: deque[tuple[Target, int]] = deque()
+        self._ahead: list[tuple[int, int, Target, int]] = []
+        self._paused: list[tuple[float, int, Target, int]] = []
+        self._order = itertools.count()
+        self._queued = 0
+        self._idle = 0
+        self._workers: list[threading.Thread] = []
+        self._stopping = False
+        self._recent: deque[tuple[float, int]] = deque(maxlen=4096)
+        self._chores: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._chore_thread = threading.Thread(target=self._do_chores, name="obsfs-chores", daemon=True)
+        self._chore_thread.start()
+
+    def demand(self, target: Target, blocks: Iterable[int], waiter: Waiter) -> None:
+        """Fetch blocks that somebody waits for, before all read-ahead."""
+        with self._changed:
+            if self._stopping:
+                landed = None
+            else:
+                landed = []
+                for block in blocks:
+                    want = target.wants.get(block)
+                    if want is None:
+                        # It may have landed since the caller looked.
+                        if target.cached.is_trusted(block):
+                            landed.append(block)
+                            continue
+                        want = target.wants[block] = _Want()
+                        self._queued += 1
+                    want.waiters.append(waiter)
+                    if not want.demanded:
+                        want.demanded = True
+                        if not want.running and not want.paused:
+                            self._demand.append((target, block))
+                self._wake()
+        if landed is None:
+            waiter.failed(UnavailableError("the mount is shutting down"))
+            return
+        for _ in landed:
+            waiter.landed()
+
+    def prefetch(self, target: Target, blocks: Iterable[int], origin: int) -> None:
+        """Fetch blocks that a reader at block `origin` will want, the nearest first among all readers."""
+        with self._changed:
+            for block in blocks:
+                if block not in target.wants and not self._stopping:
+                    target.wants[block] = _Want()
+                    self._queued += 1
+                    heapq.heappush(self._ahead, (block - origin, next(self._order), target, block))
+            self._wake()
+
+    def drop_prefetch(self, target: Target) -> None:
+        """Forget what is wanted of a target that nobody has open, and is not yet in flight."""
+        with self._changed:
+            for block, want in list(target.wants.items()):
+                if not want.running and not want.waiters:
+                    del target.wants[block]
+                    self._queued -= 0 if want.paused else 1
+
+    def later(self, chore: Callable[[], None]) -> None:
+        """Run something slow on the chore thread, in order."""
+        self._chores.put(chore)
+
+    def throughput(self, seconds: float = 5.0) -> float:
+        """Bytes per second that arrived in the last `seconds`."""
+        horizon = time.monotonic() - seconds
+        return sum(size for when, size in list(self._recent) if when >= horizon) / seconds
+
+    def close(self) -> None:
+        """End the threads; whoever still waits gets an error."""
+        with self._changed:
+            self._stopping = True
+            waiting = [
+                waiter for target in self._targets() for want in target.wants.values() for waiter in want.waiters
+            ]
+            self._changed.notify_all()
+        for waiter in waiting:
+            waiter.failed(UnavailableError("the mount is shutting down"))
+        self._chores.put(None)
+        self._chore_thread.join(timeout=10)
+        for worker in self._workers:
+            worker.join(timeout=1)
+
+    def _targets(self) -> set[Target]:
+        return {
+            *(target for target, _ in self._demand),
+            *(target for *_, target, _ in self._ahead),
+            *(target for *_, target, _ in self._paused),
+        }
+
+    def _wake(self) -> None:
+        missing = min(self._queued, self.connections) - self._idle
+        while missing > 0 and len(self._workers) < self.connections:
+            worker = threading.Thread(target=self._work, name=f"obsfs-fetch-{len(self._workers)}", daemon=True)
+            self._workers.append(worker)
+            worker.start()
+            missing -= 1
+        self._changed.notify(self._queued)
+
+    # the workers
+
+    def _work(self) -> None:
+        buffer = memoryview(bytearray(BLOCK))
+        while True:
+            with self._changed:
+                while (task := self._next()) is None:
+                    if self._stopping:
+                        return
+                    self._idle += 1
+                    self._changed.wait(self._paused[0][0] - time.monotonic() if self._paused else None)
+                    self._idle -= 1
+            try:
+                self._fetch(*task, buffer)
+            except Exception:
+                log.exception("fetch worker failed on %s", task[0].cached.version.key)
+                self._fail(task[0], task[1], UnavailableError("internal error, see the log"), final=True)
+            _tell(task[0].on_idle)
+            with self._changed:
+                task[0].workers -= 1
+
+    def _next(self) -> tuple[Target, range] | None:
+        if self._stopping:
+            return None
+        now = time.monotonic()
+        while self._paused and self._paused[0][0] <= now:
+            *_, target, block = heapq.heappop(self._paused)
+            want = target.wants.get(block)
+            if want is not None and want.paused:
+                want.paused = False
+                self._queued += 1
+                self._demand.append((target, block))
+        while self._demand:
+            target, block = self._demand.popleft()
+            if _is_waiting(target, block):
+                return self._take(target, block)
+        while self._ahead:
+            *_, target, block = heapq.heappop(self._ahead)
+            if _is_waiting(target, block):
+                return self._take(target, block)
+        return None
+
+    def _take(self, target: Target, start: int) -> tuple[Target, range]:
+        longest = range_length(self._queued, self.connections)
+        stop = start
+        while stop - start < longest and _is_waiting(target, stop):
+            target.wants[stop].running = True
+            stop += 1
+        self._queued -= stop - start
+        target.workers += 1
+        return target, range(start, stop)
+
+    def _fetch(self, target: Target, blocks: range, buffer: memoryview) -> None:
+        cached = target.cached
+        if not cached.lock(blocks):
+            self._pause(target, blocks, _ELSEWHERE_POLL)
+            return
+        try:
+            left = blocks
+            while left and cached.has(left.start):
+                self._landed(target, left.start, 0)
+                left = left[1:]
+            if left:
+                self._fetch_range(target, left, buffer)
+        finally:
+            cached.unlock(blocks)
+
+    def _fetch_range(self, target: Target, blocks: range, buffer: memoryview) -> None:
+        cached, left = target.cached, blocks
+        body = None
+        with self._changed:
+            self.stats.requests += 1
+            self.stats.requests_in_flight += 1
+        try:
+            body = self._open_range(cached.version, blocks.start * BLOCK, min(blocks.stop * BLOCK, cached.size))
+            for block in blocks:
+                view = buffer[: cached.length_of(block)]
+                body.readinto(view)
+                cached.put(block, view)
+                left = range(block + 1, blocks.stop)
+                self._landed(target, block, len(view))
+        except ObsfsError as error:
+            self._fail(target, left, error, final=not isinstance(error, UnavailableError))
+        finally:
+            with self._changed:
+                self.stats.requests_in_flight -= 1
+            if body is not None:
+                body.close()
+
+    def _landed(self, target: Target, block: int, size: int) -> None:
+        with self._changed:
+            want = target.wants.pop(block, None)
+            if size:
+                self.stats.bytes_fetched += size
+                self._recent.append((time.monotonic(), size))
+        for waiter in want.waiters if want else ():
+            _tell(waiter.landed)
+
+    def _pause(self, target: Target, blocks: range, seconds: float) -> None:
+        due = time.monotonic() + seconds
+        with self._changed:
+            for block in blocks:
+                want = target.wants[block]
+                want.running, want.paused = False, True
+                heapq.heappush(self._paused, (due, next(self._order), target, block))
+            self._changed.notify(1)
+
+    def _fail(self, target: Target, blocks: range, error: ObsfsError, *, final: bool) -> None:
+        now = time.monotonic()
+        told: list[Waiter] = []
+        retried: list[int] = []
+        with self._changed:
+            self.stats.last_error = str(error)
+            for block in blocks:
+                want = target.wants.get(block)
+                if want is None:
+                    continue
+                want.attempts += 1
+                want.failing_since = want.failing_since or now
+                if final or not want.waiters or now - want.failing_since >= self._retry_timeout or self._stopping:
+                    del target.wants[block]
+                    told += want.waiters
+                else:
+                    retried.append(block)
+            self.stats.retries += bool(retried)
+            self.stats.errors += bool(told)
+        for block in retried:
+            want_now = target.wants.get(block)
+            self._pause(target, range(block, block + 1), backoff(want_now.attempts if want_now else 1))
+        if retried:
+            log.warning("trying again: %s", error)
+        if told:
+            log.error("giving up: %s", error)
+        for waiter in dict.fromkeys(told):
+            _tell(waiter.failed, error)
+
+    def _do_chores(self) -> None:
+        while (chore := self._chores.get()) is not None:
+            _tell(chore)
+
+
+def _is_waiting(target: Target, block: int) -> bool:
+    want = target.wants.get(block)
+    return want is not None and not want.running and not want.paused
+
+
+def _tell(call: Callable[..., None], *arguments: object) -> None:
+    try:
+        call(*arguments)
+    except Exception:
+        log.exception("a callback failed")

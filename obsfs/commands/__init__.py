@@ -1,0 +1,69 @@
+"""The command line: one file per verb. Third parties add verbs by the entry point group ``obsfs.commands``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from importlib import import_module
+from importlib.metadata import entry_points
+
+import click
+
+from obsfs.errors import ObsfsError
+from obsfs.version import __version__
+
+_VERBS = ("mount", "umount", "status", "cache", "demo")
+
+
+class _Verbs(click.Group):
+    """Loads the module of a verb only when it is used, so that ``obsfs umount`` need not import an S3 client."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*_VERBS, *sorted(point.name for point in entry_points(group="obsfs.commands"))]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in _VERBS:
+            found = getattr(import_module(f"obsfs.commands.{cmd_name}"), cmd_name)
+        else:
+            point = next(iter(entry_points(group="obsfs.commands", name=cmd_name)), None)
+            found = point.load() if point else None
+        return found if isinstance(found, click.Command) else None
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="obsfs")
+def obsfs() -> None:
+    """A bucket of models as a directory: lazy, parallel, cached on the local SSD."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line. Returns 0; 2 after a mistake of the user, told in one line; 130 after Ctrl-C."""
+    try:
+        status = obsfs.main(arguments, prog_name="obsfs", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else "")
+        return 2
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f" (see `{context.command_path} --help`)" if context else ""
+        click.echo(f"obsfs: {error.format_message().rstrip('.')}{hint}", err=True)
+        return 2
+    except ObsfsError as error:
+        click.echo(f"obsfs: {error}", err=True)
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("obsfs: interrupted", err=True)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if os.environ.get("OBSFS_DEBUG"):
+            traceback.print_exc()
+        click.echo(
+            f"obsfs: internal error: {type(error).__name__}: {error} (OBSFS_DEBUG=1 shows where; please report it)",
+            err=True,
+        )
+        return 1

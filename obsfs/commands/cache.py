@@ -1,0 +1,115 @@
+"""``obsfs cache info`` and ``obsfs cache clean``."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from obsfs.blocks.cache import Cache, CacheEntry
+from obsfs.commands.options import CACHE, age, human, settings_options
+from obsfs.errors import UsageError
+from obsfs.fuse import mounts
+from obsfs.remote.address import SCHEMES, parse_address
+from obsfs.settings import Settings
+
+
+@click.group(epilog="\b\nExamples:\n  obsfs cache info\n  obsfs cache clean --older-than 7d\n")
+def cache() -> None:
+    """Look at the block cache, and clean it."""
+
+
+@cache.command(epilog="Example: obsfs cache info --json")
+@settings_options(*CACHE)
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def info(as_json: bool, **given: Any) -> None:
+    """Show what the cache holds, the least recently used last."""
+    store = _open(given)
+    entries = sorted(store.entries(), key=lambda entry: -entry.last_used)
+    if as_json:
+        click.echo(json.dumps(_document(store, entries), indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{store.directory}", title_justify="left", box=None, pad_edge=False)
+    for name, side in (("object", "left"), ("cached", "right"), ("of", "right"), ("last used", "right")):
+        table.add_column(name, justify=side, overflow="fold" if name == "object" else "ellipsis")  # type: ignore[arg-type]
+    for entry in entries:
+        ago = max(0.0, time.time() - entry.last_used)
+        table.add_row(
+            f"obs://{entry.version.bucket}/{entry.version.key}",
+            human(entry.cached_bytes),
+            human(entry.version.size),
+            _ago(ago),
+        )
+    console = Console()
+    console.print(table, highlight=False, markup=False)
+    console.print(f"{human(sum(entry.cached_bytes for entry in entries))} in {len(entries)} objects", highlight=False)
+
+
+def _document(store: Cache, entries: list[CacheEntry]) -> dict[str, Any]:
+    return {
+        "cache_dir": str(store.directory),
+        "cache_bytes": sum(entry.cached_bytes for entry in entries),
+        "objects": [
+            {
+                "endpoint": entry.version.endpoint,
+                "bucket": entry.version.bucket,
+                "key": entry.version.key,
+                "etag": entry.version.etag,
+                "size": entry.version.size,
+                "cached_bytes": entry.cached_bytes,
+                "last_used": entry.last_used,
+            }
+            for entry in entries
+        ],
+    }
+
+
+@cache.command(
+    epilog="\b\nExamples:\n  obsfs cache clean --older-than 7d\n"
+    "  obsfs cache clean obs://models/Qwen2-7B-Instruct\n  obsfs cache clean /mnt/models/Qwen2-7B-Instruct\n"
+)
+@click.argument("path", required=False)
+@click.option("--older-than", metavar="TIME", help="Only what was not used for so long, for example 7d.")
+@settings_options(*CACHE)
+def clean(path: str | None, older_than: str | None, **given: Any) -> None:
+    """Drop blocks from the cache: all, or of the objects under PATH (a URL, or a path on a mount).
+
+    What is open stays readable: a file that the kernel reads by itself keeps its blocks until it is closed.
+    """
+    store = _open(given)
+    freed = store.clean(older_than=age(older_than), prefix=_prefix(path) if path else None)
+    click.echo(f"{human(freed)} freed in {store.directory}")
+
+
+def _prefix(path: str) -> tuple[str, str]:
+    """Bucket and key (or prefix) of a URL or of a path on a mount. Raises UsageError when it is neither."""
+    if path.startswith(tuple(f"{scheme}://" for scheme in SCHEMES)):
+        address = parse_address(path)
+        return address.bucket, address.prefix.rstrip("/")
+    place = Path(path).absolute()
+    for mount in mounts.find():
+        if isinstance(mount, dict) and place.is_relative_to(mount["mountpoint"]):
+            address = parse_address(mount["source"])
+            inside = place.relative_to(mount["mountpoint"]).as_posix()
+            return address.bucket, (address.prefix + ("" if inside == "." else inside)).rstrip("/")
+    raise UsageError(f"{path} is on no mount of obsfs", "give obs://BUCKET/KEY, or a path on a mount")
+
+
+def _open(given: dict[str, Any]) -> Cache:
+    settings = Settings.load(**given)
+    if not settings.cache_dir.is_dir():
+        raise UsageError(f"there is no cache at {settings.cache_dir}", "choose --cache-dir")
+    return Cache(settings.cache_dir, int(settings.cache_size))
+
+
+def _ago(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return "now"

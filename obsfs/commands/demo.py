@@ -1,0 +1,131 @@
+"""``obsfs demo``."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from obsfs.commands.options import human
+
+_BUCKET = "models"
+_NAME = "tiny-qwen2"
+_PROMPT = "The import statement"
+
+
+class _Run(NamedTuple):
+    mount_seconds: float
+    load_seconds: float
+    text: str
+    status: dict[str, Any]
+    served_by: str
+
+
+@click.command(epilog="Example: obsfs demo")
+def demo() -> None:
+    """See it work: a bucket, a model in it, and two loads from the mount. Needs the extra `demo`.
+
+    Starts an S3 server on this machine, makes and uploads a small Qwen2 model, mounts the bucket, loads the model
+    from it (cold), unmounts, mounts again and loads it once more (warm). Everything is removed afterwards.
+    """
+    from rich.console import Console
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    console = Console()
+    with ExitStack() as cleanup, console.status("starting") as progress:
+        home = Path(tempfile.mkdtemp(prefix="obsfs-demo-"))
+        cleanup.callback(shutil.rmtree, home, ignore_errors=True)
+        progress.update("importing transformers")
+        from obsfs.demo import model as models
+
+        models.require()
+        _silence_transformers()
+        progress.update("starting an S3 server (SeaweedFS)")
+        from obsfs.demo.server import EmbeddedServer
+
+        server = cleanup.enter_context(EmbeddedServer(home))
+        progress.update("making a model")
+        parameters = models.make_model(home / _NAME)
+        size = server.upload(home / _NAME, _BUCKET, f"{_NAME}/")
+        console.print(
+            f"A Qwen2 of {parameters / 1e6:.0f} million parameters (random weights), {human(size)}, is in "
+            f"[bold]obs://{_BUCKET}/{_NAME}[/]",
+            highlight=False,
+        )
+        shutil.rmtree(home / _NAME)
+        cleanup.callback(_restore_environment, dict(os.environ))
+        os.environ.update(server.environment, XDG_STATE_HOME=str(home / "state"))
+        progress.update("loading from the bucket")
+        cold = _run(home)
+        progress.update("mounting again, and loading from the cache")
+        warm = _run(home)
+        progress.stop()
+        _report(console, cold, warm)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _silence_transformers() -> None:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def _restore_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def _run(home: Path) -> _Run:
+    import obsfs
+    from obsfs.demo import model as models
+
+    mountpoint = home / "mnt"
+    mountpoint.mkdir(exist_ok=True)
+    started = time.perf_counter()
+    with obsfs.mount(f"obs://{_BUCKET}", mountpoint, cache_dir=home / "cache") as mount:
+        mounted = time.perf_counter() - started
+        loaded = models.load_model(mountpoint / _NAME)
+        shard = next(iter(sorted((mountpoint / _NAME).glob("*.safetensors"))))
+        served_by = os.getxattr(shard, "user.obsfs.served_by").decode()
+        text = models.generate(loaded, _PROMPT, 12)
+        run = _Run(mounted, loaded.seconds, text, mount.status(), served_by)
+        del loaded
+        gc.collect()
+    return run
+
+
+def _report(console: Any, cold: _Run, warm: _Run) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2), show_edge=False)
+    table.add_column("")
+    table.add_column("cold (from the bucket)", justify="right")
+    table.add_column("warm (from the SSD)", justify="right")
+    runs = (cold, warm)
+    table.add_row("mount until it answers", *(f"{run.mount_seconds:.2f} s" for run in runs))
+    table.add_row("load, every weight read", *(f"{run.load_seconds:.2f} s" for run in runs))
+    table.add_row("fetched from the bucket", *(human(run.status["bytes_fetched"]) for run in runs))
+    table.add_row("range requests", *(str(run.status["requests"]) for run in runs))
+    table.add_row("weights served by", *(run.served_by for run in runs))
+    console.print()
+    console.print(table, highlight=False)
+    console.print()
+    console.print(f"{_PROMPT!r} goes on (random weights talk nonsense):", highlight=False)
+    console.print(f"  {escape(warm.text)!r}", highlight=False)
+    same = "the same text both times" if warm.text == cold.text else "NOT the same text both times: please report it"
+    console.print(f"{same}; server, mount, cache and model are removed", highlight=False)

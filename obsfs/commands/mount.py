@@ -1,0 +1,61 @@
+"""``obsfs mount``."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+import click
+
+from obsfs.commands.options import settings_options
+from obsfs.fuse import mounts
+from obsfs.settings import Settings
+
+_EPILOG = """\b
+Examples:
+  obsfs mount obs://models /mnt/models --region cn-south-1
+  obsfs mount obs://models/Qwen /mnt/qwen --endpoint-url https://minio.example:9000
+  obsfs mount s3://models /mnt/models --cache-dir /ssd/obsfs --cache-size 500GiB
+  obsfs mount obs://public /mnt/public --no-sign-request --foreground
+
+\b
+Keys come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, HUAWEICLOUD_SDK_AK and _SK, OBSFS_ACCESS_KEY_ID and
+OBSFS_SECRET_ACCESS_KEY, a profile, or an instance's role. Every flag can be set as OBSFS_NAME in the environment
+(OBSFS_CACHE_SIZE=500GiB) or as a key in ~/.config/obsfs/config.toml (cache_size = "500GiB").
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("source", metavar="obs://BUCKET[/PREFIX]")
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.option("--foreground", "-f", is_flag=True, help="Stay, and log to the terminal; Ctrl-C unmounts.")
+@settings_options()
+def mount(source: str, mountpoint: Path, foreground: bool, **given: Any) -> None:
+    """Mount a bucket, or what is under a prefix of it, on an empty directory. Read-only.
+
+    Returns when the directory answers.
+    """
+    settings = Settings.load(**given)
+    path = mounts.resolve(mountpoint)
+    if foreground:
+        _serve_here(source, path, settings)
+    else:
+        from rich.console import Console
+
+        with Console(stderr=True).status(f"mounting {source} on {path}"):
+            mounts.start(source, path, settings, lifeline=False)
+
+
+def _serve_here(source: str, path: Path, settings: Settings) -> None:
+    from obsfs.fuse import daemon
+
+    mounts.prepare(path)
+    daemon.log_to(logging.StreamHandler(), settings.log_level)
+    stop = daemon.Stop()
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    daemon.serve(
+        source, path, settings, lambda: click.echo(f"{source} is mounted on {path}; Ctrl-C unmounts", err=True), stop
+    )

@@ -1,0 +1,17 @@
+"""``obsfs umount``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from obsfs.fuse import mounts
+
+
+@click.command(epilog="Example: obsfs umount /mnt/models")
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.option("--lazy", "-z", is_flag=True, help="Take it out of the tree now; files that are open stay readable.")
+def umount(mountpoint: Path, lazy: bool) -> None:
+    """Unmount, and wait until the process behind it has ended. The cache stays."""
+    mounts.unmount(mounts.resolve(mountpoint), lazy=lazy)

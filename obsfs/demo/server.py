@@ -1,0 +1,183 @@
+"""An S3 server of one's own: SeaweedFS in a temporary directory, on free ports of the loopback interface."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from obsfs.errors import UnavailableError, UsageError
+
+_START_SECONDS = 60.0
+_TRIES = 3
+_GRPC = 10_000
+"""SeaweedFS also takes each port plus this one."""
+
+
+def find_program(name: str, extra: str) -> str:
+    """The path of a program that a Python package brought along. Raises UsageError, naming the `extra` that has it."""
+    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if found is None:
+        raise UsageError(f"the program {name} is missing", f"pip install 'obsfs-mount[{extra}]'")
+    return found
+
+
+class EmbeddedServer:
+    """SeaweedFS, running while the object is open. Use it in a ``with`` statement.
+
+    `endpoint` is its URL, `access_key` and `secret_key` are made for it. Raises UsageError when the program is
+    missing, UnavailableError when it does not start.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self._program = find_program("weed", "demo")
+        self.directory = Path(tempfile.mkdtemp(prefix="obsfs-server-", dir=directory))
+        self.access_key = "obsfs-demo"
+        self.secret_key = secrets.token_hex(20)
+        for attempt in range(1, _TRIES + 1):
+            try:
+                self._start()
+                return
+            except UnavailableError:
+                self.stop()
+                if attempt == _TRIES:
+                    shutil.rmtree(self.directory, ignore_errors=True)
+                    raise
+            except BaseException:
+                self.close()
+                raise
+
+    def _start(self) -> None:
+        ports = _free_ports(4)
+        self.port = ports[3]
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+        config = self.directory / "s3.json"
+        config.touch(mode=0o600)
+        keys = {"accessKey": self.access_key, "secretKey": self.secret_key}
+        identity = {"name": "demo", "credentials": [keys], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+        config.write_text(json.dumps({"identities": [identity]}))
+        data = self.directory / "data"
+        data.mkdir(exist_ok=True)
+        arguments = [
+            self._program,
+            "server",
+            f"-dir={data}",
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            "-filer",
+            "-s3",
+            f"-s3.config={config}",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+            f"-master.port={ports[0]}",
+            f"-volume.port={ports[1]}",
+            f"-filer.port={ports[2]}",
+            f"-s3.port={ports[3]}",
+            "-volume.max=200",
+        ]
+        with (self.directory / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.directory, start_new_session=True
+            )
+        self._wait()
+
+    def _wait(self) -> None:
+        client = self.client(connect_timeout=1, read_timeout=2)
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                client.create_bucket(Bucket="obsfs-started")
+                client.delete_bucket(Bucket="obsfs-started")
+                return
+            except (BotoCoreError, ClientError):
+                time.sleep(0.1)
+        raise UnavailableError(f"SeaweedFS did not start within {_START_SECONDS:.0f} s", "try again")
+
+    def client(self, **config: Any) -> Any:
+        """A boto3 client for it; `config` goes to ``botocore.config.Config``."""
+        config.setdefault("retries", {"total_max_attempts": 1})
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name="us-east-1",
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            config=Config(s3={"addressing_style": "path"}, **config),
+        )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables by which obsfs, or any other S3 client, finds it."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_REGION": "us-east-1",
+        }
+
+    def upload(self, directory: Path, bucket: str, prefix: str = "") -> int:
+        """Put all files under a directory into a bucket (made if need be); the number of bytes."""
+        client = self.client()
+        if bucket not in [entry["Name"] for entry in client.list_buckets()["Buckets"]]:
+            client.create_bucket(Bucket=bucket)
+        total = 0
+        for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+            client.upload_file(str(path), bucket, prefix + path.relative_to(directory).as_posix())
+            total += path.stat().st_size
+        return total
+
+    def stop(self) -> None:
+        """End the process; its data stays."""
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def close(self) -> None:
+        """End the process and remove its data."""
+        if hasattr(self, "process"):
+            self.stop()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def __enter__(self) -> EmbeddedServer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that are free, as are those 10000 above them."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(20_000, 50_000)
+        if port not in found and _is_free(port) and _is_free(port + _GRPC):
+            found.append(port)
+    return found
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,60 @@
+"""Every error that a user can meet.
+
+An error carries what happened, what to do about it, and the errno that a reader of the mount sees.
+Commands print ``str(error)`` on one line and exit with status 2; nothing here ever holds a secret.
+"""
+
+from __future__ import annotations
+
+import errno
+
+
+class ObsfsError(Exception):
+    """Base of all errors raised on purpose; ``errno`` is what a system call on the mount returns."""
+
+    errno: int = errno.EIO
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        text = f"{self.message}: {self.remedy}" if self.remedy else self.message
+        return " ".join(text.split())
+
+
+class UsageError(ObsfsError):
+    """What was asked cannot be done as asked: a bad argument, setting or mountpoint."""
+
+    errno = errno.EINVAL
+
+
+class NotFoundError(ObsfsError):
+    """The bucket or the object does not exist."""
+
+    errno = errno.ENOENT
+
+
+class ForbiddenError(ObsfsError):
+    """The server refused the credentials, or they do not allow this."""
+
+    errno = errno.EACCES
+
+
+class VersionChangedError(ObsfsError):
+    """The object is no longer the version (ETag) that was opened."""
+
+    errno = errno.ESTALE
+
+
+class UnavailableError(ObsfsError):
+    """The server did not answer, or not correctly; worth another try."""
+
+    errno = errno.EIO
+
+
+class CacheError(ObsfsError):
+    """The cache directory cannot be used."""
+
+    errno = errno.EIO

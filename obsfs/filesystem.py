@@ -1,0 +1,171 @@
+"""``obs://`` for fsspec, and so for pandas, pyarrow, datasets and the rest.
+
+Names, sizes, listings and writes are s3fs's. Contents are read through the same block cache and the same engine as
+the mount: what one of them has fetched, the other finds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fsspec.callbacks import DEFAULT_CALLBACK
+from fsspec.spec import AbstractBufferedFile
+from s3fs import S3FileSystem
+
+from obsfs.blocks.reader import Engine, Reader
+from obsfs.errors import ObsfsError
+from obsfs.remote.address import Address
+from obsfs.remote.client import Bucket, ObjectVersion, connect
+from obsfs.remote.credentials import Keys
+from obsfs.settings import Settings
+
+_BUFFER = 128 << 10
+_COPY = 8 << 20
+
+
+@contextmanager
+def _as_oserror() -> Iterator[None]:
+    """fsspec's callers expect OSError and its kin (FileNotFoundError, PermissionError)."""
+    try:
+        yield
+    except ObsfsError as error:
+        raise OSError(error.errno, str(error)) from None
+
+
+class OBSFileSystem(S3FileSystem):
+    """An S3 file system whose contents are read through obsfs's block cache.
+
+    Takes s3fs's arguments (``key``, ``secret``, ``token``, ``anon``, ``endpoint_url``, ``profile``, ``client_kwargs``)
+    and the fields of :class:`~obsfs.settings.Settings` (``region``, ``cache_dir``, ``cache_size``, ``connections``).
+    Raises UsageError when they do not fit.
+    """
+
+    protocol = ("obs",)
+
+    def __init__(self, **options: Any) -> None:
+        client_kwargs = dict(options.pop("client_kwargs", None) or {})
+        given = {name: options.pop(name) for name in list(options) if name in Settings.model_fields}
+        given.setdefault("endpoint_url", client_kwargs.pop("endpoint_url", None))
+        given.setdefault("region", client_kwargs.pop("region_name", None))
+        given["no_sign_request"] = given.get("no_sign_request") or options.pop("anon", None)
+        self.settings = Settings.load(**given)
+        key, secret, token = (options.pop(name, None) for name in ("key", "secret", "token"))
+        self._keys = Keys(key, secret, token) if key and secret else None
+        connection = connect(self.settings, keys=self._keys)
+        keys = connection.keys
+        config = {name: value for name, value in connection.config.items() if name != "signature_version"}
+        options.setdefault("listings_expiry_time", self.settings.metadata_ttl)
+        if self.settings.profile:
+            options["profile"] = self.settings.profile
+        self._engine_guard = threading.Lock()
+        self._engine: tuple[int, Engine] | None = None
+        super().__init__(
+            anon=self.settings.no_sign_request,
+            endpoint_url=connection.endpoint,
+            key=keys.access_key if keys else None,
+            secret=keys.secret_key if keys else None,
+            token=keys.token if keys else None,
+            client_kwargs={"region_name": connection.region, **client_kwargs},
+            config_kwargs={**config, **(options.pop("config_kwargs", None) or {})},
+            **options,
+        )
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of this process; made when first needed, and anew after a fork, which threads do not survive."""
+        with self._engine_guard:
+            if self._engine is None or self._engine[0] != os.getpid():
+                bucket = Bucket(Address("obs", ""), self.settings, keys=self._keys)
+                self._engine = os.getpid(), Engine(bucket, self.settings)
+            return self._engine[1]
+
+    def _version(self, path: str, info: dict[str, Any]) -> ObjectVersion:
+        bucket, key, _ = self.split_path(path)
+        if info["type"] == "directory":
+            raise IsADirectoryError(path)
+        return ObjectVersion(self.endpoint_url, bucket, key, info["ETag"], info["size"])
+
+    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> Any:
+        if mode != "rb" or options.get("version_id") or self.split_path(path)[2]:
+            return super()._open(path, mode=mode, block_size=block_size, **options)
+        return OBSFile(self, path, block_size=block_size or _BUFFER)
+
+    async def _cat_file(
+        self, path: str, version_id: str | None = None, start: int | None = None, end: int | None = None, **options: Any
+    ) -> bytes:
+        if version_id or self.split_path(path)[2]:
+            data: bytes = await super()._cat_file(path, version_id=version_id, start=start, end=end, **options)
+            return data
+        version = self._version(path, await self._info(path))
+        first, last, _ = slice(start, end).indices(version.size)
+        return await asyncio.to_thread(self._read, version, first, last)
+
+    def _read(self, version: ObjectVersion, start: int, stop: int) -> bytes:
+        with _as_oserror(), self._reader(version) as reader:
+            return reader.read(start, max(0, stop - start))
+
+    @contextmanager
+    def _reader(self, version: ObjectVersion) -> Iterator[Reader]:
+        engine = self.engine
+        reader = engine.open(version)
+        try:
+            yield reader
+        finally:
+            engine.release(reader)
+
+    async def _get_file(
+        self, rpath: str, lpath: str, callback: Any = DEFAULT_CALLBACK, version_id: str | None = None, **options: Any
+    ) -> None:
+        if version_id or self.split_path(rpath)[2]:
+            await super()._get_file(rpath, lpath, callback=callback, version_id=version_id, **options)
+            return
+        if Path(lpath).is_dir():
+            return
+        info = await self._info(rpath)
+        if info["type"] == "directory":
+            Path(lpath).mkdir(parents=True, exist_ok=True)
+            return
+        await asyncio.to_thread(self._copy, self._version(rpath, info), Path(lpath), callback)
+
+    def _copy(self, version: ObjectVersion, target: Path, callback: Any) -> None:
+        callback.set_size(version.size)
+        with _as_oserror(), self._reader(version) as reader, target.open("wb") as file:
+            for start in range(0, version.size, _COPY):
+                data = reader.read(start, _COPY)
+                file.write(data)
+                callback.relative_update(len(data))
+
+
+class OBSFile(AbstractBufferedFile):
+    """An object open for reading, pinned to the version (ETag) it had when it was opened.
+
+    Reads raise OSError with ESTALE when the object was replaced and the bytes are not in the cache.
+    """
+
+    def __init__(self, fs: OBSFileSystem, path: str, *, block_size: int) -> None:
+        self._release: Any = None
+        info = fs.info(path)
+        version = fs._version(path, info)
+        super().__init__(fs, path, mode="rb", block_size=block_size, cache_type="readahead", size=version.size)
+        self.details = info
+        engine = fs.engine
+        with _as_oserror():
+            self._reader = engine.open(version)
+        self._release = lambda: engine.release(self._reader)
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        with _as_oserror():
+            return self._reader.read(start, end - start)
+
+    def close(self) -> None:
+        """Give the reader back."""
+        super().close()
+        if self._release is not None:
+            self._release()
+            self._release = None

@@ -1,0 +1,166 @@
+"""The way to the kernel: mounting, /dev/fuse and its clones, unmounting, and the mount's entry in /proc and /sys."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import shutil
+import socket
+import stat
+import struct
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from obsfs.errors import UsageError
+from obsfs.fuse.kernel import wire
+
+DEVICE = Path("/dev/fuse")
+FS_TYPE = "fuse.obsfs"
+
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4  # <sys/mount.h>
+_MNT_DETACH = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class MountEntry(NamedTuple):
+    """One line of ``/proc/self/mountinfo``."""
+
+    mountpoint: Path
+    fs_type: str
+    source: str
+
+
+def mounts() -> list[MountEntry]:
+    """Everything that is mounted in this namespace, later mounts last."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        left, _, right = line.partition(" - ")
+        fs_type, source, *_ = right.split(" ")
+        found.append(MountEntry(Path(_unescape(left.split(" ")[4])), fs_type, _unescape(source)))
+    return found
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+def mounted_at(mountpoint: Path) -> MountEntry | None:
+    """What is mounted exactly there, on top."""
+    return next((entry for entry in reversed(mounts()) if entry.mountpoint == mountpoint), None)
+
+
+def mount(source: str, mountpoint: Path, *, allow_other: bool) -> int:
+    """Mount, and return the connection's descriptor: by mount(2) with CAP_SYS_ADMIN, else by fusermount3.
+
+    Raises UsageError where neither way is open.
+    """
+    if not DEVICE.exists():
+        raise UsageError("/dev/fuse is missing", "load the fuse module; in a container, run it with --device /dev/fuse")
+    try:
+        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM):
+            raise UsageError(f"/dev/fuse cannot be opened ({error.strerror})", "run as root, or load fuse") from None
+        return _mount_by_helper(source, mountpoint, allow_other)
+    options = f"fd={fd},rootmode={stat.S_IFDIR:o},user_id={os.getuid()},group_id={os.getgid()},default_permissions"
+    if allow_other:
+        options += ",allow_other"
+    flags = _MS_RDONLY | _MS_NOSUID | _MS_NODEV
+    target = os.fsencode(mountpoint)
+    if _libc.mount(source.encode(), target, FS_TYPE.encode(), ctypes.c_ulong(flags), options.encode()) == 0:
+        return fd
+    failure = ctypes.get_errno()
+    os.close(fd)
+    if failure == errno.EPERM:
+        return _mount_by_helper(source, mountpoint, allow_other)
+    raise UsageError(f"cannot mount on {mountpoint} ({os.strerror(failure)})", "see dmesg")
+
+
+def _mount_by_helper(source: str, mountpoint: Path, allow_other: bool) -> int:
+    helper = shutil.which("fusermount3")
+    if helper is None:
+        raise UsageError("mounting as a user needs fusermount3", "install the package fuse3, or run as root")
+    ours, theirs = socket.socketpair()
+    options = f"ro,nosuid,nodev,default_permissions,fsname={_escape(source)},subtype=obsfs"
+    if allow_other:
+        options += ",allow_other"
+    with ours, theirs:
+        done = subprocess.run(
+            [helper, "-o", options, "--", str(mountpoint)],
+            env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+            pass_fds=[theirs.fileno()],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        theirs.close()
+        fds = socket.recv_fds(ours, 1, 1)[1] if done.returncode == 0 else []
+    if not fds:
+        reason = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
+        raise UsageError(f"cannot mount on {mountpoint} ({reason})", "own the directory, and see fusermount3(1)")
+    os.set_inheritable(fds[0], False)
+    return fds[0]
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", "\\\\").replace(",", "\\,")
+
+
+def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
+    """Unmount. Raises UsageError, with EBUSY told apart."""
+    if os.geteuid() == 0:
+        if _libc.umount2(os.fsencode(mountpoint), _MNT_DETACH if lazy else 0) == 0:
+            return
+        failure = ctypes.get_errno()
+        reason, busy = os.strerror(failure), failure == errno.EBUSY
+    else:
+        helper = shutil.which("fusermount3") or "fusermount3"
+        arguments = [helper, "-u", *(["-z"] if lazy else []), "--", str(mountpoint)]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return
+        reason = " ".join(done.stderr.split())
+        busy = "busy" in reason
+    if busy:
+        raise UsageError(f"{mountpoint} is in use", "close what has it open (see `fuser -vm`), or add --lazy")
+    raise UsageError(f"cannot unmount {mountpoint}", reason)
+
+
+def clone(fd: int) -> int:
+    """Another descriptor of the same connection with a request queue of its own; `fd` again where that fails."""
+    try:
+        other = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return os.dup(fd)
+    try:
+        fcntl.ioctl(other, wire.DEV_IOC_CLONE, struct.pack("=I", fd))
+    except OSError:
+        os.close(other)
+        return os.dup(fd)
+    return other
+
+
+def open_backing(fd: int, file_fd: int) -> int:
+    """Register a file for passthrough; its backing id. Raises OSError where kernel or privileges do not allow it."""
+    return int(fcntl.ioctl(fd, wire.DEV_IOC_BACKING_OPEN, bytearray(wire.BACKING_MAP.pack(file_fd, 0, 0))))
+
+
+def close_backing(fd: int, backing_id: int) -> None:
+    """The kernel may forget a backing id; opens that use it are not disturbed."""
+    fcntl.ioctl(fd, wire.DEV_IOC_BACKING_CLOSE, struct.pack("=I", backing_id))
+
+
+def set_read_ahead(mountpoint: Path, size: int) -> bool:
+    """Set the kernel's read-ahead on the mount to `size` bytes; False where that is not permitted."""
+    device = mountpoint.stat().st_dev
+    knob = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    try:
+        knob.write_text(str(size // 1024))
+    except OSError:
+        return False
+    return True

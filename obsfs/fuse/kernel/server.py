@@ -1,0 +1,482 @@
+"""The loop between the kernel and the operations: four threads on cloned descriptors, replies by splice.
+
+No thread waits for the network on behalf of a read: a read whose bytes are not there is remembered by its number
+and answered by the thread that stored them. Calls that must ask the bucket for names go to a small pool. A file
+that is complete in the cache is handed to the kernel at open (passthrough) and never seen here again.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
+
+from obsfs.blocks.cache import BLOCK, block_count
+from obsfs.blocks.reader import Reader
+from obsfs.errors import NotFoundError, ObsfsError
+from obsfs.fuse.kernel import channel, wire
+from obsfs.fuse.kernel.wire import FileOpen, Init, Opcode, Request
+from obsfs.fuse.operations import Attributes, Operations
+from obsfs.fuse.tree import WouldBlockError
+from obsfs.remote.client import ObjectVersion
+
+log = logging.getLogger(__name__)
+
+_THREADS = 4
+_POOL = 8
+_BUFFER = 64 << 10
+_MAX_READ = 1 << 20
+_MAX_BACKGROUND = 128
+_SPLICE_FROM = 32 << 10
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_FINISH_SECONDS = 10.0
+
+_Call = Callable[[Request, memoryview, bool], bytes | list[bytes] | None]
+
+
+class _Pipe:
+    """A pipe that takes one whole reply: a page for the header, the rest for the pages of the file."""
+
+    def __init__(self) -> None:
+        self.read_fd, self.write_fd = os.pipe()
+        try:
+            self.capacity = fcntl.fcntl(self.write_fd, fcntl.F_SETPIPE_SZ, 2 * _MAX_READ)
+        except OSError:
+            self.capacity = fcntl.fcntl(self.write_fd, fcntl.F_GETPIPE_SZ)
+            for size in (1 << 20, 1 << 18):
+                try:
+                    self.capacity = fcntl.fcntl(self.write_fd, fcntl.F_SETPIPE_SZ, size)
+                    break
+                except OSError:
+                    continue
+
+    def close(self) -> None:
+        os.close(self.read_fd)
+        os.close(self.write_fd)
+
+
+class Server:
+    """Serves one connection until it is unmounted, then calls `on_end`.
+
+    `fd` is the mount's own descriptor, not yet initialised.
+    """
+
+    def __init__(self, fd: int, operations: Operations, *, passthrough: bool, on_end: Callable[[], None]) -> None:
+        self._fd = fd
+        self._operations = operations
+        self._passthrough = passthrough
+        self._pool = ThreadPoolExecutor(_POOL, thread_name_prefix="obsfs-names")
+        self._local = threading.local()
+        self._pending: set[int] = set()
+        self._guard = threading.Lock()
+        self._backings: dict[int, tuple[int, int]] = {}
+        self._served_listings: dict[int, float] = {}
+        self._threads: list[threading.Thread] = []
+        self._fds: list[int] = []
+        self.ended = threading.Event()
+        self._on_end = on_end
+        self._calls: dict[int, _Call] = {
+            Opcode.LOOKUP: self._lookup,
+            Opcode.GETATTR: self._getattr,
+            Opcode.OPEN: self._open,
+            Opcode.RELEASE: self._release,
+            Opcode.OPENDIR: self._opendir,
+            Opcode.READDIR: self._readdir,
+            Opcode.READDIRPLUS: self._readdir,
+            Opcode.RELEASEDIR: self._releasedir,
+            Opcode.STATFS: self._statfs,
+            Opcode.GETXATTR: self._getxattr,
+            Opcode.LISTXATTR: self._listxattr,
+        }
+
+    def start(self) -> None:
+        """Answer INIT and start serving in threads. Raises OSError when the kernel is too old to talk to."""
+        self._initialise()
+        self._operations.engine.on_complete = self._on_complete
+        self._fds = [self._fd, *(channel.clone(self._fd) for _ in range(_THREADS - 1))]
+        for number, fd in enumerate(self._fds):
+            thread = threading.Thread(target=self._serve, args=(fd,), name=f"obsfs-fuse-{number}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def join(self) -> None:
+        """After an unmount: wait for the threads, then close the connection."""
+        deadline = time.monotonic() + _FINISH_SECONDS
+        for thread in self._threads:
+            thread.join(timeout=max(0.1, deadline - time.monotonic()))
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for fd in self._fds:
+            os.close(fd)
+
+    def _initialise(self) -> None:
+        buffer = bytearray(_BUFFER)
+        length = os.readv(self._fd, [buffer])
+        request = wire.parse_request(buffer, length)
+        if request.opcode != Opcode.INIT:
+            raise OSError(errno.EPROTO, "the kernel did not begin with INIT")
+        body = bytes(buffer[request.body : length]).ljust(wire.INIT_IN.size, b"\0")
+        major, minor, _, low, high = wire.INIT_IN.unpack_from(body)
+        if major != wire.MAJOR or minor < 31:
+            raise OSError(errno.EPROTO, f"the kernel speaks FUSE {major}.{minor}; obsfs needs 7.31 (Linux 5.4)")
+        offered = low | high << 32 if low & Init.INIT_EXT else low
+        wanted = (
+            Init.ASYNC_READ | Init.SPLICE_WRITE | Init.DO_READDIRPLUS | Init.READDIRPLUS_AUTO | Init.ASYNC_DIO
+            | Init.PARALLEL_DIROPS | Init.MAX_PAGES | Init.INIT_EXT | Init.HAS_EXPIRE_ONLY | Init.HAS_RESEND
+        )  # fmt: skip
+        if self._passthrough:
+            wanted |= Init.PASSTHROUGH
+        flags = Init(int(wanted) & offered)
+        pipe = self._pipe()
+        max_pages = max(1, min(_MAX_READ, pipe.capacity - 2 * _PAGE) // _PAGE)
+        # A read of whole megabytes keeps to block borders; a pipe of a user takes half of that.
+        max_pages = 1 << (max_pages.bit_length() - 1)
+        out = wire.init_out(
+            minor=min(minor, wire.MINOR), flags=flags, max_pages=max_pages, max_background=_MAX_BACKGROUND
+        )
+        self._reply(self._fd, request.unique, out)
+        if Init.PASSTHROUGH in flags:
+            self._operations.can_be_direct = self._try_passthrough()
+
+    def _try_passthrough(self) -> bool:
+        """Whether a file of the cache can be registered: privileges and the cache's file system decide."""
+        probe = self._operations.engine.cache.directory / ".passthrough"
+        try:
+            fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                channel.close_backing(self._fd, channel.open_backing(self._fd, fd))
+            finally:
+                os.close(fd)
+                probe.unlink()
+        except OSError as error:
+            log.info("no passthrough: %s", error.strerror)
+            return False
+        return True
+
+    # the loop
+
+    def _serve(self, fd: int) -> None:
+        buffer = bytearray(_BUFFER)
+        view = memoryview(buffer)
+        while True:
+            try:
+                length = os.readv(fd, [buffer])
+            except OSError as error:
+                if error.errno in (errno.EINTR, errno.EAGAIN, errno.ENOENT):
+                    continue
+                if error.errno not in (errno.ENODEV, errno.ECONNABORTED):
+                    log.error("reading from /dev/fuse: %s", error)
+                self.ended.set()
+                self._on_end()
+                return
+            try:
+                request = wire.parse_request(buffer, length)
+                self._dispatch(fd, request, view)
+            except Exception:
+                log.exception("a request could not be served")
+
+    def _dispatch(self, fd: int, request: Request, view: memoryview) -> None:
+        opcode = request.opcode
+        if opcode == Opcode.READ:
+            self._read(fd, request, view)
+        elif opcode in (Opcode.FORGET, Opcode.BATCH_FORGET):
+            self._forget(request, view)
+        elif opcode == Opcode.INTERRUPT:
+            self._interrupt(fd, *wire.INTERRUPT_IN.unpack_from(view, request.body))
+        elif (call := self._calls.get(opcode)) is not None:
+            try:
+                self._call(fd, request, view, call, wait=False)
+            except WouldBlockError:
+                body = memoryview(bytes(view[: request.end]))
+                self._expect(request.unique)
+                self._pool.submit(self._call_later, fd, request, body, call)
+        elif opcode == Opcode.DESTROY:
+            self._reply(fd, request.unique)
+        else:
+            self._reply_error(fd, request.unique, errno.ENOSYS)
+
+    def _call_later(self, fd: int, request: Request, view: memoryview, call: _Call) -> None:
+        self._call(fd, request, view, call, wait=True)
+
+    def _call(self, fd: int, request: Request, view: memoryview, call: _Call, *, wait: bool) -> None:
+        try:
+            parts = call(request, view, wait)
+        except ObsfsError as error:
+            self._answer_error(fd, request, error.errno, wait)
+        except WouldBlockError:
+            raise
+        except (ValueError, UnicodeError):
+            self._answer_error(fd, request, errno.ENOENT, wait)
+        except Exception:
+            log.exception("opcode %d failed", request.opcode)
+            self._answer_error(fd, request, errno.EIO, wait)
+        else:
+            if parts is not None and (not wait or self._claim(request.unique)):
+                self._reply(fd, request.unique, *([parts] if isinstance(parts, bytes) else parts))
+
+    def _answer_error(self, fd: int, request: Request, number: int, deferred: bool) -> None:
+        if not deferred or self._claim(request.unique):
+            self._reply_error(fd, request.unique, number)
+
+    # a request that is not answered at once can be interrupted: whoever claims its number answers it
+
+    def _expect(self, unique: int) -> None:
+        with self._guard:
+            self._pending.add(unique)
+
+    def _claim(self, unique: int) -> bool:
+        with self._guard:
+            if unique not in self._pending:
+                return False
+            self._pending.remove(unique)
+            return True
+
+    def _interrupt(self, fd: int, unique: int) -> None:
+        # Requests and their interrupts come over the same clone, in order: an unknown number was answered already.
+        if self._claim(unique):
+            self._reply_error(fd, unique, errno.EINTR)
+
+    # replies
+
+    def _reply(self, fd: int, unique: int, *parts: bytes) -> None:
+        size = wire.OUT_HEADER.size + sum(map(len, parts))
+        self._send(fd, [wire.OUT_HEADER.pack(size, 0, unique), *parts])
+
+    def _reply_error(self, fd: int, unique: int, number: int) -> None:
+        self._send(fd, [wire.OUT_HEADER.pack(wire.OUT_HEADER.size, -number, unique)])
+
+    def _send(self, fd: int, parts: list[bytes]) -> None:
+        try:
+            os.writev(fd, parts)
+        except OSError as error:
+            # ENOENT: the request was aborted meanwhile; ENODEV and EBADF: the mount is gone.
+            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EBADF):
+                raise
+
+    def _pipe(self) -> _Pipe:
+        pipe = getattr(self._local, "pipe", None)
+        if pipe is None:
+            pipe = self._local.pipe = _Pipe()
+        return pipe
+
+    # reading
+
+    def _read(self, fd: int, request: Request, view: memoryview) -> None:
+        handle, offset, size, *_ = wire.READ_IN.unpack_from(view, request.body)
+        unique = request.unique
+        try:
+            reader = self._operations.reader(handle)
+        except ObsfsError as error:
+            self._reply_error(fd, unique, error.errno)
+            return
+        size = max(0, min(size, reader.size - offset))
+        if not size:
+            self._reply(fd, unique)
+            return
+        self._expect(unique)
+        self._try_read(fd, unique, reader, offset, size)
+
+    def _try_read(self, fd: int, unique: int, reader: Reader, offset: int, size: int, *, again: bool = False) -> None:
+        def done(error: ObsfsError | None) -> None:
+            if error is None:
+                self._try_read(fd, unique, reader, offset, size, again=True)
+            elif self._claim(unique):
+                self._reply_error(fd, unique, error.errno)
+
+        # Blocks may be evicted between the two steps; then they are asked for again.
+        while reader.ready(offset, size, done, again=again):
+            if self._send_bytes(fd, unique, reader, offset, size):
+                return
+            again = True
+
+    def _send_bytes(self, fd: int, unique: int, reader: Reader, offset: int, size: int) -> bool:
+        """Answer a read from the cache; False when the bytes are no longer there."""
+        cached = reader.cached
+        header = wire.OUT_HEADER.pack(wire.OUT_HEADER.size + size, 0, unique)
+        blocks = range(offset // BLOCK, block_count(offset + size))
+        if size < _SPLICE_FROM or not cached.in_file(blocks):
+            data = cached.read(offset, size)
+            if data is None:
+                return False
+            if self._claim(unique):
+                self._send(fd, [header, data])
+            return True
+        pipe = self._pipe()
+        os.write(pipe.write_fd, header)
+        moved = 0
+        while moved < size:
+            count = os.splice(cached.data_fd, pipe.write_fd, size - moved, offset_src=offset + moved)
+            if not count:
+                break
+            moved += count
+        if moved < size or not cached.in_file(blocks):
+            self._drop_pipe(pipe)
+            return False
+        if not self._claim(unique):
+            self._drop_pipe(pipe)
+            return True
+        try:
+            os.splice(pipe.read_fd, fd, len(header) + size)
+        except OSError as error:
+            self._drop_pipe(pipe)
+            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EBADF):
+                raise
+        return True
+
+    def _drop_pipe(self, pipe: _Pipe) -> None:
+        pipe.close()
+        self._local.pipe = None
+
+    # names and attributes
+
+    def _lookup(self, request: Request, view: memoryview, wait: bool) -> bytes:
+        name = wire.text(view, request.body, request.end)
+        try:
+            found = self._operations.lookup(request.node, name, wait=wait)
+        except NotFoundError:
+            return wire.entry_out(0, self._operations.absence_ttl(request.node, name), bytes(wire.ATTR.size))
+        return _entry(found)
+
+    def _getattr(self, request: Request, view: memoryview, wait: bool) -> bytes:
+        return wire.attr_out(_attr(self._operations.getattr(request.node)))
+
+    def _forget(self, request: Request, view: memoryview) -> None:
+        if request.opcode == Opcode.FORGET:
+            self._operations.forget(request.node, *wire.FORGET_IN.unpack_from(view, request.body))
+            return
+        count, _ = wire.BATCH_FORGET_IN.unpack_from(view, request.body)
+        start = request.body + wire.BATCH_FORGET_IN.size
+        end = min(request.end, start + count * wire.FORGET_ONE.size)
+        for node, lookups in wire.FORGET_ONE.iter_unpack(view[start:end]):
+            self._operations.forget(node, lookups)
+
+    def _statfs(self, request: Request, view: memoryview, wait: bool) -> bytes:
+        found = self._operations.statfs()
+        return wire.STATFS_OUT.pack(
+            found.blocks, found.free, found.free, 0, 0, found.block_size, found.name_max, found.block_size, 0
+        )
+
+    def _getxattr(self, request: Request, view: memoryview, wait: bool) -> bytes:
+        size, _ = wire.GETXATTR_IN.unpack_from(view, request.body)
+        name = wire.text(view, request.body + wire.GETXATTR_IN.size, request.end)
+        return _sized(self._operations.getxattr(request.node, name), size)
+
+    def _listxattr(self, request: Request, view: memoryview, wait: bool) -> bytes:
+        size, _ = wire.GETXATTR_IN.unpack_from(view, request.body)
+        return _sized(b"", size)
+
+    # files
+
+    def _open(self, request: Request, view: memoryview, wait: bool) -> bytes:
+        flags, _ = wire.OPEN_IN.unpack_from(view, request.body)
+        with self._guard:
+            opened = self._operations.open(request.node, flags)
+            backing = 0
+            if opened.direct_fd is not None:
+                try:
+                    backing = self._hold_backing(request.node, opened.direct_fd)
+                except OSError as error:
+                    log.warning("passthrough failed: %s", error.strerror)
+                    opened = self._operations.reopen_indirect(opened.handle)
+        flags_out = FileOpen.KEEP_CACHE | FileOpen.NOFLUSH
+        if opened.direct_fd is not None:
+            flags_out = FileOpen.PASSTHROUGH | FileOpen.NOFLUSH
+        return wire.OPEN_OUT.pack(opened.handle, flags_out, backing)
+
+    def _hold_backing(self, node: int, file_fd: int) -> int:
+        backing, users = self._backings.get(node, (0, 0))
+        if not users:
+            backing = channel.open_backing(self._fd, file_fd)
+        self._backings[node] = backing, users + 1
+        return backing
+
+    def _release(self, request: Request, view: memoryview, wait: bool) -> bytes:
+        handle, *_ = wire.RELEASE_IN.unpack_from(view, request.body)
+        with self._guard:
+            self._operations.release(handle)
+            if handle & 1:
+                backing, users = self._backings.pop(request.node, (0, 0))
+                if users > 1:
+                    self._backings[request.node] = backing, users - 1
+                elif users:
+                    channel.close_backing(self._fd, backing)
+        return b""
+
+    def _on_complete(self, version: ObjectVersion) -> None:
+        """End the lifetime of names whose file can be opened in passthrough from now on."""
+        if self._operations.can_be_direct:
+            for parent, name in self._operations.tree.current_names(version):
+                self._notify(wire.inval_entry(parent, name.encode()))
+
+    def _notify(self, message: bytes) -> None:
+        try:
+            os.write(self._fd, message)
+        except OSError as error:
+            # ENOENT: the kernel does not hold that name.
+            log.debug("notification: %s", error)
+
+    # directories
+
+    def _opendir(self, request: Request, view: memoryview, wait: bool) -> bytes:
+        handle = self._operations.opendir(request.node, wait=wait)
+        loaded = self._operations.loaded(handle)
+        flags = FileOpen.CACHE_DIR
+        if self._served_listings.get(request.node) == loaded:
+            flags |= FileOpen.KEEP_CACHE
+        self._served_listings[request.node] = loaded
+        return wire.OPEN_OUT.pack(handle, flags, 0)
+
+    def _readdir(self, request: Request, view: memoryview, wait: bool) -> list[bytes]:
+        handle, offset, size, *_ = wire.READ_IN.unpack_from(view, request.body)
+        operations, plus = self._operations, request.opcode == Opcode.READDIRPLUS
+        parts: list[bytes] = []
+        left = size
+        fixed = wire.DIRENT.size + (wire.ENTRY_OUT.size + wire.ATTR.size if plus else 0)
+
+        def fits(entry: tuple[str, bool, int]) -> bool:
+            nonlocal left
+            length = len(entry[0].encode())
+            left -= fixed + length + -length % 8
+            return bool(left >= 0)
+
+        entries = operations.readdir(request.node, handle, offset, wait=wait)
+        for name, is_dir, following in takewhile(fits, entries):
+            kind = wire.DT_DIR if is_dir else wire.DT_REG
+            ino = 2
+            if plus:
+                found = operations.enter(request.node, handle, name)
+                parts.append(_entry(found))
+                ino = found.ino
+            parts.append(wire.dirent(ino, following, kind, name.encode()))
+        return [b"".join(parts)]
+
+    def _releasedir(self, request: Request, view: memoryview, wait: bool) -> bytes:
+        handle, *_ = wire.RELEASE_IN.unpack_from(view, request.body)
+        self._operations.releasedir(handle)
+        return b""
+
+
+def _entry(found: Attributes) -> bytes:
+    return wire.entry_out(found.node, found.ttl, _attr(found))
+
+
+def _attr(found: Attributes) -> bytes:
+    return wire.attr(ino=found.ino, mode=found.mode, size=found.size, mtime=found.mtime, uid=found.uid, gid=found.gid)
+
+
+def _sized(value: bytes, size: int) -> bytes:
+    """The two-step protocol of xattr calls: size 0 asks how long the value is."""
+    if not size:
+        return wire.GETXATTR_OUT.pack(len(value), 0)
+    if len(value) > size:
+        raise _RangeError("the buffer is too small for the attribute")
+    return value
+
+
+class _RangeError(ObsfsError):
+    errno = errno.ERANGE

@@ -1,0 +1,237 @@
+"""Mounts from the outside: start one, look at those there are, end them. The process behind is in `daemon`."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from obsfs.errors import UsageError
+from obsfs.fuse import state
+from obsfs.fuse.kernel import channel
+from obsfs.remote.address import parse_address
+from obsfs.settings import Settings
+
+_START_SECONDS = 120.0
+_STATUS_SECONDS = 5.0
+_END_SECONDS = 10.0
+_FAIL_SECONDS = 2.0
+
+
+class Mount:
+    """A mount of this process: it ends with :meth:`close`, with the ``with`` block, or with the process."""
+
+    def __init__(self, source: str, path: Path, process: subprocess.Popen[bytes]) -> None:
+        self.source = source
+        self.path = path
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        """The process that serves it."""
+        return self._process.pid
+
+    def status(self) -> dict[str, Any]:
+        """What ``obsfs status --json`` shows of it."""
+        return status(self.path)
+
+    def close(self) -> None:
+        """Unmount. What is still mapped from it stays readable until it is dropped, or this process ends."""
+        if self._process.poll() is not None:
+            return
+        try:
+            channel.unmount(self.path)
+        except UsageError:
+            if channel.mounted_at(self.path) is not None:
+                channel.unmount(self.path, lazy=True)
+            return
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.terminate()
+        if self._process.stdin:
+            self._process.stdin.close()
+
+    def __enter__(self) -> Mount:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Stale(NamedTuple):
+    """An obsfs mount that does not answer: its server died (`dead`), or is busy with something else."""
+
+    mountpoint: Path
+    source: str
+    dead: bool
+
+
+def mount(source: str, mountpoint: str | os.PathLike[str], **settings: Any) -> Mount:
+    """Mount ``obs://bucket[/prefix]`` on a directory, and return when it answers.
+
+    `settings` are the fields of :class:`~obsfs.settings.Settings`. The mount lives as long as this process, or
+    until it is closed: use it in a ``with`` statement. Raises ObsfsError, and leaves nothing behind then.
+    """
+    path = resolve(mountpoint)
+    return Mount(source, path, start(source, path, Settings.load(**settings), lifeline=True))
+
+
+def start(source: str, mountpoint: Path, settings: Settings, *, lifeline: bool) -> subprocess.Popen[bytes]:
+    """Start the process that serves `source` on `mountpoint`, and return it when the directory answers.
+
+    With `lifeline` it ends when its stdin is closed. Raises ObsfsError; nothing is left behind then.
+    """
+    parse_address(source)
+    prepare(mountpoint)
+    arguments = [sys.executable, "-P", "-m", "obsfs.fuse.daemon", source, str(mountpoint)]
+    process = subprocess.Popen(
+        arguments,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert process.stdin and process.stdout and process.stderr
+    try:
+        request = {"settings": settings.model_dump(mode="json"), "lifeline": lifeline}
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        process.stdin.flush()
+        ready, _, _ = select.select([process.stdout], [], [], _START_SECONDS)
+        line = process.stdout.readline() if ready else b""
+        answer = json.loads(line) if line else {}
+    except BaseException:
+        _end(process, mountpoint)
+        raise
+    if "pid" in answer:
+        process.stdout.close()
+        process.stderr.close()
+        if not lifeline:
+            process.stdin.close()
+        return process
+    reason = b"" if "error" in answer or process.poll() is None else process.stderr.read()[-500:]
+    _end(process, mountpoint)
+    if "error" in answer:
+        raise UsageError(answer["error"], answer["remedy"])
+    said = " ".join(reason.decode(errors="replace").split()) or f"no answer within {_START_SECONDS:.0f} s"
+    raise UsageError(f"the process that should serve {mountpoint} did not start", said)
+
+
+def _end(process: subprocess.Popen[bytes], mountpoint: Path) -> None:
+    process.terminate()
+    try:
+        process.wait(_FAIL_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        if (entry := channel.mounted_at(mountpoint)) and entry.fs_type == channel.FS_TYPE:
+            channel.unmount(mountpoint, lazy=True)
+
+
+def resolve(mountpoint: str | os.PathLike[str]) -> Path:
+    """The absolute path of a mountpoint. Does not look at the mountpoint itself, whose server may be dead."""
+    path = Path(mountpoint).expanduser().absolute()
+    direct = Path(os.path.realpath(path.parent)) / path.name
+    if channel.mounted_at(direct) is not None:
+        return direct
+    return Path(os.path.realpath(path))
+
+
+def prepare(mountpoint: Path) -> None:
+    """See that `mountpoint` can be mounted on, and clear away a mount of ours whose server died.
+
+    Raises UsageError when it is missing, no directory, not empty, or mounted already.
+    """
+    entry = channel.mounted_at(mountpoint)
+    if entry is not None and entry.fs_type == channel.FS_TYPE and _is_dead(mountpoint):
+        channel.unmount(mountpoint, lazy=True)
+        state.wait_until_free(mountpoint, _END_SECONDS)
+        entry = channel.mounted_at(mountpoint)
+    if entry is not None:
+        raise UsageError(f"{mountpoint} is already mounted ({entry.source})", f"obsfs umount {mountpoint}")
+    try:
+        with os.scandir(mountpoint) as entries:
+            is_empty = next(entries, None) is None
+    except FileNotFoundError:
+        raise UsageError(f"mountpoint {mountpoint} does not exist", f"mkdir -p {mountpoint}") from None
+    except NotADirectoryError:
+        raise UsageError(f"mountpoint {mountpoint} is no directory", "choose an empty directory") from None
+    except OSError as error:
+        raise UsageError(f"mountpoint {mountpoint} cannot be used ({error.strerror})", "choose another") from None
+    if not is_empty:
+        raise UsageError(f"mountpoint {mountpoint} is not empty", "choose an empty directory")
+
+
+def _is_dead(mountpoint: Path) -> bool:
+    try:
+        status(mountpoint)
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    except UsageError:
+        return False
+    return False
+
+
+def status(mountpoint: Path) -> dict[str, Any]:
+    """What the server of a mount says of itself.
+
+    Raises UsageError when it does not answer within 5 seconds, and OSError (ENOTCONN) when it died.
+    """
+    result: list[bytes | OSError] = []
+
+    def ask() -> None:
+        try:
+            result.append(os.getxattr(mountpoint, "user.obsfs.status"))
+        except OSError as error:
+            result.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_STATUS_SECONDS)
+    if not result:
+        raise UsageError(f"the server of {mountpoint} does not answer", f"obsfs umount --lazy {mountpoint}")
+    if isinstance(result[0], OSError):
+        raise result[0]
+    answer: dict[str, Any] = json.loads(result[0])
+    return answer
+
+
+def find() -> list[dict[str, Any] | Stale]:
+    """The status of every obsfs mount that there is."""
+    found: list[dict[str, Any] | Stale] = []
+    for entry in channel.mounts():
+        if entry.fs_type == channel.FS_TYPE:
+            try:
+                found.append(status(entry.mountpoint))
+            except OSError as error:
+                found.append(Stale(entry.mountpoint, entry.source, error.errno == errno.ENOTCONN))
+            except UsageError:
+                found.append(Stale(entry.mountpoint, entry.source, False))
+    return found
+
+
+def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
+    """Unmount, and wait until its process has ended (unless `lazy`: it serves on until the last file is closed).
+
+    Raises UsageError when no obsfs is mounted there, or when it is in use.
+    """
+    entry = channel.mounted_at(mountpoint)
+    if entry is None:
+        raise UsageError(f"nothing is mounted on {mountpoint}", "see `obsfs status`")
+    if entry.fs_type != channel.FS_TYPE:
+        raise UsageError(f"what is mounted on {mountpoint} is no obsfs ({entry.fs_type})", "use umount(8)")
+    if lazy:
+        channel.unmount(mountpoint, lazy=True)
+        return
+    channel.unmount(mountpoint)
+    state.wait_until_free(mountpoint, _END_SECONDS)

@@ -1,0 +1,286 @@
+"""What each file system call means here. Knows names, nodes and bytes, and no kernel's format of them.
+
+Both engines serve these: the native one (:mod:`obsfs.fuse.kernel`) and libfuse (:mod:`obsfs.fuse.portable`). The
+mount is read-only. A call that may have to ask the bucket takes `wait`; without it, it raises WouldBlockError
+instead of waiting. Everything else that goes wrong is an ObsfsError with its errno.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from obsfs.blocks.reader import Engine, Reader
+from obsfs.errors import ObsfsError
+from obsfs.fuse.tree import ROOT, Listing, Node, Tree
+from obsfs.settings import Settings
+from obsfs.version import __version__
+
+__all__ = ["ROOT", "Attributes", "Opened", "Operations", "StatFs"]
+
+XATTR_PREFIX = "user.obsfs."
+
+
+class Attributes(NamedTuple):
+    """What stat(2) shows, and the node it is about. Times in seconds, sizes in bytes.
+
+    `ttl` is for how much longer the name stands for this node; the node itself never changes.
+    """
+
+    node: int
+    ino: int
+    mode: int
+    size: int
+    mtime: float
+    uid: int
+    gid: int
+    ttl: float
+
+
+class Opened(NamedTuple):
+    """An open file. `direct_fd` is a complete local copy that the engine may hand to the kernel, or None."""
+
+    handle: int
+    direct_fd: int | None
+
+
+class StatFs(NamedTuple):
+    """What statfs(2) shows: a bucket has no size, so it is shown as 1 PiB with nothing used."""
+
+    block_size: int = 1 << 20
+    blocks: int = 1 << 30
+    free: int = 1 << 30
+    name_max: int = 255
+
+
+class _NoAttributeError(ObsfsError):
+    errno = errno.ENODATA
+
+
+class _IsDirectoryError(ObsfsError):
+    errno = errno.EISDIR
+
+
+class _NotDirectoryError(ObsfsError):
+    errno = errno.ENOTDIR
+
+
+class _ReadOnlyError(ObsfsError):
+    errno = errno.EROFS
+
+
+class _BadHandleError(ObsfsError):
+    errno = errno.EBADF
+
+
+class Operations:
+    """The calls, over a tree and an engine. Handles are derived from node ids, so that a successor knows them too.
+
+    `identity` is shown in the status: at least mountpoint, source, pid and engine.
+    """
+
+    def __init__(self, tree: Tree, engine: Engine, settings: Settings, identity: dict[str, object]) -> None:
+        self.tree = tree
+        self.engine = engine
+        self.can_be_direct = False
+        self.identity = identity
+        self._data_path = "splice" if settings.engine == "native" else "copy"
+        self._readers: dict[int, Reader] = {}
+        self._listings: dict[int, Listing] = {}
+        self._next_listing = 1
+        self._uid = os.getuid() if settings.uid is None else settings.uid
+        self._gid = os.getgid() if settings.gid is None else settings.gid
+        self._file_mode = stat.S_IFREG | (0o444 & ~settings.umask)
+        self._dir_mode = stat.S_IFDIR | (0o555 & ~settings.umask)
+
+    # names and attributes
+
+    def lookup(self, parent: int, name: str, *, wait: bool = True) -> Attributes:
+        """The attributes of a name; counts one lookup of its node, to be given back with `forget`."""
+        directory = self._directory(parent)
+        node = self.tree.lookup(directory, name, wait=wait, renew=self._should_renew)
+        return self._attributes(node, self.tree.lifetime(directory, name))
+
+    def absence_ttl(self, parent: int, name: str) -> float:
+        """For how many seconds a name that `lookup` did not find is known to be absent."""
+        return self.tree.lifetime(self.tree.node(parent), name)
+
+    def _should_renew(self, node: Node) -> bool:
+        # The kernel keeps an inode in one mode while it is open. A file that has become complete meanwhile gets a
+        # second node, which opens in passthrough from the start.
+        if not (self.can_be_direct and node.opens):
+            return False
+        reader = self._readers.get(node.id)
+        return reader is not None and reader.is_complete
+
+    def forget(self, node: int, count: int) -> None:
+        """`count` lookups of a node are over."""
+        self.tree.forget(node, count)
+
+    def getattr(self, node: int) -> Attributes:
+        """The attributes of a node, which never change."""
+        return self._attributes(self.tree.node(node))
+
+    def _attributes(self, node: Node, ttl: float = 0.0) -> Attributes:
+        mode = self._dir_mode if node.is_dir else self._file_mode
+        return Attributes(node.id, node.ino, mode, node.size, node.mtime, self._uid, self._gid, ttl)
+
+    def _directory(self, number: int) -> Node:
+        node = self.tree.node(number)
+        if not node.is_dir:
+            raise _NotDirectoryError(f"{node.key} is a file")
+        return node
+
+    # directories
+
+    def opendir(self, node: int, *, wait: bool = True) -> int:
+        """A handle on the directory as it is now."""
+        handle = self._next_listing = self._next_listing + 1
+        self._listings[handle] = self.tree.listing(self._directory(node), wait=wait)
+        return handle
+
+    def loaded(self, handle: int) -> float:
+        """When what this handle shows was listed, in monotonic seconds."""
+        return self._listings[handle].loaded
+
+    def readdir(self, node: int, handle: int, offset: int, *, wait: bool = True) -> Iterator[tuple[str, bool, int]]:
+        """``(name, is directory, next offset)`` from `offset` on, in the order of names."""
+        directory = self._directory(node)
+        listing = self._listings.get(handle)
+        if listing is None:
+            listing = self._listings[handle] = self.tree.listing(directory, wait=wait)
+        names, entries = listing.names, listing.entries
+        return ((names[i], entries[names[i]].info is None, i + 1) for i in range(offset, len(names)))
+
+    def enter(self, node: int, handle: int, name: str) -> Attributes:
+        """Like `lookup`, for a name that `readdir` of this handle has just given."""
+        directory = self.tree.node(node)
+        entered = self.tree.enter(directory, self._listings[handle].entries[name], self._should_renew)
+        return self._attributes(entered, self.tree.lifetime(directory, name))
+
+    def releasedir(self, handle: int) -> None:
+        """The directory was closed."""
+        self._listings.pop(handle, None)
+
+    # files
+
+    def open(self, number: int, flags: int) -> Opened:
+        """Open a file, pinned to the version of its node."""
+        node = self.tree.node(number)
+        if node.version is None:
+            raise _IsDirectoryError(f"{node.key} is a directory")
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise _ReadOnlyError("the mount is read-only")
+        reader = self.engine.open(node.version)
+        self._readers[number] = reader
+        # An inode is in one mode at a time: what is open through us stays so, what is direct stays direct.
+        direct = self.can_be_direct and not node.opens and reader.cached.hold_whole()
+        self.tree.count_open(node, 1, direct=direct)
+        return Opened(number << 1 | direct, reader.cached.data_fd if direct else None)
+
+    def reopen_indirect(self, handle: int) -> Opened:
+        """The engine could not serve an open directly: the same open, through us."""
+        number = handle >> 1
+        node = self.tree.node(number)
+        self.tree.count_open(node, -1, direct=True)
+        self._readers[number].cached.release_whole()
+        self.tree.count_open(node, 1, direct=False)
+        return Opened(number << 1, None)
+
+    def reader(self, handle: int) -> Reader:
+        """The reader of an open file; opened again if a predecessor process had it open."""
+        number = handle >> 1
+        reader = self._readers.get(number)
+        if reader is None:
+            node = self.tree.node(number)
+            if node.version is None or not (node.opens or node.direct_opens):
+                raise _BadHandleError(f"handle {handle} is not open")
+            reader = self._readers[number] = self.engine.open(node.version)
+        return reader
+
+    def release(self, handle: int) -> None:
+        """A file was closed for the last time by those who share this open of it."""
+        number, direct = handle >> 1, bool(handle & 1)
+        node = self.tree.node(number)
+        self.tree.count_open(node, -1, direct=direct)
+        reader = self._readers.get(number)
+        if reader is None:
+            return
+        if direct:
+            reader.cached.release_whole()
+        if not node.opens and not node.direct_opens:
+            del self._readers[number]
+        self.engine.release(reader)
+
+    # the whole
+
+    def statfs(self) -> StatFs:
+        """Figures for df."""
+        return StatFs()
+
+    def getxattr(self, number: int, name: str) -> bytes:
+        """``user.obsfs.status`` of the root (JSON); ``key``, ``etag``, ``cached_bytes`` and ``served_by`` of a file.
+
+        They are not listed, so that no copying tool carries them along.
+        """
+        node = self.tree.node(number)
+        if name == f"{XATTR_PREFIX}status" and number == ROOT:
+            return json.dumps(self.status()).encode()
+        values: dict[str, Callable[[], object]] = {}
+        if (version := node.version) is not None:
+            values = {
+                "key": lambda: version.key,
+                "etag": lambda: version.etag,
+                "cached_bytes": lambda: self._cached_bytes(node),
+                "served_by": lambda: self._served_by(node),
+            }
+        value = values.get(name.removeprefix(XATTR_PREFIX)) if name.startswith(XATTR_PREFIX) else None
+        if value is None:
+            raise _NoAttributeError(f"no attribute {name}")
+        return str(value()).encode()
+
+    def _cached_bytes(self, node: Node) -> int:
+        assert node.version is not None
+        reader = self.engine.open(node.version)
+        try:
+            return reader.cached.cached_bytes
+        finally:
+            self.engine.release(reader)
+
+    def _served_by(self, node: Node) -> str:
+        if node.direct_opens:
+            return "passthrough"
+        if node.opens or not self.can_be_direct:
+            return self._data_path
+        assert node.version is not None
+        reader = self.engine.open(node.version)
+        try:
+            return "passthrough" if reader.is_complete else self._data_path
+        finally:
+            self.engine.release(reader)
+
+    def status(self) -> dict[str, object]:
+        """Everything that ``obsfs status`` shows of one mount."""
+        open_files = len(self._readers)
+        return {
+            **self.identity,
+            "version": __version__,
+            "passthrough": self.can_be_direct,
+            "data_path": self._data_path,
+            "memory_bytes": _memory(),
+            "open_files": open_files,
+            "nodes": self.tree.node_count,
+            "hidden_keys": self.tree.hidden,
+            **self.engine.statistics(),
+        }
+
+
+def _memory() -> int:
+    """Bytes of memory that this process has for itself; the cache's pages, which are mapped too, do not count."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) * 1024

@@ -1,0 +1,186 @@
+"""The same operations through libfuse, by way of mfusepy: for systems where the native engine cannot run.
+
+libfuse's high-level interface knows paths where :mod:`obsfs.fuse.operations` knows nodes, and one inode per path
+where the native engine has one per version. So when a file is replaced while it is open here, the open of the new
+version bypasses the kernel's page cache (direct I/O), and the old version's descriptors are refused further reads.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from obsfs.errors import ObsfsError, UsageError, VersionChangedError
+from obsfs.fuse.kernel import channel
+from obsfs.fuse.operations import ROOT, Attributes, Operations
+from obsfs.settings import Settings
+
+try:
+    import mfusepy
+except ImportError:
+    raise UsageError("--engine fusepy needs mfusepy", "pip install 'obsfs-mount[fusepy]'") from None
+except OSError as error:
+    raise UsageError(f"--engine fusepy needs libfuse ({error})", "install the package fuse3 (apt, dnf)") from None
+
+_NAME_SECONDS = 1.0
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except ObsfsError as error:
+        raise mfusepy.FuseOSError(error.errno) from None
+
+
+class _Adapter(mfusepy.Operations):
+    use_ns = True
+
+    def __init__(self, operations: Operations, on_init: Callable[[], None], name_ttl: float) -> None:
+        self._operations = operations
+        self._on_init = on_init
+        self._name_ttl = name_ttl
+        self._guard = threading.Lock()
+        self._open: dict[str, dict[int, int]] = {}
+
+    def init_with_config(self, conn_info: Any, config_3: Any) -> None:
+        if config_3 is not None:
+            config_3.use_ino = 1
+            config_3.entry_timeout = config_3.attr_timeout = config_3.negative_timeout = self._name_ttl
+        self._on_init()
+
+    @contextmanager
+    def _found(self, path: str) -> Iterator[Attributes]:
+        """The attributes of a path, whose node is kept while the block runs."""
+        with _errors():
+            found = self._operations.getattr(ROOT)
+            held: list[int] = []
+            try:
+                for name in filter(None, path.split("/")):
+                    found = self._operations.lookup(found.node, name)
+                    held.append(found.node)
+                yield found
+            finally:
+                for node in held:
+                    self._operations.forget(node, 1)
+
+    def getattr(self, path: str, fh: int | None = None) -> dict[str, Any]:
+        with self._found(path) as found:
+            time = int(found.mtime * 1e9)
+            return {
+                "st_ino": found.ino,
+                "st_mode": found.mode,
+                "st_nlink": 1,
+                "st_size": found.size,
+                "st_blocks": -(-found.size // 512),
+                "st_uid": found.uid,
+                "st_gid": found.gid,
+                "st_atime": time,
+                "st_mtime": time,
+                "st_ctime": time,
+            }
+
+    def opendir(self, path: str) -> int:
+        with self._found(path) as found:
+            return self._operations.opendir(found.node)
+
+    def readdir_with_offset(self, path: str, offset: int, fh: int) -> Iterator[tuple[str, dict[str, int], int]]:
+        with self._found(path) as found:
+            for name, is_dir, following in self._operations.readdir(found.node, fh, offset):
+                yield name, {"st_mode": stat.S_IFDIR if is_dir else stat.S_IFREG}, following
+
+    def releasedir(self, path: str, fh: int) -> int:
+        self._operations.releasedir(fh)
+        return 0
+
+    def open(self, path: str, fi: Any) -> int:
+        with self._found(path) as found, self._guard:
+            handle = self._operations.open(found.node, fi.flags).handle
+            versions = self._open.setdefault(path, {})
+            versions[handle] = versions.pop(handle, 0) + 1
+            fi.fh = handle
+            fi.direct_io = len(versions) > 1
+            return 0
+
+    def read(self, path: str, size: int, offset: int, fi: Any) -> bytes:
+        with _errors():
+            if next(reversed(self._open[path])) != fi.fh:
+                raise VersionChangedError(f"{path} was replaced while it was open", "open it again")
+            return self._operations.reader(fi.fh).read(offset, size)
+
+    def release(self, path: str, fi: Any) -> int:
+        with self._guard:
+            versions = self._open[path]
+            versions[fi.fh] -= 1
+            if not versions[fi.fh]:
+                del versions[fi.fh]
+            if not versions:
+                del self._open[path]
+            with _errors():
+                self._operations.release(fi.fh)
+        return 0
+
+    def statfs(self, path: str) -> dict[str, int]:
+        found = self._operations.statfs()
+        return {
+            "f_bsize": found.block_size,
+            "f_frsize": found.block_size,
+            "f_blocks": found.blocks,
+            "f_bfree": found.free,
+            "f_bavail": found.free,
+            "f_namemax": found.name_max,
+        }
+
+    def getxattr(self, path: str, name: str, position: int = 0) -> bytes:
+        with self._found(path) as found:
+            return self._operations.getxattr(found.node, name)
+
+    def listxattr(self, path: str) -> list[str]:
+        return []
+
+
+def serve(
+    operations: Operations,
+    mountpoint: Path,
+    settings: Settings,
+    on_ready: Callable[[], None],
+    wait_for_stop: Callable[[], object],
+) -> None:
+    """Mount and serve until unmounted, or until `wait_for_stop` returns. Runs libfuse in this thread."""
+    ready = threading.Event()
+
+    def watch() -> None:
+        ready.wait()
+        os.stat(mountpoint)  # noqa: PTH116 - waits until the directory answers
+        channel.set_read_ahead(mountpoint, int(settings.kernel_read_ahead))
+        on_ready()
+        wait_for_stop()
+        if channel.mounted_at(mountpoint) is not None:
+            channel.unmount(mountpoint, lazy=True)
+
+    threading.Thread(target=watch, name="obsfs-watch", daemon=True).start()
+    # libfuse has handlers of its own, which it sets only where Python has none: this thread is in C all the while.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    options: dict[str, Any] = {"allow_other": True} if settings.allow_other else {}
+    try:
+        mfusepy.FUSE(
+            _Adapter(operations, ready.set, min(settings.metadata_ttl, _NAME_SECONDS)),
+            str(mountpoint),
+            raw_fi=True,
+            foreground=True,
+            ro=True,
+            nosuid=True,
+            nodev=True,
+            default_permissions=True,
+            fsname=str(operations.identity["source"]).replace(",", "\\,"),
+            subtype="obsfs",
+            **options,
+        )
+    except RuntimeError as error:
+        raise UsageError(f"libfuse cannot mount on {mountpoint} (error {error})", "see fusermount3(1)") from None

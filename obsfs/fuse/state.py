@@ -1,0 +1,73 @@
+"""What a mount keeps outside of the cache: a lock, a journal and a log, one file each in the XDG state directory."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import time
+from pathlib import Path
+
+from obsfs.errors import UsageError
+
+
+def directory() -> Path:
+    """``$XDG_STATE_HOME/obsfs``, by default ``~/.local/state/obsfs``."""
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "obsfs"
+
+
+def make_directory() -> None:
+    """Make it if it is not there. Raises UsageError."""
+    try:
+        directory().mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{directory()} cannot be made ({error.strerror})", "set XDG_STATE_HOME") from None
+
+
+def path(mountpoint: Path, suffix: str) -> Path:
+    """The file of a mount with this suffix: ``lock``, ``journal`` or ``log``."""
+    digest = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:8]
+    return directory() / f"{mountpoint.name[:100]}-{digest}.{suffix}"
+
+
+def lock(mountpoint: Path) -> int:
+    """The descriptor that makes this process the only one at a mountpoint; the lock ends with it.
+
+    Raises UsageError when another process has it.
+    """
+    make_directory()
+    file = path(mountpoint, "lock")
+    try:
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise UsageError(f"{file} cannot be written ({error.strerror})", "set XDG_STATE_HOME") from None
+    if not _flock(fd, fcntl.LOCK_EX):
+        os.close(fd)
+        raise UsageError(f"{mountpoint} is being mounted or served by another obsfs", "see `obsfs status`")
+    return fd
+
+
+def wait_until_free(mountpoint: Path, timeout: float) -> bool:
+    """Wait at most `timeout` seconds until the process that serves a mountpoint has ended."""
+    try:
+        fd = os.open(path(mountpoint, "lock"), os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        deadline = time.monotonic() + timeout
+        while not (is_free := _flock(fd, fcntl.LOCK_SH)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return is_free
+    finally:
+        os.close(fd)
+
+
+def _flock(fd: int, kind: int) -> bool:
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno != errno.EWOULDBLOCK:
+            raise
+        return False
+    return True

@@ -1,0 +1,350 @@
+"""Names, node ids, attributes and listings, and how long they are believed.
+
+A node is one version of one path: its size and ETag never change. When the object at a path is replaced, the next
+lookup after the metadata lifetime gives the path a new node, and whoever has the old one open keeps the old one.
+Every node that the kernel may know, and every open of it, is written to a journal before the kernel is told, so
+that a successor process can restore the tree (:meth:`Tree.restore`).
+
+What a listing shows: ``a/b`` under ``a/`` makes a directory ``a``; a directory hides an object of the same name; a
+key that ends in ``/`` is a directory and no file; names that no directory can show (:func:`is_valid_name`) are
+hidden and counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from obsfs.errors import NotFoundError
+from obsfs.remote.address import is_valid_name
+from obsfs.remote.client import ObjectInfo, ObjectVersion, Page
+
+ROOT = 1
+_MAX_LISTINGS = 4096
+
+
+class Source(Protocol):
+    """The part of :class:`~obsfs.remote.client.Bucket` that a tree asks."""
+
+    def list(self, prefix: str) -> Iterator[Page]: ...
+    def head(self, key: str) -> ObjectInfo: ...
+    def version(self, info: ObjectInfo) -> ObjectVersion: ...
+
+
+class WouldBlockError(Exception):
+    """The answer is not at hand: the bucket must be asked, which the caller did not want to wait for."""
+
+
+class Entry(NamedTuple):
+    """A name in a directory. `info` is None for a directory."""
+
+    name: str
+    info: ObjectInfo | None
+
+
+@dataclass
+class Listing:
+    """What is known of a directory since `loaded` (monotonic seconds); whole unless it stops at key `known_to`."""
+
+    entries: dict[str, Entry]
+    loaded: float
+    hidden: int = 0
+    known_to: str | None = None
+    probed: dict[str, tuple[float, Entry | None]] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+
+    def knows(self, name: str, key: str) -> bool:
+        """Whether presence or absence of `name` (whose object would be `key`) can be told from the entries."""
+        return self.known_to is None or f"{key}/" <= self.known_to
+
+
+@dataclass(slots=True)
+class Node:
+    """One version of one path. `key` is the object's, or the directory's prefix (ending in ``/``, or empty)."""
+
+    id: int
+    parent: int
+    name: str
+    key: str
+    version: ObjectVersion | None
+    mtime: float
+    lookups: int = 0
+    opens: int = 0
+    direct_opens: int = 0
+
+    @property
+    def is_dir(self) -> bool:
+        """Whether this is a directory."""
+        return self.version is None
+
+    @property
+    def size(self) -> int:
+        """Bytes; 0 for a directory."""
+        return self.version.size if self.version else 0
+
+    @property
+    def ino(self) -> int:
+        """The inode number: the same for a path over all versions and mounts."""
+        if self.id == ROOT:
+            return ROOT
+        return int.from_bytes(hashlib.blake2b(self.key.encode(), digest_size=8).digest(), "little") | 2
+
+
+def read_page(page: Page, prefix: str, entries: dict[str, Entry]) -> int:
+    """Add a page's names to `entries`, by the rules at the top of this module. Returns how many keys are hidden."""
+    hidden = 0
+    for info in page.objects:
+        name = info.key[len(prefix) :]
+        if not name or (name.endswith("/") and is_valid_name(name[:-1])):
+            if name:
+                entries[name[:-1]] = Entry(name[:-1], None)
+            continue
+        shown = entries.get(name)
+        if not is_valid_name(name) or (shown and shown.info is None):
+            hidden += 1
+        else:
+            entries[name] = Entry(name, info)
+    for common in page.prefixes:
+        name = common[len(prefix) :].removesuffix("/")
+        if not is_valid_name(name):
+            hidden += 1
+            continue
+        shown = entries.get(name)
+        hidden += bool(shown and shown.info)
+        entries[name] = Entry(name, None)
+    return hidden
+
+
+class Tree:
+    """The directory tree under `prefix`. Listings and absences are believed for `ttl` seconds.
+
+    `record` is given every change that a successor must know, as a JSON-serialisable list. Safe to use from many
+    threads; only one of them asks the bucket about a directory at a time.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        prefix: str,
+        ttl: float,
+        record: Callable[[list[object]], None] = lambda change: None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.ttl = ttl
+        self._source = source
+        self._record = record
+        self._now = now
+        self._guard = threading.RLock()
+        self._asking = [threading.Lock() for _ in range(64)]
+        self._listings: dict[str, Listing] = {}
+        self._next_id = ROOT + 1
+        started = time.time()
+        self._nodes = {ROOT: Node(ROOT, ROOT, "", prefix, None, started, lookups=1)}
+        self._current: dict[tuple[int, str], int] = {}
+
+    # nodes
+
+    def node(self, node_id: int) -> Node:
+        """The node with this id. Raises NotFoundError."""
+        try:
+            return self._nodes[node_id]
+        except KeyError:
+            raise NotFoundError(f"node {node_id} is not known") from None
+
+    def lookup(
+        self, parent: Node, name: str, *, wait: bool = True, renew: Callable[[Node], bool] | None = None
+    ) -> Node:
+        """The node of a name now, with one more lookup counted.
+
+        Raises NotFoundError, WouldBlockError if the bucket must be asked and `wait` is false, and what the bucket
+        says. `renew` tells of a node that is still right whether the path should get a fresh one all the same.
+        """
+        return self.enter(parent, self._find(parent, name, wait), renew)
+
+    def enter(self, parent: Node, entry: Entry, renew: Callable[[Node], bool] | None = None) -> Node:
+        """The node of a directory entry, with one more lookup counted."""
+        version = self._source.version(entry.info) if entry.info else None
+        with self._guard:
+            known = self._nodes.get(self._current.get((parent.id, entry.name), 0))
+            if known is None or known.version != version or (renew is not None and renew(known)):
+                key = entry.info.key if entry.info else f"{parent.key}{entry.name}/"
+                mtime = entry.info.mtime if entry.info else self._nodes[ROOT].mtime
+                known = Node(self._next_id, parent.id, entry.name, key, version, mtime)
+                self._next_id += 1
+                self._nodes[known.id] = known
+                self._current[parent.id, entry.name] = known.id
+                etag = version.etag if version else None
+                self._record(["node", known.id, known.parent, known.name, known.key, etag, known.size, mtime])
+            known.lookups += 1
+            return known
+
+    def forget(self, node_id: int, count: int) -> None:
+        """The kernel dropped `count` lookups of a node."""
+        with self._guard:
+            node = self._nodes.get(node_id)
+            if node is None or node_id == ROOT:
+                return
+            node.lookups -= count
+            self._drop_if_unused(node)
+
+    def _drop_if_unused(self, node: Node) -> None:
+        # FORGET and RELEASE are served by different threads, so that either may come last.
+        if node.lookups > 0 or node.opens or node.direct_opens:
+            return
+        self._nodes.pop(node.id, None)
+        self._drop_name(node)
+        self._record(["forget", node.id])
+
+    def _drop_name(self, node: Node) -> None:
+        if self._current.get((node.parent, node.name)) == node.id:
+            del self._current[node.parent, node.name]
+
+    def count_open(self, node: Node, change: int, *, direct: bool) -> None:
+        """Note that a node was opened (`change` 1) or released (-1), by passthrough if `direct`."""
+        with self._guard:
+            if direct:
+                node.direct_opens += change
+            else:
+                node.opens += change
+            self._record(["open", node.id, node.opens, node.direct_opens])
+            self._drop_if_unused(node)
+
+    def current_names(self, version: ObjectVersion) -> list[tuple[int, str]]:
+        """``(parent id, name)`` of each path that shows this version now."""
+        with self._guard:
+            return [place for place, node in self._current.items() if self._nodes[node].version == version]
+
+    def snapshot(self) -> Iterator[list[object]]:
+        """The records that restore the tree as it is now: a journal made anew."""
+        with self._guard:
+            for node in self._nodes.values():
+                if node.id == ROOT:
+                    continue
+                etag = node.version.etag if node.version else None
+                yield ["node", node.id, node.parent, node.name, node.key, etag, node.size, node.mtime]
+                if node.opens or node.direct_opens:
+                    yield ["open", node.id, node.opens, node.direct_opens]
+
+    def restore(self, records: Iterable[list[object]], endpoint: str, bucket: str) -> None:
+        """Take over what a predecessor recorded: the same node ids, versions and open counts.
+
+        Lookup counts were not recorded. They are set so high that a FORGET never removes a restored node.
+        """
+        for kind, number, *rest in json.loads(json.dumps(list(records))):
+            if kind == "node":
+                parent, name, key, etag, size, mtime = rest
+                version = None if etag is None else ObjectVersion(endpoint, bucket, key, etag, size)
+                self._nodes[number] = Node(number, parent, name, key, version, mtime, lookups=1 << 62)
+                self._current[parent, name] = number
+                self._next_id = max(self._next_id, number + 1)
+            elif kind == "open" and number in self._nodes:
+                self._nodes[number].opens, self._nodes[number].direct_opens = rest
+            elif kind == "forget" and (node := self._nodes.pop(number, None)):
+                self._drop_name(node)
+
+    # listings
+
+    def lifetime(self, directory: Node, name: str) -> float:
+        """For how many more seconds the presence or absence of a name is believed."""
+        listing = self._listings.get(directory.key)
+        if listing is None:
+            return 0.0
+        loaded = listing.loaded
+        if not listing.knows(name, directory.key + name):
+            loaded, _ = listing.probed.get(name, (loaded, None))
+        return max(0.0, self.ttl - (self._now() - loaded))
+
+    @property
+    def hidden(self) -> int:
+        """Keys that the listings now held could not show."""
+        with self._guard:
+            return sum(listing.hidden for listing in self._listings.values())
+
+    @property
+    def node_count(self) -> int:
+        """Nodes that the kernel may know."""
+        return len(self._nodes)
+
+    def listing(self, directory: Node, *, wait: bool = True) -> Listing:
+        """The whole of a directory. Raises WouldBlockError as `lookup` does."""
+        fresh = self._fresh(directory.key)
+        if fresh is None or fresh.known_to is not None:
+            if not wait:
+                raise WouldBlockError
+            with self._only(directory.key):
+                fresh = self._fresh(directory.key)
+                if fresh is None or fresh.known_to is not None:
+                    fresh = self._load(directory.key, whole=True)
+        if not fresh.names:
+            fresh.names = sorted(fresh.entries)
+        return fresh
+
+    def _find(self, parent: Node, name: str, wait: bool) -> Entry:
+        key = parent.key + name
+        found = self._known(parent, name, key) if is_valid_name(name) else None
+        if found is WouldBlockError:
+            if not wait:
+                raise WouldBlockError
+            with self._only(parent.key):
+                if self._fresh(parent.key) is None:
+                    self._load(parent.key, whole=False)
+                found = self._known(parent, name, key)
+            if found is WouldBlockError:
+                found = self._probe(parent, name, key)
+        if not isinstance(found, Entry):
+            raise NotFoundError(f"{key} does not exist")
+        return found
+
+    def _known(self, parent: Node, name: str, key: str) -> Entry | type[WouldBlockError] | None:
+        listing = self._fresh(parent.key)
+        if listing is None:
+            return WouldBlockError
+        if listing.knows(name, key):
+            return listing.entries.get(name)
+        when, probed = listing.probed.get(name, (-self.ttl, None))
+        return probed if self._now() - when < self.ttl else WouldBlockError
+
+    def _probe(self, parent: Node, name: str, key: str) -> Entry | None:
+        """Ask for one name of a directory that is too long for one page."""
+        entry: Entry | None = None
+        first = next(self._source.list(f"{key}/"))
+        if first.objects or first.prefixes:
+            entry = Entry(name, None)
+        else:
+            try:
+                entry = Entry(name, self._source.head(key))
+            except NotFoundError:
+                pass
+        with self._guard:
+            listing = self._listings.get(parent.key)
+            if listing is not None:
+                listing.probed[name] = (self._now(), entry)
+        return entry
+
+    def _fresh(self, prefix: str) -> Listing | None:
+        listing = self._listings.get(prefix)
+        return listing if listing is not None and self._now() - listing.loaded < self.ttl else None
+
+    def _load(self, prefix: str, *, whole: bool) -> Listing:
+        """Ask the bucket for a directory: its first page, or all pages."""
+        listing = Listing({}, self._now())
+        for page in self._source.list(prefix):
+            listing.hidden += read_page(page, prefix, listing.entries)
+            if not whole:
+                if not page.is_last:
+                    listing.known_to = max(*(info.key for info in page.objects[-1:]), *page.prefixes[-1:], "")
+                break
+        with self._guard:
+            if len(self._listings) >= _MAX_LISTINGS:
+                for old in [key for key in self._listings if self._fresh(key) is None] or list(self._listings)[:1]:
+                    del self._listings[old]
+            self._listings[prefix] = listing
+        return listing
+
+    def _only(self, prefix: str) -> threading.Lock:
+        return self._asking[hash(prefix) % len(self._asking)]
