@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 MAX_RANGE = 8
 """Blocks in the longest range request: 8 MiB, where requests cost little beside their bytes."""
+MIN_RANGE = 4
+"""Blocks that are not worth a request each: one of 4 MiB takes as long as two round trips of 25 ms at 80 MB/s."""
 _ELSEWHERE_POLL = 0.02
 _BACKOFF = (0.1, 5.0)
 
@@ -46,8 +48,8 @@ OpenRange = Callable[[ObjectVersion, int, int], Body]
 
 
 def range_length(queued: int, connections: int) -> int:
-    """Blocks to take as one range when `queued` are waiting: short while connections would idle, else long."""
-    return max(1, min(MAX_RANGE, -(-queued // connections)))
+    """The most blocks to take as one range when `queued` are waiting: few while connections would idle, else many."""
+    return max(MIN_RANGE, min(MAX_RANGE, -(-queued // connections)))
 
 
 def backoff(attempt: int) -> float:
@@ -173,14 +175,14 @@ class Fetcher:
         for _ in landed:
             waiter.landed()
 
-    def prefetch(self, target: Target, blocks: Iterable[int], origin: int) -> None:
-        """Fetch blocks that a reader at block `origin` will want, the nearest first among all readers."""
+    def prefetch(self, target: Target, blocks: Iterable[tuple[int, int]]) -> None:
+        """Fetch blocks that a reader will want: ``(distance, block)``, the nearest first among all readers."""
         with self._changed:
-            for block in blocks:
+            for distance, block in blocks:
                 if block not in target.wants and not self._stopping:
                     target.wants[block] = _Want()
                     self._queued += 1
-                    heapq.heappush(self._ahead, (block - origin, next(self._order), target, block))
+                    heapq.heappush(self._ahead, (distance, next(self._order), target, block))
             self._wake()
 
     def drop_prefetch(self, target: Target) -> None:

@@ -6,65 +6,106 @@ and any number of streams run through a file side by side.
 
 * A stream earns its window by what it has read: half as much at first, so that one tensor costs at most one and a
   half times its bytes; as much after 16 MiB; twice as much after 32 MiB, up to the largest window. A stream from
-  the start of the file is how files are copied, so that its window doubles from the second block.
-* A read that continues no stream begins a new one, and gets nothing beyond what it asked for. Only in a file that
-  has been read in sequence until now (loaders jump from layer to layer) a new stream is lent a quarter of it.
+  the start of the file is how files are copied, so that its window is three times what was read from the second
+  block on.
+* A read that continues no stream begins a new one, and gets nothing beyond what it asked for. Only where
+  streams have gone on until now (:class:`Credit`; loaders jump from layer to layer and from shard to shard), a new
+  one is lent a quarter of what they have earned.
+* Where the file says what lies in it (*extents*: the tensors of a safetensors file), a young stream is given the rest
+  of the extent that it is in at once, and nothing beyond. One that goes from extent to extent is a loader's, though
+  it may read only the start of each: after the third its window is 16 MiB, and doubles with each further one.
 * Streams share the largest window, so that eight readers together do not want more than one.
+
+A loader reads tensors in the natural order of their names (layer 2 before layer 10), which is not their order in the
+file. So a file with extents is watched in both orders, by two policies: in the loader's own, a load is one stream.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import bisect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 _STREAMS = 64
 _SLACK = 8
 _ACTIVE = 64
 _START = 16
 _DOUBLE = 32
+_LEAST = 32
+_MOST_CREDIT = 256
+_LOADER = 3
+
+
+@dataclass(slots=True)
+class Credit:
+    """What the streams of one directory have earned by going on, in blocks, and may lend to those that begin.
+
+    It is spent when it is lent, so that a reader who turns to jumping about costs little.
+    """
+
+    balance: int = 0
+
+    def earn(self, blocks: int) -> None:
+        """A stream has gone on by so many blocks."""
+        self.balance = min(self.balance + blocks, _MOST_CREDIT)
+
+    def lend(self) -> int:
+        """Blocks that a new stream counts as read by it."""
+        lent = self.balance // 4 if self.balance >= _START else 0
+        self.balance -= lent
+        return lent
 
 
 @dataclass(slots=True)
 class _Stream:
     tail: int
-    """The block after the furthest read one."""
+    """The position after the furthest read one."""
     ahead: int
-    """The block after the furthest wanted one."""
-    run: int
-    """Blocks read by this stream, those lent to it included."""
+    """The position after the furthest wanted one."""
+    own: int
+    """Blocks read by this stream."""
+    lent: int
+    """Blocks that count as read by it besides."""
     from_start: bool
+    passed: int
+    """How many fences lay behind the stream when it began."""
+    begin: int
+    """Where it began; past the end once what it skipped has been wanted."""
     last_read: int
 
 
+@dataclass
 class ReadAhead:
-    """Streams through an object of `blocks` blocks, with a largest window of `max_window` blocks."""
+    """Streams through `blocks` positions, with a largest window of `max_window` blocks.
 
-    def __init__(self, blocks: int, max_window: int) -> None:
-        self.blocks = blocks
-        self.max_window = max_window
-        self._streams: list[_Stream] = []
-        self._reads = 0
-        self._touched = 0
-        self._continued = 0
+    `fences` are the ascending positions where an extent ends, none if that is not known.
+    """
+
+    blocks: int
+    max_window: int
+    credit: Credit = field(default_factory=Credit)
+    fences: Sequence[int] = ()
+    _streams: list[_Stream] = field(default_factory=list)
+    _reads: int = 0
 
     def on_read(self, first: int, last: int) -> range:
-        """Note a read of the blocks `first` to `last`, and say which blocks beyond it are wanted now, nearest first.
+        """Note a read of the positions `first` to `last`; those around it that are wanted now.
 
-        A block is wanted once per stream; the caller leaves out those that it has.
+        A position is wanted once per stream; the caller leaves out those that it has.
         """
         self._reads += 1
-        count = last - first + 1
         stream = self._continuing(first)
         if stream is None:
-            self._touched += count
             stream = self._begin(first, last)
         elif last >= stream.tail:
-            fresh = last + 1 - max(first, stream.tail)
-            self._touched += fresh
-            self._continued += fresh
-            stream.run += fresh
+            self.credit.earn(last + 1 - stream.tail)
+            stream.own += last + 1 - max(first, stream.tail)
             stream.tail = last + 1
         stream.last_read = self._reads
         start = max(stream.tail, stream.ahead)
+        if stream.begin < start and self._is_loader(stream):
+            # It skipped most of each extent until now, and will come back for it.
+            start, stream.begin = stream.begin, self.blocks
         stop = min(self.blocks, stream.tail + self._window(stream))
         if start >= stop:
             return range(0)
@@ -87,22 +128,80 @@ class ReadAhead:
         return best
 
     def _begin(self, first: int, last: int) -> _Stream:
-        run = last - first + 1
-        if self._touched >= _START and self._continued * 4 >= self._touched * 3:
-            run += self._touched // 4
-        stream = _Stream(last + 1, last + 1, run, first == 0, self._reads)
+        lent = self.credit.lend()
+        count = last + 1 - first
+        from_start = first == 0 and not self.fences
+        stream = _Stream(last + 1, last + 1, count, lent, from_start, self._fences_behind(last), first, self._reads)
         if len(self._streams) == _STREAMS:
             self._streams.remove(min(self._streams, key=lambda other: other.last_read))
         self._streams.append(stream)
         return stream
 
     def _window(self, stream: _Stream) -> int:
-        run = stream.run
-        if run >= _DOUBLE or (stream.from_start and run > 1):
+        run = stream.own + stream.lent
+        if stream.from_start and run > 1:
+            window = 3 * run
+        elif run >= _DOUBLE:
             window = 2 * run
         elif run >= _START:
             window = run
         else:
             window = run // 2
         active = sum(1 for other in self._streams if other.last_read + _ACTIVE > self._reads)
-        return min(window, max(self.max_window // max(active, 1), _SLACK))
+        window = min(window, max(self.max_window // max(active, 1), min(_LEAST, self.max_window)))
+        crossed = self._crossed(stream)
+        if crossed >= _LOADER:
+            window = max(window, min(_START << crossed - _LOADER, self.max_window))
+        elif not crossed and stream.own < _START and stream.passed < len(self.fences):
+            # Young, and still in the extent that it began in.
+            if stream.own > 1:
+                window = max(window, min(_START, self.max_window))
+            window = min(window, self.fences[stream.passed] - stream.tail)
+        return window
+
+    def _is_loader(self, stream: _Stream) -> bool:
+        return self._crossed(stream) >= _LOADER
+
+    def _crossed(self, stream: _Stream) -> int:
+        return self._fences_behind(stream.tail - 1) - stream.passed
+
+    def _fences_behind(self, position: int) -> int:
+        return bisect.bisect_right(self.fences, position)
+
+
+class LoadOrder:
+    """Streams through a file's blocks in the order in which a loader wants them.
+
+    `order` lists block numbers, each once; `fences` are positions in it.
+    """
+
+    def __init__(self, order: Sequence[int], max_window: int, credit: Credit, fences: Sequence[int]) -> None:
+        self._order = order
+        self._position = {block: position for position, block in enumerate(order)}
+        self._policy = ReadAhead(len(order), max_window, credit, fences)
+
+    def on_read(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Note a read of blocks; ``(distance, block)`` of those wanted now."""
+        wanted = []
+        for start, stop in self._runs(first, last):
+            wanted += [(abs(p - stop + 1), self._order[p]) for p in self._policy.on_read(start, stop - 1)]
+        return wanted
+
+    def forget_wanted(self) -> None:
+        """As :meth:`ReadAhead.forget_wanted`."""
+        self._policy.forget_wanted()
+
+    def _runs(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """The read as few ranges of positions ``[start, stop)``."""
+        start = stop = -1
+        for block in range(first, last + 1):
+            position = self._position.get(block)
+            if position is None:
+                continue
+            if position != stop:
+                if stop > start:
+                    yield start, stop
+                start = position
+            stop = position + 1
+        if stop > start:
+            yield start, stop

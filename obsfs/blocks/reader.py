@@ -8,9 +8,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from obsfs.blocks import safetensors
 from obsfs.blocks.cache import BLOCK, Cache, CachedObject, block_count
 from obsfs.blocks.fetcher import Fetcher, Target, Waiter
-from obsfs.blocks.readahead import ReadAhead
+from obsfs.blocks.readahead import Credit, LoadOrder, ReadAhead
 from obsfs.errors import ObsfsError, UnavailableError
 from obsfs.remote.client import Bucket, ObjectVersion
 from obsfs.settings import Settings
@@ -18,6 +19,7 @@ from obsfs.settings import Settings
 log = logging.getLogger(__name__)
 
 _IDLE_READERS = 64
+_DIRECTORIES = 256
 _STRAINED_WINDOW = 16
 
 
@@ -30,9 +32,13 @@ class Reader:
         self.cached = cached
         self.users = 0
         self._engine = engine
-        self._target = Target(cached, self._on_idle)
+        self.target = Target(cached, self._on_idle)
         window = min(engine.read_ahead, engine.cache.limit // 4)
-        self._policy = ReadAhead(cached.blocks, max(0, window // BLOCK))
+        self._has_tensors = cached.version.key.endswith(safetensors.SUFFIX)
+        self._load_order: LoadOrder | None = None
+        # Until the tensors are known, the start of such a file is its header, and nobody's stream.
+        fences = (0,) if self._has_tensors else ()
+        self._policy = ReadAhead(cached.blocks, max(0, window // BLOCK), engine.credit(cached.version), fences)
         self._guard = threading.Lock()
         self._is_complete = cached.is_complete()
         if not self._is_complete and all(map(cached.is_present, range(cached.blocks))):
@@ -59,7 +65,7 @@ class Reader:
         if missing:
             self._is_complete = False
             # Demand first: a worker that wakes must find it before the read-ahead.
-            self._engine.fetcher.demand(self._target, missing, Waiter(len(missing), done))
+            self._engine.fetcher.demand(self.target, missing, Waiter(len(missing), done))
         if not again:
             cached.touch(blocks)
             self._engine.count_read(size, len(blocks), len(missing))
@@ -69,12 +75,34 @@ class Reader:
 
     def _prefetch(self, first: int, last: int) -> None:
         with self._guard:
-            ahead = self._policy.on_read(first, last)
+            if self._load_order is None and self._has_tensors:
+                self._learn_tensors()
+            ahead = [(abs(block - last), block) for block in self._policy.on_read(first, last)]
+            if self._load_order is not None:
+                ahead += self._load_order.on_read(first, last)
         if self._engine.cache.is_strained:
             ahead = ahead[:_STRAINED_WINDOW]
-        wanted = [block for block in ahead if not self.cached.is_present(block)]
+        wanted = [(distance, block) for distance, block in ahead if not self.cached.is_present(block)]
         if wanted:
-            self._engine.fetcher.prefetch(self._target, wanted, last)
+            self._engine.fetcher.prefetch(self.target, wanted)
+
+    def _learn_tensors(self) -> None:
+        """Once the header of a safetensors file is here, watch the file tensor by tensor."""
+        found = safetensors.extents(self.size, self._peek)
+        if found is None:
+            return
+        self._has_tensors = False
+        if found:
+            window, credit = self._policy.max_window, self._policy.credit
+            order, fences = safetensors.load_order(found, BLOCK)
+            self._load_order = LoadOrder(order, window, credit, fences)
+            # In the file's order a loader jumps, which earns and spends nothing.
+            self._policy = ReadAhead(self.cached.blocks, window, fences=safetensors.file_fences(found, BLOCK))
+
+    def _peek(self, offset: int, size: int) -> bytes | None:
+        last = block_count(min(offset + size, self.size))
+        is_here = all(self.cached.is_trusted(block) for block in range(offset // BLOCK, last))
+        return self.cached.read(offset, size) if is_here else None
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes ``[offset, offset + size)``, less what lies behind the end. Waits for them.
@@ -95,7 +123,7 @@ class Reader:
         raise UnavailableError("the cache is too small for this read", "give it more with --cache-size")
 
     def _on_idle(self) -> None:
-        if self._target.wants or self._is_complete:
+        if self.target.wants or self._is_complete:
             return
         # Fetching has paused; whether it is over is looked at once per pause, off the readers' way.
         if self.cached.is_present(0) and self.cached.is_present(self.cached.blocks - 1):
@@ -114,14 +142,16 @@ class Reader:
 
     def drop_prefetch(self) -> None:
         """Nobody has it open: fetch no more than what is in flight."""
-        self._engine.fetcher.drop_prefetch(self._target)
+        self._engine.fetcher.drop_prefetch(self.target)
         with self._guard:
             self._policy.forget_wanted()
+            if self._load_order is not None:
+                self._load_order.forget_wanted()
 
     @property
     def is_fetching(self) -> bool:
         """Whether blocks are still wanted or in flight."""
-        return self._target.is_busy
+        return self.target.is_busy
 
 
 class _Borrowed:
@@ -152,6 +182,7 @@ class Engine:
         self.blocks_hit = 0
         self.blocks_missed = 0
         self._readers: OrderedDict[ObjectVersion, Reader] = OrderedDict()
+        self._credits: dict[tuple[str, str], Credit] = {}
         self._guard = threading.Lock()
         self.fetcher.later(lambda: self.cache.evict(self.cache.limit))
 
@@ -190,6 +221,26 @@ class Engine:
                 del self._readers[version]
                 reader.cached.close()
                 excess -= 1
+
+    def credit(self, version: ObjectVersion) -> Credit:
+        """The credit of the directory that this file is in. The caller holds the engine's guard."""
+        place = version.bucket, version.key.rpartition("/")[0]
+        credit = self._credits.setdefault(place, Credit())
+        if len(self._credits) > _DIRECTORIES:
+            del self._credits[next(iter(self._credits))]
+        return credit
+
+    def fetch_start(self, version: ObjectVersion) -> None:
+        """Have the first block of a file at hand soon: somebody is about to open it. Raises CacheError."""
+        reader = self.open(version)
+
+        def done(error: ObsfsError | None) -> None:
+            self.fetcher.later(lambda: self.release(reader))
+
+        if reader.is_complete or reader.cached.is_present(0):
+            self.release(reader)
+        else:
+            self.fetcher.demand(reader.target, [0], Waiter(1, done))
 
     def count_read(self, size: int, blocks: int, missed: int) -> None:
         """Note a read of `size` bytes in `blocks` blocks, of which `missed` were not there."""

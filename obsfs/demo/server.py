@@ -26,6 +26,8 @@ _START_SECONDS = 60.0
 _TRIES = 3
 _GRPC = 10_000
 """SeaweedFS also takes each port plus this one."""
+_SOCKETS = Path("/tmp")
+"""Where SeaweedFS puts a unix socket for each of its ports, and leaves it."""
 
 
 def find_program(name: str, extra: str) -> str:
@@ -63,6 +65,7 @@ class EmbeddedServer:
 
     def _start(self) -> None:
         ports = _free_ports(4)
+        self.ports = {*ports, *(port + _GRPC for port in ports)}
         self.port = ports[3]
         self.endpoint = f"http://127.0.0.1:{self.port}"
         config = self.directory / "s3.json"
@@ -154,6 +157,9 @@ class EmbeddedServer:
         if hasattr(self, "process"):
             self.stop()
         shutil.rmtree(self.directory, ignore_errors=True)
+        for port in getattr(self, "ports", ()):
+            for path in _SOCKETS.glob(f"seaweedfs-*-{port}.sock"):
+                path.unlink(missing_ok=True)
 
     def __enter__(self) -> EmbeddedServer:
         return self

@@ -11,19 +11,22 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from obsfs.blocks.reader import Engine, Reader
 from obsfs.errors import ObsfsError
-from obsfs.fuse.tree import ROOT, Listing, Node, Tree
+from obsfs.fuse.tree import ROOT, Entry, Listing, Node, Tree
+from obsfs.remote.client import ObjectInfo
 from obsfs.settings import Settings
 from obsfs.version import __version__
 
 __all__ = ["ROOT", "Attributes", "Opened", "Operations", "StatFs"]
 
 XATTR_PREFIX = "user.obsfs."
+_SMALL = 256 << 10
+_COMPANIONS = 64
 
 
 class Attributes(NamedTuple):
@@ -76,6 +79,22 @@ class _ReadOnlyError(ObsfsError):
 
 class _BadHandleError(ObsfsError):
     errno = errno.EBADF
+
+
+def companions(name: str, entries: Mapping[str, Entry]) -> list[ObjectInfo]:
+    """The files whose first block a loader wants next, when it opens `name` in a directory of these entries.
+
+    Loaders open one file after the other, a round trip each. Who opens ``config.json`` is about to read the other
+    small files; who opens the index of a model in shards is about to read the header of each shard.
+    """
+    files = [entry.info for entry in entries.values() if entry.info is not None and entry.name != name]
+    if name == "config.json":
+        files = [info for info in files if info.size <= _SMALL]
+    elif name.endswith(".safetensors.index.json"):
+        files = [info for info in files if info.key.endswith(".safetensors")]
+    else:
+        files = []
+    return files[:_COMPANIONS]
 
 
 class Operations:
@@ -177,11 +196,17 @@ class Operations:
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise _ReadOnlyError("the mount is read-only")
         reader = self.engine.open(node.version)
-        self._readers[number] = reader
+        if number not in self._readers:
+            self._readers[number] = reader
+            self._fetch_companions(node)
         # An inode is in one mode at a time: what is open through us stays so, what is direct stays direct.
         direct = self.can_be_direct and not node.opens and reader.cached.hold_whole()
         self.tree.count_open(node, 1, direct=direct)
         return Opened(number << 1 | direct, reader.cached.data_fd if direct else None)
+
+    def _fetch_companions(self, node: Node) -> None:
+        for info in companions(node.name, self.tree.known(node.parent)):
+            self.engine.fetch_start(self.tree.version(info))
 
     def reopen_indirect(self, handle: int) -> Opened:
         """The engine could not serve an open directly: the same open, through us."""

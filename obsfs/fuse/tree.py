@@ -16,7 +16,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -283,6 +283,16 @@ class Tree:
         if not fresh.names:
             fresh.names = sorted(fresh.entries)
         return fresh
+
+    def known(self, directory: int) -> Mapping[str, Entry]:
+        """The entries of a directory as far as they are known now. Asks nobody."""
+        node = self._nodes.get(directory)
+        listing = self._fresh(node.key) if node else None
+        return listing.entries if listing else {}
+
+    def version(self, info: ObjectInfo) -> ObjectVersion:
+        """The identity of what `info` describes."""
+        return self._source.version(info)
 
     def _find(self, parent: Node, name: str, wait: bool) -> Entry:
         key = parent.key + name

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from http.client import HTTPException, HTTPResponse
 from typing import Any, NamedTuple
 
 import boto3
@@ -40,6 +42,7 @@ from obsfs.remote.address import Address
 from obsfs.remote.credentials import Keys, explicit_keys
 from obsfs.settings import Settings
 
+_WAKE_BYTES = 256 << 10
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
@@ -74,31 +77,40 @@ class Page(NamedTuple):
 class RangeBody:
     """The body of one range request, to be read in order. Close it when done, also when it was read in part."""
 
-    def __init__(self, stream: Any, length: int) -> None:
-        self._stream = stream
+    def __init__(self, body: Any, length: int) -> None:
         self._left = length
+        self._response = body._raw_stream
+        # urllib3's readinto reads into bytes of its own and copies them; http.client's fills the buffer it is given.
+        inner = getattr(self._response, "_fp", None)
+        self._readinto = inner.readinto if isinstance(inner, HTTPResponse) else self._response.readinto
+        self._socket = getattr(self._response.connection, "sock", None)
 
     def readinto(self, buffer: memoryview) -> None:
         """Fill `buffer` whole. Raises UnavailableError when the body stalls, breaks off or ends early."""
         filled, wanted = 0, len(buffer)
+        # Fewer, larger wake-ups, as long as more is to come than they wait for.
+        self._wake_at(_WAKE_BYTES if self._left - wanted >= _WAKE_BYTES else 1)
         with _translated("read"):
             while filled < wanted:
-                count = self._stream.readinto(buffer[filled:])
+                count = self._readinto(buffer[filled:])
                 if not count:
                     raise UnavailableError(f"the server closed a body {self._left - filled} bytes early")
                 filled += count
         self._left -= filled
 
+    def _wake_at(self, size: int) -> None:
+        if self._socket is not None:
+            try:
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+            except OSError:
+                self._socket = None
+
     def close(self) -> None:
         """Release the connection: for the next request when the body was read whole, else by closing it."""
         if self._left:
-            self._stream.close()
+            self._response.close()
         else:
-            # urllib3 gives a connection back only when it has seen the end of the body.
-            try:
-                self._stream.read()
-            except (BotoCoreError, HTTPError, OSError):
-                self._stream.close()
+            self._response.release_conn()
 
 
 @dataclass(frozen=True)
@@ -281,7 +293,7 @@ def _translated(what: str, *, pinned: bool = False) -> Iterator[None]:
         raise _from_response(error, what, pinned) from None
     except BotoConnectionError as error:
         raise UnavailableError(f"cannot reach the server for {what}", _reason(error)) from None
-    except (BotoCoreError, HTTPError, OSError) as error:
+    except (BotoCoreError, HTTPError, HTTPException, OSError) as error:
         raise UnavailableError(f"request for {what} failed", _reason(error)) from None
 
 

@@ -1,0 +1,150 @@
+"""A link like the one to OBS, on one machine: latency to the first byte, a limit per connection, and one in all.
+
+A network namespace behind a veth pair whose inner end is shaped by tc's token bucket; in it nginx as a reverse proxy
+to SeaweedFS's unix socket, which waits before it answers and limits each connection. Needs root, Debian's
+``iproute2``, ``nginx-light`` and ``libnginx-mod-http-lua``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from obsfs.demo.server import EmbeddedServer
+from obsfs.errors import UsageError
+
+_PACKAGES = "apt-get install iproute2 nginx-light libnginx-mod-http-lua"
+_CONFIG = """
+daemon off;
+user root;
+worker_processes 1;
+pid {home}/nginx.pid;
+error_log {home}/error.log;
+include /etc/nginx/modules-enabled/*.conf;
+events {{ worker_connections 1024; }}
+http {{
+  access_log off;
+  client_body_temp_path {home}/body;
+  proxy_temp_path {home}/proxy;
+  client_max_body_size 0;
+  keepalive_requests 1000000;
+  upstream store {{ server unix:{socket}; keepalive 64; }}
+  server {{
+    listen {address}:80 backlog=1024;
+    access_by_lua_block {{ ngx.sleep({latency}) }}
+    {limit}
+    location / {{
+      proxy_pass http://store;
+      proxy_http_version 1.1;
+      proxy_set_header Connection "";
+      proxy_set_header Host {address}:80;
+      proxy_buffering on;
+      proxy_buffers 64 64k;
+      proxy_max_temp_file_size 0;
+    }}
+  }}
+}}
+"""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """`latency` in seconds to the first byte, `per_connection` and `total` in 10^6 bytes per second."""
+
+    latency: float
+    per_connection: int
+    total: int
+
+
+PROFILES = {
+    "obs": Profile(0.030, 80, 400),
+    "far": Profile(0.120, 20, 400),
+}
+
+
+class Link:
+    """The way to a server, shaped. Use it in a ``with`` statement; `endpoint` is its near end."""
+
+    def __init__(self, server: EmbeddedServer, profile: Profile) -> None:
+        if os.geteuid() != 0:
+            raise UsageError("the emulated link needs root", "run as root")
+        missing = [name for name in ("ip", "tc", "nginx") if shutil.which(name) is None]
+        if missing:
+            raise UsageError(f"the emulated link needs {', '.join(missing)}", _PACKAGES)
+        self._name = f"obsfs{os.getpid() % 100000}"
+        self._near, self._far = f"{self._name}a"[:15], f"{self._name}b"[:15]
+        third = os.getpid() % 250 + 1
+        self._home = Path(tempfile.mkdtemp(prefix="obsfs-link-"))
+        address = f"10.213.{third}.2"
+        self.endpoint = f"http://{address}:80"
+        config = self._home / "nginx.conf"
+        config.write_text(
+            _CONFIG.format(
+                home=self._home,
+                socket=f"/tmp/seaweedfs-s3-{server.port}.sock",
+                address=address,
+                latency=profile.latency,
+                limit=f"limit_rate {profile.per_connection * 1000}k;",
+            )
+        )
+        self._nginx: subprocess.Popen[bytes] | None = None
+        try:
+            self._build(profile, f"10.213.{third}", config)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, profile: Profile, network: str, config: Path) -> None:
+        _run("ip", "netns", "add", self._name)
+        _run("ip", "link", "add", self._near, "type", "veth", "peer", "name", self._far, "netns", self._name)
+        _run("ip", "addr", "add", f"{network}.1/24", "dev", self._near)
+        _run("ip", "link", "set", self._near, "up")
+        inside = ("ip", "netns", "exec", self._name)
+        _run(*inside, "ip", "addr", "add", f"{network}.2/24", "dev", self._far)
+        _run(*inside, "ip", "link", "set", self._far, "up")
+        rate = f"{profile.total * 8}mbit"
+        _run(
+            *inside, "tc", "qdisc", "replace", "dev", self._far, "root", "tbf",
+            "rate", rate, "burst", "4mb", "latency", "50ms",
+        )  # fmt: skip
+        self._nginx = subprocess.Popen([*inside, "nginx", "-c", str(config)])
+        deadline = time.monotonic() + 10
+        while not (self._home / "nginx.pid").exists():
+            if self._nginx.poll() is not None or time.monotonic() > deadline:
+                self._fail()
+            time.sleep(0.05)
+
+    def _fail(self) -> NoReturn:
+        log = self._home / "error.log"
+        said = log.read_text()[-300:] if log.exists() else ""
+        raise UsageError(f"nginx did not start: {said}", _PACKAGES)
+
+    def close(self) -> None:
+        """Take everything down."""
+        if self._nginx is not None:
+            self._nginx.terminate()
+            self._nginx.wait(10)
+        subprocess.run(["ip", "netns", "del", self._name], capture_output=True, check=False)
+        subprocess.run(["ip", "link", "del", self._near], capture_output=True, check=False)
+        shutil.rmtree(self._home, ignore_errors=True)
+
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _run(*arguments: str) -> None:
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UsageError(f"`{' '.join(arguments)}` failed: {done.stderr.strip()}", _PACKAGES)

@@ -1,0 +1,81 @@
+"""What lies where in a safetensors file, and in which order loaders read it. Pure.
+
+The format: https://github.com/huggingface/safetensors#format - eight bytes with the length of a JSON header (little
+endian), the header, the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+SUFFIX = ".safetensors"
+_LENGTH = 8
+_MAX_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors library itself."""
+
+
+class Extent(NamedTuple):
+    """The bytes ``[start, stop)`` of one tensor in the file."""
+
+    name: str
+    start: int
+    stop: int
+
+
+def extents(size: int, read: Callable[[int, int], bytes | None]) -> list[Extent] | None:
+    """The tensors of a file of `size` bytes, in the order of the file.
+
+    `read` gives bytes ``[offset, offset + size)``, or None when they are not at hand; then the answer is None. A
+    file that is no safetensors file has no tensors.
+    """
+    length_field = read(0, _LENGTH)
+    if length_field is None:
+        return None
+    length = int.from_bytes(length_field, "little")
+    base = _LENGTH + length
+    if length > _MAX_HEADER or base > size:
+        return []
+    header = read(_LENGTH, length)
+    if header is None:
+        return None
+    try:
+        entries = json.loads(header)
+        found = [
+            Extent(name, base + int(entry["data_offsets"][0]), base + int(entry["data_offsets"][1]))
+            for name, entry in entries.items()
+            if name != "__metadata__"
+        ]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return []
+    found.sort(key=lambda extent: extent.start)
+    if any(not base <= extent.start <= extent.stop <= size for extent in found):
+        return []
+    return [extent for extent in found if extent.stop > extent.start]
+
+
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """A sort key by which ``layers.2`` comes before ``layers.10``, as loaders visit tensors."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def file_fences(found: list[Extent], block: int) -> list[int]:
+    """The block after each extent's last, ascending."""
+    return sorted({-(-extent.stop // block) for extent in found})
+
+
+def load_order(found: list[Extent], block: int) -> tuple[list[int], list[int]]:
+    """Block numbers in the order in which a loader wants them, and the positions in it after each extent's last block.
+
+    A block that several extents share stands where the first of them is.
+    """
+    order: dict[int, None] = {}
+    fences: list[int] = []
+    for extent in sorted(found, key=lambda extent: natural(extent.name)):
+        for number in range(extent.start // block, -(-extent.stop // block)):
+            order.setdefault(number)
+        if not fences or fences[-1] != len(order):
+            fences.append(len(order))
+    return list(order), fences
