@@ -52,6 +52,11 @@ def range_length(queued: int, connections: int) -> int:
     return max(MIN_RANGE, min(MAX_RANGE, -(-queued // connections)))
 
 
+def demand_reserve(connections: int) -> int:
+    """Connections that read-ahead leaves free, so that whoever waits does not wait for a whole range first."""
+    return connections // 8
+
+
 def backoff(attempt: int) -> float:
     """Seconds to pause after failure number `attempt` (from 1): doubling from 0.1 to 5, with full jitter."""
     low, high = _BACKOFF
@@ -140,6 +145,7 @@ class Fetcher:
         self._order = itertools.count()
         self._queued = 0
         self._idle = 0
+        self._busy = 0
         self._workers: list[threading.Thread] = []
         self._stopping = False
         self._recent: deque[tuple[float, int]] = deque(maxlen=4096)
@@ -176,13 +182,13 @@ class Fetcher:
             waiter.landed()
 
     def prefetch(self, target: Target, blocks: Iterable[tuple[int, int]]) -> None:
-        """Fetch blocks that a reader will want: ``(distance, block)``, the nearest first among all readers."""
+        """Fetch blocks that a reader will want: ``(urgency, block)``, 0 first among all readers."""
         with self._changed:
-            for distance, block in blocks:
+            for urgency, block in blocks:
                 if block not in target.wants and not self._stopping:
                     target.wants[block] = _Want()
                     self._queued += 1
-                    heapq.heappush(self._ahead, (distance, next(self._order), target, block))
+                    heapq.heappush(self._ahead, (urgency, next(self._order), target, block))
             self._wake()
 
     def drop_prefetch(self, target: Target) -> None:
@@ -252,6 +258,7 @@ class Fetcher:
                 self._fail(task[0], task[1], UnavailableError("internal error, see the log"), final=True)
             _tell(task[0].on_idle)
             with self._changed:
+                self._busy -= 1
                 task[0].workers -= 1
 
     def _next(self) -> tuple[Target, range] | None:
@@ -269,7 +276,7 @@ class Fetcher:
             target, block = self._demand.popleft()
             if _is_waiting(target, block):
                 return self._take(target, block)
-        while self._ahead:
+        while self._ahead and self._busy < self.connections - demand_reserve(self.connections):
             *_, target, block = heapq.heappop(self._ahead)
             if _is_waiting(target, block):
                 return self._take(target, block)
@@ -282,6 +289,7 @@ class Fetcher:
             target.wants[stop].running = True
             stop += 1
         self._queued -= stop - start
+        self._busy += 1
         target.workers += 1
         return target, range(start, stop)
 

@@ -34,6 +34,8 @@ _DOUBLE = 32
 _LEAST = 32
 _MOST_CREDIT = 256
 _LOADER = 3
+_HOP = 2
+_SKIPS = 8
 
 
 @dataclass(slots=True)
@@ -70,8 +72,9 @@ class _Stream:
     passed: int
     """How many fences lay behind the stream when it began."""
     begin: int
-    """Where it began; past the end once what it skipped has been wanted."""
     last_read: int
+    is_filled: bool = False
+    """Whether what it skipped before it was known for a loader's has been wanted."""
 
 
 @dataclass
@@ -88,8 +91,8 @@ class ReadAhead:
     _streams: list[_Stream] = field(default_factory=list)
     _reads: int = 0
 
-    def on_read(self, first: int, last: int) -> range:
-        """Note a read of the positions `first` to `last`; those around it that are wanted now.
+    def on_read(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Note a read of the positions `first` to `last`; ``(urgency, position)`` of those wanted now, 0 most urgent.
 
         A position is wanted once per stream; the caller leaves out those that it has.
         """
@@ -103,14 +106,19 @@ class ReadAhead:
             stream.tail = last + 1
         stream.last_read = self._reads
         start = max(stream.tail, stream.ahead)
-        if stream.begin < start and self._is_loader(stream):
-            # It skipped most of each extent until now, and will come back for it.
-            start, stream.begin = stream.begin, self.blocks
         stop = min(self.blocks, stream.tail + self._window(stream))
         if start >= stop:
-            return range(0)
+            return []
         stream.ahead = stop
-        return range(start, stop)
+        wanted = [(position - last, position) for position in range(start, stop)]
+        if self._crossed(stream) >= _LOADER:
+            if stream.own * _SKIPS < stream.tail - stream.begin:
+                # It looks at the start of each extent, to come back for the rest.
+                wanted = [(distance // _SKIPS if self._is_start(p) else distance, p) for distance, p in wanted]
+            if not stream.is_filled:
+                wanted += [(abs(last - position), position) for position in range(stream.begin, start)]
+                stream.is_filled = True
+        return wanted
 
     def forget_wanted(self) -> None:
         """What was wanted and has not come will not come: streams want it again when they go on."""
@@ -121,11 +129,16 @@ class ReadAhead:
         best = None
         nearest = 0
         for stream in self._streams:
-            if stream.tail - _SLACK <= first <= max(stream.tail, stream.ahead) + _SLACK:
+            if stream.tail - _SLACK <= first <= max(stream.tail, stream.ahead) + _SLACK or self._is_hop(stream, first):
                 distance = abs(first - stream.tail)
                 if best is None or distance < nearest:
                     best, nearest = stream, distance
         return best
+
+    def _is_hop(self, stream: _Stream, first: int) -> bool:
+        """Whether a read is where the extent after the stream's begins, as when a loader looks at one after another."""
+        behind = self._fences_behind(stream.tail - 1)
+        return behind < len(self.fences) and -_HOP <= first - self.fences[behind] <= _SLACK
 
     def _begin(self, first: int, last: int) -> _Stream:
         lent = self.credit.lend()
@@ -152,15 +165,22 @@ class ReadAhead:
         crossed = self._crossed(stream)
         if crossed >= _LOADER:
             window = max(window, min(_START << crossed - _LOADER, self.max_window))
-        elif not crossed and stream.own < _START and stream.passed < len(self.fences):
-            # Young, and still in the extent that it began in.
-            if stream.own > 1:
-                window = max(window, min(_START, self.max_window))
-            window = min(window, self.fences[stream.passed] - stream.tail)
+        elif stream.own < _START and stream.passed < len(self.fences):
+            fence = self.fences[stream.passed]
+            if crossed:
+                # Perhaps only the kernel's own read-ahead, which goes on beyond what is read.
+                window = min(window, stream.tail - fence)
+            else:
+                # Young, and still in the extent that it began in.
+                if stream.own > 1:
+                    window = max(window, min(_START, self.max_window))
+                window = min(window, fence - stream.tail)
         return window
 
-    def _is_loader(self, stream: _Stream) -> bool:
-        return self._crossed(stream) >= _LOADER
+    def _is_start(self, position: int) -> bool:
+        """Whether an extent begins here or in the next block: a page fault reads around the page."""
+        behind = self._fences_behind(position + 1)
+        return bool(behind) and position <= self.fences[behind - 1]
 
     def _crossed(self, stream: _Stream) -> int:
         return self._fences_behind(stream.tail - 1) - stream.passed
@@ -181,10 +201,10 @@ class LoadOrder:
         self._policy = ReadAhead(len(order), max_window, credit, fences)
 
     def on_read(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Note a read of blocks; ``(distance, block)`` of those wanted now."""
+        """Note a read of blocks; ``(urgency, block)`` of those wanted now."""
         wanted = []
         for start, stop in self._runs(first, last):
-            wanted += [(abs(p - stop + 1), self._order[p]) for p in self._policy.on_read(start, stop - 1)]
+            wanted += [(urgency, self._order[p]) for urgency, p in self._policy.on_read(start, stop - 1)]
         return wanted
 
     def forget_wanted(self) -> None:

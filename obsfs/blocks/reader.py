@@ -77,12 +77,12 @@ class Reader:
         with self._guard:
             if self._load_order is None and self._has_tensors:
                 self._learn_tensors()
-            ahead = [(abs(block - last), block) for block in self._policy.on_read(first, last)]
+            ahead = self._policy.on_read(first, last)
             if self._load_order is not None:
                 ahead += self._load_order.on_read(first, last)
         if self._engine.cache.is_strained:
             ahead = ahead[:_STRAINED_WINDOW]
-        wanted = [(distance, block) for distance, block in ahead if not self.cached.is_present(block)]
+        wanted = [(urgency, block) for urgency, block in ahead if not self.cached.is_present(block)]
         if wanted:
             self._engine.fetcher.prefetch(self.target, wanted)
 
