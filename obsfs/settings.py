@@ -116,7 +116,7 @@ class Settings(BaseSettings):
         True, description="Let the kernel read fully cached files by itself (Linux 6.9 or later, root)."
     )
     kernel_read_ahead: ByteSize = Field(
-        ByteSize(256 << 10), description="The kernel's own read-ahead on the mount (set where permitted)."
+        ByteSize(512 << 10), description="The kernel's own read-ahead on the mount (set where permitted)."
     )
     allow_other: bool = Field(False, description="Let other users of this machine read the mount.")
     uid: int | None = Field(None, ge=0, description="Owner shown for every file. Default: who mounts.")

@@ -81,13 +81,15 @@ class _Stream:
 class ReadAhead:
     """Streams through `blocks` positions, with a largest window of `max_window` blocks.
 
-    `fences` are the ascending positions where an extent ends, none if that is not known.
+    `fences` are the ascending positions where an extent ends, none if that is not known. With `gives_extents`, a
+    young stream is given the rest of its extent.
     """
 
     blocks: int
     max_window: int
     credit: Credit = field(default_factory=Credit)
     fences: Sequence[int] = ()
+    gives_extents: bool = True
     _streams: list[_Stream] = field(default_factory=list)
     _reads: int = 0
 
@@ -137,7 +139,7 @@ class ReadAhead:
 
     def _is_hop(self, stream: _Stream, first: int) -> bool:
         """Whether a read is where the extent after the stream's begins, as when a loader looks at one after another."""
-        behind = self._fences_behind(stream.tail - 1)
+        behind = self._fences_behind(stream.tail)
         return behind < len(self.fences) and -_HOP <= first - self.fences[behind] <= _SLACK
 
     def _begin(self, first: int, last: int) -> _Stream:
@@ -166,15 +168,11 @@ class ReadAhead:
         if crossed >= _LOADER:
             window = max(window, min(_START << crossed - _LOADER, self.max_window))
         elif stream.own < _START and stream.passed < len(self.fences):
-            fence = self.fences[stream.passed]
-            if crossed:
-                # Perhaps only the kernel's own read-ahead, which goes on beyond what is read.
-                window = min(window, stream.tail - fence)
-            else:
-                # Young, and still in the extent that it began in.
-                if stream.own > 1:
-                    window = max(window, min(_START, self.max_window))
-                window = min(window, fence - stream.tail)
+            # Young: the rest of the extent that it began in, and nothing beyond. The kernel's own read-ahead goes
+            # on beyond what is read, and must not be taken for a reader.
+            if stream.own > 1:
+                window = max(window, min(_START, self.max_window))
+            window = max(0, min(window, self.fences[stream.passed] - stream.tail)) if self.gives_extents else 0
         return window
 
     def _is_start(self, position: int) -> bool:
@@ -198,7 +196,7 @@ class LoadOrder:
     def __init__(self, order: Sequence[int], max_window: int, credit: Credit, fences: Sequence[int]) -> None:
         self._order = order
         self._position = {block: position for position, block in enumerate(order)}
-        self._policy = ReadAhead(len(order), max_window, credit, fences)
+        self._policy = ReadAhead(len(order), max_window, credit, fences, gives_extents=False)
 
     def on_read(self, first: int, last: int) -> list[tuple[int, int]]:
         """Note a read of blocks; ``(urgency, block)`` of those wanted now."""
