@@ -200,14 +200,16 @@ class CachedObject:
     def put(self, block: int, data: memoryview) -> None:
         """Store a block that was fetched under a claim. A disk that takes no more makes it stay in memory."""
         digest = checksum(data)
+        if not self._cache.reserve(len(data)):
+            self._cache.hold(self, block, bytes(data))
+            return
         try:
-            if not self._cache.make_room(len(data)):
-                raise OSError(errno.ENOSPC, "everything in the cache is in use")
             written = os.pwrite(self.data_fd, data, block * BLOCK)
-            if written != len(data):
-                raise OSError(errno.ENOSPC, "short write")
-        except OSError as error:
-            self._cache.hold(self, block, bytes(data), error)
+        except OSError:
+            written = 0
+        if written != len(data):
+            self._cache.settle(len(data), stored=False)
+            self._cache.hold(self, block, bytes(data))
             return
         base = 3 * block
         self._words[base] = digest
@@ -215,7 +217,7 @@ class CachedObject:
         word = (self._words[base + 2] | _PRESENT) + 2
         self._words[base + 2] = word
         self._trusted[block] = word
-        self._cache.count_added(len(data))
+        self._cache.settle(len(data), stored=True)
 
     def seal(self) -> None:
         """If every block is verified, sync the data and note it, so that a later process need not verify again."""
@@ -295,7 +297,9 @@ class Cache:
         self._held: OrderedDict[tuple[CachedObject, int], int] = OrderedDict()
         self._held_bytes = 0
         self._used = 0
-        self._added_since_scan = 0
+        self._reserved = 0
+        self._stored = 0
+        self._stored_at_scan = 0
         self._next_scan = 0.0
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -377,13 +381,15 @@ class Cache:
         with self._guard:
             self.corrupt_blocks += 1
 
-    def count_added(self, size: int) -> None:
-        """A block of `size` bytes was stored."""
+    def settle(self, size: int, *, stored: bool) -> None:
+        """A block for which room was reserved was stored, or could not be."""
         with self._guard:
-            self._used += size
-            self._added_since_scan += size
+            self._reserved -= size
+            if stored:
+                self._used += size
+                self._stored += size
 
-    def hold(self, owner: CachedObject, block: int, data: bytes, error: OSError) -> None:
+    def hold(self, owner: CachedObject, block: int, data: bytes) -> None:
         """Keep a block in memory that the disk did not take (64 MiB of them at most, oldest go first)."""
         with self._guard:
             self.write_errors += 1
@@ -404,27 +410,42 @@ class Cache:
 
     # evicting
 
-    def make_room(self, size: int) -> bool:
-        """Evict if `size` more bytes would pass the limit, or if other processes may have added much by now.
+    def reserve(self, size: int) -> bool:
+        """Room for a block, to be settled. Evicts if need be, or if other processes may have added much by now.
 
         False when there is no room, because what is there is in use by readers in passthrough.
         """
-        if self._is_roomy(size):
+        if self._is_scan_due():
+            with self._evicting:
+                if self._is_scan_due():
+                    self.evict(self.limit)
+        if self._take(size):
             return True
         with self._evicting:
             # What is in use stays in use for a while: a scan that freed too little is not repeated at once.
-            if not self._is_roomy(size) and time.monotonic() >= self._next_scan:
-                self.evict(self.limit - size)
-                if self._used + size > self.limit:
+            if not self._take(size):
+                if time.monotonic() < self._next_scan:
+                    return False
+                self.evict(self.limit - self._reserved - size)
+                if not self._take(size):
                     self._next_scan = time.monotonic() + 1.0
-        return self._used + size <= self.limit
+                    return False
+            return True
 
-    def _is_roomy(self, size: int) -> bool:
-        return self._used + size <= self.limit and self._added_since_scan < max(self.limit // 16, 64 * BLOCK)
+    def _take(self, size: int) -> bool:
+        with self._guard:
+            fits = self._used + self._reserved + size <= self.limit
+            if fits:
+                self._reserved += size
+            return fits
+
+    def _is_scan_due(self) -> bool:
+        return self._stored - self._stored_at_scan >= max(self.limit // 16, 64 * BLOCK)
 
     def evict(self, target: int) -> None:
         """Bring the cache to `target` bytes, or to 95% of it when it has to go down at all; oldest blocks first."""
         with _exclusive(self._lock_fd):
+            stored = self._stored
             blocks = [
                 (used, path, block, word, size)
                 for path in self._maps()
@@ -452,8 +473,9 @@ class Cache:
                 total -= freed
                 self.evicted_bytes += freed
             with self._guard:
-                self._used = total
-                self._added_since_scan = 0
+                # What was stored during the scan may have been seen by it or not.
+                self._used = total + self._stored - stored
+                self._stored_at_scan = stored
 
     def clean(self, *, older_than: float = 0.0, prefix: tuple[str, str] | None = None) -> int:
         """Drop what was not used for `older_than` seconds, of the objects whose (bucket, key) start so.

@@ -26,6 +26,8 @@ _START_SECONDS = 60.0
 _TRIES = 3
 _GRPC = 10_000
 """SeaweedFS also takes each port plus this one."""
+_GROWTH = "[master.volume_growth]\ncopy_1 = 1\n"
+"""Each bucket takes one volume at a time, instead of seven at once."""
 _SOCKETS = Path("/tmp")
 """Where SeaweedFS puts a unix socket for each of its ports, and leaves it."""
 
@@ -73,6 +75,7 @@ class EmbeddedServer:
         keys = {"accessKey": self.access_key, "secretKey": self.secret_key}
         identity = {"name": "demo", "credentials": [keys], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
         config.write_text(json.dumps({"identities": [identity]}))
+        (self.directory / "master.toml").write_text(_GROWTH)
         data = self.directory / "data"
         data.mkdir(exist_ok=True)
         arguments = [
@@ -90,7 +93,7 @@ class EmbeddedServer:
             f"-volume.port={ports[1]}",
             f"-filer.port={ports[2]}",
             f"-s3.port={ports[3]}",
-            "-volume.max=200",
+            "-volume.max=1000",
         ]
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(

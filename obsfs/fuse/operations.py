@@ -22,8 +22,10 @@ from obsfs.remote.client import ObjectInfo
 from obsfs.settings import Settings
 from obsfs.version import __version__
 
-__all__ = ["ROOT", "Attributes", "Opened", "Operations", "StatFs"]
+__all__ = ["ROOT", "UNKNOWN_INO", "Attributes", "Opened", "Operations", "StatFs"]
 
+UNKNOWN_INO = 0xFFFFFFFF
+"""Stands in a directory for an inode number that has not been looked up, as libfuse has it; 0 would hide the name."""
 XATTR_PREFIX = "user.obsfs."
 _SMALL = 256 << 10
 _COMPANIONS = 64

@@ -18,7 +18,7 @@ from typing import Any
 
 from obsfs.errors import ObsfsError, UsageError, VersionChangedError
 from obsfs.fuse.kernel import channel
-from obsfs.fuse.operations import ROOT, Attributes, Operations
+from obsfs.fuse.operations import ROOT, UNKNOWN_INO, Attributes, Operations
 from obsfs.settings import Settings
 
 try:
@@ -93,7 +93,7 @@ class _Adapter(mfusepy.Operations):
     def readdir_with_offset(self, path: str, offset: int, fh: int) -> Iterator[tuple[str, dict[str, int], int]]:
         with self._found(path) as found:
             for name, is_dir, following in self._operations.readdir(found.node, fh, offset):
-                yield name, {"st_mode": stat.S_IFDIR if is_dir else stat.S_IFREG}, following
+                yield name, {"st_mode": stat.S_IFDIR if is_dir else stat.S_IFREG, "st_ino": UNKNOWN_INO}, following
 
     def releasedir(self, path: str, fh: int) -> int:
         self._operations.releasedir(fh)
@@ -183,4 +183,6 @@ def serve(
             **options,
         )
     except RuntimeError as error:
+        if ready.is_set():
+            return  # libfuse reports the signal that ended it
         raise UsageError(f"libfuse cannot mount on {mountpoint} (error {error})", "see fusermount3(1)") from None

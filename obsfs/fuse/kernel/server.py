@@ -22,7 +22,7 @@ from obsfs.blocks.reader import Reader
 from obsfs.errors import NotFoundError, ObsfsError
 from obsfs.fuse.kernel import channel, wire
 from obsfs.fuse.kernel.wire import FileOpen, Init, Opcode, Request
-from obsfs.fuse.operations import Attributes, Operations
+from obsfs.fuse.operations import UNKNOWN_INO, Attributes, Operations
 from obsfs.fuse.tree import WouldBlockError
 from obsfs.remote.client import ObjectVersion
 
@@ -447,7 +447,7 @@ class Server:
         entries = operations.readdir(request.node, handle, offset, wait=wait)
         for name, is_dir, following in takewhile(fits, entries):
             kind = wire.DT_DIR if is_dir else wire.DT_REG
-            ino = 2
+            ino = UNKNOWN_INO
             if plus:
                 found = operations.enter(request.node, handle, name)
                 parts.append(_entry(found))

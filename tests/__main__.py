@@ -1,0 +1,33 @@
+"""``python3 -m tests [PYTEST ARGUMENTS]``: set up, then ruff, mypy and pytest; with arguments, pytest alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from tests import venv
+
+_GATES = (
+    ("ruff", "check", "."),
+    ("ruff", "format", "--check", "."),
+    ("mypy",),
+)
+
+
+def main() -> int:
+    """The exit status of the first gate that failed, else that of pytest."""
+    venv.ensure_system()
+    venv.ensure()
+    environment = {**os.environ, "PATH": os.pathsep.join([str(venv.HOME / "bin"), os.environ.get("PATH", "")])}
+    gates = () if sys.argv[1:] else _GATES
+    for gate in (*gates, ("pytest", *sys.argv[1:])):
+        print(f"== {' '.join(gate)}", flush=True)
+        status = subprocess.run([venv.PYTHON, "-m", *gate], cwd=venv.ROOT, env=environment, check=False).returncode
+        if status:
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Fixtures: a real S3 server, buckets, and real mounts of them, all taken down whatever happens."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from obsfs.demo.server import EmbeddedServer
+from obsfs.fuse import mounts
+from obsfs.fuse.kernel import channel
+from obsfs.settings import Settings
+
+MIB = 1 << 20
+_NUMBERS = itertools.count(1)
+
+
+def random_bytes(size: int, seed: int = 0) -> bytes:
+    return random.Random(seed * 1_000_003 + size).randbytes(size)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Fast ones first: a mistake shows early.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No test sees the credentials, settings, cache or state of whoever runs it."""
+    for name in list(os.environ):
+        if name.startswith(("AWS_", "OBSFS_", "HUAWEICLOUD_")):
+            monkeypatch.delenv(name)
+    for name in ("CACHE", "STATE", "CONFIG"):
+        monkeypatch.setenv(f"XDG_{name}_HOME", str(tmp_path / name.lower()))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "aws-config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "aws-credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    if "server" in request.fixturenames:
+        for name, value in request.getfixturevalue("server").environment.items():
+            monkeypatch.setenv(name, value)
+
+
+@dataclass
+class Store:
+    """A bucket of a real server."""
+
+    server: EmbeddedServer
+    name: str
+    client: Any
+
+    def __str__(self) -> str:
+        return f"obs://{self.name}"
+
+    def put(self, key: str, data: bytes) -> str:
+        etag: str = self.client.put_object(Bucket=self.name, Key=key, Body=data)["ETag"]
+        return etag
+
+
+@pytest.fixture
+def bucket(server: EmbeddedServer) -> Store:
+    store = Store(server, f"test-{os.getpid()}-{next(_NUMBERS)}", server.client())
+    store.client.create_bucket(Bucket=store.name)
+    return store
+
+
+@pytest.fixture(params=["native", "fusepy"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Both ways to serve a mount."""
+    return str(request.param)
+
+
+class Mounter:
+    """Mounts by the same way as the command, and takes all of it down."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._mounted: list[tuple[Path, subprocess.Popen[bytes]]] = []
+
+    def __call__(self, source: object, *, at: Path | None = None, **settings: Any) -> Path:
+        path = at or self._home / f"mnt{len(self._mounted)}"
+        if not os.path.lexists(path) and at is None:
+            path.mkdir()
+        settings.setdefault("cache_dir", self._home / "blocks")
+        process = mounts.start(str(source), path, Settings.load(**settings), lifeline=False)
+        self._mounted.append((path, process))
+        return path
+
+    def process(self, path: Path) -> subprocess.Popen[bytes]:
+        return next(process for mounted, process in reversed(self._mounted) if mounted == path)
+
+    def kill(self, path: Path) -> None:
+        self.process(path).kill()
+        self.process(path).wait(10)
+
+    def close(self) -> None:
+        for path, process in self._mounted:
+            with suppress(Exception):
+                while channel.mounted_at(path) is not None:
+                    channel.unmount(path, lazy=True)
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(10)
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Mounter]:
+    mounter = Mounter(tmp_path)
+    yield mounter
+    mounter.close()
+
+
+def status(path: Path) -> dict[str, Any]:
+    return mounts.status(path)
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def obsfs() -> Callable[..., Result]:
+    """Run the command as a user does, in a process of its own."""
+
+    def run(*arguments: object, timeout: float = 60, **environment: str) -> Result:
+        command = [sys.executable, "-m", "obsfs", *map(str, arguments)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}, check=False
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left() -> Iterator[None]:
+    before = {entry.mountpoint for entry in channel.mounts() if entry.fs_type == channel.FS_TYPE}
+    yield
+    left = {entry.mountpoint for entry in channel.mounts() if entry.fs_type == channel.FS_TYPE} - before
+    for path in left:
+        channel.unmount(path, lazy=True)
+    assert not left, f"tests left mounts behind: {left}"
+
+
+def stop_group(process: subprocess.Popen[Any]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(10)

@@ -1,0 +1,145 @@
+"""A TCP proxy before a real server, for what a real server does not do on demand: stall, break off, refuse.
+
+It also counts the range requests that pass.
+"""
+
+from __future__ import annotations
+
+import http.server
+import re
+import socket
+import threading
+import time
+from contextlib import suppress
+from types import TracebackType
+from urllib.parse import parse_qs, urlsplit
+from xml.sax.saxutils import escape
+
+_HEAD = re.compile(rb"GET (\S+) HTTP/1\.1\r\n(.*?)\r\n\r\n", re.DOTALL)
+_RANGE = re.compile(rb"\r?\n?range: bytes=(\d+)-(\d+)", re.IGNORECASE)
+
+
+class FaultyLink:
+    """Forwards to `port` of this machine. Set `stalled`, `refusing` or `cut_after` (bytes of answers) at any time."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.stalled = False
+        self.refusing = False
+        self.cut_after: int | None = None
+        self.bytes_per_second: float | None = None
+        self.ranges: list[tuple[int, int]] = []
+        self._open: set[socket.socket] = set()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            if self.refusing:
+                near.close()
+                continue
+            far = socket.create_connection(("127.0.0.1", self._port))
+            self._open |= {near, far}
+            threading.Thread(target=self._requests, args=(near, far), daemon=True).start()
+            threading.Thread(target=self._answers, args=(far, near), daemon=True).start()
+
+    def _requests(self, near: socket.socket, far: socket.socket) -> None:
+        seen = b""
+        with suppress(OSError):
+            while data := near.recv(65536):
+                seen += data
+                while match := _HEAD.search(seen):
+                    if (found := _RANGE.search(match[0])) is not None:
+                        self.ranges.append((int(found[1]), int(found[2]) + 1))
+                    seen = seen[match.end() :]
+                far.sendall(data)
+        self._close(near, far)
+
+    def _answers(self, far: socket.socket, near: socket.socket) -> None:
+        with suppress(OSError):
+            while data := far.recv(65536):
+                while self.stalled:
+                    time.sleep(0.02)
+                if self.bytes_per_second:
+                    time.sleep(len(data) / self.bytes_per_second)
+                if self.cut_after is not None:
+                    data = data[: self.cut_after]
+                    self.cut_after -= len(data)
+                    near.sendall(data)
+                    if self.cut_after <= 0:
+                        break
+                else:
+                    near.sendall(data)
+        self._close(near, far)
+
+    def _close(self, *sockets: socket.socket) -> None:
+        for end in sockets:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+            self._open.discard(end)
+
+    def break_all(self) -> None:
+        """Every connection breaks off now."""
+        self._close(*list(self._open))
+
+    def __enter__(self) -> FaultyLink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stalled = False
+        self._listener.close()
+        self.break_all()
+
+
+class ListedBucket:
+    """A bucket that lists the given keys, as S3 does; for keys that SeaweedFS, itself a file system, does not take."""
+
+    def __init__(self, keys: list[str]) -> None:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                prefix = parse_qs(urlsplit(self.path).query, keep_blank_values=True).get("prefix", [""])[0]
+                shown, common = [], set()
+                for key in keys:
+                    if key.startswith(prefix):
+                        name, slash, _ = key[len(prefix) :].partition("/")
+                        if slash:
+                            common.add(f"{prefix}{name}/")
+                        else:
+                            shown.append(key)
+                entry = "<Contents><Key>{}</Key><Size>1</Size><ETag>&quot;e&quot;</ETag></Contents>"
+                below = "<CommonPrefixes><Prefix>{}</Prefix></CommonPrefixes>"
+                body = "".join(map(entry.format, map(escape, shown))) + "".join(
+                    map(below.format, map(escape, sorted(common)))
+                )
+                answer = f"<ListBucketResult><IsTruncated>false</IsTruncated>{body}</ListBucketResult>".encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/xml")
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def __enter__(self) -> ListedBucket:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()

@@ -1,0 +1,251 @@
+"""What goes wrong: servers that stall or die, daemons that are killed, disks that are full, caches that rot."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from obsfs.demo.server import EmbeddedServer
+from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for
+from tests.faulty import FaultyLink
+
+
+@pytest.fixture
+def link(server: EmbeddedServer) -> Iterator[FaultyLink]:
+    with FaultyLink(server.port) as faulty:
+        yield faulty
+
+
+def test_a_body_that_breaks_off_is_fetched_again(bucket: Store, mount: Mounter, link: FaultyLink) -> None:
+    data = random_bytes(24 * MIB)
+    bucket.put("file.bin", data)
+    path = mount(bucket, endpoint_url=link.endpoint) / "file.bin"
+    assert path.stat().st_size == len(data)
+    link.cut_after = 3 * MIB
+
+    def repair() -> bool:
+        return link.cut_after is not None and link.cut_after <= 0
+
+    reading = subprocess.Popen(["sha256sum", path], stdout=subprocess.PIPE, text=True)
+    wait_for(repair)
+    link.cut_after = None
+    assert reading.communicate(timeout=60)[0].split()[0] == hashlib.sha256(data).hexdigest()
+    assert status(path.parent)["retries"] > 0
+    assert status(path.parent)["errors"] == 0
+
+
+def test_a_read_waits_for_a_server_that_comes_back(
+    mount: Mounter, tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = random_bytes(12 * MIB)
+    with EmbeddedServer(tmp_path) as own, FaultyLink(own.port) as link:
+        for name, value in own.environment.items():
+            monkeypatch.setenv(name, value)
+        client = own.client()
+        client.create_bucket(Bucket="one")
+        client.put_object(Bucket="one", Key="file.bin", Body=data)
+        path = mount("obs://one", endpoint_url=link.endpoint, engine=engine, read_ahead=0, retry_timeout="60s")
+        with (path / "file.bin").open("rb", buffering=0) as file:
+            assert file.read(1000) == data[:1000]
+            link.refusing = True
+            link.break_all()
+            reading = subprocess.Popen(["sha256sum", path / "file.bin"], stdout=subprocess.PIPE, text=True)
+            time.sleep(1.5)
+            assert reading.poll() is None
+            link.refusing = False
+            assert reading.communicate(timeout=60)[0].split()[0] == hashlib.sha256(data).hexdigest()
+        assert status(path)["retries"] > 0
+
+
+def test_a_read_fails_when_patience_is_over_and_the_mount_survives(
+    bucket: Store, mount: Mounter, link: FaultyLink, engine: str
+) -> None:
+    data = random_bytes(6 * MIB)
+    bucket.put("file.bin", data)
+    path = mount(
+        bucket, endpoint_url=link.endpoint, engine=engine, read_ahead=0, retry_timeout="1s", request_timeout="1s"
+    )
+    file = path / "file.bin"
+    assert file.stat().st_size == len(data)
+    link.refusing = True
+    link.break_all()
+    started = time.monotonic()
+    with pytest.raises(OSError) as caught:
+        file.read_bytes()
+    assert caught.value.errno == errno.EIO
+    assert time.monotonic() - started < 20
+    assert status(path)["errors"] > 0
+    link.refusing = False
+    assert file.read_bytes() == data
+
+
+@pytest.mark.slow
+def test_four_maps_of_a_bucket_that_stalls_do_not_hang(
+    bucket: Store, mount: Mounter, link: FaultyLink, engine: str
+) -> None:
+    bucket.put("file.bin", random_bytes(32 * MIB))
+    path = mount(bucket, endpoint_url=link.endpoint, engine=engine, retry_timeout="2s", request_timeout="1s")
+    assert (path / "file.bin").stat().st_size == 32 * MIB
+    link.stalled = True
+    program = (
+        "import mmap,sys\n"
+        "f=open(sys.argv[1],'rb'); m=mmap.mmap(f.fileno(),0,prot=mmap.PROT_READ)\n"
+        "s=int(sys.argv[2])*(8<<20); print(sum(m[s:s+(8<<20):4096]))"
+    )
+    readers = [
+        subprocess.Popen([sys.executable, "-c", program, path / "file.bin", str(n)], stdout=subprocess.DEVNULL)
+        for n in range(4)
+    ]
+    for reader in readers:
+        # The kernel tells a map of a failed read by SIGBUS.
+        assert reader.wait(60) == -7
+    link.stalled = False
+    assert hashlib.sha256((path / "file.bin").read_bytes()).digest() == hashlib.sha256(random_bytes(32 * MIB)).digest()
+
+
+def test_a_stalled_read_can_be_interrupted(bucket: Store, mount: Mounter, link: FaultyLink) -> None:
+    bucket.put("file.bin", random_bytes(MIB))
+    path = mount(bucket, endpoint_url=link.endpoint)
+    assert (path / "file.bin").stat().st_size == MIB
+    link.stalled = True
+    reading = subprocess.Popen(["cat", path / "file.bin"], stdout=subprocess.DEVNULL)
+    time.sleep(0.5)
+    reading.kill()
+    assert reading.wait(5) == -9
+    link.stalled = False
+    assert (path / "file.bin").read_bytes() == random_bytes(MIB)
+
+
+def test_a_waiting_reader_is_answered_before_its_range_is_whole(
+    bucket: Store, mount: Mounter, link: FaultyLink
+) -> None:
+    data = random_bytes(16 * MIB)
+    bucket.put("file.bin", data)
+    path = mount(bucket, endpoint_url=link.endpoint, connections=1) / "file.bin"
+    with path.open("rb", buffering=0) as file:
+        assert file.read(MIB) == data[:MIB]
+        link.bytes_per_second = 4 * MIB
+        started = time.monotonic()
+        assert os.pread(file.fileno(), 4096, 2 * MIB) == data[2 * MIB : 2 * MIB + 4096]
+        answered = time.monotonic() - started
+        longest = max(stop - start for start, stop in link.ranges)
+        assert longest >= 3 * MIB
+        assert answered < longest / link.bytes_per_second
+        link.bytes_per_second = None
+
+
+def test_no_range_is_asked_for_twice(bucket: Store, mount: Mounter, link: FaultyLink) -> None:
+    data = random_bytes(40 * MIB + 17)
+    bucket.put("file.bin", data)
+    path = mount(bucket, endpoint_url=link.endpoint) / "file.bin"
+    readers = [subprocess.Popen(["sha256sum", path], stdout=subprocess.DEVNULL) for _ in range(4)]
+    assert [reader.wait(60) for reader in readers] == [0] * 4
+    asked = sorted(link.ranges)
+    assert asked[0][0] == 0
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(asked))
+    assert asked[-1][1] == len(data)
+
+
+def test_kill_9_and_mount_again_at_once(bucket: Store, mount: Mounter, engine: str) -> None:
+    data = random_bytes(20 * MIB)
+    bucket.put("file.bin", data)
+    path = mount(bucket, engine=engine)
+    assert (path / "file.bin").read_bytes() == data
+    mount.kill(path)
+    with pytest.raises(OSError) as caught:
+        os.listdir(path)
+    assert caught.value.errno == errno.ENOTCONN
+    assert mount(bucket, at=path, engine=engine) == path
+    assert (path / "file.bin").read_bytes() == data
+    # What was in the cache when it was killed is verified by its checksums, not fetched again.
+    assert status(path)["bytes_fetched"] == 0
+
+
+@pytest.mark.slow
+def test_kill_9_in_the_middle_of_a_read_over_and_over(bucket: Store, mount: Mounter, tmp_path: Path) -> None:
+    data = random_bytes(64 * MIB, 5)
+    bucket.put("file.bin", data)
+    path = tmp_path / "again"
+    path.mkdir()
+    for attempt in range(5):
+        mount(bucket, at=path)
+        reading = subprocess.Popen(["cat", path / "file.bin"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(0.02 + 0.03 * attempt)
+        mount.kill(path)
+        reading.wait(10)
+    mount(bucket, at=path)
+    assert (path / "file.bin").read_bytes() == data
+    assert status(path)["corrupt_blocks"] == 0
+
+
+def test_sigterm_unmounts(bucket: Store, mount: Mounter, engine: str) -> None:
+    bucket.put("file.bin", b"data")
+    path = mount(bucket, engine=engine)
+    assert (path / "file.bin").read_bytes() == b"data"
+    mount.process(path).terminate()
+    assert mount.process(path).wait(20) == 0
+    assert os.listdir(path) == []
+    mount(bucket, at=path, engine=engine)
+
+
+def test_a_corrupt_cache_is_noticed_and_fetched_again(bucket: Store, mount: Mounter, tmp_path: Path) -> None:
+    data = random_bytes(10 * MIB)
+    bucket.put("file.bin", data)
+    first = mount(bucket)
+    assert (first / "file.bin").read_bytes() == data
+    mount.process(first).terminate()
+    assert mount.process(first).wait(20) == 0
+    (blocks,) = (tmp_path / "blocks").rglob("*.data")
+    with blocks.open("r+b") as file:
+        file.seek(4 * MIB + 1000)
+        byte = file.read(1)
+        file.seek(4 * MIB + 1000)
+        file.write(bytes([byte[0] ^ 1]))
+    second = mount(bucket)
+    assert (second / "file.bin").read_bytes() == data
+    assert status(second)["corrupt_blocks"] == 1
+    assert status(second)["bytes_fetched"] == MIB
+
+
+def test_the_cache_keeps_to_its_size(bucket: Store, mount: Mounter, tmp_path: Path) -> None:
+    for n in range(4):
+        bucket.put(f"{n}.bin", random_bytes(24 * MIB, n))
+    path = mount(bucket, cache_size="40MiB")
+    for n in (0, 1, 2, 3, 0):
+        assert (path / f"{n}.bin").read_bytes() == random_bytes(24 * MIB, n)
+    assert status(path)["cache_bytes"] <= 40 * MIB
+    used = sum(file.stat().st_blocks * 512 for file in (tmp_path / "blocks").rglob("*") if file.is_file())
+    assert used <= 41 * MIB
+
+
+def test_a_full_disk_does_not_fail_a_read(bucket: Store, mount: Mounter, tmp_path: Path) -> None:
+    data = random_bytes(48 * MIB)
+    bucket.put("file.bin", data)
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", small], check=True)
+    try:
+        path = mount(bucket, cache_dir=small / "blocks")
+        assert hashlib.sha256((path / "file.bin").read_bytes()).digest() == hashlib.sha256(data).digest()
+        assert status(path)["cache_write_errors"] > 0
+        mount.close()
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
+
+
+def test_two_mounts_share_a_cache(bucket: Store, mount: Mounter) -> None:
+    data = random_bytes(40 * MIB)
+    bucket.put("file.bin", data)
+    one, other = mount(bucket), mount(bucket)
+    readers = [subprocess.Popen(["sha256sum", path / "file.bin"], stdout=subprocess.DEVNULL) for path in (one, other)]
+    assert [reader.wait(60) for reader in readers] == [0, 0]
+    assert status(one)["bytes_fetched"] + status(other)["bytes_fetched"] == len(data)

@@ -1,0 +1,88 @@
+"""What it is for: models load from the mount, from several processes at once, and fetch no more than they touch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from obsfs.demo.model import generate, load_model, make_model
+from tests.conftest import MIB, Mounter, Store, status
+
+_LOAD = """
+import sys, hashlib
+from obsfs.demo.model import load_model
+loaded = load_model(sys.argv[1])
+digest = hashlib.sha256()
+for name, tensor in sorted(loaded.model.state_dict().items()):
+    digest.update(name.encode() + tensor.view(-1).view(__import__("torch").uint8).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+@pytest.fixture(scope="module")
+def local_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    make_model(directory, hidden_size=256, layers=12, max_shard_size="6MB")
+    assert len(list(directory.glob("*.safetensors"))) > 2
+    return directory
+
+
+@pytest.mark.slow
+def test_a_model_in_shards(bucket: Store, mount: Mounter, engine: str, local_model: Path) -> None:
+    size = bucket.server.upload(local_model, bucket.name, "tiny/")
+    path = mount(bucket, engine=engine) / "tiny"
+    ours, theirs = load_model(path), load_model(local_model)
+    for name, tensor in theirs.model.state_dict().items():
+        assert torch.equal(ours.model.state_dict()[name], tensor)
+    assert generate(ours, "The import", 8) == generate(theirs, "The import", 8)
+    assert status(path.parent)["bytes_fetched"] <= size
+
+
+@pytest.mark.slow
+def test_several_processes_load_at_once(bucket: Store, mount: Mounter, local_model: Path) -> None:
+    size = bucket.server.upload(local_model, bucket.name, "tiny/")
+    path = mount(bucket) / "tiny"
+    command = [sys.executable, "-c", _LOAD]
+    processes = [
+        subprocess.Popen([*command, place], stdout=subprocess.PIPE, text=True) for place in (path, path, local_model)
+    ]
+    assert len({process.communicate(timeout=100)[0] for process in processes}) == 1
+    assert status(path.parent)["bytes_fetched"] <= size
+
+
+def test_torch_load_by_map(bucket: Store, mount: Mounter, engine: str, tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(1024, 1024), "b": torch.arange(3_000_000)}
+    torch.save(tensors, tmp_path / "model.pt")
+    bucket.client.upload_file(str(tmp_path / "model.pt"), bucket.name, "model.pt")
+    loaded = torch.load(mount(bucket, engine=engine) / "model.pt", mmap=True)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.slow
+def test_one_tensor_costs_little_more_than_its_bytes(bucket: Store, mount: Mounter, tmp_path: Path) -> None:
+    tensors = {f"model.layers.{n}.weight": torch.randn(1024, 2048) for n in range(32)}
+    save_file(tensors, tmp_path / "big.safetensors")
+    bucket.client.upload_file(str(tmp_path / "big.safetensors"), bucket.name, "big.safetensors")
+    for n in (0, 7, 9, 31):
+        path = mount(bucket, cache_dir=tmp_path / f"cache-{n}")
+        with safe_open(path / "big.safetensors", "pt") as file:
+            name = f"model.layers.{n}.weight"
+            assert torch.equal(file.get_tensor(name), tensors[name])
+        assert status(path)["bytes_fetched"] <= MIB + 2 * 8 * MIB
+
+
+@pytest.mark.slow
+def test_a_mapped_load_fetches_every_byte_once(bucket: Store, mount: Mounter, tmp_path: Path) -> None:
+    tensors = {f"model.layers.{n}.weight": torch.randn(1024, 512) for n in range(40)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    bucket.client.upload_file(str(tmp_path / "model.safetensors"), bucket.name, "model.safetensors")
+    path = mount(bucket) / "model.safetensors"
+    loaded = load_file(path)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert status(path.parent)["bytes_fetched"] == path.stat().st_size

@@ -1,0 +1,206 @@
+"""The mount as programs see it: the same bytes as the bucket, by every way of reading, over both engines."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import errno
+import hashlib
+import mmap
+import os
+import random
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for
+from tests.faulty import ListedBucket
+
+SIZES = (0, 1, 4095, 4096, MIB - 1, MIB, MIB + 1, 5 * MIB + 12345, 20 * MIB + 7)
+
+
+@pytest.fixture
+def files(bucket: Store) -> dict[str, bytes]:
+    files = {f"dir/size-{size}.bin": random_bytes(size) for size in SIZES} | {"top.txt": b"hello\n"}
+    for key, data in files.items():
+        bucket.put(key, data)
+    return files
+
+
+def run(*command: object) -> str:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout
+
+
+def test_programs_read_what_the_bucket_holds(
+    bucket: Store, files: dict[str, bytes], mount: Mounter, engine: str, tmp_path: Path
+) -> None:
+    path = mount(bucket, engine=engine)
+    found = run("find", path, "-type", "f", "-printf", "%P %s\n").split("\n")
+    assert sorted(filter(None, found)) == sorted(f"{key} {len(data)}" for key, data in files.items())
+    run("cp", "-r", path / "dir", tmp_path / "copy")
+    for key, data in files.items():
+        assert run("sha256sum", path / key).split()[0] == hashlib.sha256(data).hexdigest()
+        if key.startswith("dir/"):
+            assert (tmp_path / "copy" / key[4:]).read_bytes() == data
+    assert run("cat", path / "top.txt") == "hello\n"
+    assert status(path)["bytes_fetched"] == sum(map(len, files.values()))
+    assert status(path)["errors"] == 0
+
+
+def test_random_reads_and_maps(bucket: Store, mount: Mounter, engine: str) -> None:
+    data = random_bytes(24 * MIB + 99)
+    bucket.put("data.bin", data)
+    path = mount(bucket, engine=engine) / "data.bin"
+    rng = random.Random(1)
+    with path.open("rb", buffering=0) as file:
+        for _ in range(100):
+            offset, size = rng.randrange(len(data)), rng.choice((1, 100, 4096, 70_000, 3 * MIB))
+            assert os.pread(file.fileno(), size, offset) == data[offset : offset + size]
+        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            for _ in range(100):
+                offset = rng.randrange(len(data))
+                assert mapped[offset : offset + 5000] == data[offset : offset + 5000]
+    array = np.memmap(path, dtype=np.uint8, mode="r")
+    assert hashlib.sha256(array).digest() == hashlib.sha256(data).digest()
+
+
+def test_many_readers_of_one_file_fetch_it_once(bucket: Store, mount: Mounter, engine: str) -> None:
+    data = random_bytes(32 * MIB + 5)
+    bucket.put("shared.bin", data)
+    path = mount(bucket, engine=engine) / "shared.bin"
+    processes = [subprocess.Popen(["sha256sum", path], stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    digests = {process.communicate(timeout=60)[0].split()[0] for process in processes}
+    assert digests == {hashlib.sha256(data).hexdigest()}
+    assert status(path.parent)["bytes_fetched"] == len(data)
+
+
+def test_threads_share_a_descriptor(bucket: Store, mount: Mounter, engine: str) -> None:
+    data = random_bytes(32 * MIB)
+    bucket.put("shared.bin", data)
+    path = mount(bucket, engine=engine) / "shared.bin"
+    with path.open("rb", buffering=0) as file, concurrent.futures.ThreadPoolExecutor(8) as pool:
+        parts = pool.map(lambda part: os.pread(file.fileno(), 4 * MIB, part * 4 * MIB), range(8))
+        assert b"".join(parts) == data
+    assert status(path.parent)["bytes_fetched"] == len(data)
+
+
+def test_a_second_mount_reads_from_the_cache(
+    bucket: Store, files: dict[str, bytes], mount: Mounter, engine: str
+) -> None:
+    first = mount(bucket, engine=engine)
+    run("sh", "-c", f"cat {first}/dir/* > /dev/null")
+    mount.process(first).terminate()
+    assert mount.process(first).wait(20) == 0
+    second = mount(bucket, engine=engine)
+    for key, data in files.items():
+        if key.startswith("dir/"):
+            assert (second / key).read_bytes() == data
+    assert status(second)["bytes_fetched"] == 0
+
+
+def test_it_is_read_only(bucket: Store, files: dict[str, bytes], mount: Mounter, engine: str) -> None:
+    path = mount(bucket, engine=engine)
+    for attempt in (
+        lambda: (path / "new").write_bytes(b"x"),
+        lambda: (path / "top.txt").write_bytes(b"x"),
+        lambda: (path / "newdir").mkdir(),
+        lambda: (path / "top.txt").unlink(),
+        lambda: (path / "top.txt").rename(path / "other"),
+    ):
+        with pytest.raises(OSError) as caught:
+            attempt()
+        assert caught.value.errno == errno.EROFS
+
+
+def test_names_that_are_not_there(bucket: Store, files: dict[str, bytes], mount: Mounter, engine: str) -> None:
+    path = mount(bucket, engine=engine)
+    for name in ("missing", "dir/missing", "missing/deeper", "top.txt/below", "x" * 300):
+        assert not os.path.lexists(path / name)
+    with pytest.raises(NotADirectoryError):
+        os.listdir(path / "top.txt")
+    with pytest.raises(IsADirectoryError):
+        (path / "dir").open("rb")
+
+
+def test_attributes(bucket: Store, files: dict[str, bytes], mount: Mounter, engine: str) -> None:
+    path = mount(bucket, engine=engine, uid=1234, gid=567, umask="027")
+    info = (path / "top.txt").stat()
+    assert (info.st_size, info.st_uid, info.st_gid, info.st_mode) == (6, 1234, 567, 0o100440)
+    head = bucket.client.head_object(Bucket=bucket.name, Key="top.txt")
+    assert info.st_mtime == head["LastModified"].timestamp()
+    assert (path / "dir").stat().st_mode == 0o040550
+    assert os.getxattr(path / "top.txt", "user.obsfs.etag").decode() == head["ETag"]
+    assert os.statvfs(path).f_namemax == 255
+    with pytest.raises(OSError) as caught:
+        os.getxattr(path / "top.txt", "user.unknown")
+    assert caught.value.errno == errno.ENODATA
+
+
+def test_keys_that_no_directory_can_show(mount: Mounter, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+    keys = ["../up", "./here", "//double", "both", "both/below.txt", "folder/", "ok.txt", "sub/ok.txt", "x" * 256]
+    with ListedBucket(keys) as listed:
+        path = mount("obs://any", engine=engine, endpoint_url=listed.endpoint)
+        assert sorted(os.listdir(path)) == ["both", "folder", "ok.txt", "sub"]
+        assert os.listdir(path / "folder") == []
+        assert os.listdir(path / "both") == ["below.txt"]
+        assert status(path)["hidden_keys"] == 5
+
+
+def test_a_prefix_is_the_root(bucket: Store, files: dict[str, bytes], mount: Mounter, engine: str) -> None:
+    path = mount(f"{bucket}/dir", engine=engine)
+    assert sorted(os.listdir(path)) == sorted(key[4:] for key in files if key.startswith("dir/"))
+    assert (path / "size-4096.bin").read_bytes() == files["dir/size-4096.bin"]
+
+
+@pytest.mark.slow
+def test_a_long_directory(bucket: Store, mount: Mounter, engine: str) -> None:
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: bucket.put(f"many/file-{n:05}", b"%d" % n), range(2500)))
+    path = mount(bucket, engine=engine)
+    assert (path / "many" / "file-02499").read_bytes() == b"2499"
+    assert not (path / "many" / "file-99999").exists()
+    assert sorted(os.listdir(path / "many")) == [f"file-{n:05}" for n in range(2500)]
+    assert len(run("ls", "-l", path / "many").splitlines()) == 2501
+
+
+def test_a_replaced_object_is_never_mixed(bucket: Store, mount: Mounter, engine: str) -> None:
+    old, new = random_bytes(24 * MIB, 1), random_bytes(24 * MIB, 2)
+    bucket.put("model.bin", old)
+    path = mount(bucket, engine=engine, metadata_ttl="0.5s", read_ahead=0) / "model.bin"
+    with path.open("rb", buffering=0) as file:
+        assert os.pread(file.fileno(), 1000, 0) == old[:1000]
+        bucket.put("model.bin", new)
+        with pytest.raises(OSError) as caught:
+            os.pread(file.fileno(), MIB, 20 * MIB)
+        assert caught.value.errno == errno.ESTALE
+        wait_for(lambda: path.open("rb").read(1000) == new[:1000], 10)
+        with pytest.raises(OSError) as caught:
+            os.pread(file.fileno(), MIB, 16 * MIB)
+        assert caught.value.errno == errno.ESTALE
+        assert path.read_bytes() == new
+    assert path.read_bytes() == new
+
+
+def test_new_and_deleted_objects_are_seen_when_the_lifetime_is_over(bucket: Store, mount: Mounter, engine: str) -> None:
+    bucket.put("a.txt", b"a")
+    path = mount(bucket, engine=engine, metadata_ttl="0.5s")
+    assert os.listdir(path) == ["a.txt"]
+    assert not (path / "b.txt").exists()
+    bucket.put("b.txt", b"b")
+    bucket.client.delete_object(Bucket=bucket.name, Key="a.txt")
+    wait_for(lambda: os.listdir(path) == ["b.txt"], 10)
+    wait_for(lambda: (path / "b.txt").exists() and not (path / "a.txt").exists(), 10)
+
+
+def test_which_way_a_file_is_served(bucket: Store, mount: Mounter, engine: str) -> None:
+    bucket.put("file.bin", random_bytes(9 * MIB))
+    path = mount(bucket, engine=engine) / "file.bin"
+    direct = status(path.parent)["passthrough"]
+    assert os.getxattr(path, "user.obsfs.served_by") == (b"splice" if engine == "native" else b"copy")
+    path.read_bytes()
+    after = b"copy" if engine == "fusepy" else b"passthrough" if direct else b"splice"
+    wait_for(lambda: os.getxattr(path, "user.obsfs.served_by") == after)

@@ -1,0 +1,72 @@
+"""The native engine's own: files that the kernel reads by itself, and how they live with eviction and open files."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for
+
+
+def is_direct(path: Path) -> bool:
+    return os.getxattr(path, "user.obsfs.served_by") == b"passthrough"
+
+
+@pytest.fixture
+def complete(bucket: Store, mount: Mounter) -> Path:
+    """A file that is wholly cached, on a mount that can pass through."""
+    bucket.put("file.bin", random_bytes(9 * MIB + 1))
+    path = mount(bucket, cache_size="64MiB", metadata_ttl="0.5s") / "file.bin"
+    assert status(path.parent)["passthrough"], "this kernel or user cannot pass through: needs Linux 6.9 and root"
+    path.read_bytes()
+    wait_for(lambda: is_direct(path))
+    return path
+
+
+def test_the_server_is_not_asked_for_bytes(complete: Path) -> None:
+    before = status(complete.parent)["bytes_read"]
+    assert complete.read_bytes() == random_bytes(9 * MIB + 1)
+    assert status(complete.parent)["bytes_read"] == before
+
+
+def test_a_file_that_is_open_while_it_becomes_complete(bucket: Store, mount: Mounter) -> None:
+    data = random_bytes(12 * MIB)
+    bucket.put("file.bin", data)
+    path = mount(bucket) / "file.bin"
+    with path.open("rb", buffering=0) as early:
+        assert early.read(100) == data[:100]
+        assert path.read_bytes() == data
+        wait_for(lambda: is_direct(path))
+        # The early one goes on as it began, the later ones are direct, on the same path.
+        before = status(path.parent)["bytes_read"]
+        with path.open("rb") as late:
+            assert late.read() == data
+        assert status(path.parent)["bytes_read"] == before
+        assert os.pread(early.fileno(), MIB, 5 * MIB) == data[5 * MIB : 6 * MIB]
+        assert os.fstat(early.fileno()).st_ino == path.stat().st_ino
+    assert path.read_bytes() == data
+
+
+def test_a_direct_reader_keeps_its_bytes_under_eviction(bucket: Store, complete: Path) -> None:
+    others = [f"other-{n}.bin" for n in range(6)]
+    for n, name in enumerate(others):
+        bucket.put(name, random_bytes(16 * MIB, n))
+    with complete.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        for n, name in enumerate(others):
+            wait_for((complete.parent / name).exists, 10)
+            assert (complete.parent / name).read_bytes() == random_bytes(16 * MIB, n)
+        assert mapped[:] == random_bytes(9 * MIB + 1)
+    assert status(complete.parent)["cache_bytes"] <= 64 * MIB
+    assert complete.read_bytes() == random_bytes(9 * MIB + 1)
+
+
+def test_it_can_be_switched_off(bucket: Store, mount: Mounter) -> None:
+    bucket.put("file.bin", random_bytes(3 * MIB))
+    path = mount(bucket, passthrough=False) / "file.bin"
+    for _ in range(2):
+        assert path.read_bytes() == random_bytes(3 * MIB)
+    assert not status(path.parent)["passthrough"]
+    assert not is_direct(path)

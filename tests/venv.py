@@ -1,0 +1,87 @@
+"""``python3 -m tests.venv COMMAND ...`` runs a command in ``.venv``, which it makes first if need be.
+
+Needs only Python's standard library. torch comes as its CPU build where there is no NVIDIA GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HOME = ROOT / ".venv"
+PYTHON = HOME / "bin" / "python"
+_CONSTRAINTS = ROOT / "tests" / "constraints.txt"
+_TORCH = "torch==2.13.0"
+
+
+def ensure() -> None:
+    """Make ``.venv`` with obsfs (editable) and everything that its tests, demo and benchmarks need."""
+    wanted = hashlib.sha256(
+        b"\0".join(path.read_bytes() for path in (ROOT / "pyproject.toml", _CONSTRAINTS, Path(__file__)))
+    )
+    stamp = HOME / "obsfs-stamp"
+    if stamp.exists() and stamp.read_text() == wanted.hexdigest():
+        return
+    print(f"setting up {HOME} (once; some minutes)", file=sys.stderr, flush=True)
+    if not PYTHON.exists():
+        venv.create(HOME, with_pip=True)
+    _install_torch()
+    _pip("install", "-q", "-c", str(_CONSTRAINTS), "-e", f"{ROOT}[test,bench]")
+    stamp.write_text(wanted.hexdigest())
+
+
+def _pip(*arguments: str) -> None:
+    subprocess.run([PYTHON, "-m", "pip", "--disable-pip-version-check", *arguments], check=True)
+
+
+def _install_torch() -> None:
+    """pip takes a CUDA build from PyPI; uv knows where the CPU builds are."""
+    report = subprocess.run(
+        [PYTHON, "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed", "--no-deps", "--report", "-", _TORCH],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = json.loads(report.stdout)["install"][0]["metadata"] if report.returncode == 0 else {}
+    needs_cuda = any("nvidia" in line or "cuda" in line for line in found.get("requires_dist", ()))
+    if found and (Path("/dev/nvidiactl").exists() or not needs_cuda or "+cpu" in found["version"]):
+        _pip("install", "-q", _TORCH)
+        return
+    _pip("install", "-q", "uv")
+    uv = [HOME / "bin" / "uv", "pip", "install", "-q", "--python", PYTHON, "--torch-backend=cpu", _TORCH]
+    subprocess.run(uv, check=True)
+
+
+def ensure_system() -> None:
+    """libfuse for the fusepy engine, and the kernel's header for the wire format: installed where we may."""
+    present = (shutil.which("fusermount3"), shutil.which("gcc"), Path("/usr/include/linux/fuse.h").exists())
+    if all(present):
+        return
+    packages = ["fuse3", "gcc", "libc6-dev", "linux-libc-dev"]
+    if os.geteuid() == 0 and shutil.which("apt-get"):
+        subprocess.run(["apt-get", "-qq", "update"], check=False)
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        command = ["apt-get", "-qq", "install", "-y", "--no-install-recommends", *packages]
+        if subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode == 0:
+            return
+    sys.exit(f"tests: missing system packages: {' '.join(packages)} (install them, or run as root on Debian or Ubuntu)")
+
+
+def main() -> int:
+    """Run the command of ``sys.argv`` in the environment."""
+    ensure()
+    if not sys.argv[1:]:
+        return 0
+    path = os.pathsep.join([str(HOME / "bin"), os.environ.get("PATH", "")])
+    os.execvpe(sys.argv[1], sys.argv[1:], {**os.environ, "PATH": path, "VIRTUAL_ENV": str(HOME)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
