@@ -1,1 +1,1 @@
-"""What obsfs promises, measured: ratios of figures from one run, on one machine. See ``python -m benchmarks --help``."""
+"""What obsfs promises, measured: ratios of figures from one run on one machine (``python -m benchmarks --help``)."""

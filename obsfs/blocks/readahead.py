@@ -167,12 +167,14 @@ class ReadAhead:
         crossed = self._crossed(stream)
         if crossed >= _LOADER:
             window = max(window, min(_START << crossed - _LOADER, self.max_window))
-        elif stream.own < _START and stream.passed < len(self.fences):
-            # Young: the rest of the extent that it began in, and nothing beyond. The kernel's own read-ahead goes
-            # on beyond what is read, and must not be taken for a reader.
-            if stream.own > 1:
+        elif stream.passed < len(self.fences):
+            rest = self.fences[stream.passed] - stream.tail
+            is_young = stream.own < _START
+            if is_young and stream.own > 1:
                 window = max(window, min(_START, self.max_window))
-            window = max(0, min(window, self.fences[stream.passed] - stream.tail)) if self.gives_extents else 0
+            # The kernel's own read-ahead goes on beyond what is read, and must not be taken for a reader.
+            if is_young or not crossed:
+                window = max(0, min(window, rest)) if self.gives_extents or not is_young else 0
         return window
 
     def _is_start(self, position: int) -> bool:

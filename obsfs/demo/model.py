@@ -1,10 +1,13 @@
 """A small real model, made on the spot: Qwen2's architecture with random weights, and a tokenizer trained here.
 
-torch and transformers are imported where they are used: they take seconds.
+torch and transformers are imported where they are used: they take seconds. ``python -m obsfs.demo.model DIRECTORY
+PROMPT`` loads a model, lets it go on with the prompt, and prints ``{"seconds": ..., "text": ...}``.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,3 +112,17 @@ def generate(loaded: Loaded, prompt: str, tokens: int) -> str:
     inputs = loaded.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     output = loaded.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
     return str(loaded.tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def main() -> int:
+    """Load and generate in a process of its own, which can be ended in mid-load."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    loaded = load_model(Path(sys.argv[1]))
+    print(json.dumps({"seconds": loaded.seconds, "text": generate(loaded, sys.argv[2], 12)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

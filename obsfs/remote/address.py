@@ -40,7 +40,7 @@ def parse_address(url: str) -> Address:
         raise UsageError(
             f"{bucket!r} is no bucket name", "3 to 63 letters, digits, dots and hyphens, as in obs://models"
         )
-    prefix = prefix.strip("/")
+    prefix = prefix.rstrip("/")
     if any(part in ("", ".", "..") for part in prefix.split("/") if prefix) or "\0" in prefix:
         raise UsageError(f"{prefix!r} is no usable prefix", "empty, '.' and '..' components are not allowed")
     return Address(scheme, bucket, f"{prefix}/" if prefix else "")

@@ -1,0 +1,175 @@
+"""The cache on disk: what is in it is right, whoever dies, whatever rots, and it keeps to its size."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from obsfs.blocks.cache import BLOCK, Cache, CachedObject, checksum
+from obsfs.errors import CacheError
+from obsfs.remote.client import ObjectVersion
+from tests.conftest import MIB, random_bytes
+
+GIB = 1 << 30
+
+
+def version(size: int, key: str = "key", etag: str = '"e"') -> ObjectVersion:
+    return ObjectVersion("http://here", "bucket", key, etag, size)
+
+
+def put(cached: CachedObject, block: int, seed: int = 0) -> bytes:
+    data = random_bytes(cached.length_of(block), seed * 1000 + block)
+    blocks = range(block, block + 1)
+    assert cached.lock(blocks)
+    cached.put(block, memoryview(bytearray(data)))
+    cached.unlock(blocks)
+    return data
+
+
+def test_blocks_come_back(tmp_path: Path) -> None:
+    cached = Cache(tmp_path / "c", GIB).open(version(3 * BLOCK + 5))
+    assert cached.read(0, 10) is None
+    parts = [put(cached, block) for block in range(4)]
+    assert cached.is_complete()
+    whole = b"".join(parts)
+    assert cached.read(0, cached.size) == whole
+    assert cached.read(BLOCK - 3, 7) == whole[BLOCK - 3 : BLOCK + 4]
+
+
+def test_another_version_shares_nothing(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "c", GIB)
+    put(cache.open(version(BLOCK)), 0)
+    for other in (version(BLOCK, etag='"f"'), version(BLOCK, key="other"), version(BLOCK + 1)):
+        assert not cache.open(other).has(0)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_it_is_there_after_a_restart(tmp_path: Path, sealed: bool) -> None:
+    cached = Cache(tmp_path / "c", GIB).open(version(2 * BLOCK))
+    parts = [put(cached, block) for block in range(2)]
+    if sealed:
+        cached.seal()
+    again = Cache(tmp_path / "c", GIB).open(version(2 * BLOCK))
+    assert again.is_trusted(0) is sealed
+    assert again.has(0) and again.has(1)
+    assert again.read(0, again.size) == b"".join(parts)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_rot_is_noticed(tmp_path: Path, sealed: bool) -> None:
+    cache = Cache(tmp_path / "c", GIB)
+    cached = cache.open(version(2 * BLOCK))
+    put(cached, 0)
+    put(cached, 1)
+    if sealed:
+        cached.seal()
+    (path,) = (tmp_path / "c").rglob("*.data")
+    time.sleep(0.02)
+    with path.open("r+b") as file:
+        file.write(b"rot")
+    later = Cache(tmp_path / "c", GIB)
+    again = later.open(version(2 * BLOCK))
+    assert not again.has(0)
+    assert again.has(1)
+    assert later.corrupt_blocks == 1
+
+
+@given(cut=st.integers(0, 4096 + 48), junk=st.binary(min_size=1, max_size=64))
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_no_damage_to_the_map_gives_wrong_bytes(tmp_path: Path, cut: int, junk: bytes) -> None:
+    place = tmp_path / f"{cut}-{junk.hex()[:20]}-{time.monotonic_ns()}"
+    cached = Cache(place, GIB).open(version(2 * BLOCK))
+    parts = [put(cached, block) for block in range(2)]
+    cached.seal()
+    (path,) = place.rglob("*.map")
+    data = bytearray(path.read_bytes())
+    data[cut : cut + len(junk)] = junk
+    path.write_bytes(data)
+    again = Cache(place, GIB).open(version(2 * BLOCK))
+    for block in range(2):
+        # A seal that was itself damaged is no seal; a flag set by damage meets a checksum.
+        if again.has(block):
+            assert again.read(block * BLOCK, BLOCK) == parts[block]
+
+
+def test_the_oldest_blocks_go_first(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "c", 20 * BLOCK)
+    cached = cache.open(version(40 * BLOCK))
+    for block in range(20):
+        put(cached, block)
+    cached.touch(range(5))
+    for block in range(20, 24):
+        put(cached, block)
+    assert all(cached.is_present(block) for block in (*range(5), *range(20, 24)))
+    assert not cached.is_present(5)
+    assert cache.used_bytes <= 20 * BLOCK
+    assert cache.evicted_bytes >= 4 * BLOCK
+
+
+def test_a_file_in_passthrough_is_not_punched(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "c", 8 * BLOCK)
+    held = cache.open(version(4 * BLOCK))
+    whole = b"".join(put(held, block) for block in range(4))
+    assert held.hold_whole()
+    other = cache.open(version(16 * BLOCK, key="other"))
+    for block in range(16):
+        put(other, block)
+    assert os.pread(held.data_fd, 4 * BLOCK, 0) == whole
+    held.release_whole()
+
+
+def test_two_processes_do_not_fetch_the_same_block(tmp_path: Path) -> None:
+    one = Cache(tmp_path / "c", GIB).open(version(4 * BLOCK))
+    other = Cache(tmp_path / "c", GIB).open(version(4 * BLOCK))
+    assert one.lock(range(0, 2))
+    assert not other.lock(range(1, 3))
+    assert other.lock(range(2, 4))
+    one.unlock(range(0, 2))
+    assert other.lock(range(1, 2))
+    data = put(other, 3)
+    assert one.has(3)
+    assert one.read(3 * BLOCK, BLOCK) == data
+
+
+def test_a_map_says_what_it_is_of(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "c", GIB)
+    cached = cache.open(version(2 * BLOCK + 10, key="models/a b.bin"))
+    put(cached, 2)
+    (entry,) = cache.entries()
+    assert entry.version == version(2 * BLOCK + 10, key="models/a b.bin")
+    assert entry.cached_bytes == 10
+    assert time.time() - entry.last_used < 60
+
+
+def test_cleaning(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "c", GIB)
+    for key in ("models/a/w", "models/ab/w", "data"):
+        cached = cache.open(version(BLOCK, key=key))
+        put(cached, 0)
+        cached.close()
+    assert cache.clean(older_than=3600) == 0
+    assert cache.clean(prefix=("bucket", "models/a")) == BLOCK
+    assert sorted(entry.version.key for entry in cache.entries()) == ["data", "models/ab/w"]
+    assert cache.clean() == 2 * BLOCK
+    assert list((tmp_path / "c").rglob("*.data")) == []
+
+
+def test_nobody_else_can_look_in(tmp_path: Path) -> None:
+    put(Cache(tmp_path / "c", GIB).open(version(BLOCK)), 0)
+    for path in (tmp_path / "c").rglob("*"):
+        assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_directory_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheError, match="cannot be used"):
+        Cache(tmp_path / "file", GIB)
+
+
+def test_the_checksum_is_of_the_bytes() -> None:
+    assert checksum(b"a" * MIB) != checksum(b"a" * (MIB - 1) + b"b")

@@ -1,0 +1,179 @@
+"""The order of requests, and who is told what: with a bucket whose answers the test holds back."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from obsfs.blocks.cache import BLOCK, Cache
+from obsfs.blocks.fetcher import MAX_RANGE, MIN_RANGE, Fetcher, Target, Waiter, backoff, demand_reserve, range_length
+from obsfs.errors import ObsfsError, UnavailableError, VersionChangedError
+from obsfs.remote.client import ObjectVersion
+from tests.conftest import wait_for
+
+
+class HeldBucket:
+    """Answers a range when `allow` is released for each of its blocks."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+        self.allow = threading.Semaphore(0)
+        self.failures: list[ObsfsError] = []
+        self._guard = threading.Lock()
+
+    def open_range(self, version: ObjectVersion, start: int, stop: int) -> HeldBody:
+        with self._guard:
+            self.asked.append((start // BLOCK, -(-stop // BLOCK)))
+            if self.failures:
+                raise self.failures.pop(0)
+        return HeldBody(self.allow)
+
+
+class HeldBody:
+    def __init__(self, allow: threading.Semaphore) -> None:
+        self._allow = allow
+
+    def readinto(self, buffer: memoryview) -> None:
+        assert self._allow.acquire(timeout=20)
+        buffer[:] = bytes(len(buffer))
+
+    def close(self) -> None:
+        pass
+
+
+class Setup:
+    def __init__(self, place: Path, connections: int, retry_timeout: float = 20.0) -> None:
+        self.bucket = HeldBucket()
+        self.fetcher = Fetcher(self.bucket.open_range, connections=connections, retry_timeout=retry_timeout)
+        self.cached = Cache(place / "c", 1 << 30).open(ObjectVersion("e", "b", "k", '"t"', 64 * BLOCK))
+        self.target = Target(self.cached, lambda: None)
+        self.told: list[ObsfsError | None] = []
+
+    def demand(self, *blocks: int) -> None:
+        self.fetcher.demand(self.target, blocks, Waiter(len(blocks), self.told.append))
+
+    def prefetch(self, *blocks: int) -> None:
+        self.fetcher.prefetch(self.target, [(block, block) for block in blocks])
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Iterator[Setup]:
+    setup = Setup(tmp_path, connections=1)
+    yield setup
+    setup.bucket.allow.release(1000)
+    setup.fetcher.close()
+
+
+def test_demand_comes_before_read_ahead(one: Setup) -> None:
+    one.prefetch(*range(0, 32))
+    wait_for(lambda: len(one.bucket.asked) == 1)
+    one.demand(50)
+    one.bucket.allow.release(MAX_RANGE)
+    wait_for(lambda: len(one.bucket.asked) >= 2)
+    assert one.bucket.asked[1] == (50, 51)
+
+
+def test_a_waiter_is_told_when_its_block_has_landed_not_its_range(one: Setup) -> None:
+    one.prefetch(*range(0, 8))
+    wait_for(lambda: len(one.bucket.asked) == 1)
+    assert one.bucket.asked[0] == (0, 8)
+    one.demand(2)
+    one.bucket.allow.release(3)
+    wait_for(lambda: one.told == [None])
+    assert not one.cached.has(3)
+    assert len(one.bucket.asked) == 1
+
+
+def test_no_block_is_in_flight_twice(one: Setup) -> None:
+    one.demand(3)
+    one.demand(3)
+    one.prefetch(3)
+    one.demand(3, 4)
+    one.bucket.allow.release(10)
+    wait_for(lambda: len(one.told) == 3)
+    blocks = [block for start, stop in one.bucket.asked for block in range(start, stop)]
+    assert sorted(blocks) == [3, 4]
+
+
+def test_failures_are_tried_again(one: Setup) -> None:
+    one.bucket.failures = [UnavailableError("busy"), UnavailableError("busy")]
+    one.bucket.allow.release(1)
+    one.demand(0)
+    wait_for(lambda: one.told == [None])
+    assert one.fetcher.stats.retries == 2
+    assert one.fetcher.stats.errors == 0
+
+
+def test_a_version_that_is_gone_is_not_tried_again(one: Setup) -> None:
+    one.bucket.failures = [VersionChangedError("gone")]
+    one.demand(0)
+    wait_for(lambda: len(one.told) == 1)
+    assert isinstance(one.told[0], VersionChangedError)
+    assert len(one.bucket.asked) == 1
+
+
+def test_patience_ends(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, connections=1, retry_timeout=0.3)
+    setup.bucket.failures = [UnavailableError("busy")] * 100
+    started = time.monotonic()
+    setup.demand(0)
+    wait_for(lambda: len(setup.told) == 1)
+    assert isinstance(setup.told[0], UnavailableError)
+    assert time.monotonic() - started < 5
+    setup.fetcher.close()
+
+
+def test_read_ahead_that_fails_is_dropped(one: Setup) -> None:
+    one.bucket.failures = [UnavailableError("busy")]
+    one.prefetch(0)
+    wait_for(lambda: len(one.bucket.asked) == 1 and not one.target.is_busy)
+    one.bucket.allow.release(1)
+    one.demand(0)
+    wait_for(lambda: one.told == [None])
+
+
+def test_a_file_that_nobody_has_open_is_left(one: Setup) -> None:
+    one.prefetch(*range(0, 32))
+    wait_for(lambda: len(one.bucket.asked) == 1)
+    one.fetcher.drop_prefetch(one.target)
+    one.bucket.allow.release(100)
+    wait_for(lambda: not one.target.is_busy)
+    assert len(one.bucket.asked) == 1
+
+
+def test_read_ahead_leaves_connections_for_who_waits(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, connections=8)
+    setup.prefetch(*range(0, 64))
+    wait_for(lambda: len(setup.bucket.asked) == 7)
+    setup.demand(63)
+    wait_for(lambda: (63, 64) in setup.bucket.asked or len(setup.bucket.asked) == 8)
+    setup.bucket.allow.release(1000)
+    setup.fetcher.close()
+
+
+def test_closing_tells_who_waits(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, connections=1)
+    setup.demand(0)
+    setup.demand(9)
+    wait_for(lambda: len(setup.bucket.asked) == 1)
+    setup.bucket.allow.release(1)
+    setup.fetcher.close()
+    wait_for(lambda: len(setup.told) == 2)
+
+
+@given(queued=st.integers(1, 10_000), connections=st.integers(1, 256))
+def test_ranges_are_long_when_much_is_wanted(queued: int, connections: int) -> None:
+    length = range_length(queued, connections)
+    assert MIN_RANGE <= length <= MAX_RANGE
+    assert demand_reserve(connections) < connections
+
+
+@given(st.integers(1, 60))
+def test_pauses_grow_and_end(attempt: int) -> None:
+    assert 0.05 <= backoff(attempt) <= 5.0

@@ -1,0 +1,138 @@
+"""The policy is pure, so what it promises is checked for any file and any way of reading."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from obsfs.blocks.readahead import Credit, LoadOrder, ReadAhead
+
+WINDOW = 256
+
+
+def wanted(policy: ReadAhead | LoadOrder, first: int, last: int) -> set[int]:
+    return {position for _, position in policy.on_read(first, last)}
+
+
+@given(
+    blocks=st.integers(1, 5000),
+    window=st.integers(0, 512),
+    reads=st.lists(st.tuples(st.integers(0, 4999), st.integers(1, 8)), max_size=100),
+    fences=st.lists(st.integers(1, 5000), max_size=50),
+)
+def test_it_wants_what_exists_and_no_more_than_its_window(
+    blocks: int, window: int, reads: list[tuple[int, int]], fences: list[int]
+) -> None:
+    policy = ReadAhead(blocks, window, fences=sorted({fence for fence in fences if fence <= blocks}))
+    for start, count in reads:
+        first = start % blocks
+        last = min(first + count, blocks) - 1
+        ahead = [position for _, position in policy.on_read(first, last) if position > last]
+        assert all(0 <= position < blocks for position in ahead)
+        assert len(ahead) <= max(window, 0) + 64
+
+
+@given(blocks=st.integers(600, 4000), step=st.integers(1, 8))
+def test_one_sequential_reader_gets_the_whole_window_and_each_block_once(blocks: int, step: int) -> None:
+    policy = ReadAhead(blocks, WINDOW)
+    seen: list[int] = []
+    furthest = 0
+    for first in range(0, blocks, step):
+        last = min(first + step, blocks) - 1
+        seen += wanted(policy, first, last)
+        furthest = max(furthest, max(seen, default=0) - last)
+    assert len(seen) == len(set(seen))
+    assert furthest >= WINDOW - step
+    assert set(range(2 * step, blocks)) <= set(seen)
+
+
+@given(seed=st.integers(0, 1000))
+def test_random_readers_get_little(seed: int) -> None:
+    rng = random.Random(seed)
+    policy = ReadAhead(100_000, WINDOW)
+    extra = sum(len(wanted(policy, block, block)) for block in (rng.randrange(100_000) for _ in range(500)))
+    assert extra <= 25
+
+
+@given(seed=st.integers(0, 1000))
+def test_jumping_about_after_a_long_scan_soon_gets_little(seed: int) -> None:
+    rng = random.Random(seed)
+    policy = ReadAhead(100_000, WINDOW)
+    for block in range(4000):
+        policy.on_read(block, block)
+    jumps = [len(wanted(policy, block, block)) for block in (rng.randrange(5000, 100_000) for _ in range(300))]
+    assert sum(jumps) <= 3 * WINDOW
+    assert sum(jumps[100:]) <= WINDOW
+
+
+@given(threads=st.integers(2, 8), seed=st.integers(0, 100))
+def test_interleaved_streams_run_as_one_would(threads: int, seed: int) -> None:
+    """Loaders read one descriptor from several threads: each is sequential, their sum is not."""
+    rng = random.Random(seed)
+    policy = ReadAhead(8000, WINDOW)
+    region = 8000 // threads
+    at = [thread * region for thread in range(threads)]
+    had: set[int] = set()
+    late = 0
+    for _ in range(400 * threads):
+        thread = rng.randrange(threads)
+        if at[thread] < (thread + 1) * region:
+            late += at[thread] not in had
+            had |= wanted(policy, at[thread], at[thread])
+            at[thread] += 1
+    assert late <= 10 * threads
+
+
+def test_the_kernels_own_read_ahead_arrives_out_of_order() -> None:
+    policy = ReadAhead(1000, WINDOW)
+    had: set[int] = set()
+    late = 0
+    for start in range(0, 1000, 4):
+        for block in (start + 1, start, start + 3, start + 2):
+            late += block not in had
+            had |= wanted(policy, block, block)
+    assert late <= 12
+
+
+@given(tensor=st.integers(0, 39), size=st.integers(2, 64))
+def test_one_tensor_is_given_whole_and_nothing_beyond(tensor: int, size: int) -> None:
+    fences = [size * (n + 1) for n in range(40)]
+    policy = ReadAhead(40 * size, WINDOW, fences=fences)
+    had: set[int] = set()
+    for block in range(tensor * size, (tensor + 1) * size):
+        had |= wanted(policy, block, block) | {block}
+    assert had == set(range(tensor * size, (tensor + 1) * size))
+
+
+def test_a_loader_that_looks_at_the_start_of_each_tensor_is_one_stream() -> None:
+    size, count = 32, 60
+    policy = ReadAhead(size * count, WINDOW, fences=[size * (n + 1) for n in range(count)])
+    had: set[int] = set()
+    late = 0
+    for tensor in range(count):
+        late += tensor * size not in had
+        had |= wanted(policy, tensor * size, tensor * size + 1)
+    assert late <= 6
+    assert len(had) >= size * (count - 8)
+
+
+def test_the_loaders_order_is_not_the_files() -> None:
+    order = [*range(100, 200), *range(100), *range(200, 300)]
+    policy = LoadOrder(order, WINDOW, Credit(), [20 * (n + 1) for n in range(15)])
+    had: set[int] = set()
+    late = 0
+    for block in order:
+        late += block not in had
+        had |= wanted(policy, block, block)
+    assert late <= 24, "the jump from 199 to 0 is no jump for a loader"
+    assert had <= set(order)
+
+
+def test_what_was_dropped_is_wanted_again() -> None:
+    policy = ReadAhead(1000, WINDOW)
+    first = [wanted(policy, block, block) for block in range(40)]
+    assert any(first)
+    policy.forget_wanted()
+    assert 41 in wanted(policy, 40, 40)

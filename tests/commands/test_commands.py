@@ -1,0 +1,293 @@
+"""The command line as a user meets it: what works, and that every mistake is one line, status 2, and no remains."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import obsfs as package
+from obsfs.fuse import daemon
+from obsfs.fuse.kernel import channel, server  # noqa: F401
+from obsfs.remote.address import parse_address
+from obsfs.remote.client import Bucket
+from obsfs.settings import Settings
+from tests.conftest import MIB, Mounter, Result, Store, random_bytes, wait_for
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def mountpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "mnt"
+    path.mkdir()
+    return path
+
+
+def daemons(mountpoint: Path) -> list[int]:
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (directory / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"obsfs.fuse.daemon" in arguments and os.fsencode(mountpoint) in arguments:
+            found.append(int(directory.name))
+    return found
+
+
+def fails(result: Result, mountpoint: Path, *words: str) -> None:
+    assert result.code == 2, result
+    assert result.out == ""
+    assert result.err.startswith("obsfs: ")
+    assert result.err.count("\n") == 1, result.err
+    for word in words:
+        assert word in result.err
+    assert channel.mounted_at(mountpoint) is None
+    wait_for(lambda: not daemons(mountpoint))
+
+
+def test_mount_status_umount(bucket: Store, obsfs: Run, mountpoint: Path, engine: str, tmp_path: Path) -> None:
+    data = random_bytes(3 * MIB)
+    bucket.put("file.bin", data)
+    mounted = obsfs(
+        "mount", bucket, mountpoint, "--engine", engine, "--cache-dir", tmp_path / "c", "--cache-size", "1GiB"
+    )
+    assert (mounted.code, mounted.out, mounted.err) == (0, "", "")
+    assert (mountpoint / "file.bin").read_bytes() == data
+    shown = obsfs("status", mountpoint, "--json").json
+    assert shown["mountpoint"] == str(mountpoint)
+    assert shown["source"] == str(bucket)
+    assert shown["engine"] == engine
+    assert shown["pid"] in daemons(mountpoint)
+    assert shown["bytes_fetched"] == shown["bytes_read"] == len(data)
+    assert shown["cache_bytes"] == len(data)
+    assert shown["cache_limit"] == 1 << 30
+    assert (shown["requests_in_flight"], shown["retries"], shown["errors"]) == (0, 0, 0)
+    everything = obsfs("status", "--json").json
+    assert str(mountpoint) in [entry["mountpoint"] for entry in everything]
+    text = obsfs("status", mountpoint)
+    assert text.code == 0
+    assert str(bucket) in text.out
+    again = obsfs("mount", bucket, mountpoint)
+    assert again.code == 2
+    assert "already mounted" in again.err
+    assert obsfs("umount", mountpoint).code == 0
+    assert channel.mounted_at(mountpoint) is None
+    assert daemons(mountpoint) == []
+    assert os.listdir(mountpoint) == []
+
+
+def test_s3_is_another_name(bucket: Store, obsfs: Run, mountpoint: Path) -> None:
+    bucket.put("a", b"a")
+    assert obsfs("mount", f"s3://{bucket.name}", mountpoint).code == 0
+    assert os.listdir(mountpoint) == ["a"]
+    assert obsfs("umount", mountpoint).code == 0
+
+
+def test_mistakes_about_the_bucket(bucket: Store, obsfs: Run, mountpoint: Path) -> None:
+    fails(obsfs("mount", "models", mountpoint), mountpoint, "models", "obs://BUCKET")
+    fails(obsfs("mount", "obs://no-such-bucket-here", mountpoint), mountpoint, "no-such-bucket-here")
+    fails(obsfs("mount", f"{bucket}/no/such/prefix", mountpoint), mountpoint, "no/such/prefix")
+    fails(obsfs("mount", bucket, mountpoint, "--endpoint-url", "http://127.0.0.1:1"), mountpoint, "cannot reach")
+    wrong = obsfs("mount", bucket, mountpoint, AWS_SECRET_ACCESS_KEY="not-the-secret")
+    fails(wrong, mountpoint, "denied", "credentials")
+    assert "not-the-secret" not in wrong.err
+    assert bucket.server.secret_key not in wrong.err
+
+
+def test_no_credentials_at_all(obsfs: Run, mountpoint: Path) -> None:
+    fails(obsfs("mount", "obs://any-bucket", mountpoint, "--region", "x"), mountpoint, "AWS_ACCESS_KEY_ID")
+    fails(obsfs("mount", "obs://any-bucket", mountpoint), mountpoint, "--region cn-south-1")
+
+
+def test_mistakes_about_the_mountpoint(bucket: Store, obsfs: Run, mountpoint: Path, tmp_path: Path) -> None:
+    bucket.put("a", b"a")
+    fails(obsfs("mount", bucket, tmp_path / "nowhere"), tmp_path / "nowhere", "does not exist", "mkdir -p")
+    (tmp_path / "file").write_text("")
+    fails(obsfs("mount", bucket, tmp_path / "file"), tmp_path / "file", "no directory")
+    (mountpoint / "something").write_text("")
+    fails(obsfs("mount", bucket, mountpoint), mountpoint, "not empty")
+
+
+def test_mistakes_about_settings(bucket: Store, obsfs: Run, mountpoint: Path, tmp_path: Path) -> None:
+    fails(obsfs("mount", bucket, mountpoint, "--cache-size", "lots"), mountpoint, "--cache-size lots")
+    fails(obsfs("mount", bucket, mountpoint, "--no-such-flag"), mountpoint, "--no-such-flag")
+    fails(obsfs("mount", bucket), mountpoint, "MOUNTPOINT")
+    (tmp_path / "file").write_text("")
+    fails(obsfs("mount", bucket, mountpoint, "--cache-dir", tmp_path / "file"), mountpoint, "cache directory")
+    fails(obsfs("mount", bucket, mountpoint, "--cache-dir", "/proc/obsfs"), mountpoint, "cache directory")
+
+
+def test_no_device(bucket: Store, mountpoint: Path) -> None:
+    """In a mount namespace of its own, /dev/fuse is hidden."""
+    bucket.put("a", b"a")
+    command = f"mount -t tmpfs none /dev && exec {sys.executable} -m obsfs mount {bucket} {mountpoint}"
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", command], capture_output=True, text=True, timeout=60, check=False
+    )
+    fails(Result(done.returncode, done.stdout, done.stderr), mountpoint, "/dev/fuse is missing")
+
+
+def test_umount_and_status_of_what_is_not_mounted(obsfs: Run, mountpoint: Path) -> None:
+    fails(obsfs("umount", mountpoint), mountpoint, "nothing is mounted")
+    fails(obsfs("status", mountpoint), mountpoint, "no obsfs is mounted")
+    assert obsfs("umount", "/proc").code == 2
+
+
+def test_a_busy_mount(bucket: Store, obsfs: Run, mount: Mounter) -> None:
+    bucket.put("a", b"data")
+    path = mount(bucket)
+    with (path / "a").open("rb") as file:
+        busy = obsfs("umount", path)
+        assert busy.code == 2
+        assert "in use" in busy.err
+        assert obsfs("umount", "--lazy", path).code == 0
+        assert file.read() == b"data"
+    assert mount.process(path).wait(20) == 0
+
+
+def test_a_dead_mount_is_shown_and_cleared(bucket: Store, obsfs: Run, mount: Mounter) -> None:
+    bucket.put("a", b"a")
+    path = mount(bucket)
+    mount.kill(path)
+    (shown,) = [entry for entry in obsfs("status", "--json").json if entry["mountpoint"] == str(path)]
+    assert shown["state"] == "dead"
+    assert "dead" in obsfs("status").out
+    assert obsfs("mount", bucket, path).code == 0
+    assert (path / "a").read_bytes() == b"a"
+    assert obsfs("umount", path).code == 0
+
+
+def test_foreground(bucket: Store, mountpoint: Path) -> None:
+    bucket.put("a", b"a")
+    command = [sys.executable, "-m", "obsfs", "mount", str(bucket), str(mountpoint), "--foreground"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: channel.mounted_at(mountpoint) is not None)
+        wait_for(lambda: os.listdir(mountpoint) == ["a"])
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+    assert channel.mounted_at(mountpoint) is None
+
+
+def test_no_secret_is_left_anywhere(bucket: Store, obsfs: Run, mountpoint: Path, tmp_path: Path) -> None:
+    bucket.put("a", b"data")
+    assert obsfs("mount", bucket, mountpoint, "--log-level", "debug").code == 0
+    assert (mountpoint / "a").read_bytes() == b"data"
+    (pid,) = daemons(mountpoint)
+    secret = bucket.server.secret_key
+    assert secret.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    assert secret not in obsfs("status", "--json").out
+    assert obsfs("umount", mountpoint).code == 0
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or secret.encode() not in path.read_bytes(), path
+
+
+def test_cache_info_and_clean(bucket: Store, obsfs: Run, mount: Mounter, tmp_path: Path) -> None:
+    for name in ("models/one.bin", "models/two.bin", "other.bin"):
+        bucket.put(name, random_bytes(2 * MIB))
+    path = mount(bucket, cache_dir=tmp_path / "c")
+    for name in ("models/one.bin", "models/two.bin", "other.bin"):
+        (path / name).read_bytes()
+    where = ("--cache-dir", tmp_path / "c")
+    shown = obsfs("cache", "info", *where, "--json").json
+    assert shown["cache_bytes"] == 6 * MIB
+    assert {entry["key"] for entry in shown["objects"]} == {"models/one.bin", "models/two.bin", "other.bin"}
+    assert f"obs://{bucket.name}/other.bin" in obsfs("cache", "info", *where).out.replace("\n", "")
+    assert "0 B freed" in obsfs("cache", "clean", "--older-than", "7d", *where).out
+    assert "2.0 MiB freed" in obsfs("cache", "clean", path / "models" / "one.bin", *where).out
+    assert "2.0 MiB freed" in obsfs("cache", "clean", f"{bucket}/models", *where).out
+    assert "2.0 MiB freed" in obsfs("cache", "clean", *where).out
+    assert obsfs("cache", "clean", "--older-than", "soon", *where).code == 2
+    assert obsfs("cache", "clean", "/nowhere/else", *where).code == 2
+    assert obsfs("cache", "info", "--cache-dir", tmp_path / "none").code == 2
+    assert (path / "other.bin").read_bytes() == random_bytes(2 * MIB)
+
+
+def test_help_has_examples(obsfs: Run) -> None:
+    for verb in ("mount", "umount", "status", "cache clean", "demo"):
+        shown = obsfs(*verb.split(), "--help")
+        assert shown.code == 0
+        assert "xample" in shown.out
+    assert obsfs("--version").out.split()[-1] == package.__version__
+    assert obsfs("mout").code == 2
+
+
+def test_the_python_face(bucket: Store, mountpoint: Path, tmp_path: Path) -> None:
+    bucket.put("a", b"data")
+    with package.mount(str(bucket), mountpoint, cache_dir=tmp_path / "c") as mount:
+        assert (mount.path / "a").read_bytes() == b"data"
+        assert mount.status()["pid"] == mount.pid
+    assert channel.mounted_at(mountpoint) is None
+    with pytest.raises(package.ObsfsError, match="no-such-bucket"):
+        package.mount("obs://no-such-bucket", mountpoint)
+
+
+def test_a_python_mount_ends_with_its_process(bucket: Store, mountpoint: Path) -> None:
+    bucket.put("a", b"data")
+    program = "import obsfs,sys,time; m=obsfs.mount(*sys.argv[1:]); print('up',flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", program, str(bucket), str(mountpoint)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+    assert channel.mounted_at(mountpoint) is not None
+    process.kill()
+    process.wait(10)
+    wait_for(lambda: channel.mounted_at(mountpoint) is None)
+
+
+def test_a_user_without_rights(
+    bucket: Store, mountpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may not mount(2) mounts by fusermount3, and is served by splice."""
+    bucket.put("a", b"data")
+    for path in (mountpoint, *mountpoint.parents):
+        if path != Path("/"):
+            path.chmod(path.stat().st_mode | 0o711)
+    home = tmp_path / "home"
+    home.mkdir()
+    for path in (mountpoint, home):
+        os.chown(path, 65534, 65534)
+    monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
+    # Forked rather than started: the interpreter may lie where only root may look. So all is imported before.
+    Bucket(parse_address(str(bucket)), Settings.load()).check()
+    pid = os.fork()
+    if not pid:
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            daemon.serve(str(bucket), mountpoint, Settings.load(cache_dir=home / "cache"), lambda: None, daemon.Stop())
+        finally:
+            os._exit(0)
+    try:
+        wait_for(lambda: channel.mounted_at(mountpoint) is not None)
+        program = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+        read = subprocess.run([*program, "cat", mountpoint / "a"], capture_output=True, timeout=20, check=True)
+        assert read.stdout == b"data"
+        asked = subprocess.run(
+            [*program, "getfattr", "--only-values", "-n", "user.obsfs.status", mountpoint],
+            capture_output=True,
+            timeout=20,
+            check=True,
+        )
+        shown = json.loads(asked.stdout)
+        assert shown["passthrough"] is False
+        assert shown["data_path"] == "splice"
+        subprocess.run([*program, "fusermount3", "-u", mountpoint], timeout=20, check=True)
+        assert os.waitpid(pid, 0)[0] == pid
+        pid = 0
+    finally:
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            channel.unmount(mountpoint, lazy=True)
+    assert channel.mounted_at(mountpoint) is None

@@ -1,0 +1,167 @@
+"""Names and listings against a reference, with a bucket in memory and a clock that the test turns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from obsfs.errors import NotFoundError
+from obsfs.fuse.tree import ROOT, Tree, WouldBlockError
+from obsfs.remote.address import is_valid_name
+from obsfs.remote.client import ObjectInfo, ObjectVersion, Page
+
+
+class MemoryBucket:
+    def __init__(self, keys: dict[str, str], page: int = 1000) -> None:
+        self.keys = keys
+        self.page = page
+        self.requests = 0
+
+    def list(self, prefix: str) -> Iterator[Page]:
+        entries: dict[str, ObjectInfo | None] = {}
+        for key in sorted(self.keys):
+            if key.startswith(prefix):
+                name, slash, _ = key[len(prefix) :].partition("/")
+                entries[prefix + name + slash] = None if slash else self._info(key)
+        names = sorted(entries)
+        for start in range(0, max(len(names), 1), self.page):
+            self.requests += 1
+            part = names[start : start + self.page]
+            yield Page(
+                [info for name in part if (info := entries[name]) is not None],
+                [name for name in part if entries[name] is None],
+                start + self.page >= len(names),
+            )
+
+    def head(self, key: str) -> ObjectInfo:
+        self.requests += 1
+        if key not in self.keys:
+            raise NotFoundError(key)
+        return self._info(key)
+
+    def _info(self, key: str) -> ObjectInfo:
+        return ObjectInfo(key, len(self.keys[key]), 1.0, f'"{self.keys[key]}"')
+
+    def version(self, info: ObjectInfo) -> ObjectVersion:
+        return ObjectVersion("e", "b", info.key, info.etag, info.size)
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+names = st.text("ab./", min_size=1, max_size=6)
+
+
+@given(keys=st.dictionaries(names, st.sampled_from(["1", "2"]), max_size=12), page=st.integers(1, 5))
+def test_it_shows_what_the_rules_say(keys: dict[str, str], page: int) -> None:
+    tree = Tree(MemoryBucket(keys, page), "", 60, now=Clock())
+    shown: dict[str, bool] = {}
+    for key in keys:
+        head, slash, _ = key.partition("/")
+        if is_valid_name(head):
+            shown[head] = shown.get(head, False) or bool(slash)
+    listing = tree.listing(tree.node(ROOT))
+    assert {name: entry.info is None for name, entry in listing.entries.items()} == shown
+    fresh = Tree(MemoryBucket(keys, page), "", 60, now=Clock())
+    for name in ("a", "b", "ab", "ba", "aa", ".a", "..."):
+        if name in shown:
+            node = fresh.lookup(fresh.node(ROOT), name)
+            assert node.is_dir == shown[name]
+            assert node.is_dir or (node.version is not None and node.version.etag == f'"{keys[name]}"')
+        else:
+            with pytest.raises(NotFoundError):
+                fresh.lookup(fresh.node(ROOT), name)
+
+
+def test_a_directory_of_a_hundred_thousand_lists_and_looks_up() -> None:
+    bucket = MemoryBucket({f"many/file-{n:06}": "1" for n in range(100_000)})
+    tree = Tree(bucket, "", 60, now=Clock())
+    directory = tree.lookup(tree.node(ROOT), "many")
+    before = bucket.requests
+    assert tree.lookup(directory, "file-099999").size == 1
+    assert bucket.requests - before <= 3, "one name needs no whole listing"
+    assert len(tree.listing(directory).names) == 100_000
+    assert bucket.requests - before <= 103
+    with pytest.raises(NotFoundError):
+        tree.lookup(directory, "file-1")
+    assert bucket.requests - before <= 103
+
+
+def test_absence_is_remembered_until_the_lifetime_is_over() -> None:
+    bucket, clock = MemoryBucket({"a": "1"}), Clock()
+    tree = Tree(bucket, "", 10, now=clock)
+    root = tree.node(ROOT)
+    for _ in range(3):
+        with pytest.raises(NotFoundError):
+            tree.lookup(root, "new")
+    assert bucket.requests == 1
+    assert tree.lifetime(root, "new") == 10
+    bucket.keys["new"] = "1"
+    clock.now += 9
+    assert tree.lifetime(root, "new") == 1
+    with pytest.raises(NotFoundError):
+        tree.lookup(root, "new")
+    clock.now += 2
+    assert tree.lookup(root, "new").size == 1
+
+
+def test_who_will_not_wait_is_told_so() -> None:
+    tree = Tree(MemoryBucket({"a/b": "1"}), "", 10, now=Clock())
+    with pytest.raises(WouldBlockError):
+        tree.lookup(tree.node(ROOT), "a", wait=False)
+    directory = tree.lookup(tree.node(ROOT), "a")
+    with pytest.raises(WouldBlockError):
+        tree.listing(directory, wait=False)
+
+
+def test_a_new_version_is_a_new_node_with_the_same_inode_number() -> None:
+    bucket, clock = MemoryBucket({"a": "1"}), Clock()
+    tree = Tree(bucket, "", 10, now=clock)
+    old = tree.lookup(tree.node(ROOT), "a")
+    assert tree.lookup(tree.node(ROOT), "a") is old
+    bucket.keys["a"] = "22"
+    clock.now += 11
+    new = tree.lookup(tree.node(ROOT), "a")
+    assert new.id != old.id
+    assert new.ino == old.ino
+    assert tree.node(old.id).size == 1
+    assert new.size == 2
+
+
+def test_forgotten_nodes_go_and_open_ones_stay() -> None:
+    tree = Tree(MemoryBucket({"a": "1"}), "", 10, now=Clock())
+    node = tree.lookup(tree.node(ROOT), "a")
+    tree.count_open(node, 1, direct=False)
+    tree.forget(node.id, 1)
+    assert tree.node(node.id) is node
+    tree.count_open(node, -1, direct=False)
+    with pytest.raises(NotFoundError):
+        tree.node(node.id)
+    tree.forget(ROOT, 1)
+    assert tree.node(ROOT).is_dir
+
+
+def test_a_successor_knows_what_its_predecessor_told_the_kernel() -> None:
+    records: list[list[object]] = []
+    tree = Tree(MemoryBucket({"a/x": "1", "b": "22", "c": "3"}), "", 10, records.append, now=Clock())
+    root = tree.node(ROOT)
+    inner = tree.lookup(tree.lookup(root, "a"), "x")
+    opened = tree.lookup(root, "b")
+    tree.count_open(opened, 1, direct=True)
+    gone = tree.lookup(root, "c")
+    tree.forget(gone.id, 1)
+    for source in (records, list(tree.snapshot())):
+        successor = Tree(MemoryBucket({}), "", 10, now=Clock())
+        successor.restore(source, "e", "b")
+        assert successor.node(inner.id).version == inner.version
+        assert successor.node(opened.id).direct_opens == 1
+        assert successor.node(opened.id).ino == opened.ino
+        with pytest.raises(NotFoundError):
+            successor.node(gone.id)

@@ -1,0 +1,116 @@
+"""The requests against real servers: SeaweedFS, and rclone, which answers a range with status 200."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from botocore.config import Config
+
+from obsfs.demo.server import find_program
+from obsfs.errors import ForbiddenError, NotFoundError, UnavailableError, VersionChangedError
+from obsfs.remote.address import parse_address
+from obsfs.remote.client import Bucket
+from obsfs.settings import Settings
+from tests.conftest import MIB, Mounter, Store, random_bytes
+
+
+@pytest.fixture
+def ours(bucket: Store) -> Bucket:
+    return Bucket(parse_address(str(bucket)), Settings.load())
+
+
+def read(bucket: Bucket, key: str, start: int, stop: int) -> bytes:
+    buffer = bytearray(stop - start)
+    body = bucket.open_range(bucket.version(bucket.head(key)), start, stop)
+    body.readinto(memoryview(buffer))
+    body.close()
+    return bytes(buffer)
+
+
+def test_ranges(bucket: Store, ours: Bucket) -> None:
+    data = random_bytes(3 * MIB + 1)
+    bucket.put("key", data)
+    for start, stop in ((0, 1), (0, len(data)), (MIB, 2 * MIB), (len(data) - 1, len(data))):
+        assert read(ours, "key", start, stop) == data[start:stop]
+
+
+def test_a_connection_is_used_again_after_a_whole_body(bucket: Store, ours: Bucket) -> None:
+    bucket.put("key", random_bytes(2 * MIB))
+    for _ in range(30):
+        assert len(read(ours, "key", 0, 2 * MIB)) == 2 * MIB
+
+
+def test_a_replaced_object_is_not_read(bucket: Store, ours: Bucket) -> None:
+    bucket.put("key", b"old data")
+    version = ours.version(ours.head("key"))
+    bucket.put("key", b"new data")
+    with pytest.raises(VersionChangedError):
+        ours.open_range(version, 0, 8)
+    bucket.client.delete_object(Bucket=bucket.name, Key="key")
+    with pytest.raises(VersionChangedError):
+        ours.open_range(version, 0, 8)
+
+
+def test_what_is_not_there(bucket: Store, ours: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NotFoundError):
+        ours.head("nothing")
+    with pytest.raises(NotFoundError):
+        Bucket(parse_address("obs://no-such-bucket"), Settings.load()).check()
+    with pytest.raises(UnavailableError):
+        Bucket(parse_address(str(bucket)), Settings.load(endpoint_url="http://127.0.0.1:1")).check()
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(ForbiddenError):
+        Bucket(parse_address(str(bucket)), Settings.load()).check()
+
+
+def test_listings_come_in_pages(bucket: Store, ours: Bucket) -> None:
+    for n in range(5):
+        bucket.put(f"dir/{n}", b"x" * n)
+    bucket.put("dir/sub/below", b"")
+    pages = list(ours.list("dir/", page_size=2))
+    assert len(pages) >= 3
+    assert [page.is_last for page in pages] == [False] * (len(pages) - 1) + [True]
+    objects = [(info.key, info.size) for page in pages for info in page.objects]
+    assert objects == [(f"dir/{n}", n) for n in range(5)]
+    assert [prefix for page in pages for prefix in page.prefixes] == ["dir/sub/"]
+
+
+@pytest.fixture
+def rclone(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    root = tmp_path / "rclone"
+    (root / "models").mkdir(parents=True)
+    program = find_program("rclone", "test")
+    address = tmp_path / "address"
+    with address.open("wb") as log:
+        command = [program, "serve", "s3", "--addr", "127.0.0.1:0", "--auth-key", "key,secret", str(root)]
+        process = subprocess.Popen(command, stderr=log, stdout=log)
+    try:
+        deadline = time.monotonic() + 20
+        while "http://" not in (text := address.read_text()):
+            assert time.monotonic() < deadline and process.poll() is None, text
+            time.sleep(0.05)
+        yield "http://" + text.split("http://")[1].split("/")[0], root
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def test_a_server_that_answers_ranges_with_200(
+    rclone: tuple[str, Path], mount: Mounter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint, root = rclone
+    data = random_bytes(20 * MIB + 3)
+    (root / "models" / "file.bin").write_bytes(data)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    client = boto3.client("s3", endpoint_url=endpoint, config=Config(s3={"addressing_style": "path"}))
+    answer = client.get_object(Bucket="models", Key="file.bin", Range="bytes=10-19")
+    assert answer["ContentRange"]
+    path = mount("obs://models", endpoint_url=endpoint)
+    assert (path / "file.bin").read_bytes() == data

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+
+from obsfs.errors import UsageError
+from obsfs.remote.client import connect
+from obsfs.remote.credentials import Keys, explicit_keys
+from obsfs.settings import Settings
+
+OURS = {"OBSFS_ACCESS_KEY_ID": "o", "OBSFS_SECRET_ACCESS_KEY": "os"}
+HUAWEI = {"HUAWEICLOUD_SDK_AK": "h", "HUAWEICLOUD_SDK_SK": "hs", "HUAWEICLOUD_SDK_SECURITY_TOKEN": "ht"}
+
+
+def found(
+    environ: dict[str, str], *, on_obs: bool = False, chain: bool = False, profile: str | None = None
+) -> Keys | None:
+    return explicit_keys(profile=profile, on_obs=on_obs, chain_has_keys=chain, environ=environ)
+
+
+def test_who_comes_first() -> None:
+    assert found({**OURS, **HUAWEI}, on_obs=True, chain=True) == Keys("o", "os", None)
+    assert found(HUAWEI, on_obs=True, chain=True) == Keys("h", "hs", "ht")
+    assert found(HUAWEI, chain=True) is None
+    assert found(HUAWEI) == Keys("h", "hs", "ht")
+    assert found({**OURS, **HUAWEI}, profile="work") is None
+    assert found({}) is None
+
+
+def test_half_a_pair_is_a_mistake() -> None:
+    with pytest.raises(UsageError, match="HUAWEICLOUD_SDK_SK is not set"):
+        found({"HUAWEICLOUD_SDK_AK": "h"})
+
+
+def test_keys_do_not_show_themselves() -> None:
+    keys = Keys("access", "secret", "token")
+    assert "secret" not in f"{keys} {keys!r} {[keys]}"
+
+
+def test_a_region_alone_means_obs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HUAWEICLOUD_SDK_AK", "h")
+    monkeypatch.setenv("HUAWEICLOUD_SDK_SK", "hs")
+    connection = connect(Settings.load(region="cn-south-1"))
+    assert connection.endpoint == "https://obs.cn-south-1.myhuaweicloud.com"
+    assert connection.config["s3"] == {"addressing_style": "virtual"}
+    assert connection.config["request_checksum_calculation"] == "when_required"
+    assert connection.config["response_checksum_validation"] == "when_required"
+    assert connection.keys == Keys("h", "hs", None)
+
+
+def test_amazon_keeps_its_checksums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    connection = connect(Settings.load(), "s3")
+    assert connection.endpoint.endswith(".amazonaws.com")
+    assert "request_checksum_calculation" not in connection.config
+
+
+def test_botocores_endpoint_variable_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9000")
+    connection = connect(Settings.load())
+    assert connection.endpoint == "http://127.0.0.1:9000"
+    assert connection.config["s3"] == {"addressing_style": "path"}
+
+
+def test_no_endpoint_and_no_region_is_a_mistake() -> None:
+    with pytest.raises(UsageError, match="--region"):
+        connect(Settings.load())
+
+
+def test_a_profile_that_is_not_there() -> None:
+    with pytest.raises(UsageError, match="nobody"):
+        connect(Settings.load(profile="nobody"))

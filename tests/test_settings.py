@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from obsfs.errors import ObsfsError, UsageError
+from obsfs.settings import Settings, config_path, parse_seconds
+
+
+def test_flags_beat_variables_beat_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    config_path().parent.mkdir(parents=True)
+    config_path().write_text('connections = 3\ncache_size = "7GiB"\nregion = "from-file"\n')
+    assert Settings.load().connections == 3
+    assert Settings.load().cache_size == 7 << 30
+    monkeypatch.setenv("OBSFS_CONNECTIONS", "5")
+    assert Settings.load().connections == 5
+    assert Settings.load(connections="9", region=None).connections == 9
+    assert Settings.load().region == "from-file"
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"cache_size": "lots"}, "--cache-size lots"),
+        ({"connections": 0}, "--connections 0"),
+        ({"metadata_ttl": "soon"}, "--metadata-ttl soon"),
+        ({"engine": "warp"}, "--engine warp"),
+        ({"umask": "9"}, "--umask 9"),
+        ({"cache_dirr": "x"}, "unknown setting 'cache_dirr'"),
+    ],
+)
+def test_a_mistake_is_named_in_one_line(given: dict[str, object], named: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Settings.load(**given)
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_does_not_parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OBSFS_CONFIG", str(tmp_path / "broken.toml"))
+    (tmp_path / "broken.toml").write_text("connections =")
+    with pytest.raises(UsageError, match=r"broken\.toml"):
+        Settings.load()
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("500ms", 0.5), ("5m", 300), ("2h", 7200), ("7d", 604800)])
+def test_times(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+
+
+def test_errors_are_one_line() -> None:
+    assert str(ObsfsError("it broke", "mend\n  it")) == "it broke: mend it"
+    assert str(ObsfsError("it broke")) == "it broke"
