@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ def make_model(
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    tokenizer = _train_tokenizer(vocabulary)
+    tokenizer = train_tokenizer(vocabulary)
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=vocabulary,
@@ -53,8 +54,8 @@ def make_model(
     return int(sum(parameter.numel() for parameter in model.parameters()))
 
 
-def _train_tokenizer(vocabulary: int) -> Any:
-    # The standard library's own documentation is text that every Python has.
+def train_tokenizer(vocabulary: int) -> Any:
+    """A byte-level BPE tokenizer of `vocabulary` tokens, trained on text that every Python has."""
     from pydoc_data import topics
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -91,16 +92,16 @@ def load_model(directory: Path) -> Loaded:
     started = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
-    size = touch(model)
+    size = touch_tensors(model.state_dict().values())
     return Loaded(model, tokenizer, time.perf_counter() - started, size)
 
 
-def touch(model: Any) -> int:
-    """Read one byte of every page of every weight; the number of bytes of the weights."""
+def touch_tensors(tensors: Iterable[Any]) -> int:
+    """Read one byte of every page of every tensor; the number of bytes of them all."""
     import torch
 
     size = 0
-    for tensor in model.state_dict().values():
+    for tensor in tensors:
         flat = tensor.detach().reshape(-1).view(torch.uint8)
         flat[::_PAGE].sum()
         size += flat.numel()
