@@ -32,6 +32,7 @@ def ensure() -> None:
     print(f"setting up {HOME} (once; some minutes)", file=sys.stderr, flush=True)
     if not PYTHON.exists():
         venv.create(HOME, with_pip=True)
+        _pip("install", "-q", "-U", "pip")
     _install_torch()
     _pip("install", "-q", "-c", str(_CONSTRAINTS), "-e", f"{ROOT}[test,bench]")
     stamp.write_text(wanted.hexdigest())
