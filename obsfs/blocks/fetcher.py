@@ -19,7 +19,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -50,6 +50,19 @@ OpenRange = Callable[[ObjectVersion, int, int], Body]
 def range_length(queued: int, connections: int) -> int:
     """The most blocks to take as one range when `queued` are waiting: few while connections would idle, else many."""
     return max(MIN_RANGE, min(MAX_RANGE, -(-queued // connections)))
+
+
+def runs(blocks: Iterable[int]) -> Iterator[range]:
+    """Ascending block numbers as ranges without gaps."""
+    start = stop = -1
+    for block in blocks:
+        if block != stop:
+            if stop > start:
+                yield range(start, stop)
+            start = block
+        stop = block + 1
+    if stop > start:
+        yield range(start, stop)
 
 
 def demand_reserve(connections: int) -> int:
@@ -185,7 +198,8 @@ class Fetcher:
         """Fetch blocks that a reader will want: ``(urgency, block)``, 0 first among all readers."""
         with self._changed:
             for urgency, block in blocks:
-                if block not in target.wants and not self._stopping:
+                # It may have landed since the caller looked.
+                if block not in target.wants and not target.cached.is_present(block) and not self._stopping:
                     target.wants[block] = _Want()
                     self._queued += 1
                     heapq.heappush(self._ahead, (urgency, next(self._order), target, block))
@@ -299,12 +313,13 @@ class Fetcher:
             self._pause(target, blocks, _ELSEWHERE_POLL)
             return
         try:
-            left = blocks
-            while left and cached.has(left.start):
-                self._landed(target, left.start, 0)
-                left = left[1:]
-            if left:
-                self._fetch_range(target, left, buffer)
+            # Another process may have fetched some of them.
+            missing = [block for block in blocks if not cached.has(block)]
+            for block in blocks:
+                if block not in missing:
+                    self._landed(target, block, 0)
+            for run in runs(missing):
+                self._fetch_range(target, run, buffer)
         finally:
             cached.unlock(blocks)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obsfs.blocks.cache import BLOCK, Cache
-from obsfs.blocks.fetcher import MAX_RANGE, MIN_RANGE, Fetcher, Target, Waiter, backoff, demand_reserve, range_length
+from obsfs.blocks.fetcher import (
+    MAX_RANGE,
+    MIN_RANGE,
+    Fetcher,
+    Target,
+    Waiter,
+    backoff,
+    demand_reserve,
+    range_length,
+    runs,
+)
 from obsfs.errors import ObsfsError, UnavailableError, VersionChangedError
 from obsfs.remote.client import ObjectVersion
 from tests.conftest import wait_for
@@ -99,6 +110,24 @@ def test_no_block_is_in_flight_twice(one: Setup) -> None:
     wait_for(lambda: len(one.told) == 3)
     blocks = [block for start, stop in one.bucket.asked for block in range(start, stop)]
     assert sorted(blocks) == [3, 4]
+
+
+def test_what_has_landed_meanwhile_is_not_fetched_again(one: Setup) -> None:
+    one.bucket.allow.release(100)
+    one.demand(2)
+    wait_for(lambda: one.told == [None])
+    one.prefetch(1, 2, 3)
+    one.demand(0, 1, 2, 3, 4)
+    wait_for(lambda: len(one.told) == 2)
+    blocks = [block for start, stop in one.bucket.asked for block in range(start, stop)]
+    assert sorted(blocks) == [0, 1, 2, 3, 4]
+
+
+@given(st.sets(st.integers(0, 50)))
+def test_runs_have_no_gaps(blocks: set[int]) -> None:
+    found = list(runs(sorted(blocks)))
+    assert [block for run in found for block in run] == sorted(blocks)
+    assert all(before.stop < after.start for before, after in itertools.pairwise(found))
 
 
 def test_failures_are_tried_again(one: Setup) -> None:

@@ -277,8 +277,8 @@ def test_a_user_without_rights(
         program = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
         read = subprocess.run([*program, "cat", mountpoint / "a"], capture_output=True, timeout=20, check=True)
         assert read.stdout == b"data"
-        ask = "import os,sys; os.setuid(65534); print(os.getxattr(sys.argv[1], 'user.obsfs.status').decode())"
-        command = [sys.executable, "-c", ask, mountpoint]
+        ask = "import os,sys; os.setgid(65534); os.setuid(65534)\nprint(os.getxattr(*sys.argv[1:]).decode())"
+        command = [sys.executable, "-c", ask, mountpoint, "user.obsfs.status"]
         asked = subprocess.run(command, capture_output=True, timeout=20, check=True)
         shown = json.loads(asked.stdout)
         assert shown["passthrough"] is False
