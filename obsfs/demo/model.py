@@ -118,6 +118,8 @@ def generate(loaded: Loaded, prompt: str, tokens: int) -> str:
 def main() -> int:
     """Load and generate in a process of its own, which can be ended in mid-load."""
     import transformers
+    import transformers.models.qwen2.modeling_qwen2
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
     transformers.utils.logging.disable_progress_bar()
     loaded = load_model(Path(sys.argv[1]))
