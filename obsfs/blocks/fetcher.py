@@ -19,11 +19,12 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from obsfs.blocks.cache import BLOCK, CachedObject
+from obsfs.blocks.readahead import runs
 from obsfs.errors import ObsfsError, UnavailableError
 from obsfs.remote.client import ObjectVersion
 
@@ -50,19 +51,6 @@ OpenRange = Callable[[ObjectVersion, int, int], Body]
 def range_length(queued: int, connections: int) -> int:
     """The most blocks to take as one range when `queued` are waiting: few while connections would idle, else many."""
     return max(MIN_RANGE, min(MAX_RANGE, -(-queued // connections)))
-
-
-def runs(blocks: Iterable[int]) -> Iterator[range]:
-    """Ascending block numbers as ranges without gaps."""
-    start = stop = -1
-    for block in blocks:
-        if block != stop:
-            if stop > start:
-                yield range(start, stop)
-            start = block
-        stop = block + 1
-    if stop > start:
-        yield range(start, stop)
 
 
 def demand_reserve(connections: int) -> int:

@@ -23,7 +23,7 @@ file. So a file with extents is watched in both orders, by two policies: in the 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 _STREAMS = 64
@@ -203,25 +203,24 @@ class LoadOrder:
     def on_read(self, first: int, last: int) -> list[tuple[int, int]]:
         """Note a read of blocks; ``(urgency, block)`` of those wanted now."""
         wanted = []
-        for start, stop in self._runs(first, last):
-            wanted += [(urgency, self._order[p]) for urgency, p in self._policy.on_read(start, stop - 1)]
+        positions = (self._position[block] for block in range(first, last + 1) if block in self._position)
+        for run in runs(positions):
+            wanted += [(urgency, self._order[p]) for urgency, p in self._policy.on_read(run.start, run.stop - 1)]
         return wanted
 
     def forget_wanted(self) -> None:
         """As :meth:`ReadAhead.forget_wanted`."""
         self._policy.forget_wanted()
 
-    def _runs(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """The read as few ranges of positions ``[start, stop)``."""
-        start = stop = -1
-        for block in range(first, last + 1):
-            position = self._position.get(block)
-            if position is None:
-                continue
-            if position != stop:
-                if stop > start:
-                    yield start, stop
-                start = position
-            stop = position + 1
-        if stop > start:
-            yield start, stop
+
+def runs(blocks: Iterable[int]) -> Iterator[range]:
+    """Numbers as ranges without gaps, in the order given."""
+    start = stop = -1
+    for block in blocks:
+        if block != stop:
+            if stop > start:
+                yield range(start, stop)
+            start = block
+        stop = block + 1
+    if stop > start:
+        yield range(start, stop)

@@ -89,14 +89,12 @@ def companions(name: str, entries: Mapping[str, Entry]) -> list[ObjectInfo]:
     Loaders open one file after the other, a round trip each. Who opens ``config.json`` is about to read the other
     small files; who opens the index of a model in shards is about to read the header of each shard.
     """
+    is_config, is_index = name == "config.json", name.endswith(".safetensors.index.json")
+    if not (is_config or is_index):
+        return []  # what nearly every open is, also in a directory of 100,000
     files = [entry.info for entry in entries.values() if entry.info is not None and entry.name != name]
-    if name == "config.json":
-        files = [info for info in files if info.size <= _SMALL]
-    elif name.endswith(".safetensors.index.json"):
-        files = [info for info in files if info.key.endswith(".safetensors")]
-    else:
-        files = []
-    return files[:_COMPANIONS]
+    wanted = [info for info in files if (info.size <= _SMALL if is_config else info.key.endswith(".safetensors"))]
+    return wanted[:_COMPANIONS]
 
 
 class Operations:
