@@ -20,7 +20,7 @@ _RANGE = re.compile(rb"\r?\n?range: bytes=(\d+)-(\d+)", re.IGNORECASE)
 
 
 class FaultyLink:
-    """Forwards to `port` of this machine. Set `stalled`, `refusing` or `cut_after` (bytes of answers) at any time."""
+    """Forwards to `port` of this machine. Set `stalled` or `refusing` at any time, and have answers cut off."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -28,7 +28,9 @@ class FaultyLink:
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.stalled = False
         self.refusing = False
-        self.cut_after: int | None = None
+        self.cut = threading.Event()
+        self._left: int | None = None
+        self._counting = threading.Lock()
         self.bytes_per_second: float | None = None
         self.ranges: list[tuple[int, int]] = []
         self._open: set[socket.socket] = set()
@@ -67,15 +69,27 @@ class FaultyLink:
                     time.sleep(0.02)
                 if self.bytes_per_second:
                     time.sleep(len(data) / self.bytes_per_second)
-                if self.cut_after is not None:
-                    data = data[: self.cut_after]
-                    self.cut_after -= len(data)
-                    near.sendall(data)
-                    if self.cut_after <= 0:
-                        break
-                else:
-                    near.sendall(data)
+                near.sendall(passing := self._passing(data))
+                if len(passing) < len(data):
+                    break
         self._close(near, far)
+
+    def cut_after(self, size: int) -> None:
+        """Break off one answer, the one that passes byte number `size` from now; then set `cut`."""
+        with self._counting:
+            self._left = size
+            self.cut.clear()
+
+    def _passing(self, data: bytes) -> bytes:
+        with self._counting:
+            if self._left is None:
+                return data
+            if (left := self._left) < len(data):
+                self._left = None
+                self.cut.set()
+                return data[:left]
+            self._left -= len(data)
+            return data
 
     def _close(self, *sockets: socket.socket) -> None:
         for end in sockets:

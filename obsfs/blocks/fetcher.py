@@ -118,7 +118,7 @@ class Target:
 
 @dataclass
 class FetchStats:
-    """Counts since the start: bytes, requests, seconds."""
+    """Counts since the start. `retries` are requests that failed and that no reader has heard of."""
 
     bytes_fetched: int = 0
     requests: int = 0
@@ -368,7 +368,7 @@ class Fetcher:
                     told += want.waiters
                 else:
                     retried.append(block)
-            self.stats.retries += bool(retried)
+            self.stats.retries += not (final or told)
             self.stats.errors += bool(told)
         for block in retried:
             want_now = target.wants.get(block)

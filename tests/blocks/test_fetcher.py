@@ -162,6 +162,7 @@ def test_read_ahead_that_fails_is_dropped(one: Setup) -> None:
     one.bucket.failures = [UnavailableError("busy")]
     one.prefetch(0)
     wait_for(lambda: len(one.bucket.asked) == 1 and not one.target.is_busy)
+    assert (one.fetcher.stats.retries, one.fetcher.stats.errors) == (1, 0)
     one.bucket.allow.release(1)
     one.demand(0)
     wait_for(lambda: one.told == [None])

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from obsfs.demo.server import EmbeddedServer
-from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for
+from tests.conftest import MIB, Mounter, Store, random_bytes, status
 from tests.faulty import FaultyLink
 
 
@@ -30,16 +30,11 @@ def test_a_body_that_breaks_off_is_fetched_again(bucket: Store, mount: Mounter, 
     bucket.put("file.bin", data)
     path = mount(bucket, endpoint_url=link.endpoint) / "file.bin"
     assert path.stat().st_size == len(data)
-    link.cut_after = 3 * MIB
-
-    def repair() -> bool:
-        return link.cut_after is not None and link.cut_after <= 0
-
+    link.cut_after(3 * MIB)
     reading = subprocess.Popen(["sha256sum", path], stdout=subprocess.PIPE, text=True)
-    wait_for(repair)
-    link.cut_after = None
     assert reading.communicate(timeout=60)[0].split()[0] == hashlib.sha256(data).hexdigest()
-    assert status(path.parent)["retries"] > 0
+    assert link.cut.is_set()
+    assert status(path.parent)["retries"] == 1
     assert status(path.parent)["errors"] == 0
 
 
