@@ -26,6 +26,7 @@ import boto3
 from botocore.config import Config
 
 from benchmarks.link import PROFILES, Link
+from benchmarks.memory import settled
 from obsfs.demo.server import EmbeddedServer
 from obsfs.errors import ObsfsError
 from obsfs.fuse import mounts
@@ -53,6 +54,7 @@ TARGETS = (
     Target("cold dd / boto3, 16 threads", "cold_dd", "boto3_file", 1 / 0.85),
     Target("cold from_pretrained / boto3, 16 threads", "cold_load", "boto3_model", 1.4),
     Target("cold load_file / cold dd", "cold_load_file", "cold_dd", 1 / 0.8),
+    Target("cold, 8 threads on one descriptor / cold dd", "cold_threads", "cold_dd", 1 / 0.8),
     Target("MiB of daemon memory, 20 GB streamed", "stream_memory_mib", None, 300),
     Target("one 8 MiB tensor: MiB fetched", "tensor_mib", None, 17),
 )
@@ -66,7 +68,7 @@ class Bench:
         self.figures: dict[str, list[float]] = {}
         self._stack = stack
         self._count = 0
-        self._retired: list[tuple[Path, Path]] = []
+        self._mounted: tuple[Path, Path] | None = None
         self.server = stack.enter_context(EmbeddedServer(home))
         os.environ.update(self.server.environment, XDG_STATE_HOME=str(home / "state"))
         _say("making the data")
@@ -79,36 +81,32 @@ class Bench:
         client.upload_file(str(home / "file.bin"), BUCKET, "file.bin")
         self.link = stack.enter_context(Link(self.server, PROFILES["obs"]))
         os.environ["AWS_ENDPOINT_URL"] = self.link.endpoint
-        stack.callback(self.retire)
+        stack.callback(self.unmount)
 
     def record(self, name: str, value: float) -> None:
         self.figures.setdefault(name, []).append(value)
         _say(f"{name} = {value:.3f}")
 
     def mount(self, cache: Path | None = None, **settings: Any) -> Path:
-        """A new mount. It stays until `retire`, and with it its pages."""
+        """A new mount in place of the one before, with an empty cache of its own unless one is given."""
+        self.unmount()
         self._count += 1
         path = self.home / f"mnt{self._count}"
         path.mkdir()
         cache = cache or self.home / f"cache{self._count}"
         mounts.start(f"obs://{BUCKET}", path, Settings.load(cache_dir=cache, **settings), lifeline=False)
-        self._retired.append((path, cache))
+        self._mounted = path, cache
         return path
 
-    def retire(self, *, keep: Path | None = None) -> None:
-        """Take down all mounts but `keep`, right before a measurement.
-
-        A cold read fills memory twice over (the cache file's pages and the mount's). Where a virtual machine gives
-        free pages back to its host, fetching them anew costs more than reading; so each measurement takes over the
-        pages that its predecessor had until now, as on a machine that has been up for a day.
-        """
-        for path, cache in list(self._retired):
-            if path != keep:
-                mounts.unmount(path)
-                path.rmdir()
-                if cache.name.startswith("cache"):
-                    shutil.rmtree(cache, ignore_errors=True)
-                self._retired.remove((path, cache))
+    def unmount(self) -> None:
+        """Take down the mount, and its cache if it had one of its own."""
+        if self._mounted is not None:
+            path, cache = self._mounted
+            self._mounted = None
+            mounts.unmount(path)
+            path.rmdir()
+            if cache.name.startswith("cache"):
+                shutil.rmtree(cache, ignore_errors=True)
 
     def fetch_with_boto3(self, keys: list[str]) -> float:
         """Seconds that boto3's threads need to read objects in ranges of 8 MiB and throw them away."""
@@ -132,7 +130,7 @@ class Bench:
             list(pool.map(fetch, ranges))
         return time.perf_counter() - started
 
-    def load(self, how: str, path: Path, before: Callable[[], object]) -> float:
+    def load(self, how: str, path: Path, before: Callable[[], object] = lambda: None) -> float:
         """Seconds for a loader in a child, which has imported all before `before` is called and the clock runs."""
         command = [sys.executable, "-m", "benchmarks.load", how, str(path)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
@@ -162,18 +160,14 @@ def cold(bench: Bench, runs: int) -> None:
     """Everything from the bucket. The first round warms up and does not count."""
     shards = [f"qwen2/{path.name}" for path in sorted(bench.model.iterdir())]
     for run in range(runs + 1):
-        figures = {}
-        figures["boto3_file"] = bench.fetch_with_boto3(["file.bin"])
-        path = bench.mount()
-        bench.retire(keep=path)
-        figures["cold_dd"] = _dd(path / "file.bin")
-        figures["boto3_model"] = bench.fetch_with_boto3(shards)
-        for name, how, what in (
-            ("cold_load", "from_pretrained", "qwen2"),
-            ("cold_load_file", "load_file", "weights.safetensors"),
-        ):
-            path = bench.mount()
-            figures[name] = bench.load(how, path / what, lambda: bench.retire(keep=path))  # noqa: B023 - called now
+        figures = {
+            "boto3_file": bench.fetch_with_boto3(["file.bin"]),
+            "cold_dd": _dd(bench.mount() / "file.bin"),
+            "boto3_model": bench.fetch_with_boto3(shards),
+            "cold_load": bench.load("from_pretrained", bench.mount() / "qwen2"),
+            "cold_load_file": bench.load("load_file", bench.mount() / "weights.safetensors"),
+            "cold_threads": bench.load("threads", bench.mount() / "file.bin"),
+        }
         for name, value in figures.items():
             if run:
                 bench.record(name, value)
@@ -190,19 +184,16 @@ def tensor(bench: Bench, runs: int) -> None:
         name = f"model.layers.{number}.weight"
         subprocess.run([sys.executable, "-c", program, path / "weights.safetensors", name], check=True)
         bench.record("tensor_mib", mounts.status(path)["bytes_fetched"] / 2**20)
-    bench.retire()
 
 
 def warm(bench: Bench, runs: int) -> None:
     """Everything from the cache, after a new mount, beside the same bytes on the same disk."""
     cache = bench.home / "kept"
     path = bench.mount(cache)
-    bench.retire(keep=path)
     subprocess.run(["sh", "-c", f"cat {path}/file.bin {path}/qwen2/* > /dev/null"], check=True)
     files = [path / "file.bin", *(path / "qwen2").iterdir()]
     while not all(os.getxattr(file, "user.obsfs.served_by") == b"passthrough" for file in files):
         time.sleep(0.1)
-    bench.retire()
     path = bench.mount(cache)
 
     def drop() -> None:
@@ -219,7 +210,7 @@ def warm(bench: Bench, runs: int) -> None:
     for _ in range(runs):
         bench.record("ext4_dd", _dd(bench.home / "file.bin"))
         bench.record("warm_dd", _dd(path / "file.bin"))
-    bench.retire()
+    bench.unmount()
     shutil.rmtree(cache)
 
 
@@ -240,7 +231,6 @@ def stream(bench: Bench, runs: int) -> None:
     bench.record("stream_fetched_gb", fetched / 1e9)
     bench.record("stream_memory_mib", most / 2**20)
     os.environ["AWS_ENDPOINT_URL"] = bench.link.endpoint
-    bench.retire()
 
 
 def _forever(*files: Path) -> Iterator[Path]:
@@ -276,6 +266,8 @@ def main() -> int:
     with ExitStack() as stack:
         home = Path(tempfile.mkdtemp(prefix="obsfs-bench-", dir=arguments.directory))
         stack.callback(shutil.rmtree, home, ignore_errors=True)
+        _say("settling the memory")
+        stack.enter_context(settled())
         bench = Bench(stack, home)
         for name in arguments.case or CASES:
             print(name, file=sys.stderr)
