@@ -1,96 +1,52 @@
-"""The block cache on disk, shared by every process of one user.
+"""The block cache: which blocks of an object version are here, room for more, and which go first.
 
-One object version is two files under ``CACHE_DIR/v1/``: ``ID.data``, sparse and exactly as long as the object, so
-that the kernel can serve from it, and ``ID.map``, which says for each block whether it is there, when it was last
-used, and the checksum of its bytes. ID is a hash of endpoint, bucket, key, ETag and size.
-
-Four rules keep it right without a journal:
-
-* A block's bytes are written before its map entry says *present*. After a restart an entry is believed only when
-  the checksum agrees, or when the file carries a seal: it was complete, synced, and its inode has not been touched
-  since (ctime). So it does not matter which writes a power cut keeps.
-* A map entry's state is one aligned 64-bit word with a generation in it, which grows whenever the block goes. Who
-  takes bytes from the data file checks that word before *and after*: equal words mean that the bytes were whole.
-* Who fetches or evicts a block holds an open-file-description lock on its entry's bytes in the map file, so no
-  block is fetched twice or punched out while it arrives, whichever processes are at it; a lock ends with its owner.
-* A file that the kernel reads by itself (passthrough) is locked against eviction in parts; it can only be unlinked
-  whole, which leaves its readers undisturbed.
+:mod:`obsfs.blocks.layout` says how it looks on disk, and what keeps it right.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import fcntl
 import hashlib
 import json
 import mmap
 import os
-import struct
 import threading
 import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import xxhash
-
+from obsfs.blocks.layout import (
+    BLOCK,
+    ENTRY,
+    FORMAT,
+    HEADER,
+    LOCK_OPEN,
+    LOCK_WHOLE,
+    PRESENT,
+    SEAL,
+    SEAL_AT,
+    CacheEntry,
+    DirectoryLock,
+    StoredBlock,
+    block_count,
+    checksum,
+    entry_at,
+    evict_blocks,
+    header,
+    is_at,
+    lock_range,
+    read_blocks,
+    read_entry,
+    seal_of,
+    unlink,
+)
 from obsfs.errors import CacheError
 from obsfs.remote.client import ObjectVersion
 
-BLOCK = 1 << 20
-"""Bytes in a block: the unit of presence, verification and eviction."""
-
-FORMAT = "v1"
-HEADER = 4096
-ENTRY = 24
-_MAGIC = b"OBSFSMAP"
-# magic, block size, object size, then the seal: inode, size, mtime and ctime in ns; then the length of the identity.
-_HEAD = struct.Struct("<8sQQ4QQ")
-_SEAL = struct.Struct("<4Q")
-_SEAL_AT = 24
-_LOCK_OPEN = 0
-_LOCK_WHOLE = 1
-_PRESENT = 1
 _OVERFLOW_BYTES = 64 << 20
-
-_FLOCK = struct.Struct("hhqqi4x")
-_FALLOC_PUNCH = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, <linux/falloc.h>
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
-
-def block_count(size: int) -> int:
-    """How many blocks an object of `size` bytes has."""
-    return -(-size // BLOCK)
-
-
-def checksum(data: bytes | memoryview) -> int:
-    """The 64-bit checksum (XXH3) of a block."""
-    return xxhash.xxh3_64_intdigest(data)
-
-
-def _lock(fd: int, start: int, length: int, kind: int) -> bool:
-    """Take (or with F_UNLCK drop) an open-file-description lock without waiting; False if another holds it."""
-    try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        raise
-    return True
-
-
-def _entry_at(block: int) -> int:
-    return HEADER + ENTRY * block
-
-
-def _seal_of(fd: int) -> tuple[int, int, int, int]:
-    stat = os.fstat(fd)
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 class CachedObject:
@@ -116,11 +72,11 @@ class CachedObject:
 
     def _present_word(self, block: int) -> int:
         word = self._words[3 * block + 2]
-        return word if word & _PRESENT else 0
+        return word if word & PRESENT else 0
 
     def _is_sealed(self) -> bool:
-        seal = _SEAL.unpack_from(self._map, _SEAL_AT)
-        return any(seal) and seal == _seal_of(self.data_fd)
+        seal = SEAL.unpack_from(self._map, SEAL_AT)
+        return any(seal) and seal == seal_of(self.data_fd)
 
     # reading
 
@@ -191,11 +147,11 @@ class CachedObject:
 
     def lock(self, blocks: range) -> bool:
         """Claim blocks for fetching, among processes; False when another process fetches one of them."""
-        return _lock(self._map_fd, _entry_at(blocks.start), ENTRY * len(blocks), fcntl.F_WRLCK)
+        return lock_range(self._map_fd, entry_at(blocks.start), ENTRY * len(blocks), fcntl.F_WRLCK)
 
     def unlock(self, blocks: range) -> None:
         """Give up a claim."""
-        _lock(self._map_fd, _entry_at(blocks.start), ENTRY * len(blocks), fcntl.F_UNLCK)
+        lock_range(self._map_fd, entry_at(blocks.start), ENTRY * len(blocks), fcntl.F_UNLCK)
 
     def put(self, block: int, data: memoryview) -> None:
         """Store a block that was fetched under a claim. A disk that takes no more makes it stay in memory."""
@@ -214,7 +170,7 @@ class CachedObject:
         base = 3 * block
         self._words[base] = digest
         self._words[base + 1] = time.time_ns()
-        word = (self._words[base + 2] | _PRESENT) + 2
+        word = (self._words[base + 2] | PRESENT) + 2
         self._words[base + 2] = word
         self._trusted[block] = word
         self._cache.settle(len(data), stored=True)
@@ -224,9 +180,9 @@ class CachedObject:
         if not self.is_complete() or self._is_sealed():
             return
         os.fsync(self.data_fd)
-        seal = _seal_of(self.data_fd)
+        seal = seal_of(self.data_fd)
         if self.is_complete():
-            _SEAL.pack_into(self._map, _SEAL_AT, *seal)
+            SEAL.pack_into(self._map, SEAL_AT, *seal)
 
     def is_complete(self) -> bool:
         """Whether all blocks are verified and in the file."""
@@ -243,7 +199,7 @@ class CachedObject:
     def hold_whole(self) -> bool:
         """Keep the data file as it is while the kernel reads it by itself; False when it is not complete."""
         with self._guard:
-            if not self._whole_users and not _lock(self._map_fd, _LOCK_WHOLE, 1, fcntl.F_RDLCK):
+            if not self._whole_users and not lock_range(self._map_fd, LOCK_WHOLE, 1, fcntl.F_RDLCK):
                 return False
             self._whole_users += 1
         if self.is_complete():
@@ -258,7 +214,7 @@ class CachedObject:
             self._whole_users -= 1
             if not self._whole_users:
                 self.touch(range(self.blocks))
-                _lock(self._map_fd, _LOCK_WHOLE, 1, fcntl.F_UNLCK)
+                lock_range(self._map_fd, LOCK_WHOLE, 1, fcntl.F_UNLCK)
 
     def close(self) -> None:
         """Close the files; the object must not be used afterwards."""
@@ -267,16 +223,6 @@ class CachedObject:
         self._map.close()
         os.close(self._map_fd)
         os.close(self.data_fd)
-
-
-@dataclass(frozen=True)
-class CacheEntry:
-    """What the cache holds of one object version. Sizes in bytes, `last_used` in seconds since the epoch."""
-
-    version: ObjectVersion
-    cached_bytes: int
-    last_used: float
-    path: Path
 
 
 class Cache:
@@ -334,7 +280,7 @@ class Cache:
             while True:
                 data_fd, map_fd = self._open_files(base, version.size, size, identity)
                 # Whoever evicts takes this lock alone before it unlinks; then the files are no longer at their names.
-                if _lock(map_fd, _LOCK_OPEN, 1, fcntl.F_RDLCK) and _is_at(map_fd, base.with_suffix(".map")):
+                if lock_range(map_fd, LOCK_OPEN, 1, fcntl.F_RDLCK) and is_at(map_fd, base.with_suffix(".map")):
                     break
                 os.close(data_fd)
                 os.close(map_fd)
@@ -346,7 +292,7 @@ class Cache:
             ) from None
 
     def _open_files(self, base: Path, size: int, map_size: int, identity: bytes) -> tuple[int, int]:
-        with _exclusive(self._lock_fd):
+        with DirectoryLock(self._lock_fd):
             map_path, data_path = base.with_suffix(".map"), base.with_suffix(".data")
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
             data_fd = os.open(data_path, flags, 0o600)
@@ -361,14 +307,14 @@ class Cache:
                     os.ftruncate(data_fd, 0)
                     os.ftruncate(data_fd, size)
                     os.posix_fallocate(map_fd, 0, map_size)
-                    os.pwrite(map_fd, _header(b"", size, identity), 0)
+                    os.pwrite(map_fd, header(b"", size, identity), 0)
                 head = os.pread(map_fd, HEADER, 0)
-                fits = head == _header(head, size, identity) and os.fstat(map_fd).st_size == map_size
+                fits = head == header(head, size, identity) and os.fstat(map_fd).st_size == map_size
                 if not fits or os.fstat(data_fd).st_size != size:
                     # Damaged. The files go, rather than shrink under a process that has them mapped.
-                    _unlink(map_path)
+                    unlink(map_path)
             except OSError:
-                _unlink(map_path)
+                unlink(map_path)
                 os.close(data_fd)
                 os.close(map_fd)
                 raise
@@ -444,34 +390,17 @@ class Cache:
 
     def evict(self, target: int) -> None:
         """Bring the cache to `target` bytes, or to 95% of it when it has to go down at all; oldest blocks first."""
-        with _exclusive(self._lock_fd):
+        with DirectoryLock(self._lock_fd):
             stored = self._stored
-            blocks = [
-                (used, path, block, word, size)
-                for path in self._maps()
-                for block, (used, word, size) in _read_blocks(path)
-            ]
-            total = sum(size for *_, size in blocks)
-            excess = total - target
-            if excess > 0:
-                excess += target // 20
-                blocks.sort()
-                victims: dict[Path, list[tuple[int, int, int]]] = {}
-                chosen = 0
-                freed = 0
-                while freed < excess and chosen < len(blocks):
-                    # In rounds: what is in use by passthrough frees nothing, so that more must be chosen.
-                    round_bytes = 0
-                    victims.clear()
-                    while chosen < len(blocks) and freed + round_bytes < excess:
-                        _, path, block, word, size = blocks[chosen]
-                        victims.setdefault(path, []).append((block, word, size))
-                        round_bytes += size
-                        chosen += 1
-                    for path, chosen_blocks in victims.items():
-                        freed += _evict_blocks(path, chosen_blocks)
-                total -= freed
-                self.evicted_bytes += freed
+            blocks = sorted(block for path in self._maps() for block in read_blocks(path))
+            total = sum(block.size for block in blocks)
+            excess = total - target + target // 20 if total > target else 0
+            oldest, freed = iter(blocks), 0
+            # In rounds: what is in use by passthrough frees nothing, so that more must be chosen.
+            while freed < excess and (victims := _take_bytes(oldest, excess - freed)):
+                freed += sum(evict_blocks(path, of_file) for path, of_file in victims.items())
+            self.evicted_bytes += freed
+            total -= freed
             with self._guard:
                 # What was stored during the scan may have been seen by it or not.
                 self._used = total + self._stored - stored
@@ -484,17 +413,17 @@ class Cache:
         """
         horizon = (time.time() - older_than) * 1e9
         freed = 0
-        with _exclusive(self._lock_fd):
+        with DirectoryLock(self._lock_fd):
             for path in list(self._maps()):
-                entry = _read_entry(path)
+                entry = read_entry(path)
                 if entry is None:
-                    _unlink(path)
+                    unlink(path)
                     continue
                 if prefix is not None and not _is_under(entry.version, prefix):
                     continue
                 if entry.last_used * 1e9 > horizon:
                     continue
-                freed += _evict_blocks(path, [(block, word, size) for block, (_, word, size) in _read_blocks(path)])
+                freed += evict_blocks(path, list(read_blocks(path)))
             with self._guard:
                 self._used = max(0, self._used - freed)
         return freed
@@ -502,7 +431,7 @@ class Cache:
     def entries(self) -> Iterator[CacheEntry]:
         """Everything in the cache."""
         for path in self._maps():
-            if (entry := _read_entry(path)) is not None:
+            if (entry := read_entry(path)) is not None:
                 yield entry
 
     def _maps(self) -> Iterator[Path]:
@@ -513,111 +442,13 @@ class Cache:
         os.close(self._lock_fd)
 
 
-class _exclusive:
-    """The lock of the whole directory, among threads and processes; held for short times only."""
-
-    _threads = threading.RLock()
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def __enter__(self) -> None:
-        self._threads.acquire()
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
-
-    def __exit__(self, *_: object) -> None:
-        fcntl.flock(self._fd, fcntl.LOCK_UN)
-        self._threads.release()
-
-
-def _header(old: bytes, size: int, identity: bytes) -> bytes:
-    seal = old[_SEAL_AT : _SEAL_AT + _SEAL.size] if len(old) == HEADER else bytes(_SEAL.size)
-    head = struct.pack("<8sQQ", _MAGIC, BLOCK, size) + seal + struct.pack("<Q", len(identity)) + identity
-    if len(head) > HEADER:
-        raise OSError(errno.ENAMETOOLONG, "object identity too long")
-    return head.ljust(HEADER, b"\0")
-
-
-def _read_entry(path: Path) -> CacheEntry | None:
-    try:
-        with path.open("rb") as file:
-            head = file.read(HEADER)
-        magic, block, size, *_, length = _HEAD.unpack_from(head)
-        if magic != _MAGIC or block != BLOCK:
-            return None
-        version = ObjectVersion(**json.loads(head[_HEAD.size : _HEAD.size + length]))
-        if version.size != size:
-            return None
-        rows = [row for _, row in _read_blocks(path)]
-        used = max((used for used, _, _ in rows), default=0) or path.stat().st_mtime_ns
-        return CacheEntry(version, sum(size for *_, size in rows), used / 1e9, path.with_suffix(".data"))
-    except (OSError, ValueError, TypeError, struct.error):
-        return None
-
-
-def _read_blocks(path: Path) -> Iterator[tuple[int, tuple[int, int, int]]]:
-    """``(block, (last used in ns, state word, bytes))`` of every present block of a map file."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return
-    if len(data) < HEADER or data[:8] != _MAGIC:
-        return
-    _, _, size, *_ = _HEAD.unpack_from(data)
-    table = data[HEADER:]
-    table = table[: len(table) - len(table) % ENTRY]
-    for block, (_, used, word) in enumerate(struct.iter_unpack("<3Q", table)):
-        if word & _PRESENT and size > block * BLOCK:
-            yield block, (used, word, min(BLOCK, size - block * BLOCK))
-
-
-def _evict_blocks(path: Path, victims: list[tuple[int, int, int]]) -> int:
-    """Evict blocks of one file, the file itself when nobody has it open and nothing is left. Bytes freed."""
-    try:
-        map_fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return 0
-    try:
-        everything = sum(1 for _ in _read_blocks(path)) == len(victims)
-        if everything and _lock(map_fd, _LOCK_OPEN, 1, fcntl.F_WRLCK):
-            _unlink(path)
-            return sum(size for *_, size in victims)
-        if not _lock(map_fd, _LOCK_WHOLE, 1, fcntl.F_WRLCK):
-            return 0
-        data_fd = os.open(path.with_suffix(".data"), os.O_RDWR | os.O_CLOEXEC)
-        try:
-            return sum(_punch(map_fd, data_fd, block, word, size) for block, word, size in victims)
-        finally:
-            os.close(data_fd)
-    except OSError:
-        return 0
-    finally:
-        os.close(map_fd)
-
-
-def _punch(map_fd: int, data_fd: int, block: int, word: int, size: int) -> int:
-    state_at = _entry_at(block) + 16
-    if not _lock(map_fd, _entry_at(block), ENTRY, fcntl.F_WRLCK):
-        return 0
-    if os.pread(map_fd, 8, state_at) != struct.pack("<Q", word):
-        return 0
-    os.pwrite(map_fd, struct.pack("<Q", word + 1), state_at)
-    # Whole pages, also at the end of the file: a partial page would be zeroed in place, under a reply in a pipe.
-    if _libc.fallocate(data_fd, _FALLOC_PUNCH, block * BLOCK, BLOCK) != 0:
-        raise OSError(ctypes.get_errno(), "cannot punch a hole into the cache file")
-    return size
-
-
-def _unlink(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    path.with_suffix(".data").unlink(missing_ok=True)
-
-
-def _is_at(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), path.stat())
-    except FileNotFoundError:
-        return False
+def _take_bytes(blocks: Iterator[StoredBlock], size: int) -> dict[Path, list[StoredBlock]]:
+    """The next blocks that have `size` bytes together, by map file; empty when there are none left."""
+    taken: dict[Path, list[StoredBlock]] = {}
+    while size > 0 and (block := next(blocks, None)) is not None:
+        taken.setdefault(block.path, []).append(block)
+        size -= block.size
+    return taken
 
 
 def _is_under(version: ObjectVersion, prefix: tuple[str, str]) -> bool:

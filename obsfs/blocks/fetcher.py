@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from obsfs.blocks.cache import BLOCK, CachedObject
+from obsfs.blocks.cache import CachedObject
+from obsfs.blocks.layout import BLOCK
 from obsfs.blocks.readahead import runs
 from obsfs.errors import ObsfsError, UnavailableError
 from obsfs.remote.client import ObjectVersion

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from obsfs.blocks import safetensors
-from obsfs.blocks.cache import BLOCK, Cache, CachedObject, block_count
+from obsfs.blocks.cache import Cache, CachedObject
 from obsfs.blocks.fetcher import Fetcher, Target, Waiter
+from obsfs.blocks.layout import BLOCK, block_count
 from obsfs.blocks.readahead import Credit, LoadOrder, ReadAhead
 from obsfs.errors import ObsfsError, UnavailableError
 from obsfs.remote.client import Bucket, ObjectVersion

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from obsfs.blocks.cache import Cache, CacheEntry
+from obsfs.blocks.cache import Cache
+from obsfs.blocks.layout import CacheEntry
 from obsfs.commands.options import CACHE, age, human, settings_options
 from obsfs.errors import UsageError
 from obsfs.fuse import mounts

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from obsfs.blocks.cache import BLOCK, Cache, CachedObject, checksum
+from obsfs.blocks.cache import Cache, CachedObject
+from obsfs.blocks.layout import BLOCK, checksum
 from obsfs.errors import CacheError
 from obsfs.remote.client import ObjectVersion
 from tests.conftest import MIB, random_bytes

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from obsfs.blocks.cache import BLOCK, Cache
+from obsfs.blocks.cache import Cache
 from obsfs.blocks.fetcher import (
     MAX_RANGE,
     MIN_RANGE,
@@ -24,6 +24,7 @@ from obsfs.blocks.fetcher import (
     range_length,
     runs,
 )
+from obsfs.blocks.layout import BLOCK
 from obsfs.errors import ObsfsError, UnavailableError, VersionChangedError
 from obsfs.remote.client import ObjectVersion
 from tests.conftest import wait_for

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 
-from obsfs.blocks.cache import BLOCK, block_count
+from obsfs.blocks.layout import BLOCK, block_count
 from obsfs.blocks.reader import Reader
 from obsfs.errors import NotFoundError, ObsfsError
 from obsfs.fuse.kernel import channel, wire

@@ -1,0 +1,221 @@
+"""What the block cache looks like on disk, shared by every process of one user.
+
+One object version is two files under ``CACHE_DIR/v1/``: ``ID.data``, sparse and exactly as long as the object, so
+that the kernel can serve from it, and ``ID.map``, which says for each block whether it is there, when it was last
+used, and the checksum of its bytes. ID is a hash of endpoint, bucket, key, ETag and size.
+
+Four rules keep it right without a journal:
+
+* A block's bytes are written before its map entry says *present*. After a restart an entry is believed only when
+  the checksum agrees, or when the file carries a seal: it was complete, synced, and its inode has not been touched
+  since (ctime). So it does not matter which writes a power cut keeps.
+* A map entry's state is one aligned 64-bit word with a generation in it, which grows whenever the block goes. Who
+  takes bytes from the data file checks that word before *and after*: equal words mean that the bytes were whole.
+* Who fetches or evicts a block holds an open-file-description lock on its entry's bytes in the map file, so no
+  block is fetched twice or punched out while it arrives, whichever processes are at it; a lock ends with its owner.
+* A file that the kernel reads by itself (passthrough) is locked against eviction in parts; it can only be unlinked
+  whole, which leaves its readers undisturbed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
+
+from obsfs.remote.client import ObjectVersion
+
+BLOCK = 1 << 20
+"""Bytes in a block: the unit of presence, verification and eviction."""
+
+FORMAT = "v1"
+HEADER = 4096
+ENTRY = 24
+_MAGIC = b"OBSFSMAP"
+# magic, block size, object size, then the seal: inode, size, mtime and ctime in ns; then the length of the identity.
+_HEAD = struct.Struct("<8sQQ4QQ")
+SEAL = struct.Struct("<4Q")
+SEAL_AT = 24
+LOCK_OPEN = 0
+LOCK_WHOLE = 1
+PRESENT = 1
+
+_FLOCK = struct.Struct("hhqqi4x")
+_FALLOC_PUNCH = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, <linux/falloc.h>
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def block_count(size: int) -> int:
+    """How many blocks an object of `size` bytes has."""
+    return -(-size // BLOCK)
+
+
+def checksum(data: bytes | memoryview) -> int:
+    """The 64-bit checksum (XXH3) of a block."""
+    return xxhash.xxh3_64_intdigest(data)
+
+
+def lock_range(fd: int, start: int, length: int, kind: int) -> bool:
+    """Take (or with F_UNLCK drop) an open-file-description lock without waiting; False if another holds it."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def entry_at(block: int) -> int:
+    """Where in the map file a block's entry is: checksum, last use in ns since the epoch, state word."""
+    return HEADER + ENTRY * block
+
+
+def seal_of(fd: int) -> tuple[int, int, int, int]:
+    """What a seal notes of a data file."""
+    stat = os.fstat(fd)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """What the cache holds of one object version. Sizes in bytes, `last_used` in seconds since the epoch."""
+
+    version: ObjectVersion
+    cached_bytes: int
+    last_used: float
+    path: Path
+
+
+class StoredBlock(NamedTuple):
+    """A block that a map file says is present. They sort by their last use (ns since the epoch); `size` in bytes."""
+
+    used: int
+    path: Path
+    number: int
+    word: int
+    size: int
+
+
+def header(old: bytes, size: int, identity: bytes) -> bytes:
+    """The first page of a map file, with the seal of `old`. Raises OSError when the identity does not fit."""
+    seal = old[SEAL_AT : SEAL_AT + SEAL.size] if len(old) == HEADER else bytes(SEAL.size)
+    head = struct.pack("<8sQQ", _MAGIC, BLOCK, size) + seal + struct.pack("<Q", len(identity)) + identity
+    if len(head) > HEADER:
+        raise OSError(errno.ENAMETOOLONG, "object identity too long")
+    return head.ljust(HEADER, b"\0")
+
+
+class DirectoryLock:
+    """The lock of the whole directory, among threads and processes; held for short times only."""
+
+    _threads = threading.RLock()
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __enter__(self) -> None:
+        self._threads.acquire()
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        self._threads.release()
+
+
+def read_entry(path: Path) -> CacheEntry | None:
+    """What a map file says, or None when it does not say it right."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEADER)
+        magic, block, size, *_, length = _HEAD.unpack_from(head)
+        if magic != _MAGIC or block != BLOCK:
+            return None
+        version = ObjectVersion(**json.loads(head[_HEAD.size : _HEAD.size + length]))
+        if version.size != size:
+            return None
+        blocks = list(read_blocks(path))
+        used = max((block.used for block in blocks), default=0) or path.stat().st_mtime_ns
+        return CacheEntry(version, sum(block.size for block in blocks), used / 1e9, path.with_suffix(".data"))
+    except (OSError, ValueError, TypeError, struct.error):
+        return None
+
+
+def read_blocks(path: Path) -> Iterator[StoredBlock]:
+    """Every present block of a map file; none of a file that is not one."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return
+    if len(data) < HEADER or data[:8] != _MAGIC:
+        return
+    _, _, size, *_ = _HEAD.unpack_from(data)
+    table = data[HEADER:]
+    table = table[: len(table) - len(table) % ENTRY]
+    for index, (_, used, word) in enumerate(struct.iter_unpack("<3Q", table)):
+        if word & PRESENT and size > index * BLOCK:
+            yield StoredBlock(used, path, index, word, min(BLOCK, size - index * BLOCK))
+
+
+def evict_blocks(path: Path, victims: list[StoredBlock]) -> int:
+    """Evict blocks of one map file, the file itself when nobody has it open and nothing is left. Bytes freed."""
+    try:
+        map_fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        everything = sum(1 for _ in read_blocks(path)) == len(victims)
+        if everything and lock_range(map_fd, LOCK_OPEN, 1, fcntl.F_WRLCK):
+            unlink(path)
+            return sum(block.size for block in victims)
+        if not lock_range(map_fd, LOCK_WHOLE, 1, fcntl.F_WRLCK):
+            return 0
+        data_fd = os.open(path.with_suffix(".data"), os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return sum(_punch(map_fd, data_fd, block) for block in victims)
+        finally:
+            os.close(data_fd)
+    except OSError:
+        return 0
+    finally:
+        os.close(map_fd)
+
+
+def _punch(map_fd: int, data_fd: int, block: StoredBlock) -> int:
+    entry = entry_at(block.number)
+    state_at = entry + 16
+    if not lock_range(map_fd, entry, ENTRY, fcntl.F_WRLCK):
+        return 0
+    if os.pread(map_fd, 8, state_at) != struct.pack("<Q", block.word):
+        return 0
+    os.pwrite(map_fd, struct.pack("<Q", block.word + 1), state_at)
+    # Whole pages, also at the end of the file: a partial page would be zeroed in place, under a reply in a pipe.
+    if _libc.fallocate(data_fd, _FALLOC_PUNCH, block.number * BLOCK, BLOCK) != 0:
+        raise OSError(ctypes.get_errno(), "cannot punch a hole into the cache file")
+    return block.size
+
+
+def unlink(path: Path) -> None:
+    """Remove a map file and the data file beside it."""
+    path.unlink(missing_ok=True)
+    path.with_suffix(".data").unlink(missing_ok=True)
+
+
+def is_at(fd: int, path: Path) -> bool:
+    """Whether the open file is still the one at this path."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
