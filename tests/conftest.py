@@ -16,12 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from obsfs.demo.server import EmbeddedServer
 from obsfs.fuse import mounts
 from obsfs.fuse.kernel import channel
 from obsfs.settings import Settings
+
+# The gates judge a change by the same examples each time; to look for new ones: pytest --hypothesis-profile=explore
+hypothesis.settings.register_profile("gates", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("explore", max_examples=3000, deadline=None)
+hypothesis.settings.load_profile("gates")
 
 MIB = 1 << 20
 _NUMBERS = itertools.count(1)
