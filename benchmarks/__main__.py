@@ -75,10 +75,11 @@ class Bench:
         self.model = home / "qwen2"
         _child("benchmarks.data", self.model, home / "weights.safetensors")
         self.server.upload(self.model, BUCKET, "qwen2/")
-        client = self.server.client()
-        client.upload_file(str(home / "weights.safetensors"), BUCKET, "weights.safetensors")
-        (home / "weights.safetensors").rename(home / "file.bin")
-        client.upload_file(str(home / "file.bin"), BUCKET, "file.bin")
+        weights = home / "weights.safetensors"
+        for name in (weights.name, "file.bin"):
+            with weights.open("rb") as file:
+                self.server.client().put_object(Bucket=BUCKET, Key=name, Body=file)
+        weights.rename(home / "file.bin")
         self.link = stack.enter_context(Link(self.server, PROFILES["obs"]))
         os.environ["AWS_ENDPOINT_URL"] = self.link.endpoint
         stack.callback(self.unmount)

@@ -33,7 +33,7 @@ def test_pandas_and_pyarrow(bucket: Store, tmp_path: Path) -> None:
     frame.to_parquet(tmp_path / "f.parquet")
     frame.to_csv(tmp_path / "f.csv", index=False)
     for name in ("f.parquet", "f.csv"):
-        bucket.client.upload_file(str(tmp_path / name), bucket.name, name)
+        bucket.put(name, (tmp_path / name).read_bytes())
     pandas.testing.assert_frame_equal(pandas.read_parquet(f"{bucket}/f.parquet"), frame)
     pandas.testing.assert_frame_equal(pandas.read_csv(f"{bucket}/f.csv"), frame)
     assert pyarrow.parquet.read_table(f"fsspec+{bucket}/f.parquet").num_rows == 10_000

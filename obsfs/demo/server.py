@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import boto3
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -114,9 +114,9 @@ class EmbeddedServer:
         raise UnavailableError(f"SeaweedFS did not start within {_START_SECONDS:.0f} s", "try again")
 
     def client(self, **config: Any) -> Any:
-        """A boto3 client for it; `config` goes to ``botocore.config.Config``."""
+        """A botocore client for it; `config` goes to ``botocore.config.Config``."""
         config.setdefault("retries", {"total_max_attempts": 1})
-        return boto3.session.Session().client(
+        return botocore.session.Session().create_client(
             "s3",
             endpoint_url=self.endpoint,
             region_name="us-east-1",
@@ -142,7 +142,8 @@ class EmbeddedServer:
             client.create_bucket(Bucket=bucket)
         total = 0
         for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-            client.upload_file(str(path), bucket, prefix + path.relative_to(directory).as_posix())
+            with path.open("rb") as file:
+                client.put_object(Bucket=bucket, Key=prefix + path.relative_to(directory).as_posix(), Body=file)
             total += path.stat().st_size
         return total
 

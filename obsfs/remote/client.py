@@ -1,4 +1,4 @@
-"""The requests we make to a bucket, through boto3: list, head, and ranges read into buffers that we own.
+"""The requests we make to a bucket, through botocore: list, head, and ranges read into buffers that we own.
 
 Every failure becomes one of :mod:`obsfs.errors`, so that nobody above knows botocore. Nothing is retried here:
 the fetch engine decides that, because it knows who is waiting.
@@ -16,7 +16,7 @@ from datetime import datetime
 from http.client import HTTPException, HTTPResponse
 from typing import Any, NamedTuple
 
-import boto3
+import botocore.session
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import (
@@ -133,10 +133,10 @@ def connect(settings: Settings, scheme: str = "obs", keys: Keys | None = None) -
     """
     with _translated("the configuration"):
         try:
-            session = boto3.session.Session(profile_name=settings.profile)
+            session = botocore.session.Session(profile=settings.profile)
+            region = settings.region or os.environ.get("AWS_REGION") or session.get_config_variable("region")
         except ProfileNotFound:
             raise UsageError(f"profile {settings.profile!r} not found", "see `aws configure list-profiles`") from None
-        region = settings.region or os.environ.get("AWS_REGION") or session.region_name
         endpoint = addresses.check_endpoint(settings.endpoint_url or _default_endpoint(session, scheme, region))
         config: dict[str, Any] = {}
         if settings.no_sign_request:
@@ -157,7 +157,7 @@ def connect(settings: Settings, scheme: str = "obs", keys: Keys | None = None) -
 
 
 def _default_endpoint(session: Any, scheme: str, region: str | None) -> str:
-    probe = session.client("s3", region_name=region or "us-east-1", config=Config(signature_version=UNSIGNED))
+    probe = session.create_client("s3", region_name=region or "us-east-1", config=Config(signature_version=UNSIGNED))
     configured = str(probe.meta.endpoint_url)
     if not addresses.is_aws(configured):
         return configured
@@ -190,7 +190,7 @@ class Bucket:
             **connection.config,
         )
         try:
-            self._client = connection.session.client(
+            self._client = connection.session.create_client(
                 "s3",
                 endpoint_url=connection.endpoint,
                 region_name=connection.region,

@@ -59,7 +59,7 @@ def test_several_processes_load_at_once(bucket: Store, mount: Mounter, local_mod
 def test_torch_load_by_map(bucket: Store, mount: Mounter, engine: str, tmp_path: Path) -> None:
     tensors = {"a": torch.randn(1024, 1024), "b": torch.arange(3_000_000)}
     torch.save(tensors, tmp_path / "model.pt")
-    bucket.client.upload_file(str(tmp_path / "model.pt"), bucket.name, "model.pt")
+    bucket.put("model.pt", (tmp_path / "model.pt").read_bytes())
     loaded = torch.load(mount(bucket, engine=engine) / "model.pt", mmap=True)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
@@ -68,7 +68,7 @@ def test_torch_load_by_map(bucket: Store, mount: Mounter, engine: str, tmp_path:
 def test_one_tensor_costs_little_more_than_its_bytes(bucket: Store, mount: Mounter, tmp_path: Path) -> None:
     tensors = {f"model.layers.{n}.weight": torch.randn(1024, 2048) for n in range(32)}
     save_file(tensors, tmp_path / "big.safetensors")
-    bucket.client.upload_file(str(tmp_path / "big.safetensors"), bucket.name, "big.safetensors")
+    bucket.put("big.safetensors", (tmp_path / "big.safetensors").read_bytes())
     for n in (0, 7, 9, 31):
         path = mount(bucket, cache_dir=tmp_path / f"cache-{n}")
         with safe_open(path / "big.safetensors", "pt") as file:
@@ -81,7 +81,7 @@ def test_one_tensor_costs_little_more_than_its_bytes(bucket: Store, mount: Mount
 def test_a_mapped_load_fetches_every_byte_once(bucket: Store, mount: Mounter, tmp_path: Path) -> None:
     tensors = {f"model.layers.{n}.weight": torch.randn(1024, 512) for n in range(40)}
     save_file(tensors, tmp_path / "model.safetensors")
-    bucket.client.upload_file(str(tmp_path / "model.safetensors"), bucket.name, "model.safetensors")
+    bucket.put("model.safetensors", (tmp_path / "model.safetensors").read_bytes())
     path = mount(bucket) / "model.safetensors"
     loaded = load_file(path)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())

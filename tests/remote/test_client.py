@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
+import botocore.session
 import pytest
 from botocore.config import Config
 
@@ -109,7 +109,8 @@ def test_a_server_that_answers_ranges_with_200(
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_REGION", "us-east-1")
-    client = boto3.client("s3", endpoint_url=endpoint, config=Config(s3={"addressing_style": "path"}))
+    config = Config(s3={"addressing_style": "path"})
+    client = botocore.session.Session().create_client("s3", endpoint_url=endpoint, config=config)
     answer = client.get_object(Bucket="models", Key="file.bin", Range="bytes=10-19")
     assert answer["ContentRange"]
     path = mount("obs://models", endpoint_url=endpoint)

@@ -1,0 +1,32 @@
+"""What the README says first: `pip install .`, with the pip that a new virtual environment has."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from obsfs.version import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.slow
+def test_a_new_environment_gets_the_command(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in files.rstrip("\0").split("\0"):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", str(source)], check=True, timeout=500)
+    told = subprocess.run([python.with_name("obsfs"), "--version"], capture_output=True, text=True, check=True).stdout
+    assert __version__ in told
+    loaded = "import sys, obsfs, fsspec; fsspec.get_filesystem_class('obs'); print(sys.prefix)"
+    found = subprocess.run([python, "-c", loaded], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert found.strip() == str(tmp_path / "venv") != sys.prefix
