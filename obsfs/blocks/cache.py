@@ -52,12 +52,13 @@ _OVERFLOW_BYTES = 64 << 20
 class CachedObject:
     """The blocks of one object version. Safe to use from many threads; made by :meth:`Cache.open`."""
 
-    def __init__(self, cache: Cache, version: ObjectVersion, data_fd: int, map_fd: int) -> None:
+    def __init__(self, cache: Cache, version: ObjectVersion, path: Path, data_fd: int, map_fd: int) -> None:
         self.version = version
         self.size = version.size
         self.blocks = block_count(version.size)
         self.data_fd = data_fd
         self._cache = cache
+        self._path = path
         self._map_fd = map_fd
         self._map = mmap.mmap(map_fd, HEADER + ENTRY * self.blocks)
         self._words = memoryview(self._map)[HEADER:].cast("Q")
@@ -217,8 +218,11 @@ class CachedObject:
                 lock_range(self._map_fd, LOCK_WHOLE, 1, fcntl.F_UNLCK)
 
     def close(self) -> None:
-        """Close the files; the object must not be used afterwards."""
+        """Close the files, and remove them if nothing is in them; the object must not be used afterwards."""
         self._cache.forget_held(self)
+        is_alone = lock_range(self._map_fd, LOCK_OPEN, 1, fcntl.F_WRLCK)
+        if is_alone and not any(map(self.is_present, range(self.blocks))):
+            unlink(self._path)
         self._words.release()
         self._map.close()
         os.close(self._map_fd)
@@ -273,29 +277,28 @@ class Cache:
         """The blocks of `version`, with its files made if they are not there. Raises CacheError."""
         identity = json.dumps(asdict(version), sort_keys=True).encode()
         name = hashlib.sha256(identity).hexdigest()[:40]
-        base = self._root / name[:2] / name
+        path = self._root / name[:2] / f"{name}.map"
         size = HEADER + ENTRY * block_count(version.size)
         try:
-            base.parent.mkdir(mode=0o700, exist_ok=True)
+            path.parent.mkdir(mode=0o700, exist_ok=True)
             while True:
-                data_fd, map_fd = self._open_files(base, version.size, size, identity)
+                data_fd, map_fd = self._open_files(path, version.size, size, identity)
                 # Whoever evicts takes this lock alone before it unlinks; then the files are no longer at their names.
-                if lock_range(map_fd, LOCK_OPEN, 1, fcntl.F_RDLCK) and is_at(map_fd, base.with_suffix(".map")):
+                if lock_range(map_fd, LOCK_OPEN, 1, fcntl.F_RDLCK) and is_at(map_fd, path):
                     break
                 os.close(data_fd)
                 os.close(map_fd)
                 time.sleep(0.001)
-            return CachedObject(self, version, data_fd, map_fd)
+            return CachedObject(self, version, path, data_fd, map_fd)
         except OSError as error:
             raise CacheError(
                 f"cache directory {self.directory} cannot be used ({error.strerror})", "make room, or --cache-dir"
             ) from None
 
-    def _open_files(self, base: Path, size: int, map_size: int, identity: bytes) -> tuple[int, int]:
+    def _open_files(self, map_path: Path, size: int, map_size: int, identity: bytes) -> tuple[int, int]:
         with DirectoryLock(self._lock_fd):
-            map_path, data_path = base.with_suffix(".map"), base.with_suffix(".data")
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-            data_fd = os.open(data_path, flags, 0o600)
+            data_fd = os.open(map_path.with_suffix(".data"), flags, 0o600)
             try:
                 map_fd = os.open(map_path, flags, 0o600)
             except OSError:

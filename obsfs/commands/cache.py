@@ -11,7 +11,8 @@ import click
 
 from obsfs.blocks.cache import Cache
 from obsfs.blocks.layout import CacheEntry
-from obsfs.commands.options import CACHE, age, human, settings_options
+from obsfs.commands.options import CACHE, age, settings_options
+from obsfs.commands.output import human, make_console
 from obsfs.errors import UsageError
 from obsfs.fuse import mounts
 from obsfs.remote.address import SCHEMES, parse_address
@@ -33,7 +34,6 @@ def info(as_json: bool, **given: Any) -> None:
     if as_json:
         click.echo(json.dumps(_document(store, entries), indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{store.directory}", title_justify="left", box=None, pad_edge=False)
@@ -47,7 +47,7 @@ def info(as_json: bool, **given: Any) -> None:
             human(entry.version.size),
             _ago(ago),
         )
-    console = Console()
+    console = make_console()
     console.print(table, highlight=False, markup=False)
     console.print(f"{human(sum(entry.cached_bytes for entry in entries))} in {len(entries)} objects", highlight=False)
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from obsfs.commands.options import human
+from obsfs.commands.output import human, make_console
 from obsfs.errors import ObsfsError
 
 _BUCKET = "models"
@@ -40,10 +40,9 @@ def demo() -> None:
     Starts an S3 server on this machine, makes and uploads a small Qwen2 model, mounts the bucket, loads the model
     from it (cold), unmounts, mounts again and loads it once more (warm). Everything is removed afterwards.
     """
-    from rich.console import Console
 
     signal.signal(signal.SIGTERM, _interrupt)
-    console = Console()
+    console = make_console()
     with ExitStack() as cleanup, console.status("starting") as progress:
         home = Path(tempfile.mkdtemp(prefix="obsfs-demo-"))
         cleanup.callback(shutil.rmtree, home, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -70,8 +69,3 @@ def age(value: str | None) -> float:
         return parse_seconds(value)
     except ValueError as error:
         raise UsageError("--older-than", str(error)) from None
-
-
-def human(size: float) -> str:
-    """A number of bytes for people: ``1.5 GiB``."""
-    return re.sub(r"(?<=\d)(?=[A-Z])", " ", ByteSize(int(size)).human_readable())

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from obsfs.commands.options import human
+from obsfs.commands.output import human, make_console
 from obsfs.errors import UsageError
 from obsfs.fuse import mounts
 
@@ -46,11 +46,10 @@ def _shown(mount: dict[str, Any] | mounts.Stale) -> dict[str, Any]:
 
 
 def _print(found: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    console = make_console()
     for mount in found:
         console.print(f"[bold]{escape(mount['mountpoint'])}[/]  {escape(mount['source'])}", highlight=False)
         if mount["state"] != "mounted":

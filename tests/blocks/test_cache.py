@@ -174,3 +174,16 @@ def test_a_directory_that_cannot_be_used(tmp_path: Path) -> None:
 
 def test_the_checksum_is_of_the_bytes() -> None:
     assert checksum(b"a" * MIB) != checksum(b"a" * (MIB - 1) + b"b")
+
+
+def test_what_was_opened_and_not_read_leaves_no_files(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "c", GIB)
+    first, second = cache.open(version(3 * BLOCK)), cache.open(version(3 * BLOCK))
+    first.close()
+    put(second, 1)
+    second.close()
+    assert [entry.cached_bytes for entry in cache.entries()] == [BLOCK]
+    cache.clean()
+    cache.open(version(3 * BLOCK)).close()
+    assert not list((tmp_path / "c").rglob("*.data"))
+    assert not list((tmp_path / "c").rglob("*.map"))
