@@ -202,7 +202,7 @@ def warm(bench: Bench, runs: int) -> None:
         Path("/proc/sys/vm/drop_caches").write_text("1")
 
     places = {"ext4_load": bench.model, "warm_load": path / "qwen2"}
-    for run in range(2 * runs):
+    for run in range(4 * runs):
         # Whoever comes second finds a disk that has just read something else: they take turns.
         for name in sorted(places, reverse=bool(run % 2)):
             bench.record(name, bench.load("from_pretrained", places[name], drop))
