@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 _IDLE_READERS = 64
 _DIRECTORIES = 256
 _STRAINED_WINDOW = 16
+_WARM_STEP = 64
 
 
 class Reader:
@@ -242,6 +243,24 @@ class Engine:
             self.release(reader)
         else:
             self.fetcher.demand(reader.target, [0], Waiter(1, done))
+
+    def warm(self, version: ObjectVersion, size: int) -> None:
+        """Have the first `size` bytes of a wholly cached file in the kernel's page cache soon, while it is open.
+
+        Raises CacheError.
+        """
+        reader = self.open(version)
+        steps = (range(start, start + _WARM_STEP) for start in range(0, block_count(size), _WARM_STEP))
+
+        def warm() -> None:
+            step = next(steps, None)
+            if step is None or reader.users == 1:
+                self.release(reader)
+            else:
+                reader.cached.warm(step)
+                self.fetcher.later(warm)
+
+        self.fetcher.later(warm)
 
     def count_read(self, size: int, blocks: int, missed: int) -> None:
         """Note a read of `size` bytes in `blocks` blocks, of which `missed` were not there."""

@@ -11,14 +11,15 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from obsfs.blocks.reader import Engine, Reader
 from obsfs.errors import ObsfsError
-from obsfs.fuse.tree import ROOT, Entry, Listing, Node, Tree
-from obsfs.remote.client import ObjectInfo
+from obsfs.fuse.loaders import WholeReads, companions
+from obsfs.fuse.tree import ROOT, Listing, Node, Tree
 from obsfs.settings import Settings
 from obsfs.version import __version__
 
@@ -27,8 +28,6 @@ __all__ = ["ROOT", "UNKNOWN_INO", "Attributes", "Opened", "Operations", "StatFs"
 UNKNOWN_INO = 0xFFFFFFFF
 """Stands in a directory for an inode number that has not been looked up, as libfuse has it; 0 would hide the name."""
 XATTR_PREFIX = "user.obsfs."
-_SMALL = 256 << 10
-_COMPANIONS = 64
 
 
 class Attributes(NamedTuple):
@@ -83,20 +82,6 @@ class _BadHandleError(ObsfsError):
     errno = errno.EBADF
 
 
-def companions(name: str, entries: Mapping[str, Entry]) -> list[ObjectInfo]:
-    """The files whose first block a loader wants next, when it opens `name` in a directory of these entries.
-
-    Loaders open one file after the other, a round trip each. Who opens ``config.json`` is about to read the other
-    small files; who opens the index of a model in shards is about to read the header of each shard.
-    """
-    is_config, is_index = name == "config.json", name.endswith(".safetensors.index.json")
-    if not (is_config or is_index):
-        return []  # what nearly every open is, also in a directory of 100,000
-    files = [entry.info for entry in entries.values() if entry.info is not None and entry.name != name]
-    wanted = [info for info in files if (info.size <= _SMALL if is_config else info.key.endswith(".safetensors"))]
-    return wanted[:_COMPANIONS]
-
-
 class Operations:
     """The calls, over a tree and an engine. Handles are derived from node ids, so that a successor knows them too.
 
@@ -112,6 +97,7 @@ class Operations:
         self._readers: dict[int, Reader] = {}
         self._listings: dict[int, Listing] = {}
         self._next_listing = 1
+        self._whole_reads = WholeReads(_available_memory, time.monotonic)
         self._uid = os.getuid() if settings.uid is None else settings.uid
         self._gid = os.getgid() if settings.gid is None else settings.gid
         self._file_mode = stat.S_IFREG | (0o444 & ~settings.umask)
@@ -201,12 +187,19 @@ class Operations:
             self._fetch_companions(node)
         # An inode is in one mode at a time: what is open through us stays so, what is direct stays direct.
         direct = self.can_be_direct and not node.opens and reader.cached.hold_whole()
+        if direct and not node.direct_opens:
+            self._warm(node)
         self.tree.count_open(node, 1, direct=direct)
         return Opened(number << 1 | direct, reader.cached.data_fd if direct else None)
 
     def _fetch_companions(self, node: Node) -> None:
         for info in companions(node.name, self.tree.known(node.parent)):
             self.engine.fetch_start(self.tree.version(info))
+
+    def _warm(self, node: Node) -> None:
+        assert node.version is not None
+        if size := self._whole_reads.on_open(node.parent, node.name, node.size):
+            self.engine.warm(node.version, size)
 
     def reopen_indirect(self, handle: int) -> Opened:
         """The engine could not serve an open directly: the same open, through us."""
@@ -307,5 +300,14 @@ class Operations:
 
 def _memory() -> int:
     """Bytes of memory that this process has for itself; the cache's pages, which are mapped too, do not count."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["RssAnon"].split()[0]) * 1024
+    return _kernel_figure("/proc/self/status", "RssAnon")
+
+
+def _available_memory() -> int:
+    """Bytes that can be had without swapping."""
+    return _kernel_figure("/proc/meminfo", "MemAvailable")
+
+
+def _kernel_figure(path: str, name: str) -> int:
+    fields = dict(line.split(":", 1) for line in Path(path).read_text().splitlines())
+    return int(fields[name].split()[0]) * 1024

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,38 @@ def test_it_can_be_switched_off(bucket: Store, mount: Mounter) -> None:
         assert path.read_bytes() == random_bytes(3 * MIB)
     assert not status(path.parent)["passthrough"]
     assert not is_direct(path)
+
+
+def test_weights_that_are_being_loaded_are_in_memory_before_they_are_asked_for(
+    bucket: Store, mount: Mounter, tmp_path: Path
+) -> None:
+    data = random_bytes(9 * MIB + 1)
+    for name in ("config.json", "model.safetensors"):
+        bucket.put(f"m/{name}", data)
+    path = mount(bucket, cache_dir=tmp_path / "own") / "m"
+    for name in ("config.json", "model.safetensors"):
+        assert (path / name).read_bytes() == data
+        wait_for(lambda: is_direct(path / name))  # noqa: B023 - called now
+    copies = list((tmp_path / "own").rglob("*.data"))
+    for copy in copies:
+        with copy.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    assert [pages_in_memory(copy) for copy in copies] == [0, 0]
+    with (path / "model.safetensors").open("rb", buffering=0):
+        time.sleep(0.2)
+    assert [pages_in_memory(copy) for copy in copies] == [0, 0], "somebody may want one tensor of it"
+    with (path / "config.json").open("rb", buffering=0), (path / "model.safetensors").open("rb", buffering=0):
+        wait_for(lambda: sorted(pages_in_memory(copy) for copy in copies) == [0, 9 * 256 + 1])
+
+
+def pages_in_memory(path: Path) -> int:
+    """How many pages of a file the kernel holds; see mincore(2)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        first = ctypes.c_char.from_buffer(mapped)
+        states = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        failed = libc.mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(mapped)), states)
+        del first
+        assert not failed, os.strerror(ctypes.get_errno())
+        return sum(state & 1 for state in states)

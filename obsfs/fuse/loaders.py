@@ -1,0 +1,61 @@
+"""How loaders of models open the files of a directory, and what they are about to read. Pure.
+
+A loader opens one file after the other, with a wait for each, and gives itself away by the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from obsfs.blocks import safetensors
+from obsfs.fuse.tree import Entry
+from obsfs.remote.client import ObjectInfo
+
+CONFIG = "config.json"
+INDEX = ".safetensors.index.json"
+_SMALL = 256 << 10
+_COMPANIONS = 64
+_SECONDS = 30.0
+
+
+def companions(name: str, entries: Mapping[str, Entry]) -> list[ObjectInfo]:
+    """The files whose first block a loader wants next, when it opens `name` in a directory of these entries.
+
+    Who opens ``config.json`` is about to read the other small files; who opens the index of a model in shards is
+    about to read the header of each shard.
+    """
+    is_config, is_index = name == CONFIG, name.endswith(INDEX)
+    if not (is_config or is_index):
+        return []  # what nearly every open is, also in a directory of 100,000
+    files = [entry.info for entry in entries.values() if entry.info is not None and entry.name != name]
+    wanted = [info for info in files if (info.size <= _SMALL if is_config else info.key.endswith(safetensors.SUFFIX))]
+    return wanted[:_COMPANIONS]
+
+
+class WholeReads:
+    """Which files that the kernel reads by itself are worth having in its page cache before they are asked for.
+
+    Of such files only opens are seen, no reads, and the kernel's own read-ahead for memory maps is short (128 KiB, and
+    what a loader advises does not reach the file behind the mount). Weights that are opened within 30 s after the
+    ``config.json`` of their directory are being loaded: they are read whole, until a quarter of the memory that was
+    available when the load began is filled.
+    """
+
+    def __init__(self, available: Callable[[], int], clock: Callable[[], float]) -> None:
+        self._available = available
+        self._clock = clock
+        self._loads: dict[int, tuple[float, int]] = {}
+
+    def on_open(self, directory: int, name: str, size: int) -> int:
+        """Note an open of a file of `size` bytes; how many of them, from its start, to read now."""
+        now = self._clock()
+        if name == CONFIG:
+            self._loads = {number: load for number, load in self._loads.items() if load[0] > now}
+            self._loads[directory] = now + _SECONDS, self._available() // 4
+            return 0
+        until, budget = self._loads.get(directory, (now, 0))
+        if until <= now or not name.endswith(safetensors.SUFFIX):
+            return 0
+        wanted = min(size, budget)
+        self._loads[directory] = until, budget - wanted
+        return wanted
