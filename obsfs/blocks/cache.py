@@ -228,7 +228,8 @@ class CachedObject:
         self._cache.forget_held(self)
         is_alone = lock_range(self._map_fd, LOCK_OPEN, 1, fcntl.F_WRLCK)
         if is_alone and not any(map(self.is_present, range(self.blocks))):
-            unlink(self._path)
+            with self._cache.exclusive:
+                unlink(self._path)
         self._words.release()
         self._map.close()
         os.close(self._map_fd)
@@ -264,6 +265,7 @@ class Cache:
             self._root.mkdir(mode=0o700, exist_ok=True)
             self._lock_fd = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             os.pwrite(self._lock_fd, b"\n", 0)
+            self.exclusive = DirectoryLock(self._lock_fd)
         except OSError as error:
             raise CacheError(
                 f"cache directory {directory} cannot be used ({error.strerror})", "choose another --cache-dir"
@@ -302,7 +304,7 @@ class Cache:
             ) from None
 
     def _open_files(self, map_path: Path, size: int, map_size: int, identity: bytes) -> tuple[int, int]:
-        with DirectoryLock(self._lock_fd):
+        with self.exclusive:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
             data_fd = os.open(map_path.with_suffix(".data"), flags, 0o600)
             try:
@@ -399,7 +401,7 @@ class Cache:
 
     def evict(self, target: int) -> None:
         """Bring the cache to `target` bytes, or to 95% of it when it has to go down at all; oldest blocks first."""
-        with DirectoryLock(self._lock_fd):
+        with self.exclusive:
             stored = self._stored
             blocks = sorted(block for path in self._maps() for block in read_blocks(path))
             total = sum(block.size for block in blocks)
@@ -422,7 +424,7 @@ class Cache:
         """
         horizon = (time.time() - older_than) * 1e9
         freed = 0
-        with DirectoryLock(self._lock_fd):
+        with self.exclusive:
             for path in list(self._maps()):
                 entry = read_entry(path)
                 if entry is None:

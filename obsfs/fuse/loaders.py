@@ -35,10 +35,10 @@ def companions(name: str, entries: Mapping[str, Entry]) -> list[ObjectInfo]:
 class WholeReads:
     """Which files that the kernel reads by itself are worth having in its page cache before they are asked for.
 
-    Of such files only opens are seen, no reads, and the kernel's own read-ahead for memory maps is short (128 KiB, and
-    what a loader advises does not reach the file behind the mount). Weights that are opened within 30 s after the
-    ``config.json`` of their directory are being loaded: they are read whole, until a quarter of the memory that was
-    available when the load began is filled.
+    Of such files only opens are seen, no reads; and page faults find a shorter read-ahead than on the disk's own file
+    system, because what a loader advises (safetensors: POSIX_FADV_SEQUENTIAL) stops at the mount. Weights that are
+    opened within 30 s after the ``config.json`` of their directory are being loaded: they are read whole, until a
+    quarter of the memory that was available when the load began is filled.
     """
 
     def __init__(self, available: Callable[[], int], clock: Callable[[], float]) -> None:
