@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import obsfs as package
+from obsfs.errors import UsageError
 from obsfs.fuse import daemon
 from obsfs.fuse.kernel import channel, server  # noqa: F401
 from obsfs.remote.address import parse_address
@@ -241,6 +242,26 @@ def test_a_python_mount_ends_with_its_process(bucket: Store, mountpoint: Path) -
     process.kill()
     process.wait(10)
     wait_for(lambda: channel.mounted_at(mountpoint) is None)
+
+
+def test_a_user_who_may_not_open_the_device(mountpoint: Path) -> None:
+    mode = channel.DEVICE.stat().st_mode
+    channel.DEVICE.chmod(0o600)
+    try:
+        pid = os.fork()
+        if not pid:
+            try:
+                os.setgroups([])
+                os.setuid(65534)
+                channel.mount("obs://models", mountpoint, allow_other=False)
+            except UsageError as error:
+                print(error, file=sys.stderr)
+                os._exit(3 if "chmod 666 /dev/fuse" in str(error) else 4)
+            finally:
+                os._exit(5)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+    finally:
+        channel.DEVICE.chmod(mode)
 
 
 def test_a_user_without_rights(
