@@ -66,7 +66,6 @@ class Bench:
     def __init__(self, stack: ExitStack, home: Path) -> None:
         self.home = home
         self.figures: dict[str, list[float]] = {}
-        self._stack = stack
         self._count = 0
         self._mounted: tuple[Path, Path] | None = None
         self.server = stack.enter_context(EmbeddedServer(home))

@@ -252,15 +252,15 @@ class Engine:
         reader = self.open(version)
         steps = (range(start, start + _WARM_STEP) for start in range(0, block_count(size), _WARM_STEP))
 
-        def warm() -> None:
+        def go_on() -> None:
             step = next(steps, None)
             if step is None or reader.users == 1:
                 self.release(reader)
             else:
                 reader.cached.warm(step)
-                self.fetcher.later(warm)
+                self.fetcher.later(go_on)
 
-        self.fetcher.later(warm)
+        self.fetcher.later(go_on)
 
     def count_read(self, size: int, blocks: int, missed: int) -> None:
         """Note a read of `size` bytes in `blocks` blocks, of which `missed` were not there."""

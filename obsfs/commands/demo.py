@@ -40,7 +40,6 @@ def demo() -> None:
     Starts an S3 server on this machine, makes and uploads a small Qwen2 model, mounts the bucket, loads the model
     from it (cold), unmounts, mounts again and loads it once more (warm). Everything is removed afterwards.
     """
-
     signal.signal(signal.SIGTERM, _interrupt)
     console = make_console()
     with ExitStack() as cleanup, console.status("starting") as progress:

@@ -187,3 +187,17 @@ def test_what_was_opened_and_not_read_leaves_no_files(tmp_path: Path) -> None:
     cache.open(version(3 * BLOCK)).close()
     assert not list((tmp_path / "c").rglob("*.data"))
     assert not list((tmp_path / "c").rglob("*.map"))
+
+
+def test_files_that_took_the_place_of_an_empty_one_stay(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "c", GIB)
+    old = cache.open(version(BLOCK))
+    for path in [*(tmp_path / "c").rglob("*.map"), *(tmp_path / "c").rglob("*.data")]:
+        path.unlink()
+    new = cache.open(version(BLOCK))
+    data = put(new, 0)
+    new.close()
+    old.close()
+    again = cache.open(version(BLOCK))
+    assert again.has(0)
+    assert again.read(0, BLOCK) == data
