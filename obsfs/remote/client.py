@@ -134,9 +134,10 @@ def connect(settings: Settings, scheme: str = "obs", keys: Keys | None = None) -
     with _translated("the configuration"):
         try:
             session = botocore.session.Session(profile=settings.profile)
-            region = settings.region or os.environ.get("AWS_REGION") or session.get_config_variable("region")
+            session.get_scoped_config()
         except ProfileNotFound:
-            raise UsageError(f"profile {settings.profile!r} not found", "see `aws configure list-profiles`") from None
+            raise UsageError(f"profile {session.profile!r} not found", "see `aws configure list-profiles`") from None
+        region = settings.region or os.environ.get("AWS_REGION") or session.get_config_variable("region")
         endpoint = addresses.check_endpoint(settings.endpoint_url or _default_endpoint(session, scheme, region))
         config: dict[str, Any] = {}
         if settings.no_sign_request:

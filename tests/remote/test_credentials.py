@@ -69,3 +69,10 @@ def test_no_endpoint_and_no_region_is_a_mistake() -> None:
 def test_a_profile_that_is_not_there() -> None:
     with pytest.raises(UsageError, match="nobody"):
         connect(Settings.load(profile="nobody"))
+
+
+def test_a_profile_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for profile, variable in (("none", ""), (None, "none")):
+        monkeypatch.setenv("AWS_PROFILE", variable)
+        with pytest.raises(UsageError, match=r"profile 'none' not found.*list-profiles"):
+            connect(Settings.load(profile=profile, region="cn-south-1"))
