@@ -38,7 +38,7 @@ http {{
   upstream store {{ server unix:{socket}; keepalive 64; }}
   server {{
     listen {address}:80 backlog=1024;
-    access_by_lua_block {{ ngx.sleep({latency}) }}
+    {wait}
     {limit}
     location / {{
       proxy_pass http://store;
@@ -56,17 +56,20 @@ http {{
 
 @dataclass(frozen=True)
 class Profile:
-    """`latency` in seconds to the first byte, `per_connection` and `total` in 10^6 bytes per second."""
+    """`latency` in seconds to the first byte, `per_connection` and `total` in 10^6 bytes per second (0: no limit)."""
 
-    latency: float
-    per_connection: int
-    total: int
+    latency: float = 0.0
+    per_connection: int = 0
+    total: int = 0
 
 
 PROFILES = {
+    "lan": Profile(),
     "obs": Profile(0.030, 80, 400),
     "far": Profile(0.120, 20, 400),
+    "waits": Profile(0.200),
 }
+"""`lan` is the server itself, and both cores are busy; `waits` is latency alone, so that waits can be counted."""
 
 
 class Link:
@@ -90,8 +93,8 @@ class Link:
                 home=self._home,
                 socket=f"/tmp/seaweedfs-s3-{server.port}.sock",
                 address=address,
-                latency=profile.latency,
-                limit=f"limit_rate {profile.per_connection * 1000}k;",
+                wait=f"access_by_lua_block {{ ngx.sleep({profile.latency}) }}" if profile.latency else "",
+                limit=f"limit_rate {profile.per_connection * 1000}k;" if profile.per_connection else "",
             )
         )
         self._nginx: subprocess.Popen[bytes] | None = None
@@ -109,17 +112,21 @@ class Link:
         inside = ("ip", "netns", "exec", self._name)
         _run(*inside, "ip", "addr", "add", f"{network}.2/24", "dev", self._far)
         _run(*inside, "ip", "link", "set", self._far, "up")
-        rate = f"{profile.total * 8}mbit"
-        _run(
-            *inside, "tc", "qdisc", "replace", "dev", self._far, "root", "tbf",
-            "rate", rate, "burst", "4mb", "latency", "50ms",
-        )  # fmt: skip
+        if profile.total:
+            rate = f"{profile.total * 8}mbit"
+            shape = ("root", "tbf", "rate", rate, "burst", "4mb", "latency", "50ms")
+            _run(*inside, "tc", "qdisc", "replace", "dev", self._far, *shape)
         self._nginx = subprocess.Popen([*inside, "nginx", "-c", str(config)])
         deadline = time.monotonic() + 10
         while not (self._home / "nginx.pid").exists():
             if self._nginx.poll() is not None or time.monotonic() > deadline:
                 self._fail()
             time.sleep(0.05)
+
+    @property
+    def received(self) -> int:
+        """Bytes that came over the link so far, with the headers of every layer."""
+        return int(Path(f"/sys/class/net/{self._near}/statistics/rx_bytes").read_text())
 
     def _fail(self) -> NoReturn:
         log = self._home / "error.log"

@@ -13,7 +13,7 @@ import click
 from obsfs.errors import ObsfsError
 from obsfs.version import __version__
 
-_VERBS = ("mount", "umount", "status", "cache", "demo")
+_VERBS = ("mount", "umount", "status", "cache", "bench", "demo")
 
 
 class _Verbs(click.Group):

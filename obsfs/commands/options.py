@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
-from pydantic import ByteSize
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from obsfs.errors import UsageError
@@ -69,3 +69,11 @@ def age(value: str | None) -> float:
         return parse_seconds(value)
     except ValueError as error:
         raise UsageError("--older-than", str(error)) from None
+
+
+def byte_size(flag: str, value: str) -> int:
+    """Bytes from text such as ``500MB`` or ``1GiB``. Raises UsageError for what is no size."""
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(value))
+    except ValidationError:
+        raise UsageError(f"{flag} {value}", "write for example 500MB or 1GiB") from None

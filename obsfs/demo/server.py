@@ -68,7 +68,7 @@ class EmbeddedServer:
     def _start(self) -> None:
         ports = _free_ports(4)
         self.ports = {*ports, *(port + _GRPC for port in ports)}
-        self.port = ports[3]
+        self.filer_port, self.port = ports[2:]
         self.endpoint = f"http://127.0.0.1:{self.port}"
         config = self.directory / "s3.json"
         config.touch(mode=0o600)

@@ -1,0 +1,222 @@
+"""The cases: each measures every system that it concerns, taking turns, in the link's profile that holds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TypeVar
+
+from benchmarks import data
+from benchmarks.bench import Bench, dd, drop_page_cache, timed
+from benchmarks.peers import OBSFS
+from benchmarks.worker import measure, measure_all
+
+_T = TypeVar("_T")
+_STREAM_BYTES = 20 * 10**9
+_PROCESSES = 8
+_SCATTERED = 256
+_KIB, _MIB = 1 << 10, 1 << 20
+
+
+def _turns(things: Sequence[_T], run: int) -> Sequence[_T]:
+    """The same things, another one first in each run."""
+    first = run % len(things) if things else 0
+    return [*things[first:], *things[:first]]
+
+
+def cold_dd(bench: Bench) -> None:
+    """2 GiB in sequence, from the bucket."""
+    for run in range(bench.runs):
+        bench.boto3(16, data.WEIGHTS)
+        bench.each_cold(_turns(bench.peers(), run), bench.size(data.WEIGHTS), lambda path: dd(path / data.WEIGHTS))
+
+
+def cold_load(bench: Bench) -> None:
+    """`from_pretrained` from the bucket; for downloaders, download and load."""
+    connections = 32 if bench.profile == "far" else 16
+    for run in range(bench.runs):
+        bench.boto3(connections, *bench.model_keys)
+        bench.each_cold(
+            _turns(bench.peers(), run),
+            bench.size(data.MODEL),
+            lambda path: measure(["from_pretrained", path / data.MODEL])["seconds"],
+        )
+        for downloader in bench.downloaders:
+            place = bench.place()
+            place.path.mkdir()
+            seconds = timed(*downloader.command(place, bench.model_keys))
+            seconds += measure(["from_pretrained", place.path])["seconds"]
+            shutil.rmtree(place.path)
+            bench.record(downloader.name, "seconds", seconds)
+
+
+def load_file(bench: Bench) -> None:
+    """Memory-mapped `load_file` of 2 GiB."""
+    for _ in range(bench.runs):
+        size = bench.size(data.WEIGHTS)
+        bench.each_cold([OBSFS], size, lambda path: measure(["load_file", path / data.WEIGHTS])["seconds"])
+
+
+def threads(bench: Bench) -> None:
+    """8 threads on one descriptor, each with its part of 2 GiB."""
+    for _ in range(bench.runs):
+        size = bench.size(data.WEIGHTS)
+        bench.each_cold([OBSFS], size, lambda path: measure(["threads", path / data.WEIGHTS])["seconds"])
+
+
+def processes(bench: Bench) -> None:
+    """8 processes load one model at the same time; from ext4 with a hot page cache, for what it takes at least."""
+
+    def load(path: Path) -> float:
+        return max(one["seconds"] for one in measure_all([["from_pretrained", path / data.MODEL]] * _PROCESSES))
+
+    for _ in range(bench.runs):
+        bench.each_cold([OBSFS], bench.size(data.MODEL), load)
+        bench.record("ext4", "seconds", load(bench.local))
+
+
+def tensor(bench: Bench) -> None:
+    """One tensor of 8 MiB out of 4 GB: bytes over the link, and how many times its latency was waited for."""
+    for run in range(bench.runs):
+        number = (2 * run + 1) * data.TENSORS[data.LARGE] // (2 * bench.runs)
+        for peer in _turns(bench.peers(), run):
+            with bench.surviving(peer), bench.mounted(peer) as mounted:
+                work = ["tensor", mounted.path / data.LARGE, data.tensor_name(number)]
+                received = bench.received
+                cold = measure(work)["seconds"]
+                time.sleep(1.0)  # what is on its way counts
+                bench.record(peer.name, "received_mib", (bench.received - received) / _MIB)
+                bench.record(peer.name, "waits", (cold - measure(work)["seconds"]) / bench.latency)
+
+
+def random_reads(bench: Bench) -> None:
+    """256 random reads of 1 MiB by 16 readers, and of 4 KiB by one."""
+    for run in range(bench.runs):
+        seconds = measure(["boto3_scattered", 16, data.LARGE, _MIB, _SCATTERED])["seconds"]
+        bench.record("boto3", "seconds", seconds)
+        bench.each_cold(
+            _turns(bench.peers(), run),
+            _SCATTERED * _MIB,
+            lambda path: measure(["scattered", path / data.LARGE, _MIB, _SCATTERED, 16])["seconds"],
+        )
+        for peer in _turns(bench.peers(), run):
+            with bench.surviving(peer), bench.mounted(peer) as mounted:
+                seconds = measure(["scattered", mounted.path / data.LARGE, 4 * _KIB, 32, 1])["seconds"]
+                bench.record(peer.name, "milliseconds_per_4k", seconds / 32 * 1000)
+
+
+def first_byte(bench: Bench) -> None:
+    """From the command to the first byte of a file."""
+    for run in range(bench.runs):
+        for peer in _turns(bench.peers(), run):
+            started = time.perf_counter()
+            with bench.surviving(peer), bench.mounted(peer) as mounted:
+                (mounted.path / data.LARGE).open("rb", buffering=0).read(1)
+                bench.record(peer.name, "seconds", time.perf_counter() - started)
+
+
+def warm_load(bench: Bench) -> None:
+    """`from_pretrained` from the local disk, the page cache dropped (warm) or not (hot)."""
+    with ExitStack() as stack:
+        places = {"ext4": bench.local / data.MODEL}
+        for peer in bench.peers("obsfs", "rclone tuned", "s3fs-fuse"):
+            cache = bench.home / f"kept-{peer.name.replace(' ', '-')}"
+            stack.callback(shutil.rmtree, cache, ignore_errors=True)
+            with bench.mounted(peer, cache) as mounted:
+                measure(["from_pretrained", mounted.path / data.MODEL])
+                time.sleep(1.0)  # the end of what is written behind the reader
+            places[peer.name] = stack.enter_context(bench.mounted(peer, cache)).path / data.MODEL
+        for run in range(4 * bench.runs):
+            # Whoever comes second finds a disk that has just read something else: they take turns.
+            for system in _turns(list(places), run):
+                seconds = measure(["from_pretrained", places[system]], drop_page_cache)["seconds"]
+                bench.record(system, "seconds", seconds)
+        for run in range(bench.runs):
+            for system in _turns(list(places), run):
+                seconds = measure(["from_pretrained", places[system]])["seconds"]
+                bench.record(system, "seconds", seconds, case="hot_load")
+
+
+def warm_read(bench: Bench) -> None:
+    """dd, and one byte of every page through a memory map: 2 GiB that are in the page cache."""
+    cache = bench.home / "kept"
+    with bench.mounted(OBSFS, cache) as mounted:
+        dd(mounted.path / data.WEIGHTS)
+        while os.getxattr(mounted.path / data.WEIGHTS, "user.obsfs.served_by") != b"passthrough":
+            time.sleep(0.1)
+    with bench.mounted(OBSFS, cache) as mounted:
+        places = {"ext4": bench.local / data.WEIGHTS, "obsfs": mounted.path / data.WEIGHTS}
+        for path in places.values():
+            dd(path)
+        for run in range(3 * bench.runs):
+            for system in _turns(list(places), run):
+                bench.record(system, "seconds", dd(places[system]), case="warm_dd")
+                bench.record(system, "seconds", measure(["touch", places[system]])["seconds"], case="warm_mmap")
+    shutil.rmtree(cache)
+
+
+def listing(bench: Bench) -> None:
+    """`find`, `ls -l` and stat(2) of 20,000 files in a directory, cold and hot; the bare pages of its listing."""
+    commands = {"find": ("find", "-H"), "ls": ("ls", "-l")}
+    local = bench.local / data.SMALL
+    for run in range(bench.runs):
+        pages = measure(["boto3_list", f"{data.SMALL}/"])["seconds"]
+        bench.record("boto3", "seconds", pages, case="find_cold")
+        for name, command in commands.items():
+            timed(*command, local)
+            bench.record("ext4", "seconds", timed(*command, local), case=f"{name}_hot")
+        bench.record("ext4", "seconds", measure(["stat", local])["seconds"], case="stat_hot")
+        for peer in _turns(bench.peers(), run):
+            for name, command in commands.items():
+                with bench.surviving(peer), bench.mounted(peer) as mounted:
+                    path = mounted.path / data.SMALL
+                    bench.record(peer.name, "seconds", timed(*command, path), case=f"{name}_cold")
+                    bench.record(peer.name, "seconds", timed(*command, path), case=f"{name}_hot")
+                    if name == "ls":
+                        bench.record(peer.name, "seconds", measure(["stat", path])["seconds"], case="stat_hot")
+
+
+def stream(bench: Bench) -> None:
+    """20 GB through a cache of 1 GiB: the most memory that the server has for itself."""
+    os.environ["OBSFS_CACHE_SIZE"] = "1GiB"
+    received = 0
+    try:
+        with bench.mounted(OBSFS) as mounted:
+            for path in _forever(mounted.path / data.LARGE, mounted.path / data.WEIGHTS):
+                with path.open("rb", buffering=0) as file:
+                    while read := len(file.read(16 * _MIB)):
+                        received += read
+                    # The kernel keeps no pages, so that the next round comes through the server again.
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                if received >= _STREAM_BYTES:
+                    break
+            bench.record("obsfs", "daemon_memory_mib", mounted.peak_bytes / _MIB)
+    finally:
+        del os.environ["OBSFS_CACHE_SIZE"]
+
+
+def _forever(*files: Path) -> Iterator[Path]:
+    while True:
+        yield from files
+
+
+Case = Callable[[Bench], None]
+CASES: dict[str, tuple[Case, tuple[str, ...]]] = {
+    "warm_load": (warm_load, ("lan",)),
+    "warm_read": (warm_read, ("lan",)),
+    "cold_dd": (cold_dd, ("lan", "obs")),
+    "stream": (stream, ("lan",)),
+    "cold_load": (cold_load, ("obs", "far")),
+    "load_file": (load_file, ("obs",)),
+    "threads": (threads, ("obs",)),
+    "processes": (processes, ("obs",)),
+    "random_reads": (random_reads, ("obs",)),
+    "listing": (listing, ("obs",)),
+    "first_byte": (first_byte, ("obs",)),
+    "tensor": (tensor, ("waits",)),
+}
+"""Each case with the profiles that it is measured in."""

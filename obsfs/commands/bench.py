@@ -1,0 +1,120 @@
+"""``obsfs bench``."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+from pathlib import Path
+from typing import Any
+
+import click
+
+from obsfs.commands.options import byte_size, settings_options
+from obsfs.commands.output import human, make_console
+from obsfs.settings import Settings
+from obsfs.version import __version__
+
+_EPILOG = """\b
+Examples:
+  obsfs bench obs://models/Qwen2-7B-Instruct --region cn-south-1
+  obsfs bench /mnt/models --file Qwen2-7B-Instruct/model-00001-of-00004.safetensors
+  obsfs bench obs://models --size 4GiB --connections 32 --report models.png
+  obsfs bench /data/models --no-report --json | jq .figures
+"""
+_SETTINGS = ("endpoint_url", "region", "profile", "no_sign_request", "addressing_style", "cache_dir", "connections")
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("target", metavar="MOUNTPOINT|obs://BUCKET[/PREFIX]")
+@click.option("--file", metavar="PATH", help="The file to read, below the target. Default: the largest found.")
+@click.option("--size", metavar="SIZE", default="1GiB", show_default=True, help="Most bytes of it to read at a time.")
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("obsfs-bench.html"),
+    show_default=True,
+    help="Where to draw the figures (.html or .png); they lie beside it as .json.",
+)
+@click.option("--no-report", is_flag=True, help="Write no files.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
+@settings_options(*_SETTINGS)
+def bench(
+    target: str, *, file: str | None, size: str, report: Path, no_report: bool, as_json: bool, **given: Any
+) -> None:
+    """Measure a bucket through obsfs: reading, listing and stat, cold (from the bucket) and warm (from the SSD).
+
+    A bucket, or what is mounted on a MOUNTPOINT of obsfs, is mounted anew for each case, with an empty cache of its
+    own on the same disk: your mount and your cache are left alone. Any other directory is read as it is; then cold
+    means that the kernel was told to forget the file, and warm that it is in the page cache.
+    """
+    from obsfs.bench import measure
+    from obsfs.bench import report as reports
+
+    settings = Settings.load(**given)
+    most = max(byte_size("--size", size), 1 << 20)
+    if not no_report:
+        reports.require(report)
+    signal.signal(signal.SIGTERM, _interrupt)
+    place = measure.place_of(target, settings)
+    try:
+        sample, figures = _run(place, file, most)
+    finally:
+        place.close()
+    facts = {
+        "target": place.name,
+        "file": str(sample.path),
+        "file_bytes": sample.size,
+        "names": len(sample.names),
+        "obsfs": __version__,
+        "kernel": platform.release(),
+        "cores": os.cpu_count() or 0,
+    }
+    document = json.dumps({**facts, "figures": [figure._asdict() for figure in figures]}, indent=2)
+    if as_json:
+        click.echo(document)
+    else:
+        _print(place.name, f"{sample.path} ({human(sample.size)})", figures)
+    if not no_report:
+        shown = [(name.replace("_", " "), str(value)) for name, value in facts.items()]
+        reports.write(report, f"obsfs bench {place.name}", shown, figures)
+        report.with_suffix(".json").write_text(document + "\n")
+        click.echo(f"written: {report}, {report.with_suffix('.json')}", err=True)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _run(place: Any, file: str | None, most: int) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from obsfs.bench import measure
+
+    columns = (TextColumn("{task.description:34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(measure.CASES) + 1, completed=-1)
+
+        def on_step(title: str) -> None:
+            progress.update(task, description=title, advance=1)
+
+        return measure.run(place, file=file, most=most, on_step=on_step)
+
+
+def _print(name: str, file: str, figures: Any) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from obsfs.bench.report import number
+
+    console = make_console()
+    console.print(f"[bold]{escape(name)}[/]  {escape(file)}", highlight=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2), show_edge=False)
+    table.add_column("")
+    table.add_column("cold", justify="right")
+    table.add_column("warm", justify="right")
+    for figure in figures:
+        table.add_row(figure.title, f"{number(figure.cold)} {figure.unit}", f"{number(figure.warm)} {figure.unit}")
+    console.print(table, highlight=False)
