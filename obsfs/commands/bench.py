@@ -94,7 +94,8 @@ def _run(place: Any, file: str | None, most: int) -> Any:
     from obsfs.bench import measure
 
     columns = (TextColumn("{task.description:34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(measure.CASES) + 1, completed=-1)
 
         def on_step(title: str) -> None:
