@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from benchmarks import data, worker
 from benchmarks.link import PROFILES, Link
-from benchmarks.peers import DOWNLOADERS, OBSFS, PEERS, Downloader, Mounted, Peer, Place
+from benchmarks.peers import DOWNLOADERS, OBSFS, PEERS, Downloader, Mounted, Peer, Place, System
 from obsfs.demo.server import EmbeddedServer
 from obsfs.errors import ObsfsError
 
@@ -43,7 +43,7 @@ class Bench:
         self.case = self.profile = ""
         self._count = 0
         self._peers = [peer for peer in PEERS if self._is_wanted(peer, only)]
-        self.downloaders = [downloader for downloader in DOWNLOADERS if self._is_wanted(downloader, only)]
+        self._downloaders = [downloader for downloader in DOWNLOADERS if self._is_wanted(downloader, only)]
         self._server = stack.enter_context(EmbeddedServer(home))
         os.environ.update(self._server.environment, BENCH_BUCKET=BUCKET, XDG_STATE_HOME=str(home / "state"))
         self._link: Link | None = None
@@ -51,12 +51,12 @@ class Bench:
         self.local.mkdir()
         self._make_data()
 
-    def _is_wanted(self, peer: Peer | Downloader, only: Sequence[str]) -> bool:
-        if only and peer.name not in only:
+    def _is_wanted(self, system: System, only: Sequence[str]) -> bool:
+        if only and system.name not in only:
             return False
-        if peer.is_missing:
-            self.missing[peer.name] = peer.remedy
-            say(f"{peer.name} is missing: {peer.remedy}")
+        if system.is_missing:
+            self.missing[system.name] = system.remedy
+            say(f"{system.name} is missing: {system.remedy}")
             return False
         return True
 
@@ -117,18 +117,21 @@ class Bench:
         found = [peer for peer in self._peers if self.profile in peer.profiles and (not names or peer.name in names)]
         return [peer for peer in found if peer.name not in self.failed]
 
+    def downloaders(self) -> list[Downloader]:
+        """Those that are there."""
+        return [downloader for downloader in self._downloaders if downloader.name not in self.failed]
+
     def record(self, system: str, metric: str, value: float, *, case: str = "") -> None:
         """Note a figure of the current case."""
         key = Key(case or self.case, self.profile, system, metric)
         self.figures.setdefault(key, []).append(value)
         say(f"{key.case:14} {key.profile:5} {system:13} {value:10.3f} {metric}")
 
-    def boto3(self, *arguments: object) -> float:
-        """Seconds of a baseline; see the worker."""
+    def boto3(self, *arguments: object) -> None:
+        """Measure what the link gives; see the worker."""
         figures = worker.measure(["boto3", *arguments])
         self.record("boto3", "seconds", figures["seconds"])
         self.record("boto3", "cpu_seconds_per_gb", figures["cpu_seconds"] / figures["bytes"] * 1e9)
-        return figures["seconds"]
 
     def place(self, cache: Path | None = None) -> Place:
         """A new mountpoint, with an empty cache unless one is given."""
@@ -160,26 +163,19 @@ class Bench:
                     self.record(peer.name, "received_over_used", (self.received - received) / size)
 
     @contextmanager
-    def surviving(self, peer: Peer) -> Iterator[None]:
-        """A peer that fails is named and left out from then on; obsfs may not."""
+    def surviving(self, system: System) -> Iterator[None]:
+        """A system that fails is named and left out from then on; obsfs may not."""
         try:
             yield
         except (ObsfsError, OSError, subprocess.SubprocessError) as error:
-            if peer is OBSFS:
+            if system is OBSFS:
                 raise
-            self.failed[peer.name] = f"{self.case} ({self.profile}): {error}"
-            say(f"{peer.name} failed: {error}")
+            self.failed[system.name] = f"{self.case} ({self.profile}): {error}"
+            say(f"{system.name} failed: {error}")
 
 
 def say(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
-
-
-def timed(*command: object, limit: float = 600.0) -> float:
-    """Seconds of a command whose output is thrown away. Raises SubprocessError."""
-    started = time.perf_counter()
-    subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL, check=True, timeout=limit)
-    return time.perf_counter() - started
 
 
 def dd(path: Path) -> float:

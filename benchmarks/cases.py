@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from benchmarks import data
-from benchmarks.bench import Bench, dd, drop_page_cache, timed
+from benchmarks.bench import Bench, dd, drop_page_cache
 from benchmarks.peers import OBSFS
-from benchmarks.worker import measure, measure_all
+from benchmarks.worker import measure, measure_all, timed
 
 _T = TypeVar("_T")
 _STREAM_BYTES = 20 * 10**9
@@ -45,13 +45,14 @@ def cold_load(bench: Bench) -> None:
             bench.size(data.MODEL),
             lambda path: measure(["from_pretrained", path / data.MODEL])["seconds"],
         )
-        for downloader in bench.downloaders:
+        for downloader in _turns(bench.downloaders(), run):
             place = bench.place()
             place.path.mkdir()
-            seconds = timed(*downloader.command(place, bench.model_keys))
-            seconds += measure(["from_pretrained", place.path])["seconds"]
+            with bench.surviving(downloader):
+                seconds = downloader.download(place, bench.model_keys)
+                seconds += measure(["from_pretrained", place.path])["seconds"]
+                bench.record(downloader.name, "seconds", seconds)
             shutil.rmtree(place.path)
-            bench.record(downloader.name, "seconds", seconds)
 
 
 def load_file(bench: Bench) -> None:

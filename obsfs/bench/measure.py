@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from obsfs.errors import UnavailableError, UsageError
+from obsfs.errors import CacheError, UnavailableError, UsageError
 from obsfs.fuse import mounts
 from obsfs.settings import Settings
 
@@ -63,7 +63,7 @@ Measure = Callable[[Path, Sample, int], float]
 
 def _sequential(place: Path, sample: Sample, most: int) -> float:
     with (place / sample.path).open("rb", buffering=0) as file:
-        return _rate(lambda: _read_part(file.fileno(), 0, min(sample.size, most)))
+        return _rate(lambda: read_part(file.fileno(), 0, min(sample.size, most)))
 
 
 def _parallel(place: Path, sample: Sample, most: int) -> float:
@@ -72,7 +72,7 @@ def _parallel(place: Path, sample: Sample, most: int) -> float:
     with (place / sample.path).open("rb", buffering=0) as file, ThreadPoolExecutor(_PARALLEL) as pool:
         starts = range(0, size, part)
         return _rate(
-            lambda: sum(pool.map(lambda start: _read_part(file.fileno(), start, min(start + part, size)), starts))
+            lambda: sum(pool.map(lambda start: read_part(file.fileno(), start, min(start + part, size)), starts))
         )
 
 
@@ -128,7 +128,8 @@ CASES: dict[str, tuple[str, str, Measure]] = {
 }
 
 
-def _read_part(fd: int, start: int, stop: int) -> int:
+def read_part(fd: int, start: int, stop: int) -> int:
+    """Read bytes ``[start, stop)`` in pieces of 1 MiB and throw them away; how many there were."""
     buffer = memoryview(bytearray(_MIB))
     offset = start
     while offset < stop:
@@ -208,12 +209,20 @@ class Directory:
 
 
 class Mounts:
-    """A bucket through mounts with a cache of their own, under the settings' cache directory; close it at the end."""
+    """A bucket through mounts with a cache of their own, under the settings' cache directory; close it at the end.
+
+    Raises CacheError when that directory cannot be used.
+    """
 
     def __init__(self, source: str, settings: Settings) -> None:
         self.name = source
-        settings.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._home = Path(tempfile.mkdtemp(prefix="bench-", dir=settings.cache_dir))
+        try:
+            settings.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._home = Path(tempfile.mkdtemp(prefix="bench-", dir=settings.cache_dir))
+        except OSError as error:
+            raise CacheError(
+                f"cache directory {settings.cache_dir} cannot be used ({error.strerror})", "choose another --cache-dir"
+            ) from None
         self._settings = settings
         self._cache = self._home / "cache"
 
@@ -275,7 +284,16 @@ def place_of(target: str, settings: Settings) -> Directory | Mounts:
 def run(
     place: Directory | Mounts, *, file: str | None, most: int, on_step: Callable[[str], None]
 ) -> tuple[Sample, list[Figure]]:
-    """Measure every case, cold and warm; `on_step` is told what comes next. Raises ObsfsError."""
+    """Measure every case, cold and warm; `on_step` is told what comes next. Raises ObsfsError, and nothing else."""
+    try:
+        return _run(place, file, most, on_step)
+    except OSError as error:
+        raise UnavailableError(f"{error.filename or place.name} could not be read", error.strerror or "") from None
+
+
+def _run(
+    place: Directory | Mounts, file: str | None, most: int, on_step: Callable[[str], None]
+) -> tuple[Sample, list[Figure]]:
     on_step("looking for a file")
     with place.cold() as path:
         sample = look(path, file)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,11 @@ def require(path: Path) -> None:
         ) from None
 
 
-def write(path: Path, title: str, facts: Sequence[tuple[str, str]], figures: Sequence[Figure]) -> None:
-    """Write the report: `facts` are name and value of what was measured, and where. Raises UsageError."""
+def write(path: Path, title: str, facts: Mapping[str, object], figures: Sequence[Figure]) -> None:
+    """Write the report, and a JSON file beside it. `facts` say what was measured, and where. Raises UsageError."""
     drawing = draw(title if path.suffix == ".png" else "", figures)
     try:
+        path.with_suffix(".json").write_text(document(facts, figures) + "\n")
         if path.suffix == ".png":
             drawing.savefig(path, dpi=150)
             return
@@ -49,8 +51,15 @@ def write(path: Path, title: str, facts: Sequence[tuple[str, str]], figures: Seq
         raise UsageError(f"cannot write {path}", error.strerror or str(error)) from None
 
 
-def _page(title: str, facts: Sequence[tuple[str, str]], figures: Sequence[Figure], image: str) -> str:
-    described = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in facts)
+def document(facts: Mapping[str, object], figures: Sequence[Figure]) -> str:
+    """The same as JSON."""
+    return json.dumps({**facts, "figures": [figure._asdict() for figure in figures]}, indent=2)
+
+
+def _page(title: str, facts: Mapping[str, object], figures: Sequence[Figure], image: str) -> str:
+    described = "".join(
+        f"<tr><td>{name.replace('_', ' ')}</td><td>{html.escape(str(value))}</td></tr>" for name, value in facts.items()
+    )
     rows = "".join(
         f"<tr><td>{html.escape(figure.title)}</td>"
         f"<td>{number(figure.cold)} {figure.unit}</td><td>{number(figure.warm)} {figure.unit}</td></tr>"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import signal
 from pathlib import Path
 from typing import Any
 
 import click
 
 from obsfs.commands.options import byte_size, settings_options
-from obsfs.commands.output import human, make_console
+from obsfs.commands.output import human, make_console, make_table, terminate_like_interrupt
 from obsfs.settings import Settings
 from obsfs.version import __version__
 
@@ -56,7 +54,7 @@ def bench(
     most = max(byte_size("--size", size), 1 << 20)
     if not no_report:
         reports.require(report)
-    signal.signal(signal.SIGTERM, _interrupt)
+    terminate_like_interrupt()
     place = measure.place_of(target, settings)
     try:
         sample, figures = _run(place, file, most)
@@ -71,20 +69,13 @@ def bench(
         "kernel": platform.release(),
         "cores": os.cpu_count() or 0,
     }
-    document = json.dumps({**facts, "figures": [figure._asdict() for figure in figures]}, indent=2)
     if as_json:
-        click.echo(document)
+        click.echo(reports.document(facts, figures))
     else:
         _print(place.name, f"{sample.path} ({human(sample.size)})", figures)
     if not no_report:
-        shown = [(name.replace("_", " "), str(value)) for name, value in facts.items()]
-        reports.write(report, f"obsfs bench {place.name}", shown, figures)
-        report.with_suffix(".json").write_text(document + "\n")
+        reports.write(report, f"obsfs bench {place.name}", facts, figures)
         click.echo(f"written: {report}, {report.with_suffix('.json')}", err=True)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _run(place: Any, file: str | None, most: int) -> Any:
@@ -106,16 +97,12 @@ def _run(place: Any, file: str | None, most: int) -> Any:
 
 def _print(name: str, file: str, figures: Any) -> None:
     from rich.markup import escape
-    from rich.table import Table
 
     from obsfs.bench.report import number
 
     console = make_console()
     console.print(f"[bold]{escape(name)}[/]  {escape(file)}", highlight=False)
-    table = Table(box=None, pad_edge=False, padding=(0, 2), show_edge=False)
-    table.add_column("")
-    table.add_column("cold", justify="right")
-    table.add_column("warm", justify="right")
+    table = make_table("cold", "warm")
     for figure in figures:
         table.add_row(figure.title, f"{number(figure.cold)} {figure.unit}", f"{number(figure.warm)} {figure.unit}")
     console.print(table, highlight=False)

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from obsfs.commands.output import human, make_console
+from obsfs.commands.output import human, make_console, make_table, terminate_like_interrupt
 from obsfs.errors import ObsfsError
 
 _BUCKET = "models"
@@ -40,7 +39,7 @@ def demo() -> None:
     Starts an S3 server on this machine, makes and uploads a small Qwen2 model, mounts the bucket, loads the model
     from it (cold), unmounts, mounts again and loads it once more (warm). Everything is removed afterwards.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    terminate_like_interrupt()
     console = make_console()
     with ExitStack() as cleanup, console.status("starting") as progress:
         home = Path(tempfile.mkdtemp(prefix="obsfs-demo-"))
@@ -71,10 +70,6 @@ def demo() -> None:
         warm = _run(home)
         progress.stop()
         _report(console, cold, warm)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _silence_transformers() -> None:
@@ -121,12 +116,8 @@ def _load(directory: Path) -> dict[str, Any]:
 
 def _report(console: Any, cold: _Run, warm: _Run) -> None:
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2), show_edge=False)
-    table.add_column("")
-    table.add_column("cold (from the bucket)", justify="right")
-    table.add_column("warm (from the SSD)", justify="right")
+    table = make_table("cold (from the bucket)", "warm (from the SSD)")
     runs = (cold, warm)
     table.add_row("mount until it answers", *(f"{run.mount_seconds:.2f} s" for run in runs))
     table.add_row("load, every weight read", *(f"{run.load_seconds:.2f} s" for run in runs))

