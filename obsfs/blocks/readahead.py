@@ -6,8 +6,8 @@ and any number of streams run through a file side by side.
 
 * A stream earns its window by what it has read: half as much at first, so that one tensor costs at most one and a
   half times its bytes; as much after 16 MiB; twice as much after 32 MiB, up to the largest window. A stream from
-  the start of the file is how files are copied, so that its window is three times what was read from the second
-  block on.
+  the start is how files are copied and models are loaded, so that its window is three times what was read from the
+  second block on.
 * A read that continues no stream begins a new one, and gets nothing beyond what it asked for. Only where
   streams have gone on until now (:class:`Credit`; loaders jump from layer to layer and from shard to shard), a new
   one is lent a quarter of what they have earned.
@@ -17,7 +17,8 @@ and any number of streams run through a file side by side.
 * Streams share the largest window, so that eight readers together do not want more than one.
 
 A loader reads tensors in the natural order of their names (layer 2 before layer 10), which is not their order in the
-file. So a file with extents is watched in both orders, by two policies: in the loader's own, a load is one stream.
+file, and goes from shard to shard. So files with extents are watched in both orders, by two policies: in the
+loader's own, which runs through all shards of a model, a load is one stream.
 """
 
 from __future__ import annotations
@@ -26,16 +27,22 @@ import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from obsfs.blocks.layout import BLOCK
+from obsfs.blocks.safetensors import Extent, load_order
+
 _STREAMS = 64
 _SLACK = 8
 _ACTIVE = 64
 _START = 16
+_START_FACTOR = 3
 _DOUBLE = 32
 _LEAST = 32
 _MOST_CREDIT = 256
 _LOADER = 3
 _HOP = 2
 _SKIPS = 8
+_MOST_BLOCKS = 1 << 16
+"""Blocks of shards that are watched as one model: in 64 GiB, what the turn of a shard costs is nothing."""
 
 
 @dataclass(slots=True)
@@ -118,7 +125,8 @@ class ReadAhead:
                 # It looks at the start of each extent, to come back for the rest.
                 wanted = [(distance // _SKIPS if self._is_start(p) else distance, p) for distance, p in wanted]
             if not stream.is_filled:
-                wanted += [(abs(last - position), position) for position in range(stream.begin, start)]
+                # It comes back in the order in which it went.
+                wanted += [(position - stream.begin, position) for position in range(stream.begin, start)]
                 stream.is_filled = True
         return wanted
 
@@ -145,17 +153,27 @@ class ReadAhead:
     def _begin(self, first: int, last: int) -> _Stream:
         lent = self.credit.lend()
         count = last + 1 - first
-        from_start = first == 0 and not self.fences
-        stream = _Stream(last + 1, last + 1, count, lent, from_start, self._fences_behind(last), first, self._reads)
+        # A page fault reads around its page: who begins right before the end of an extent means the next one.
+        passed = self._fences_behind(last + _HOP)
+        from_start = first <= _HOP and not passed if self.fences else first == 0
+        self._add(_Stream(last + 1, last + 1, count, lent, from_start, passed, first, self._reads))
+        return self._streams[-1]
+
+    def begin(self, count: int) -> list[tuple[int, int]]:
+        """The first `count` positions are about to be read in order: as `on_read`, before the first read."""
+        stop = min(count, self.blocks, self.max_window)
+        self._add(_Stream(0, stop, 0, stop // _START_FACTOR, True, 0, 0, self._reads))
+        return [(position, position) for position in range(stop)]
+
+    def _add(self, stream: _Stream) -> None:
         if len(self._streams) == _STREAMS:
             self._streams.remove(min(self._streams, key=lambda other: other.last_read))
         self._streams.append(stream)
-        return stream
 
     def _window(self, stream: _Stream) -> int:
         run = stream.own + stream.lent
         if stream.from_start and run > 1:
-            window = 3 * run
+            window = _START_FACTOR * run
         elif run >= _DOUBLE:
             window = 2 * run
         elif run >= _START:
@@ -167,7 +185,7 @@ class ReadAhead:
         crossed = self._crossed(stream)
         if crossed >= _LOADER:
             window = max(window, min(_START << crossed - _LOADER, self.max_window))
-        elif stream.passed < len(self.fences):
+        elif stream.passed < len(self.fences) and not stream.from_start:
             rest = self.fences[stream.passed] - stream.tail
             is_young = stream.own < _START
             if is_young and stream.own > 1:
@@ -183,29 +201,51 @@ class ReadAhead:
         return bool(behind) and position <= self.fences[behind - 1]
 
     def _crossed(self, stream: _Stream) -> int:
-        return self._fences_behind(stream.tail - 1) - stream.passed
+        return max(0, self._fences_behind(stream.tail - 1) - stream.passed)
 
     def _fences_behind(self, position: int) -> int:
         return bisect.bisect_right(self.fences, position)
 
 
 class LoadOrder:
-    """Streams through a file's blocks in the order in which a loader wants them.
+    """Streams through the blocks of a model's files in the order in which a loader wants them.
 
-    `order` lists block numbers, each once; `fences` are positions in it.
+    Files have names; a block is a name and a number.
     """
 
-    def __init__(self, order: Sequence[int], max_window: int, credit: Credit, fences: Sequence[int]) -> None:
-        self._order = order
-        self._position = {block: position for position, block in enumerate(order)}
-        self._policy = ReadAhead(len(order), max_window, credit, fences, gives_extents=False)
+    def __init__(self, max_window: int, credit: Credit) -> None:
+        self._max_window = max_window
+        self._credit = credit
+        self._tensors: dict[str, Sequence[Extent]] = {}
+        self._order: list[tuple[str, int]] = []
+        self._position: dict[tuple[str, int], int] = {}
+        self._policy = ReadAhead(0, max_window, credit)
 
-    def on_read(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Note a read of blocks; ``(urgency, block)`` of those wanted now."""
+    def add(self, name: str, tensors: Sequence[Extent]) -> bool:
+        """Take a file in (again); False when there would be too much to watch.
+
+        The order is made anew, and the streams in it begin anew: loaders open the files before they read in them.
+        """
+        tensors_of = {**self._tensors, name: tensors}
+        size = sum(extent.stop - extent.start for found in tensors_of.values() for extent in found)
+        if len(tensors_of) > 1 and size > _MOST_BLOCKS * BLOCK:
+            return False
+        self._tensors = tensors_of
+        self._order, fences = load_order(tensors_of, BLOCK)
+        self._position = {block: position for position, block in enumerate(self._order)}
+        self._policy = ReadAhead(len(self._order), self._max_window, self._credit, fences, gives_extents=False)
+        return True
+
+    def begin(self, count: int) -> list[tuple[int, str, int]]:
+        """A load is about to begin: the first `count` blocks, as from `on_read`."""
+        return [(urgency, *self._order[position]) for urgency, position in self._policy.begin(count)]
+
+    def on_read(self, name: str, first: int, last: int) -> list[tuple[int, str, int]]:
+        """Note a read of blocks; ``(urgency, name, block)`` of those wanted now."""
         wanted = []
-        positions = (self._position[block] for block in range(first, last + 1) if block in self._position)
-        for run in runs(positions):
-            wanted += [(urgency, self._order[p]) for urgency, p in self._policy.on_read(run.start, run.stop - 1)]
+        places = (self._position.get((name, block)) for block in range(first, last + 1))
+        for run in runs(place for place in places if place is not None):
+            wanted += [(urgency, *self._order[p]) for urgency, p in self._policy.on_read(run.start, run.stop - 1)]
         return wanted
 
     def forget_wanted(self) -> None:

@@ -3,26 +3,46 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 from obsfs.blocks import safetensors
 from obsfs.blocks.cache import Cache, CachedObject
 from obsfs.blocks.fetcher import Fetcher, Target, Waiter
 from obsfs.blocks.layout import BLOCK, block_count
 from obsfs.blocks.readahead import Credit, LoadOrder, ReadAhead
-from obsfs.errors import ObsfsError, UnavailableError
+from obsfs.errors import CacheError, ObsfsError, UnavailableError
 from obsfs.remote.client import Bucket, ObjectVersion
 from obsfs.settings import Settings
 
 log = logging.getLogger(__name__)
 
 _IDLE_READERS = 64
-_DIRECTORIES = 256
+_LOADS = 256
 _STRAINED_WINDOW = 16
 _WARM_STEP = 64
+_FIRST_WEIGHTS = 64
+"""Blocks that are fetched when a loader gives itself away: what arrives while it builds the model."""
+_SHARD = re.compile(r"-\d+-of-(?=\d+)")
+
+_Wanted = Iterable[tuple[int, ObjectVersion, int]]
+
+
+@dataclass
+class _Load:
+    """What the readers of one model share: the shards ``NAME-00001-of-00004.safetensors``, or a file by itself."""
+
+    credit: Credit
+    order: LoadOrder
+    guard: threading.Lock = field(default_factory=threading.Lock)
+    shards: dict[str, ObjectVersion] = field(default_factory=dict)
+    """Those in `order`, by their keys."""
+    users: int = 0
 
 
 class Reader:
@@ -33,15 +53,14 @@ class Reader:
         self.size = cached.size
         self.cached = cached
         self.users = 0
+        self.load = engine.load_of(cached.version)
         self._engine = engine
         self.target = Target(cached, self._on_idle)
-        window = min(engine.read_ahead, engine.cache.limit // 4)
         self._has_tensors = cached.version.key.endswith(safetensors.SUFFIX)
-        self._load_order: LoadOrder | None = None
+        self._order: LoadOrder | None = None
         # Until the tensors are known, the start of such a file is its header, and nobody's stream.
         fences = (0,) if self._has_tensors else ()
-        self._policy = ReadAhead(cached.blocks, max(0, window // BLOCK), engine.credit(cached.version), fences)
-        self._guard = threading.Lock()
+        self._policy = ReadAhead(cached.blocks, engine.window, self.load.credit, fences)
         self._is_complete = cached.is_complete()
         if not self._is_complete and all(map(cached.is_present, range(cached.blocks))):
             engine.fetcher.later(self._settle)
@@ -76,28 +95,32 @@ class Reader:
         return not missing
 
     def _prefetch(self, first: int, last: int) -> None:
-        with self._guard:
-            if self._load_order is None and self._has_tensors:
-                self._learn_tensors()
-            ahead = self._policy.on_read(first, last)
-            if self._load_order is not None:
-                ahead += self._load_order.on_read(first, last)
-        if self._engine.cache.is_strained:
-            ahead = ahead[:_STRAINED_WINDOW]
-        wanted = [(urgency, block) for urgency, block in ahead if not self.cached.is_present(block)]
+        load, version = self.load, self.version
+        with load.guard:
+            self._learn_tensors()
+            wanted = [(urgency, version, block) for urgency, block in self._policy.on_read(first, last)]
+            if self._order is not None and load.shards.get(version.key) == version:
+                for urgency, key, block in self._order.on_read(version.key, first, last):
+                    wanted.append((urgency, load.shards[key], block))
         if wanted:
-            self._engine.fetcher.prefetch(self.target, wanted)
+            self._engine.prefetch(wanted)
+
+    def learn_tensors(self) -> None:
+        """If the header of a safetensors file is here, watch the file tensor by tensor from now on."""
+        with self.load.guard:
+            self._learn_tensors()
 
     def _learn_tensors(self) -> None:
-        """Once the header of a safetensors file is here, watch the file tensor by tensor."""
-        found = safetensors.extents(self.size, self._peek)
-        if found is None:
+        if not self._has_tensors or (found := safetensors.extents(self.size, self._peek)) is None:
             return
         self._has_tensors = False
         if found:
-            window, credit = self._policy.max_window, self._policy.credit
-            order, fences = safetensors.load_order(found, BLOCK)
-            self._load_order = LoadOrder(order, window, credit, fences)
+            load, key, window = self.load, self.version.key, self._engine.window
+            self._order = load.order
+            if not load.order.add(key, found):
+                self._order = LoadOrder(window, load.credit)
+                self._order.add(key, found)
+            load.shards[key] = self.version
             # In the file's order a loader jumps, which earns and spends nothing.
             self._policy = ReadAhead(self.cached.blocks, window, fences=safetensors.file_fences(found, BLOCK))
 
@@ -145,10 +168,10 @@ class Reader:
     def drop_prefetch(self) -> None:
         """Nobody has it open: fetch no more than what is in flight."""
         self._engine.fetcher.drop_prefetch(self.target)
-        with self._guard:
+        with self.load.guard:
             self._policy.forget_wanted()
-            if self._load_order is not None:
-                self._load_order.forget_wanted()
+            if self._order is not None:
+                self._order.forget_wanted()
 
     @property
     def is_fetching(self) -> bool:
@@ -164,7 +187,7 @@ class _Borrowed:
         return self._engine._borrow(self._reader)
 
     def __exit__(self, *_: object) -> None:
-        self._engine.release(self._reader)
+        self._engine.release(self._reader, keeps_fetching=True)
 
 
 class Engine:
@@ -178,13 +201,13 @@ class Engine:
         self.fetcher = Fetcher(
             bucket.open_range, connections=settings.connections, retry_timeout=settings.retry_timeout
         )
-        self.read_ahead = int(settings.read_ahead)
+        self.window = max(0, min(int(settings.read_ahead), self.cache.limit // 4) // BLOCK)
         self.on_complete: Callable[[ObjectVersion], None] = lambda version: None
         self.bytes_read = 0
         self.blocks_hit = 0
         self.blocks_missed = 0
         self._readers: OrderedDict[ObjectVersion, Reader] = OrderedDict()
-        self._credits: dict[tuple[str, str], Credit] = {}
+        self._loads: dict[tuple[str, str], _Load] = {}
         self._guard = threading.Lock()
         self.fetcher.later(lambda: self.cache.evict(self.cache.limit))
 
@@ -196,16 +219,23 @@ class Engine:
                 reader = self._readers[version] = Reader(self, self.cache.open(version))
             self._readers.move_to_end(version)
             reader.users += 1
+            reader.load.users += 1
             self._close_idle()
             return reader
 
-    def release(self, reader: Reader) -> None:
-        """Give a reader back. It is kept for a while with what it has learnt about its streams."""
+    def release(self, reader: Reader, *, keeps_fetching: bool = False) -> None:
+        """Give a reader back. It is kept for a while with what it has learnt about its streams.
+
+        When nobody has any shard of a model open any more, what is wanted of it is dropped, unless `keeps_fetching`.
+        """
+        load = reader.load
         with self._guard:
             reader.users -= 1
-            last = not reader.users
-        if last:
-            reader.drop_prefetch()
+            load.users -= 1
+            is_last = not load.users and not keeps_fetching
+            dropped = [other for other in self._readers.values() if other.load is load] if is_last else []
+        for other in dropped:
+            other.drop_prefetch()
 
     def borrowed(self, reader: Reader) -> _Borrowed:
         """A context that keeps a reader from being closed; its value is False when it has been already."""
@@ -214,6 +244,7 @@ class Engine:
     def _borrow(self, reader: Reader) -> bool:
         with self._guard:
             reader.users += 1
+            reader.load.users += 1
             return self._readers.get(reader.version) is reader
 
     def _close_idle(self) -> None:
@@ -224,25 +255,66 @@ class Engine:
                 reader.cached.close()
                 excess -= 1
 
-    def credit(self, version: ObjectVersion) -> Credit:
-        """The credit of the directory that this file is in. The caller holds the engine's guard."""
-        place = version.bucket, version.key.rpartition("/")[0]
-        credit = self._credits.setdefault(place, Credit())
-        if len(self._credits) > _DIRECTORIES:
-            del self._credits[next(iter(self._credits))]
-        return credit
+    def load_of(self, version: ObjectVersion) -> _Load:
+        """The load that this file belongs to. The caller holds the engine's guard."""
+        place = version.bucket, _SHARD.sub("-*-of-", version.key)
+        load = self._loads.get(place)
+        if load is None:
+            credit = Credit()
+            load = self._loads[place] = _Load(credit, LoadOrder(self.window, credit))
+            if len(self._loads) > _LOADS:
+                del self._loads[next(iter(self._loads))]
+        return load
 
-    def fetch_start(self, version: ObjectVersion) -> None:
-        """Have the first block of a file at hand soon: somebody is about to open it. Raises CacheError."""
-        reader = self.open(version)
+    def prefetch(self, wanted: _Wanted) -> None:
+        """Have blocks at hand, ``(urgency, version, block)``, whether anybody has those files open or not."""
+        if self.cache.is_strained:
+            wanted = list(wanted)[:_STRAINED_WINDOW]
+        by_version: dict[ObjectVersion, list[tuple[int, int]]] = {}
+        for urgency, version, block in wanted:
+            by_version.setdefault(version, []).append((urgency, block))
+        for version, blocks in by_version.items():
+            # It is a favour: whoever opens that file will hear why it cannot be cached.
+            with suppress(CacheError):
+                reader = self.open(version)
+                missing = [(urgency, block) for urgency, block in blocks if not reader.cached.is_present(block)]
+                if missing:
+                    self.fetcher.prefetch(reader.target, missing)
+                self.release(reader, keeps_fetching=True)
 
-        def done(error: ObsfsError | None) -> None:
-            self.fetcher.later(lambda: self.release(reader))
+    def fetch_starts(
+        self, versions: Iterable[ObjectVersion], then: Callable[[list[Reader]], None] = lambda readers: None
+    ) -> None:
+        """Have the first block of some files at hand soon: somebody is about to open them. Raises CacheError.
 
-        if reader.is_complete or reader.cached.is_present(0):
-            self.release(reader)
-        else:
-            self.fetcher.demand(reader.target, [0], Waiter(1, done))
+        When they are, or one of them cannot be had, `then` is called with their readers on the thread for chores.
+        """
+        readers = [self.open(version) for version in versions if version.size]
+        if not readers:
+            return
+
+        def give_back() -> None:
+            then(readers)
+            for reader in readers:
+                self.release(reader, keeps_fetching=True)
+
+        waiter = Waiter(len(readers), lambda error: self.fetcher.later(give_back))
+        for reader in readers:
+            self.fetcher.demand(reader.target, [0], waiter)
+
+    def begin_load(self, versions: Iterable[ObjectVersion]) -> None:
+        """The shards of a model are about to be loaded: have their headers at hand, and the first of the weights."""
+
+        def begin(readers: list[Reader]) -> None:
+            for reader in readers:
+                reader.learn_tensors()
+            load = readers[0].load
+            with load.guard:
+                first = load.order.begin(_FIRST_WEIGHTS)
+                wanted = [(urgency, load.shards[key], block) for urgency, key, block in first]
+            self.prefetch(wanted)
+
+        self.fetch_starts(versions, begin)
 
     def warm(self, version: ObjectVersion, size: int) -> None:
         """Have the first `size` bytes of a wholly cached file in the kernel's page cache soon, while it is open.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 SUFFIX = ".safetensors"
@@ -66,16 +66,18 @@ def file_fences(found: list[Extent], block: int) -> list[int]:
     return sorted({-(-extent.stop // block) for extent in found})
 
 
-def load_order(found: list[Extent], block: int) -> tuple[list[int], list[int]]:
-    """Block numbers in the order in which a loader wants them, and the positions in it after each extent's last block.
+def load_order(files: Mapping[str, Sequence[Extent]], block: int) -> tuple[list[tuple[str, int]], list[int]]:
+    """The blocks of a model's files in the order in which a loader wants them, each a file's name and a number; and
+    the positions in it after each extent's last block.
 
     A block that several extents share stands where the first of them is.
     """
-    order: dict[int, None] = {}
+    order: dict[tuple[str, int], None] = {}
     fences: list[int] = []
-    for extent in sorted(found, key=lambda extent: natural(extent.name)):
+    found = [(natural(extent.name), file, extent) for file, extents in files.items() for extent in extents]
+    for _, file, extent in sorted(found):
         for number in range(extent.start // block, -(-extent.stop // block)):
-            order.setdefault(number)
+            order.setdefault((file, number))
         if not fences or fences[-1] != len(order):
             fences.append(len(order))
     return list(order), fences

@@ -27,7 +27,7 @@ from obsfs.fuse.kernel import channel
 from obsfs.fuse.operations import Operations
 from obsfs.fuse.tree import Tree
 from obsfs.remote.address import Address, parse_address
-from obsfs.remote.client import Bucket
+from obsfs.remote.client import Bucket, Page
 from obsfs.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -62,12 +62,13 @@ def serve(
     with ExitStack() as cleanup:
         cleanup.callback(os.close, state.lock(mountpoint))
         bucket = Bucket(address, settings)
-        _check(bucket, address)
+        page = _check(bucket, address)
         engine = Engine(bucket, settings)
         cleanup.callback(engine.close)
         journal = Journal(state.path(mountpoint, "journal"))
         cleanup.callback(journal.close)
         tree = Tree(bucket, address.prefix, settings.metadata_ttl, journal.record)
+        tree.prime(page)
         journal.snapshot = tree.snapshot
         identity: dict[str, object] = {
             "mountpoint": str(mountpoint),
@@ -116,10 +117,11 @@ def _serve_natively(
         server.join()
 
 
-def _check(bucket: Bucket, address: Address) -> None:
+def _check(bucket: Bucket, address: Address) -> Page:
     page = bucket.check()
     if address.prefix and not page.objects and not page.prefixes:
         raise UsageError(f"there is nothing under {address}", f"see what is in {address.scheme}://{address.bucket}")
+    return page
 
 
 def log_to(handler: logging.Handler, level: str) -> None:

@@ -14,22 +14,28 @@ from obsfs.remote.client import ObjectInfo
 CONFIG = "config.json"
 INDEX = ".safetensors.index.json"
 _SMALL = 256 << 10
-_COMPANIONS = 64
+_COMPANIONS = 32
 _SECONDS = 30.0
 
 
 def companions(name: str, entries: Mapping[str, Entry]) -> list[ObjectInfo]:
     """The files whose first block a loader wants next, when it opens `name` in a directory of these entries.
 
-    Who opens ``config.json`` is about to read the other small files; who opens the index of a model in shards is
-    about to read the header of each shard.
+    Who opens ``config.json`` is about to read the other small files, and the header of each weights file.
     """
-    is_config, is_index = name == CONFIG, name.endswith(INDEX)
-    if not (is_config or is_index):
+    if name != CONFIG:
         return []  # what nearly every open is, also in a directory of 100,000
     files = [entry.info for entry in entries.values() if entry.info is not None and entry.name != name]
-    wanted = [info for info in files if (info.size <= _SMALL if is_config else info.key.endswith(safetensors.SUFFIX))]
-    return wanted[:_COMPANIONS]
+    return [info for info in files if info.size <= _SMALL or info.key.endswith(safetensors.SUFFIX)][:_COMPANIONS]
+
+
+def shards(name: str, entries: Mapping[str, Entry]) -> list[ObjectInfo]:
+    """The files that a loader reads next, when it opens `name`: the shards that an index is about."""
+    if not name.endswith(INDEX):
+        return []
+    start = f"{name.removesuffix(INDEX)}-"
+    files = (entry.info for entry in entries.values() if entry.info is not None and entry.name.startswith(start))
+    return [info for info in files if info.key.endswith(safetensors.SUFFIX)][:_COMPANIONS]
 
 
 class WholeReads:

@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 from obsfs.blocks.reader import Engine, Reader
 from obsfs.errors import ObsfsError
-from obsfs.fuse.loaders import WholeReads, companions
+from obsfs.fuse.loaders import WholeReads, companions, shards
 from obsfs.fuse.tree import ROOT, Listing, Node, Tree
+from obsfs.remote.client import ObjectVersion
 from obsfs.settings import Settings
 from obsfs.version import __version__
 
@@ -184,7 +185,7 @@ class Operations:
         reader = self.engine.open(node.version)
         if number not in self._readers:
             self._readers[number] = reader
-            self._fetch_companions(node)
+            self._expect_load(node, node.version)
         # An inode is in one mode at a time: what is open through us stays so, what is direct stays direct.
         direct = self.can_be_direct and not node.opens and reader.cached.hold_whole()
         if direct and not node.direct_opens:
@@ -192,9 +193,12 @@ class Operations:
         self.tree.count_open(node, 1, direct=direct)
         return Opened(number << 1 | direct, reader.cached.data_fd if direct else None)
 
-    def _fetch_companions(self, node: Node) -> None:
-        for info in companions(node.name, self.tree.known(node.parent)):
-            self.engine.fetch_start(self.tree.version(info))
+    def _expect_load(self, node: Node, version: ObjectVersion) -> None:
+        entries = self.tree.known(node.parent)
+        if others := companions(node.name, entries):
+            self.engine.fetch_starts([version, *map(self.tree.version, others)])
+        if weights := shards(node.name, entries):
+            self.engine.begin_load(map(self.tree.version, weights))
 
     def _warm(self, node: Node) -> None:
         assert node.version is not None

@@ -279,7 +279,7 @@ class Tree:
             with self._only(directory.key):
                 fresh = self._fresh(directory.key)
                 if fresh is None or fresh.known_to is not None:
-                    fresh = self._load(directory.key, whole=True)
+                    fresh = self._load(directory.key, self._source.list(directory.key), whole=True)
         if not fresh.names:
             fresh.names = sorted(fresh.entries)
         return fresh
@@ -302,7 +302,7 @@ class Tree:
                 raise WouldBlockError
             with self._only(parent.key):
                 if self._fresh(parent.key) is None:
-                    self._load(parent.key, whole=False)
+                    self._load(parent.key, self._source.list(parent.key), whole=False)
                 found = self._known(parent, name, key)
             if found is WouldBlockError:
                 found = self._probe(parent, name, key)
@@ -340,10 +340,14 @@ class Tree:
         listing = self._listings.get(prefix)
         return listing if listing is not None and self._now() - listing.loaded < self.ttl else None
 
-    def _load(self, prefix: str, *, whole: bool) -> Listing:
-        """Ask the bucket for a directory: its first page, or all pages."""
+    def prime(self, page: Page) -> None:
+        """What somebody has just heard of the root: its first page."""
+        self._load(self._nodes[ROOT].key, [page], whole=False)
+
+    def _load(self, prefix: str, pages: Iterable[Page], *, whole: bool) -> Listing:
+        """What the bucket says of a directory: its first page, or all pages."""
         listing = Listing({}, self._now())
-        for page in self._source.list(prefix):
+        for page in pages:
             listing.hidden += read_page(page, prefix, listing.entries)
             if not whole:
                 if not page.is_last:

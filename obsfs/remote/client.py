@@ -205,8 +205,8 @@ class Bucket:
         self.endpoint: str = connection.endpoint
 
     def check(self) -> Page:
-        """One cheap request that tells whether the bucket is there and may be listed; raises what is wrong."""
-        return next(self.list(self.address.prefix, page_size=1))
+        """The first page of the place. Raises what is wrong when the bucket is not there or may not be listed."""
+        return next(self.list(self.address.prefix))
 
     def version(self, info: ObjectInfo) -> ObjectVersion:
         """The identity of what `info` describes."""

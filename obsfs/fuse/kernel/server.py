@@ -288,11 +288,16 @@ class Server:
             elif self._claim(unique):
                 self._reply_error(fd, unique, error.errno)
 
-        # Blocks may be evicted between the two steps; then they are asked for again.
-        while reader.ready(offset, size, done, again=again):
-            if self._send_bytes(fd, unique, reader, offset, size):
-                return
-            again = True
+        try:
+            # Blocks may be evicted between the two steps; then they are asked for again.
+            while reader.ready(offset, size, done, again=again):
+                if self._send_bytes(fd, unique, reader, offset, size):
+                    return
+                again = True
+        except Exception:
+            log.exception("a read of %s failed", reader.version.key)
+            if self._claim(unique):
+                self._reply_error(fd, unique, errno.EIO)
 
     def _send_bytes(self, fd: int, unique: int, reader: Reader, offset: int, size: int) -> bool:
         """Answer a read from the cache; False when the bytes are no longer there."""
