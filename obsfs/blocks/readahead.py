@@ -153,8 +153,14 @@ class ReadAhead:
     def _begin(self, first: int, last: int) -> _Stream:
         lent = self.credit.lend()
         count = last + 1 - first
-        # A page fault reads around its page: who begins right before the end of an extent means the next one.
-        passed = self._fences_behind(last + _HOP)
+        passed = self._fences_behind(last)
+        # A page fault reads around its page: who begins inside an extent, right before its end, means the next one.
+        if (
+            passed < len(self.fences)
+            and self.fences[passed] <= last + _HOP
+            and first > max([0, *self.fences[:passed][-1:]])
+        ):
+            passed += 1
         from_start = first <= _HOP and not passed if self.fences else first == 0
         self._add(_Stream(last + 1, last + 1, count, lent, from_start, passed, first, self._reads))
         return self._streams[-1]

@@ -7,12 +7,14 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
+from obsfs.blocks.layout import BLOCK
 from obsfs.blocks.readahead import Credit, LoadOrder, ReadAhead
+from obsfs.blocks.safetensors import Extent
 
 WINDOW = 256
 
 
-def wanted(policy: ReadAhead | LoadOrder, first: int, last: int) -> set[int]:
+def wanted(policy: ReadAhead, first: int, last: int) -> set[int]:
     return {position for _, position in policy.on_read(first, last)}
 
 
@@ -98,14 +100,31 @@ def test_the_kernels_own_read_ahead_arrives_out_of_order() -> None:
     assert late <= 12
 
 
-@given(tensor=st.integers(0, 39), size=st.integers(2, 64))
-def test_one_tensor_is_given_whole_and_nothing_beyond(tensor: int, size: int) -> None:
-    fences = [size * (n + 1) for n in range(40)]
-    policy = ReadAhead(40 * size, WINDOW, fences=fences)
+@given(tensor=st.integers(1, 39), size=st.integers(2, 64), around=st.integers(0, 1))
+def test_one_tensor_is_given_whole_and_nothing_beyond(tensor: int, size: int, around: int) -> None:
+    """Also when the kernel reads around the first page, and so begins in the tensor before."""
+    policy = ReadAhead(40 * size, WINDOW, fences=[size * (n + 1) for n in range(40)])
     had: set[int] = set()
-    for block in range(tensor * size, (tensor + 1) * size):
+    around *= size > 2
+    for block in range(tensor * size - around, (tensor + 1) * size):
         had |= wanted(policy, block, block) | {block}
-    assert had == set(range(tensor * size, (tensor + 1) * size))
+    assert had == set(range(tensor * size - around, (tensor + 1) * size))
+
+
+def test_a_tensor_comes_with_its_second_read() -> None:
+    policy = ReadAhead(400, WINDOW, fences=[8 * n + 1 for n in range(1, 50)])
+    assert wanted(policy, 79, 79) == set()
+    assert wanted(policy, 80, 80) == set(range(81, 89)), "the tensor goes from the end of block 80 to that of block 88"
+
+
+def test_who_reads_from_the_first_tensor_on_reads_all() -> None:
+    policy = ReadAhead(400, WINDOW, fences=[8 * n for n in range(1, 51)])
+    had: set[int] = set()
+    late = 0
+    for block in range(400):
+        late += block not in had
+        had |= wanted(policy, block, block)
+    assert late <= 2
 
 
 def test_a_loader_that_looks_at_the_start_of_each_tensor_is_one_stream() -> None:
@@ -120,16 +139,44 @@ def test_a_loader_that_looks_at_the_start_of_each_tensor_is_one_stream() -> None
     assert len(had) >= size * (count - 8)
 
 
-def test_the_loaders_order_is_not_the_files() -> None:
-    order = [*range(100, 200), *range(100), *range(200, 300)]
-    policy = LoadOrder(order, WINDOW, Credit(), [20 * (n + 1) for n in range(15)])
-    had: set[int] = set()
+def shard(*layers: int, size: int = 20) -> list[Extent]:
+    """Layers of so many blocks each, in this order."""
+    return [Extent(f"layers.{n}", at * size * BLOCK, (at + 1) * size * BLOCK) for at, n in enumerate(layers)]
+
+
+def test_a_load_is_one_stream_in_its_own_order_through_all_shards() -> None:
+    policy = LoadOrder(WINDOW, Credit())
+    assert policy.add("one", shard(0, 10, 1, 2, 11, 3))
+    assert policy.add("two", shard(9, 8, 7, 6, 5, 4))
+    layers = {("one", n): at for at, n in enumerate((0, 10, 1, 2, 11, 3))}
+    layers |= {("two", n): at for at, n in enumerate((9, 8, 7, 6, 5, 4))}
+    had: set[tuple[str, int]] = set()
     late = 0
-    for block in order:
-        late += block not in had
-        had |= wanted(policy, block, block)
-    assert late <= 24, "the jump from 199 to 0 is no jump for a loader"
-    assert had <= set(order)
+    for (file, _), at in sorted(layers.items(), key=lambda item: item[0][1]):
+        for block in range(20 * at, 20 * at + 20):
+            late += (file, block) not in had
+            had |= {(name, number) for _, name, number in policy.on_read(file, block, block)}
+    assert late <= 2, "no jump is a jump for a loader"
+    assert len(had) >= 238
+
+
+def test_a_load_that_begins_has_its_first_blocks_and_goes_on() -> None:
+    policy = LoadOrder(WINDOW, Credit())
+    policy.add("two", shard(2, 3))
+    policy.add("one", shard(0, 1))
+    begun = policy.begin(30)
+    assert [(name, block) for _, name, block in begun] == [("one", block) for block in range(30)]
+    ahead = policy.on_read("one", 0, 0)
+    assert ahead[0][1:] == ("one", 30), "what is wanted is not wanted twice"
+    policy.add("one", shard(0, 1))
+    assert len(policy.begin(1000)) == 80
+
+
+def test_too_much_to_watch_as_one_model() -> None:
+    policy = LoadOrder(WINDOW, Credit())
+    assert policy.add("one", [Extent("layers.0", 0, 100 << 30)]), "a file alone is always watched"
+    assert not policy.add("two", [Extent("layers.1", 0, 1 << 30)])
+    assert policy.on_read("two", 0, 0) == []
 
 
 def test_what_was_dropped_is_wanted_again() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from obsfs.fuse.loaders import WholeReads
+from obsfs.fuse.loaders import WholeReads, companions, shards
+from obsfs.fuse.tree import Entry
+from obsfs.remote.client import ObjectInfo
 
 WEIGHTS = "model-00001-of-00002.safetensors"
 
@@ -35,3 +37,30 @@ def test_a_load_is_over_after_a_while() -> None:
     assert setup.reads.on_open(7, WEIGHTS, 600) == 600
     setup.now += 2
     assert setup.reads.on_open(7, WEIGHTS, 100) == 0
+
+
+def listing(*names: str, size: int = 1000) -> dict[str, Entry]:
+    return {name: Entry(name, ObjectInfo(f"models/m/{name}", size, 0.0, '"e"')) for name in names}
+
+
+def names(found: list[ObjectInfo]) -> list[str]:
+    return [info.key.rpartition("/")[2] for info in found]
+
+
+def test_who_opens_the_config_is_about_to_read_the_small_files_and_the_headers() -> None:
+    small = listing("config.json", "tokenizer.json", "model.safetensors.index.json")
+    large = listing("pytorch_model.bin", WEIGHTS, size=1 << 30)
+    entries = {**small, **large, "onnx": Entry("onnx", None)}
+    expected = ["tokenizer.json", "model.safetensors.index.json", WEIGHTS]
+    assert names(companions("config.json", entries)) == expected
+    assert companions("tokenizer.json", entries) == []
+    many = listing("config.json", *(f"{n}.json" for n in range(1000)))
+    assert len(companions("config.json", many)) <= 64
+
+
+def test_who_opens_an_index_is_about_to_load_its_shards() -> None:
+    shards_of_both = ("model.fp16-00001-of-00001.safetensors", "model-00002-of-00002.safetensors", WEIGHTS)
+    entries = listing("model.safetensors.index.json", "model.fp16.safetensors.index.json", *shards_of_both)
+    assert set(names(shards("model.safetensors.index.json", entries))) == set(shards_of_both[1:])
+    assert names(shards("model.fp16.safetensors.index.json", entries)) == list(shards_of_both[:1])
+    assert shards("config.json", entries) == []
