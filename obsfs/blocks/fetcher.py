@@ -103,12 +103,22 @@ class _Want:
 
 
 class Target:
-    """One object version that blocks are fetched for. `on_idle` is called when nothing of it is wanted any more."""
+    """One object version that blocks are fetched for.
 
-    def __init__(self, cached: CachedObject, on_idle: Callable[[], None]) -> None:
+    `on_ahead` is called with each block that has landed before anybody asked for it, and `on_idle` when nothing is
+    wanted any more.
+    """
+
+    def __init__(
+        self,
+        cached: CachedObject,
+        on_ahead: Callable[[int], None] = lambda block: None,
+        on_idle: Callable[[], None] = lambda: None,
+    ) -> None:
         self.cached = cached
         self.wants: dict[int, _Want] = {}
         self.workers = 0
+        self.on_ahead = on_ahead
         self.on_idle = on_idle
 
     @property
@@ -342,6 +352,8 @@ class Fetcher:
                 self._recent.append((time.monotonic(), size))
         for waiter in want.waiters if want else ():
             _tell(waiter.landed)
+        if want and not want.waiters:
+            _tell(target.on_ahead, block)
 
     def _pause(self, target: Target, blocks: range, seconds: float) -> None:
         due = time.monotonic() + seconds

@@ -40,6 +40,7 @@ _LEAST = 32
 _MOST_CREDIT = 256
 _LOADER = 2
 _HOP = 2
+_SPARSE = 2
 _SKIPS = 8
 _MOST_BLOCKS = 1 << 16
 """Blocks of shards that are watched as one model: in 64 GiB, what the turn of a shard costs is nothing."""
@@ -97,6 +98,8 @@ class ReadAhead:
     credit: Credit = field(default_factory=Credit)
     fences: Sequence[int] = ()
     gives_extents: bool = True
+    is_mapped: bool = False
+    """Whether a stream was seen that looks at the start of each extent: a loader that has mapped the file."""
     _streams: list[_Stream] = field(default_factory=list)
     _reads: int = 0
 
@@ -121,8 +124,9 @@ class ReadAhead:
         stream.ahead = stop
         wanted = [(position - last, position) for position in range(start, stop)]
         if self._crossed(stream) >= _LOADER:
-            if stream.own * _SKIPS < stream.tail - stream.begin:
+            if stream.own * _SPARSE < stream.tail - stream.begin:
                 # It looks at the start of each extent, to come back for the rest.
+                self.is_mapped = True
                 wanted = [(distance // _SKIPS if self._is_start(p) else distance, p) for distance, p in wanted]
             if not stream.is_filled:
                 # It comes back in the order in which it went.
@@ -241,6 +245,11 @@ class LoadOrder:
         self._position = {block: position for position, block in enumerate(self._order)}
         self._policy = ReadAhead(len(self._order), self._max_window, self._credit, fences, gives_extents=False)
         return True
+
+    @property
+    def is_mapped(self) -> bool:
+        """As :attr:`ReadAhead.is_mapped`."""
+        return self._policy.is_mapped
 
     def begin(self, count: int) -> list[tuple[int, str, int]]:
         """A load is about to begin: the first `count` blocks, as from `on_read`."""

@@ -28,6 +28,7 @@ _STRAINED_WINDOW = 16
 _WARM_STEP = 64
 _FIRST_WEIGHTS = 64
 """Blocks that are fetched when a loader gives itself away: what arrives while it builds the model."""
+_MILESTONE = 32
 _SHARD = re.compile(r"-\d+-of-(?=\d+)")
 
 _Wanted = Iterable[tuple[int, ObjectVersion, int]]
@@ -43,6 +44,8 @@ class _Load:
     shards: dict[str, ObjectVersion] = field(default_factory=dict)
     """Those in `order`, by their keys."""
     users: int = 0
+    is_mapped: bool = False
+    """Whether a loader has mapped them, and will come back for what it has skipped."""
 
 
 class Reader:
@@ -55,7 +58,7 @@ class Reader:
         self.users = 0
         self.load = engine.load_of(cached.version)
         self._engine = engine
-        self.target = Target(cached, self._on_idle)
+        self.target = Target(cached, self._on_ahead, self._on_idle)
         self._has_tensors = cached.version.key.endswith(safetensors.SUFFIX)
         self._order: LoadOrder | None = None
         # Until the tensors are known, the start of such a file is its header, and nobody's stream.
@@ -102,6 +105,7 @@ class Reader:
             if self._order is not None and load.shards.get(version.key) == version:
                 for urgency, key, block in self._order.on_read(version.key, first, last):
                     wanted.append((urgency, load.shards[key], block))
+                load.is_mapped = load.is_mapped or self._policy.is_mapped or self._order.is_mapped
         if wanted:
             self._engine.prefetch(wanted)
 
@@ -146,6 +150,11 @@ class Reader:
             if data is not None:
                 return data
         raise UnavailableError("the cache is too small for this read", "give it more with --cache-size")
+
+    def _on_ahead(self, block: int) -> None:
+        # One in so many is left for the reader to ask for, so that its progress is seen.
+        if self.load.is_mapped and self.users and block % _MILESTONE:
+            self._engine.on_ahead(self, block)
 
     def _on_idle(self) -> None:
         if self.target.wants or self._is_complete:
@@ -193,7 +202,8 @@ class _Borrowed:
 class Engine:
     """One cache, one set of connections: what the mount and the fsspec file system both read through.
 
-    Closing it ends its threads. `on_complete` is called with a version that has become wholly cached.
+    Closing it ends its threads. `on_complete` is called with a version that has become wholly cached, and `on_ahead`
+    with each block of a mapped model that has landed before it was read, from a thread that must not be held up.
     """
 
     def __init__(self, bucket: Bucket, settings: Settings) -> None:
@@ -203,6 +213,7 @@ class Engine:
         )
         self.window = max(0, min(int(settings.read_ahead), self.cache.limit // 4) // BLOCK)
         self.on_complete: Callable[[ObjectVersion], None] = lambda version: None
+        self.on_ahead: Callable[[Reader, int], None] = lambda reader, block: None
         self.bytes_read = 0
         self.blocks_hit = 0
         self.blocks_missed = 0

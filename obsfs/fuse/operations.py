@@ -225,6 +225,11 @@ class Operations:
             reader = self._readers[number] = self.engine.open(node.version)
         return reader
 
+    def open_nodes(self, reader: Reader) -> list[int]:
+        """The nodes that this reader's version is open as, through us."""
+        readers = list(self._readers.items())
+        return [number for number, other in readers if other is reader and self.tree.is_open(number)]
+
     def release(self, handle: int) -> None:
         """A file was closed for the last time by those who share this open of it."""
         number, direct = handle >> 1, bool(handle & 1)

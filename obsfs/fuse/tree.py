@@ -214,6 +214,11 @@ class Tree:
             self._record(["open", node.id, node.opens, node.direct_opens])
             self._drop_if_unused(node)
 
+    def is_open(self, node_id: int) -> bool:
+        """Whether somebody has a node open, other than by passthrough."""
+        node = self._nodes.get(node_id)
+        return node is not None and node.opens > 0
+
     def current_names(self, version: ObjectVersion) -> list[tuple[int, str]]:
         """``(parent id, name)`` of each path that shows this version now."""
         with self._guard:

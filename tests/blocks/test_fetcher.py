@@ -64,7 +64,7 @@ class Setup:
         self.bucket = HeldBucket()
         self.fetcher = Fetcher(self.bucket.open_range, connections=connections, retry_timeout=retry_timeout)
         self.cached = Cache(place / "c", 1 << 30).open(ObjectVersion("e", "b", "k", '"t"', 64 * BLOCK))
-        self.target = Target(self.cached, lambda: None)
+        self.target = Target(self.cached)
         self.told: list[ObsfsError | None] = []
 
     def demand(self, *blocks: int) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import mmap
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -86,3 +90,42 @@ def test_a_mapped_load_fetches_every_byte_once(bucket: Store, mount: Mounter, tm
     loaded = load_file(path)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
     assert status(path.parent)["bytes_fetched"] == path.stat().st_size
+
+
+def test_what_a_mapped_load_skips_is_in_the_page_cache_before_it_is_read(
+    bucket: Store, mount: Mounter, tmp_path: Path
+) -> None:
+    tensors = {f"model.layers.{n}.weight": torch.randn(1024, 2048) for n in range(16)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    data = (tmp_path / "model.safetensors").read_bytes()
+    bucket.put("model.safetensors", data)
+    path = mount(bucket) / "model.safetensors"
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
+        header = len(data) - 16 * 8 * MIB
+        for n in range(16):
+            start = header + n * 8 * MIB
+            assert memory[start] == data[start]
+        deadline = time.monotonic() + 20
+        while int(os.getxattr(path, "user.obsfs.cached_bytes")) < len(data) * 0.8:
+            assert time.monotonic() < deadline, "it comes back for the rest"
+            time.sleep(0.05)
+        time.sleep(0.5)
+        assert hashlib.sha256(memory).digest() == hashlib.sha256(data).digest()
+        assert status(path.parent)["bytes_read"] < len(data) * 0.7, "most of it the kernel had already"
+    assert path.read_bytes() == data
+
+
+def test_who_opens_an_index_is_given_the_first_weights(bucket: Store, mount: Mounter, tmp_path: Path) -> None:
+    for n in (1, 2):
+        name = f"model-0000{n}-of-00002.safetensors"
+        save_file({f"model.layers.{n}.weight": torch.randn(1024, 2048)}, tmp_path / name)
+        bucket.put(f"m/{name}", (tmp_path / name).read_bytes())
+    bucket.put("m/model.safetensors.index.json", b"{}")
+    path = mount(bucket) / "m"
+    (path / "model.safetensors.index.json").read_bytes()
+    for n in (1, 2):
+        shard = path / f"model-0000{n}-of-00002.safetensors"
+        deadline = time.monotonic() + 20
+        while int(os.getxattr(shard, "user.obsfs.cached_bytes")) < shard.stat().st_size:
+            assert time.monotonic() < deadline, "a model of 16 MiB comes whole"
+            time.sleep(0.05)

@@ -8,7 +8,6 @@ that is complete in the cache is handed to the kernel at open (passthrough) and 
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import threading
@@ -21,6 +20,7 @@ from obsfs.blocks.layout import BLOCK, block_count
 from obsfs.blocks.reader import Reader
 from obsfs.errors import NotFoundError, ObsfsError
 from obsfs.fuse.kernel import channel, wire
+from obsfs.fuse.kernel.pages import Pipe, Storer
 from obsfs.fuse.kernel.wire import FileOpen, Init, Opcode, Request
 from obsfs.fuse.operations import UNKNOWN_INO, Attributes, Operations
 from obsfs.fuse.tree import WouldBlockError
@@ -31,34 +31,12 @@ log = logging.getLogger(__name__)
 _THREADS = 4
 _POOL = 8
 _BUFFER = 64 << 10
-_MAX_READ = 1 << 20
 _MAX_BACKGROUND = 128
 _SPLICE_FROM = 32 << 10
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _FINISH_SECONDS = 10.0
 
 _Call = Callable[[Request, memoryview, bool], bytes | list[bytes] | None]
-
-
-class _Pipe:
-    """A pipe that takes one whole reply: a page for the header, the rest for the pages of the file."""
-
-    def __init__(self) -> None:
-        self.read_fd, self.write_fd = os.pipe()
-        try:
-            self.capacity = fcntl.fcntl(self.write_fd, fcntl.F_SETPIPE_SZ, 2 * _MAX_READ)
-        except OSError:
-            self.capacity = fcntl.fcntl(self.write_fd, fcntl.F_GETPIPE_SZ)
-            for size in (1 << 20, 1 << 18):
-                try:
-                    self.capacity = fcntl.fcntl(self.write_fd, fcntl.F_SETPIPE_SZ, size)
-                    break
-                except OSError:
-                    continue
-
-    def close(self) -> None:
-        os.close(self.read_fd)
-        os.close(self.write_fd)
 
 
 class Server:
@@ -79,6 +57,7 @@ class Server:
         self._served_listings: dict[int, float] = {}
         self._threads: list[threading.Thread] = []
         self._fds: list[int] = []
+        self._storer: Storer | None = None
         self.ended = threading.Event()
         self._on_end = on_end
         self._calls: dict[int, _Call] = {
@@ -99,6 +78,8 @@ class Server:
         """Answer INIT and start serving in threads. Raises OSError when the kernel is too old to talk to."""
         self._initialise()
         self._operations.engine.on_complete = self._on_complete
+        self._storer = Storer(self._fd, self._operations)
+        self._operations.engine.on_ahead = self._storer.put
         self._fds = [self._fd, *(channel.clone(self._fd) for _ in range(_THREADS - 1))]
         for number, fd in enumerate(self._fds):
             thread = threading.Thread(target=self._serve, args=(fd,), name=f"obsfs-fuse-{number}", daemon=True)
@@ -111,6 +92,8 @@ class Server:
         for thread in self._threads:
             thread.join(timeout=max(0.1, deadline - time.monotonic()))
         self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._storer is not None:
+            self._storer.close()
         for fd in self._fds:
             os.close(fd)
 
@@ -132,10 +115,7 @@ class Server:
         if self._passthrough:
             wanted |= Init.PASSTHROUGH
         flags = Init(int(wanted) & offered)
-        pipe = self._pipe()
-        max_pages = max(1, min(_MAX_READ, pipe.capacity - 2 * _PAGE) // _PAGE)
-        # A read of whole megabytes keeps to block borders; a pipe of a user takes half of that.
-        max_pages = 1 << (max_pages.bit_length() - 1)
+        max_pages = self._pipe().room // _PAGE
         out = wire.init_out(
             minor=min(minor, wire.MINOR), flags=flags, max_pages=max_pages, max_background=_MAX_BACKGROUND
         )
@@ -258,12 +238,6 @@ class Server:
             if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EBADF):
                 raise
 
-    def _pipe(self) -> _Pipe:
-        pipe = getattr(self._local, "pipe", None)
-        if pipe is None:
-            pipe = self._local.pipe = _Pipe()
-        return pipe
-
     # reading
 
     def _read(self, fd: int, request: Request, view: memoryview) -> None:
@@ -312,28 +286,20 @@ class Server:
                 self._send(fd, [header, data])
             return True
         pipe = self._pipe()
-        os.write(pipe.write_fd, header)
-        moved = 0
-        while moved < size:
-            count = os.splice(cached.data_fd, pipe.write_fd, size - moved, offset_src=offset + moved)
-            if not count:
-                break
-            moved += count
-        if moved < size or not cached.in_file(blocks):
+        if not pipe.fill(header, cached.data_fd, offset, size) or not cached.in_file(blocks):
             self._drop_pipe(pipe)
             return False
-        if not self._claim(unique):
+        if not self._claim(unique) or not pipe.send(fd, len(header) + size):
             self._drop_pipe(pipe)
-            return True
-        try:
-            os.splice(pipe.read_fd, fd, len(header) + size)
-        except OSError as error:
-            self._drop_pipe(pipe)
-            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EBADF):
-                raise
         return True
 
-    def _drop_pipe(self, pipe: _Pipe) -> None:
+    def _pipe(self) -> Pipe:
+        pipe: Pipe | None = getattr(self._local, "pipe", None)
+        if pipe is None:
+            pipe = self._local.pipe = Pipe()
+        return pipe
+
+    def _drop_pipe(self, pipe: Pipe) -> None:
         pipe.close()
         self._local.pipe = None
 

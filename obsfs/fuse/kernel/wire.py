@@ -32,6 +32,7 @@ STATFS_OUT = struct.Struct("=QQQQQIIII24x")
 INTERRUPT_IN = struct.Struct("=Q")
 DIRENT = struct.Struct("=QQII")  # followed by the name, padded to 8 bytes
 NOTIFY_INVAL_ENTRY_OUT = struct.Struct("=QII")  # followed by the name and a NUL
+NOTIFY_STORE_OUT = struct.Struct("=QQII")  # followed by the bytes
 BACKING_MAP = struct.Struct("=iIQ")
 
 _ATTR_SECONDS = 86400  # a node's attributes never change: the kernel may keep them as long as it likes
@@ -42,6 +43,7 @@ DEV_IOC_BACKING_OPEN = 0x4010E501
 DEV_IOC_BACKING_CLOSE = 0x4004E502
 
 NOTIFY_INVAL_ENTRY = 3
+NOTIFY_STORE = 4
 NOTIFY_RESEND = 7
 EXPIRE_ONLY = 1
 
@@ -159,6 +161,12 @@ def inval_entry(parent: int, name: bytes) -> bytes:
     """A notification, header and all, that a name's lifetime is over."""
     body = NOTIFY_INVAL_ENTRY_OUT.pack(parent, len(name), EXPIRE_ONLY) + name + b"\0"
     return OUT_HEADER.pack(OUT_HEADER.size + len(body), NOTIFY_INVAL_ENTRY, 0) + body
+
+
+def store(node: int, offset: int, size: int) -> bytes:
+    """The start of a notification that brings `size` bytes of a node for the kernel's page cache; they follow it."""
+    total = OUT_HEADER.size + NOTIFY_STORE_OUT.size + size
+    return OUT_HEADER.pack(total, NOTIFY_STORE, 0) + NOTIFY_STORE_OUT.pack(node, offset, size, 0)
 
 
 def _split(seconds: float) -> tuple[int, int]:
