@@ -95,7 +95,9 @@ class Settings(BaseSettings):
         ByteSize(100 << 30), ge=16 * MIB, description="Most bytes to keep; least recently used blocks go first."
     )
     # the engine
-    connections: int = Field(16, ge=1, le=256, description="Range requests in parallel.")
+    connections: int = Field(
+        64, ge=1, le=256, description="Most range requests in parallel; how many are used is found by measuring."
+    )
     read_ahead: ByteSize = Field(
         ByteSize(256 * MIB), description="Largest window fetched ahead of a sequential or dense reader."
     )

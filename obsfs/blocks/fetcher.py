@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from obsfs.blocks.cache import CachedObject
+from obsfs.blocks.concurrency import Concurrency
 from obsfs.blocks.layout import BLOCK
 from obsfs.blocks.readahead import runs
 from obsfs.errors import ObsfsError, UnavailableError
@@ -55,7 +56,7 @@ def range_length(queued: int, connections: int) -> int:
 
 
 def demand_reserve(connections: int) -> int:
-    """Connections that read-ahead leaves free, so that whoever waits does not wait for a whole range first."""
+    """Connections of all that read-ahead leaves free: whoever waits does not wait for a whole range first."""
     return connections // 8
 
 
@@ -140,13 +141,13 @@ class FetchStats:
 
 
 class Fetcher:
-    """The workers (`connections` threads, started when first needed) and one thread for slow chores.
+    """The workers (at most `connections` threads, started when first needed) and one thread for slow chores.
 
     `retry_timeout` is in seconds. Close it to end the threads.
     """
 
     def __init__(self, open_range: OpenRange, *, connections: int, retry_timeout: float) -> None:
-        self.connections = connections
+        self._concurrency = Concurrency(connections)
         self.stats = FetchStats()
         self._open_range = open_range
         self._retry_timeout = retry_timeout
@@ -164,6 +165,12 @@ class Fetcher:
         self._chores: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._chore_thread = threading.Thread(target=self._do_chores, name="obsfs-chores", daemon=True)
         self._chore_thread.start()
+
+    @property
+    def connections(self) -> int:
+        """How many connections read-ahead uses at present; who waits may use all."""
+        most = self._concurrency.most
+        return min(self._concurrency.current, most - demand_reserve(most))
 
     def demand(self, target: Target, blocks: Iterable[int], waiter: Waiter) -> None:
         """Fetch blocks that somebody waits for, before all read-ahead."""
@@ -244,13 +251,13 @@ class Fetcher:
         }
 
     def _wake(self) -> None:
-        missing = min(self._queued, self.connections) - self._idle
-        while missing > 0 and len(self._workers) < self.connections:
+        most = self._concurrency.most if self._demand else self.connections
+        useful = min(self._queued, most - self._busy)
+        for _ in range(min(useful - self._idle, most - len(self._workers))):
             worker = threading.Thread(target=self._work, name=f"obsfs-fetch-{len(self._workers)}", daemon=True)
             self._workers.append(worker)
             worker.start()
-            missing -= 1
-        self._changed.notify(self._queued)
+        self._changed.notify(max(useful, 0))
 
     # the workers
 
@@ -289,7 +296,7 @@ class Fetcher:
             target, block = self._demand.popleft()
             if _is_waiting(target, block):
                 return self._take(target, block)
-        while self._ahead and self._busy < self.connections - demand_reserve(self.connections):
+        while self._ahead and self._busy < self.connections:
             *_, target, block = heapq.heappop(self._ahead)
             if _is_waiting(target, block):
                 return self._take(target, block)
@@ -350,10 +357,19 @@ class Fetcher:
             if size:
                 self.stats.bytes_fetched += size
                 self._recent.append((time.monotonic(), size))
+                self._adapt(size)
         for waiter in want.waiters if want else ():
             _tell(waiter.landed)
         if want and not want.waiters:
             _tell(target.on_ahead, block)
+
+    def _adapt(self, size: int) -> None:
+        before = self.connections
+        is_busy = self._queued > 0 and self._busy >= before
+        self._concurrency.on_arrival(time.monotonic(), size, is_busy=is_busy)
+        if self.connections > before:
+            log.debug("trying %d connections", self.connections)
+            self._wake()
 
     def _pause(self, target: Target, blocks: range, seconds: float) -> None:
         due = time.monotonic() + seconds

@@ -1,0 +1,61 @@
+"""How many connections to use: as many as still make it faster. Pure: the caller tells the time, in seconds.
+
+What one connection gives is set by the server's limits and the distance, what all give together by the link: only
+trying tells which of them binds. While all connections are busy, what arrives is measured; then twice as many are
+tried, and kept when they bring a sixth more.
+"""
+
+from __future__ import annotations
+
+_FIRST = 16
+_GAIN = 7 / 6
+_SETTLE = 0.2
+"""Seconds that a change takes to show: a round trip, and the first block over each new connection."""
+_MEASURE = 0.3
+_LEAST_BYTES = 64 << 20
+"""Fewer say nothing: they come in blocks of 1 MiB."""
+_FRESH = 10.0
+_HOLD = 60.0
+
+
+class Concurrency:
+    """`current` connections of at most `most`. Not safe to use from several threads at once."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.current = min(_FIRST, most)
+        self._measured_from: float | None = None
+        self._bytes = 0
+        self._before: tuple[int, float, float] | None = None  # connections, bytes per second, when
+        self._hold_until = float("-inf")
+
+    def on_arrival(self, now: float, size: int, *, is_busy: bool) -> None:
+        """`size` bytes have arrived; `is_busy` tells whether more connections would have had something to do."""
+        if not is_busy:
+            self._measured_from = None
+            return
+        if self._measured_from is None:
+            self._measured_from, self._bytes = now + _SETTLE, 0
+            return
+        if now < self._measured_from:
+            return
+        self._bytes += size
+        seconds = now - self._measured_from
+        if seconds >= _MEASURE and self._bytes >= _LEAST_BYTES:
+            self._measured_from = None
+            self._decide(now, self._bytes / seconds)
+
+    def _decide(self, now: float, rate: float) -> None:
+        before, self._before = self._before, None
+        if before is not None:
+            connections, old_rate, when = before
+            if now - when > _FRESH:
+                self.current = connections  # the link may be another one by now: compare anew
+                return
+            if rate < old_rate * _GAIN:
+                self.current = connections
+                self._hold_until = now + _HOLD
+                return
+        if self.current < self.most and now >= self._hold_until:
+            self._before = self.current, rate, now
+            self.current = min(2 * self.current, self.most)
