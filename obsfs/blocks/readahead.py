@@ -4,10 +4,10 @@ Reads arrive as block numbers. They come from many threads and processes through
 page faults, so descriptors mean nothing here: a *stream* is a run of reads that continue each other in one region,
 and any number of streams run through a file side by side.
 
-* A stream earns its window by what it has read: half as much at first, so that one tensor costs at most one and a
-  half times its bytes; as much after 16 MiB; twice as much after 32 MiB, up to the largest window. A stream from
-  the start is how files are copied and models are loaded, so that its window is three times what was read from the
-  second block on.
+* A stream earns its window by what it has read: nothing for the first 3 MiB, which may be one random read; then half
+  as much, so that one tensor costs at most one and a half times its bytes; as much after 16 MiB; twice as much after
+  32 MiB, up to the largest window. A stream from the start is how files are copied and models are loaded, so that its
+  window is three times what was read from the second block on.
 * A read that continues no stream begins a new one, and gets nothing beyond what it asked for. Only where
   streams have gone on until now (:class:`Credit`; loaders jump from layer to layer and from shard to shard), a new
   one is lent a quarter of what they have earned.
@@ -33,6 +33,7 @@ from obsfs.blocks.safetensors import Extent, load_order
 _STREAMS = 64
 _SLACK = 8
 _ACTIVE = 64
+_YOUNG = 4
 _START = 16
 _START_FACTOR = 3
 _DOUBLE = 32
@@ -113,8 +114,9 @@ class ReadAhead:
         if stream is None:
             stream = self._begin(first, last)
         elif last >= stream.tail:
-            self.credit.earn(last + 1 - stream.tail)
             stream.own += last + 1 - max(first, stream.tail)
+            if stream.own > _YOUNG:
+                self.credit.earn(last + 1 - stream.tail)
             stream.tail = last + 1
         stream.last_read = self._reads
         start = max(stream.tail, stream.ahead)
@@ -188,8 +190,10 @@ class ReadAhead:
             window = 2 * run
         elif run >= _START:
             window = run
-        else:
+        elif run >= _YOUNG:
             window = run // 2
+        else:
+            window = 0
         active = sum(1 for other in self._streams if other.last_read + _ACTIVE > self._reads)
         window = min(window, max(self.max_window // max(active, 1), min(_LEAST, self.max_window)))
         crossed = self._crossed(stream)

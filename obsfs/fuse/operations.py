@@ -67,6 +67,10 @@ class _NoAttributeError(ObsfsError):
     errno = errno.ENODATA
 
 
+class _NoNamespaceError(ObsfsError):
+    errno = errno.EOPNOTSUPP
+
+
 class _IsDirectoryError(ObsfsError):
     errno = errno.EISDIR
 
@@ -253,8 +257,11 @@ class Operations:
     def getxattr(self, number: int, name: str) -> bytes:
         """``user.obsfs.status`` of the root (JSON); ``key``, ``etag``, ``cached_bytes`` and ``served_by`` of a file.
 
-        They are not listed, so that no copying tool carries them along.
+        They are not listed, so that no copying tool carries them along. Access control lists and security labels are
+        not supported, which ``ls -l`` asks once per mount, where it asks for every file that just has none.
         """
+        if not name.startswith("user."):
+            raise _NoNamespaceError(f"no attributes like {name} here")
         node = self.tree.node(number)
         if name == f"{XATTR_PREFIX}status" and number == ROOT:
             return json.dumps(self.status()).encode()
