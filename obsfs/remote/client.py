@@ -8,41 +8,25 @@ from __future__ import annotations
 
 import os
 import re
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from http.client import HTTPException, HTTPResponse
 from typing import Any, NamedTuple
 
 import botocore.session
 from botocore import UNSIGNED
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    ProfileNotFound,
-)
-from botocore.exceptions import ConnectionError as BotoConnectionError
-from urllib3.exceptions import HTTPError
+from botocore.credentials import Credentials
+from botocore.exceptions import ProfileNotFound
 
-from obsfs.errors import (
-    ForbiddenError,
-    NotFoundError,
-    ObsfsError,
-    UnavailableError,
-    UsageError,
-    VersionChangedError,
-)
+from obsfs.errors import ObsfsError, UnavailableError, UsageError, VersionChangedError
 from obsfs.remote import address as addresses
 from obsfs.remote.address import Address
 from obsfs.remote.credentials import Keys, explicit_keys
+from obsfs.remote.failures import translated
+from obsfs.remote.ranges import RangeAnswer, RangeBody, RangeSender
 from obsfs.settings import Settings
 
-_WAKE_BYTES = 256 << 10
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
@@ -74,45 +58,6 @@ class Page(NamedTuple):
     is_last: bool = True
 
 
-class RangeBody:
-    """The body of one range request, to be read in order. Close it when done, also when it was read in part."""
-
-    def __init__(self, body: Any, length: int) -> None:
-        self._left = length
-        self._response = body._raw_stream
-        # urllib3's readinto reads into bytes of its own and copies them; http.client's fills the buffer it is given.
-        inner = getattr(self._response, "_fp", None)
-        self._readinto = inner.readinto if isinstance(inner, HTTPResponse) else self._response.readinto
-        self._socket = getattr(self._response.connection, "sock", None)
-
-    def readinto(self, buffer: memoryview) -> None:
-        """Fill `buffer` whole. Raises UnavailableError when the body stalls, breaks off or ends early."""
-        filled, wanted = 0, len(buffer)
-        # Fewer, larger wake-ups, as long as more is to come than they wait for.
-        self._wake_at(_WAKE_BYTES if self._left - wanted >= _WAKE_BYTES else 1)
-        with _translated("read"):
-            while filled < wanted:
-                count = self._readinto(buffer[filled:])
-                if not count:
-                    raise UnavailableError(f"the server closed a body {self._left - filled} bytes early")
-                filled += count
-        self._left -= filled
-
-    def _wake_at(self, size: int) -> None:
-        if self._socket is not None:
-            try:
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
-            except OSError:
-                self._socket = None
-
-    def close(self) -> None:
-        """Release the connection: for the next request when the body was read whole, else by closing it."""
-        if self._left:
-            self._response.close()
-        else:
-            self._response.release_conn()
-
-
 @dataclass(frozen=True)
 class Connection:
     """How a bucket is spoken to, resolved from settings, environment and profile; see :func:`connect`."""
@@ -131,7 +76,7 @@ def connect(settings: Settings, scheme: str = "obs", keys: Keys | None = None) -
 
     Raises UsageError for a profile that does not exist, half a key pair, or an endpoint that cannot be known.
     """
-    with _translated("the configuration"):
+    with translated("the configuration"):
         try:
             session = botocore.session.Session(profile=settings.profile)
             session.get_scoped_config()
@@ -203,6 +148,13 @@ class Bucket:
         except ValueError as error:
             raise UsageError(f"endpoint {connection.endpoint!r} cannot be used", str(error)) from None
         self.endpoint: str = connection.endpoint
+        if settings.no_sign_request:
+            credentials = None
+        elif keys:
+            credentials = Credentials(keys.access_key, keys.secret_key, keys.token)
+        else:
+            credentials = connection.session.get_credentials()
+        self._ranges = RangeSender(self._client, credentials)
 
     def check(self) -> Page:
         """The first page of the place. Raises what is wrong when the bucket is not there or may not be listed."""
@@ -216,7 +168,7 @@ class Bucket:
         """Pages of what lies directly under `prefix` (empty, or ending in ``/``), in the server's order."""
         token: dict[str, str] = {}
         while True:
-            with _translated(f"{self.address.scheme}://{self.name}/{prefix}"):
+            with translated(f"{self.address.scheme}://{self.name}/{prefix}"):
                 answer = self._client.list_objects_v2(
                     Bucket=self.name, Prefix=prefix, Delimiter="/", MaxKeys=page_size, **token
                 )
@@ -232,7 +184,7 @@ class Bucket:
 
     def head(self, key: str) -> ObjectInfo:
         """The object at `key` as it is now. Raises NotFoundError."""
-        with _translated(f"{self.address.scheme}://{self.name}/{key}"):
+        with translated(f"{self.address.scheme}://{self.name}/{key}"):
             answer = self._client.head_object(Bucket=self.name, Key=key)
         return ObjectInfo(key, answer["ContentLength"], _epoch(answer.get("LastModified")), answer.get("ETag", ""))
 
@@ -242,25 +194,28 @@ class Bucket:
         Raises VersionChangedError when the object was replaced or deleted, and UnavailableError when what the
         server says it sends (Content-Range, length, ETag) is not what was asked for, whatever its status.
         """
-        match = {"IfMatch": version.etag} if version.etag else {}
-        with _translated(f"{self.address.scheme}://{version.bucket}/{version.key}", pinned=True):
-            answer = self._client.get_object(
-                Bucket=version.bucket, Key=version.key, Range=f"bytes={start}-{stop - 1}", **match
-            )
-        body = answer["Body"]
-        try:
-            _check_range(answer, version, start, stop)
-        except ObsfsError:
-            body.close()
-            raise
-        return RangeBody(body, stop - start)
+        what = f"{self.address.scheme}://{version.bucket}/{version.key}"
+        span = f"bytes={start}-{stop - 1}"
+        with translated(what, pinned=True):
+            answer = self._ranges.send(version.bucket, version.key, span, version.etag)
+            if answer is None:
+                match = {"IfMatch": version.etag} if version.etag else {}
+                got = self._client.get_object(Bucket=version.bucket, Key=version.key, Range=span, **match)
+                answer = RangeAnswer(got["ResponseMetadata"]["HTTPHeaders"], got["Body"]._raw_stream)
+            body = RangeBody(answer.stream, stop - start)
+            try:
+                _check_range(answer.headers, version, start, stop)
+            except ObsfsError:
+                body.close()
+                raise
+        return body
 
 
-def _check_range(answer: dict[str, Any], version: ObjectVersion, start: int, stop: int) -> None:
-    etag = answer.get("ETag", "")
+def _check_range(headers: Mapping[str, str], version: ObjectVersion, start: int, stop: int) -> None:
+    etag = headers.get("etag", "")
     if version.etag and etag and etag.strip('"') != version.etag.strip('"'):
         raise VersionChangedError(f"{version.key} was replaced while it was open", "open it again")
-    said = _CONTENT_RANGE.fullmatch(answer.get("ContentRange") or "")
+    said = _CONTENT_RANGE.fullmatch(headers.get("content-range", ""))
     if said:
         first, last, total = (int(number) for number in said.groups())
         if total != version.size:
@@ -269,51 +224,9 @@ def _check_range(answer: dict[str, Any], version: ObjectVersion, start: int, sto
     else:
         # A server that ignores Range sends everything: right only when everything was asked for.
         fits = (start, stop) == (0, version.size)
-    if not fits or answer.get("ContentLength") != stop - start:
+    if not fits or headers.get("content-length") != str(stop - start):
         raise UnavailableError(f"the server sent another range of {version.key} than was asked for")
 
 
 def _epoch(value: datetime | None) -> float:
     return value.timestamp() if value else 0.0
-
-
-@contextmanager
-def _translated(what: str, *, pinned: bool = False) -> Iterator[None]:
-    """Turn botocore's and urllib3's exceptions into ours. `pinned`: absence means that a version is gone."""
-    try:
-        yield
-    except ObsfsError:
-        raise
-    except (NoCredentialsError, PartialCredentialsError):
-        raise ForbiddenError(
-            "no credentials found",
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or HUAWEICLOUD_SDK_AK and _SK), "
-            "use --profile, or --no-sign-request for a public bucket",
-        ) from None
-    except ClientError as error:
-        raise _from_response(error, what, pinned) from None
-    except BotoConnectionError as error:
-        raise UnavailableError(f"cannot reach the server for {what}", _reason(error)) from None
-    except (BotoCoreError, HTTPError, HTTPException, OSError) as error:
-        raise UnavailableError(f"request for {what} failed", _reason(error)) from None
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _from_response(error: ClientError, what: str, pinned: bool) -> ObsfsError:
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    code = error.response.get("Error", {}).get("Code", "")
-    # 416 for a range inside the size we know means that the object is shorter now.
-    if status in (412, 416) or (pinned and status == 404 and code != "NoSuchBucket"):
-        return VersionChangedError(f"{what} was replaced or deleted while it was open", "open it again")
-    if code == "NoSuchBucket":
-        return NotFoundError(f"bucket of {what} does not exist", "check the name, the region and the endpoint")
-    if status == 404:
-        return NotFoundError(f"{what} does not exist", "check the name, the region and the endpoint")
-    if status in (401, 403):
-        return ForbiddenError(f"access to {what} denied ({code})", "check the credentials and what they allow")
-    if status in (301, 307, 400) and code in ("PermanentRedirect", "AuthorizationHeaderMalformed"):
-        return UsageError(f"{what} lives in another region ({code})", "give its --region")
-    return UnavailableError(f"server answered {status} {code} for {what}")
