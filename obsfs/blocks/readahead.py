@@ -6,8 +6,8 @@ and any number of streams run through a file side by side.
 
 * A stream earns its window by what it has read: nothing for the first 3 MiB, which may be one random read; then half
   as much, so that one tensor costs at most one and a half times its bytes; as much after 16 MiB; twice as much after
-  32 MiB, up to the largest window. A stream from the start is how files are copied and models are loaded, so that its
-  window is three times what was read from the second block on.
+  32 MiB, up to the largest window. A stream from the start of a file is how files are copied, so that its window is
+  three times what was read from the second block on; as is that of a load that was announced.
 * A read that continues no stream begins a new one, and gets nothing beyond what it asked for. Only where
   streams have gone on until now (:class:`Credit`; loaders jump from layer to layer and from shard to shard), a new
   one is lent a quarter of what they have earned.
@@ -167,7 +167,7 @@ class ReadAhead:
             and first > max([0, *self.fences[:passed][-1:]])
         ):
             passed += 1
-        from_start = first <= _HOP and not passed if self.fences else first == 0
+        from_start = first == 0 and not self.fences
         self._add(_Stream(last + 1, last + 1, count, lent, from_start, passed, first, self._reads))
         return self._streams[-1]
 

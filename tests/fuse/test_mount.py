@@ -136,6 +136,9 @@ def test_attributes(bucket: Store, files: dict[str, bytes], mount: Mounter, engi
     with pytest.raises(OSError) as caught:
         os.getxattr(path / "top.txt", "user.unknown")
     assert caught.value.errno == errno.ENODATA
+    with pytest.raises(OSError) as caught:
+        os.getxattr(path / "top.txt", "security.selinux")
+    assert caught.value.errno == errno.EOPNOTSUPP, "so that `ls -l` does not ask for every file"
 
 
 def test_keys_that_no_directory_can_show(mount: Mounter, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:

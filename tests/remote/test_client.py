@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import time
 from collections.abc import Iterator
@@ -9,12 +10,15 @@ from pathlib import Path
 
 import botocore.session
 import pytest
+from botocore.awsrequest import AWSPreparedRequest, AWSResponse, HeadersDict
 from botocore.config import Config
+from botocore.credentials import ReadOnlyCredentials
 
 from obsfs.demo.server import find_program
 from obsfs.errors import ForbiddenError, NotFoundError, UnavailableError, VersionChangedError
 from obsfs.remote.address import parse_address
-from obsfs.remote.client import Bucket
+from obsfs.remote.client import Bucket, ObjectVersion
+from obsfs.remote.ranges import RangeSender
 from obsfs.settings import Settings
 from tests.conftest import MIB, Mounter, Store, random_bytes
 
@@ -115,3 +119,67 @@ def test_a_server_that_answers_ranges_with_200(
     assert answer["ContentRange"]
     path = mount("obs://models", endpoint_url=endpoint)
     assert (path / "file.bin").read_bytes() == data
+
+
+@pytest.mark.parametrize("key", ["a b/c+d&e=f.bin", "100%25 sure?#x.bin", "模型/權重~(1).bin", "üñ'\".bin", "a//b.bin"])
+def test_keys_reach_the_server_as_they_are(bucket: Store, ours: Bucket, key: str) -> None:
+    data = random_bytes(5000)
+    client = bucket.client
+    client.put_object(Bucket=bucket.name, Key=key, Body=data)
+    got = client.get_object(Bucket=bucket.name, Key=key)["Body"].read()
+    if got != data:
+        pytest.fail(f"the server itself does not keep {key!r}")
+    version = ObjectVersion(ours.endpoint, ours.name, key, "", len(data))
+    buffer = bytearray(1000)
+    body = ours.open_range(version, 1000, 2000)
+    body.readinto(memoryview(buffer))
+    body.close()
+    assert buffer == data[1000:2000]
+
+
+class Recorder:
+    """Stands in for botocore's HTTP session: a server does not tell what it was sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[AWSPreparedRequest] = []
+
+    def send(self, request: AWSPreparedRequest) -> AWSResponse:
+        self.sent.append(request)
+        return AWSResponse(request.url, 206, HeadersDict({"Content-Range": "bytes 0-9/10"}), io.BytesIO(bytes(10)))
+
+
+class Rotating:
+    """Credentials whose token is renewed each time, as botocore's are when they expire."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def get_frozen_credentials(self) -> ReadOnlyCredentials:
+        self.count += 1
+        return ReadOnlyCredentials("AK", "SK", f"token-{self.count}")
+
+
+def test_a_range_is_signed_with_the_credentials_of_now(ours: Bucket) -> None:
+    client = botocore.session.Session().create_client("s3", "us-east-1", endpoint_url="http://127.0.0.1:1")
+    client._endpoint.http_session = recorder = Recorder()
+    sender = RangeSender(client, Rotating())
+    for _ in range(2):
+        answer = sender.send("bucket", "key", "bytes=0-9", '"tag"')
+        assert answer is not None
+        assert answer.headers["content-range"] == "bytes 0-9/10"
+    first, second = (request.headers for request in recorder.sent)
+    assert (first["X-Amz-Security-Token"], second["X-Amz-Security-Token"]) == ("token-1", "token-2")
+    assert first["If-Match"] == '"tag"'
+    assert "AWS4-HMAC-SHA256 Credential=AK/" in first["Authorization"]
+    assert all("?" not in request.url for request in recorder.sent), "no credentials in the URL"
+    RangeSender(client, None).send("bucket", "key", "bytes=0-9", "")
+    assert "Authorization" not in recorder.sent[2].headers
+
+
+def test_what_is_no_plain_request_is_left_to_the_client() -> None:
+    client = botocore.session.Session().create_client("s3", "us-east-1", endpoint_url="http://127.0.0.1:1")
+    assert RangeSender(client, Rotating()).send("name--usw2-az1--x-s3", "key", "bytes=0-9", "") is None
+    client = botocore.session.Session().create_client(
+        "s3", "us-east-1", endpoint_url="http://127.0.0.1:1", config=Config(signature_version="s3")
+    )
+    assert RangeSender(client, Rotating()).send("bucket", "key", "bytes=0-9", "") is None
