@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks import targets
+from benchmarks import plots, targets
 from benchmarks.bench import Bench
 from benchmarks.cases import CASES
 from benchmarks.link import PROFILES
@@ -41,8 +41,11 @@ def main() -> int:
     parser.add_argument(
         "--directory", type=Path, help="where to keep the data (40 GB; default: the temporary directory)"
     )
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/latest.json"))
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmarks/results/latest.json"), help="with a plot beside it (.svg)"
+    )
     arguments = parser.parse_args()
+    report: dict[str, Any] = {"targets": [], "figures": []}
     with ExitStack() as stack:
         home = Path(tempfile.mkdtemp(prefix="obsfs-bench-", dir=arguments.directory))
         stack.callback(shutil.rmtree, home, ignore_errors=True)
@@ -58,9 +61,9 @@ def main() -> int:
                 for bench.case in wanted:
                     print(f"{profile}: {bench.case}", file=sys.stderr, flush=True)
                     cases[bench.case](bench)
-        report = _report(bench)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+                    # What has been measured is kept, whatever becomes of the rest.
+                    report = _write(bench, arguments.output)
+    plots.draw(report, arguments.output.with_suffix(".svg"))
     for row in report["targets"]:
         print(f"{row['title']:56} {row['value']:8.2f}   {row['bound']:14} {'met' if row['met'] else 'NOT MET'}")
     for name, remedy in bench.missing.items():
@@ -70,12 +73,12 @@ def main() -> int:
     return 0 if all(row["met"] for row in report["targets"]) else 1
 
 
-def _report(bench: Bench) -> dict[str, Any]:
+def _write(bench: Bench, output: Path) -> dict[str, Any]:
     figures = [
         {**key._asdict(), "median": statistics.median(values), "values": values}
         for key, values in bench.figures.items()
     ]
-    return {
+    report = {
         "machine": {"cores": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()},
         "versions": {name: _version(name) for name in _PACKAGES},
         "missing": bench.missing,
@@ -83,6 +86,9 @@ def _report(bench: Bench) -> dict[str, Any]:
         "targets": targets.check(bench.figures),
         "figures": figures,
     }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=1) + "\n")
+    return report
 
 
 def _version(package: str) -> str | None:

@@ -1,9 +1,7 @@
-"""``python -m benchmarks.plots RESULTS.json DIRECTORY``: the plots of the README, from the results of one run."""
+"""The plot of the README, from the results of one run."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,8 @@ _CASES = (
 )
 
 
-def draw(results: dict[str, Any]) -> Figure:
-    """One panel for each case that was measured: seconds of each system, median and spread."""
+def draw(results: dict[str, Any], output: Path) -> None:
+    """One panel for each case that was measured: seconds of each system, median and spread. No file without any."""
     panels = []
     for case, profile, title in _CASES:
         found = [
@@ -29,6 +27,8 @@ def draw(results: dict[str, Any]) -> Figure:
         ]
         if found:
             panels.append((title, sorted(found, key=lambda figure: float(figure["median"]))))
+    if not panels:
+        return
     drawing = Figure(figsize=(9, sum(0.42 * len(found) + 0.9 for _, found in panels)), layout="constrained")
     axes = drawing.subplots(len(panels), 1, squeeze=False, height_ratios=[len(found) + 1 for _, found in panels])
     for axis, (title, found) in zip(axes[:, 0], panels, strict=True):
@@ -43,7 +43,7 @@ def draw(results: dict[str, Any]) -> Figure:
         axis.set_title(title, loc="left", fontsize=11)
         axis.set_xlabel("seconds, less is better")
         axis.spines[["top", "right"]].set_visible(False)
-    return drawing
+    drawing.savefig(output)
 
 
 _NOTES = {
@@ -58,13 +58,3 @@ def _colour(system: str) -> str:
     if system == "obsfs":
         return _OURS
     return _FLOOR if system in _FLOORS else _OTHERS
-
-
-def main() -> None:
-    results, directory = Path(sys.argv[1]), Path(sys.argv[2])
-    directory.mkdir(parents=True, exist_ok=True)
-    draw(json.loads(results.read_text())).savefig(directory / "speed.svg")
-
-
-if __name__ == "__main__":
-    main()
