@@ -6,9 +6,9 @@ import logging
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from obsfs.blocks import safetensors
@@ -188,17 +188,6 @@ class Reader:
         return self.target.is_busy
 
 
-class _Borrowed:
-    def __init__(self, engine: Engine, reader: Reader) -> None:
-        self._engine, self._reader = engine, reader
-
-    def __enter__(self) -> bool:
-        return self._engine._borrow(self._reader)
-
-    def __exit__(self, *_: object) -> None:
-        self._engine.release(self._reader, keeps_fetching=True)
-
-
 class Engine:
     """One cache, one set of connections: what the mount and the fsspec file system both read through.
 
@@ -225,38 +214,56 @@ class Engine:
     def open(self, version: ObjectVersion) -> Reader:
         """A reader of `version`, to be given back with :meth:`release`. Raises CacheError."""
         with self._guard:
-            reader = self._readers.get(version)
-            if reader is None:
-                reader = self._readers[version] = Reader(self, self.cache.open(version))
-            self._readers.move_to_end(version)
-            reader.users += 1
+            reader = self._hold(version)
             reader.load.users += 1
-            self._close_idle()
             return reader
 
-    def release(self, reader: Reader, *, keeps_fetching: bool = False) -> None:
+    def release(self, reader: Reader) -> None:
         """Give a reader back. It is kept for a while with what it has learnt about its streams.
 
-        When nobody has any shard of a model open any more, what is wanted of it is dropped, unless `keeps_fetching`.
+        When nobody has any shard of a model open any more, what is wanted of it is dropped.
         """
         load = reader.load
         with self._guard:
             reader.users -= 1
             load.users -= 1
-            is_last = not load.users and not keeps_fetching
-            dropped = [other for other in self._readers.values() if other.load is load] if is_last else []
+            dropped = [] if load.users else [other for other in self._readers.values() if other.load is load]
         for other in dropped:
             other.drop_prefetch()
 
-    def borrowed(self, reader: Reader) -> _Borrowed:
-        """A context that keeps a reader from being closed; its value is False when it has been already."""
-        return _Borrowed(self, reader)
+    @contextmanager
+    def held(self, version: ObjectVersion) -> Iterator[Reader]:
+        """A reader for the engine's own purposes, which is nobody who has the file open. Raises CacheError."""
+        with self._guard:
+            reader = self._hold(version)
+        try:
+            yield reader
+        finally:
+            self._let_go(reader)
 
-    def _borrow(self, reader: Reader) -> bool:
+    @contextmanager
+    def borrowed(self, reader: Reader) -> Iterator[bool]:
+        """As `held`, for a reader that may have been closed already: then the value is False."""
         with self._guard:
             reader.users += 1
-            reader.load.users += 1
-            return self._readers.get(reader.version) is reader
+            is_alive = self._readers.get(reader.version) is reader
+        try:
+            yield is_alive
+        finally:
+            self._let_go(reader)
+
+    def _hold(self, version: ObjectVersion) -> Reader:
+        reader = self._readers.get(version)
+        if reader is None:
+            reader = self._readers[version] = Reader(self, self.cache.open(version))
+        self._readers.move_to_end(version)
+        reader.users += 1
+        self._close_idle()
+        return reader
+
+    def _let_go(self, reader: Reader) -> None:
+        with self._guard:
+            reader.users -= 1
 
     def _close_idle(self) -> None:
         excess = len(self._readers) - _IDLE_READERS
@@ -286,30 +293,31 @@ class Engine:
             by_version.setdefault(version, []).append((urgency, block))
         for version, blocks in by_version.items():
             # It is a favour: whoever opens that file will hear why it cannot be cached.
-            with suppress(CacheError):
-                reader = self.open(version)
+            with suppress(CacheError), self.held(version) as reader:
                 missing = [(urgency, block) for urgency, block in blocks if not reader.cached.is_present(block)]
                 if missing:
                     self.fetcher.prefetch(reader.target, missing)
-                self.release(reader, keeps_fetching=True)
 
     def fetch_starts(
         self, versions: Iterable[ObjectVersion], then: Callable[[list[Reader]], None] = lambda readers: None
     ) -> None:
-        """Have the first block of some files at hand soon: somebody is about to open them. Raises CacheError.
+        """Have the first block of some files at hand soon: somebody is about to open them.
 
         When they are, or one of them cannot be had, `then` is called with their readers on the thread for chores.
         """
-        readers = [self.open(version) for version in versions if version.size]
+        holding = ExitStack()
+        readers: list[Reader] = []
+        for version in versions:
+            with suppress(CacheError):
+                readers += [holding.enter_context(self.held(version))] if version.size else []
         if not readers:
             return
 
-        def give_back() -> None:
-            then(readers)
-            for reader in readers:
-                self.release(reader, keeps_fetching=True)
+        def finish() -> None:
+            with holding:
+                then(readers)
 
-        waiter = Waiter(len(readers), lambda error: self.fetcher.later(give_back))
+        waiter = Waiter(len(readers), lambda error: self.fetcher.later(finish))
         for reader in readers:
             self.fetcher.demand(reader.target, [0], waiter)
 
@@ -328,20 +336,15 @@ class Engine:
         self.fetch_starts(versions, begin)
 
     def warm(self, version: ObjectVersion, size: int) -> None:
-        """Have the first `size` bytes of a wholly cached file in the kernel's page cache soon, while it is open.
-
-        Raises CacheError.
-        """
-        reader = self.open(version)
+        """Have the first `size` bytes of a wholly cached file in the kernel's page cache soon, while it is open."""
         steps = (range(start, start + _WARM_STEP) for start in range(0, block_count(size), _WARM_STEP))
 
         def go_on() -> None:
-            step = next(steps, None)
-            if step is None or reader.users == 1:
-                self.release(reader)
-            else:
-                reader.cached.warm(step)
-                self.fetcher.later(go_on)
+            with self.held(version) as reader:
+                step = next(steps, None) if reader.load.users else None
+                if step is not None:
+                    reader.cached.warm(step)
+                    self.fetcher.later(go_on)
 
         self.fetcher.later(go_on)
 

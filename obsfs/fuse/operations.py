@@ -280,11 +280,8 @@ class Operations:
 
     def _cached_bytes(self, node: Node) -> int:
         assert node.version is not None
-        reader = self.engine.open(node.version)
-        try:
+        with self.engine.held(node.version) as reader:
             return reader.cached.cached_bytes
-        finally:
-            self.engine.release(reader)
 
     def _served_by(self, node: Node) -> str:
         if node.direct_opens:
@@ -292,11 +289,8 @@ class Operations:
         if node.opens or not self.can_be_direct:
             return self._data_path
         assert node.version is not None
-        reader = self.engine.open(node.version)
-        try:
+        with self.engine.held(node.version) as reader:
             return "passthrough" if reader.is_complete else self._data_path
-        finally:
-            self.engine.release(reader)
 
     def status(self) -> dict[str, object]:
         """Everything that ``obsfs status`` shows of one mount."""
