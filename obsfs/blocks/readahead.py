@@ -184,7 +184,8 @@ class ReadAhead:
 
     def _window(self, stream: _Stream) -> int:
         run = stream.own + stream.lent
-        if stream.from_start and run > 1:
+        from_start = self._is_from_start(stream)
+        if from_start and run > 1:
             window = _START_FACTOR * run
         elif run >= _DOUBLE:
             window = 2 * run
@@ -199,7 +200,7 @@ class ReadAhead:
         crossed = self._crossed(stream)
         if crossed >= _LOADER:
             window = max(window, min(_START << crossed - _LOADER, self.max_window))
-        elif stream.passed < len(self.fences) and not stream.from_start:
+        elif stream.passed < len(self.fences) and not from_start:
             rest = self.fences[stream.passed] - stream.tail
             is_young = stream.own < _START
             if is_young and stream.own > 1:
@@ -208,6 +209,15 @@ class ReadAhead:
             if is_young or not crossed:
                 window = max(0, min(window, rest)) if self.gives_extents or not is_young else 0
         return window
+
+    def _is_from_start(self, stream: _Stream) -> bool:
+        """Whether it copies the file, as far as can be told.
+
+        With extents only when it has gone on beyond the first by more than the kernel reads ahead: before that it may
+        want no more than one.
+        """
+        is_first = bool(self.fences) and stream.begin <= _HOP and not stream.passed
+        return stream.from_start or (is_first and stream.tail > self.fences[0] + _HOP)
 
     def _is_start(self, position: int) -> bool:
         """Whether an extent begins here or in the next block: a page fault reads around the page."""
