@@ -286,12 +286,16 @@ class Server:
                 self._send(fd, [header, data])
             return True
         pipe = self._pipe()
-        if not pipe.fill(header, cached.data_fd, offset, size) or not cached.in_file(blocks):
-            self._drop_pipe(pipe)
-            return False
-        if not self._claim(unique) or not pipe.send(fd, len(header) + size):
-            self._drop_pipe(pipe)
-        return True
+        is_empty = False
+        try:
+            if not pipe.fill(header, cached.data_fd, offset, size) or not cached.in_file(blocks):
+                return False
+            is_empty = self._claim(unique) and pipe.send(fd, len(header) + size)
+            return True
+        finally:
+            # Whatever went wrong: what is left in it must not become part of the next reply.
+            if not is_empty:
+                self._drop_pipe(pipe)
 
     def _pipe(self) -> Pipe:
         pipe: Pipe | None = getattr(self._local, "pipe", None)
