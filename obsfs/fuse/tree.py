@@ -55,12 +55,20 @@ class Listing:
     loaded: float
     hidden: int = 0
     known_to: str | None = None
+    is_hint: bool = False
+    """Whether it was made before anybody had looked: then only what it shows is believed."""
     probed: dict[str, tuple[float, Entry | None]] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it may be shown as the directory."""
+        return self.known_to is None and not self.is_hint
+
     def knows(self, name: str, key: str) -> bool:
         """Whether presence or absence of `name` (whose object would be `key`) can be told from the entries."""
-        return self.known_to is None or f"{key}/" <= self.known_to
+        is_covered = self.known_to is None or f"{key}/" <= self.known_to
+        return is_covered and (name in self.entries or not self.is_hint)
 
 
 @dataclass(slots=True)
@@ -278,12 +286,12 @@ class Tree:
     def listing(self, directory: Node, *, wait: bool = True) -> Listing:
         """The whole of a directory. Raises WouldBlockError as `lookup` does."""
         fresh = self._fresh(directory.key)
-        if fresh is None or fresh.known_to is not None:
+        if fresh is None or not fresh.is_whole:
             if not wait:
                 raise WouldBlockError
             with self._only(directory.key):
                 fresh = self._fresh(directory.key)
-                if fresh is None or fresh.known_to is not None:
+                if fresh is None or not fresh.is_whole:
                     fresh = self._load(directory.key, self._source.list(directory.key), whole=True)
         if not fresh.names:
             fresh.names = sorted(fresh.entries)
@@ -306,7 +314,8 @@ class Tree:
             if not wait:
                 raise WouldBlockError
             with self._only(parent.key):
-                if self._fresh(parent.key) is None:
+                listing = self._fresh(parent.key)
+                if listing is None or (listing.is_hint and name not in listing.entries):
                     self._load(parent.key, self._source.list(parent.key), whole=False)
                 found = self._known(parent, name, key)
             if found is WouldBlockError:
@@ -346,8 +355,8 @@ class Tree:
         return listing if listing is not None and self._now() - listing.loaded < self.ttl else None
 
     def prime(self, page: Page) -> None:
-        """What somebody has just heard of the root: its first page."""
-        self._load(self._nodes[ROOT].key, [page], whole=False)
+        """The first page of the root, from before anybody has looked."""
+        self._load(self._nodes[ROOT].key, [page], whole=False).is_hint = True
 
     def _load(self, prefix: str, pages: Iterable[Page], *, whole: bool) -> Listing:
         """What the bucket says of a directory: its first page, or all pages."""

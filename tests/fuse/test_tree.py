@@ -165,3 +165,22 @@ def test_a_successor_knows_what_its_predecessor_told_the_kernel() -> None:
         assert successor.node(opened.id).ino == opened.ino
         with pytest.raises(NotFoundError):
             successor.node(gone.id)
+
+
+def test_what_came_with_the_mount_hides_nothing_that_came_since() -> None:
+    bucket = MemoryBucket({"old/a": "1"})
+    tree = Tree(bucket, "", 60, now=Clock())
+    tree.prime(next(bucket.list("")))
+    root = tree.node(ROOT)
+    asked = bucket.requests
+    assert tree.lookup(root, "old", wait=False).is_dir
+    bucket.keys["new/a"] = "1"
+    with pytest.raises(WouldBlockError):
+        tree.lookup(root, "new", wait=False)
+    assert tree.lookup(root, "new").is_dir
+    assert bucket.requests == asked + 1
+    with pytest.raises(NotFoundError):
+        tree.lookup(root, "neither", wait=False)
+    tree.prime(next(bucket.list("")))
+    bucket.keys["newer/a"] = "1"
+    assert "newer" in tree.listing(root).names
