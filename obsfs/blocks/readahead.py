@@ -13,7 +13,7 @@ and any number of streams run through a file side by side.
   one is lent a quarter of what they have earned.
 * Where the file says what lies in it (*extents*: the tensors of a safetensors file), a young stream is given the rest
   of the extent that it is in at once, and nothing beyond. One that goes from extent to extent is a loader's, though
-  it may read only the start of each: after the third its window is 16 MiB, and doubles with each further one.
+  it may read only the start of each: after the second its window is 16 MiB, and doubles with each further one.
 * Streams share the largest window, so that eight readers together do not want more than one.
 
 A loader reads tensors in the natural order of their names (layer 2 before layer 10), which is not their order in the
@@ -49,7 +49,7 @@ _MOST_BLOCKS = 1 << 16
 
 @dataclass(slots=True)
 class Credit:
-    """What the streams of one directory have earned by going on, in blocks, and may lend to those that begin.
+    """What the streams of one model have earned by going on, in blocks, and may lend to those that begin.
 
     It is spent when it is lent, so that a reader who turns to jumping about costs little.
     """
@@ -160,16 +160,12 @@ class ReadAhead:
         lent = self.credit.lend()
         count = last + 1 - first
         passed = self._fences_behind(last)
+        extent = self.fences[passed - 1] if passed else 0
         # A page fault reads around its page: who begins inside an extent, right before its end, means the next one.
-        if (
-            passed < len(self.fences)
-            and self.fences[passed] <= last + _HOP
-            and first > max([0, *self.fences[:passed][-1:]])
-        ):
+        if passed < len(self.fences) and extent < first and self.fences[passed] <= last + _HOP:
             passed += 1
         from_start = first == 0 and not self.fences
-        self._add(_Stream(last + 1, last + 1, count, lent, from_start, passed, first, self._reads))
-        return self._streams[-1]
+        return self._add(_Stream(last + 1, last + 1, count, lent, from_start, passed, first, self._reads))
 
     def begin(self, count: int) -> list[tuple[int, int]]:
         """The first `count` positions are about to be read in order: as `on_read`, before the first read."""
@@ -177,10 +173,11 @@ class ReadAhead:
         self._add(_Stream(0, stop, 0, stop // _START_FACTOR, True, 0, 0, self._reads))
         return [(position, position) for position in range(stop)]
 
-    def _add(self, stream: _Stream) -> None:
+    def _add(self, stream: _Stream) -> _Stream:
         if len(self._streams) == _STREAMS:
             self._streams.remove(min(self._streams, key=lambda other: other.last_read))
         self._streams.append(stream)
+        return stream
 
     def _window(self, stream: _Stream) -> int:
         run = stream.own + stream.lent

@@ -31,8 +31,6 @@ _FIRST_WEIGHTS = 64
 _MILESTONE = 32
 _SHARD = re.compile(r"-\d+-of-(?=\d+)")
 
-_Wanted = Iterable[tuple[int, ObjectVersion, int]]
-
 
 @dataclass
 class _Load:
@@ -253,6 +251,7 @@ class Engine:
             self._let_go(reader)
 
     def _hold(self, version: ObjectVersion) -> Reader:
+        """One more user of a reader. The caller holds the guard."""
         reader = self._readers.get(version)
         if reader is None:
             reader = self._readers[version] = Reader(self, self.cache.open(version))
@@ -284,10 +283,10 @@ class Engine:
                 del self._loads[next(iter(self._loads))]
         return load
 
-    def prefetch(self, wanted: _Wanted) -> None:
+    def prefetch(self, wanted: list[tuple[int, ObjectVersion, int]]) -> None:
         """Have blocks at hand, ``(urgency, version, block)``, whether anybody has those files open or not."""
         if self.cache.is_strained:
-            wanted = list(wanted)[:_STRAINED_WINDOW]
+            wanted = wanted[:_STRAINED_WINDOW]
         by_version: dict[ObjectVersion, list[tuple[int, int]]] = {}
         for urgency, version, block in wanted:
             by_version.setdefault(version, []).append((urgency, block))
@@ -308,8 +307,9 @@ class Engine:
         holding = ExitStack()
         readers: list[Reader] = []
         for version in versions:
-            with suppress(CacheError):
-                readers += [holding.enter_context(self.held(version))] if version.size else []
+            if version.size:
+                with suppress(CacheError):
+                    readers.append(holding.enter_context(self.held(version)))
         if not readers:
             return
 
@@ -336,7 +336,7 @@ class Engine:
         self.fetch_starts(versions, begin)
 
     def warm(self, version: ObjectVersion, size: int) -> None:
-        """Have the first `size` bytes of a wholly cached file in the kernel's page cache soon, while it is open."""
+        """Have the first `size` bytes of a wholly cached file in the page cache soon, while its model is open."""
         steps = (range(start, start + _WARM_STEP) for start in range(0, block_count(size), _WARM_STEP))
 
         def go_on() -> None:

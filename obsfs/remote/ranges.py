@@ -63,7 +63,7 @@ class RangeBody:
 
 
 class RangeAnswer(NamedTuple):
-    """Headers (their names in lower case) and the urllib3 response to read the body from."""
+    """Headers (to be asked for by their names in lower case) and the urllib3 response to read the body from."""
 
     headers: Mapping[str, str]
     stream: Any
@@ -99,7 +99,7 @@ class RangeSender:
             S3SigV4Auth(frozen, "s3", self._client.meta.region_name).add_auth(request)
         answer = self._session.send(request.prepare())
         if answer.status_code in (200, 206):
-            return RangeAnswer({name.lower(): value for name, value in answer.headers.items()}, answer.raw)
+            return RangeAnswer(answer.headers, answer.raw)
         answer.raw.close()
         if answer.status_code >= 500:
             raise UnavailableError(f"server answered {answer.status_code} for {key}")

@@ -157,6 +157,7 @@ def test_a_load_is_one_stream_in_its_own_order_through_all_shards() -> None:
             late += (file, block) not in had
             had |= {(name, number) for _, name, number in policy.on_read(file, block, block)}
     assert late <= 20, "no jump is a jump for a loader"
+    assert had <= {(file, block) for file in ("one", "two") for block in range(120)}
     assert len(had) >= 220
 
 

@@ -126,9 +126,7 @@ def test_keys_reach_the_server_as_they_are(bucket: Store, ours: Bucket, key: str
     data = random_bytes(5000)
     client = bucket.client
     client.put_object(Bucket=bucket.name, Key=key, Body=data)
-    got = client.get_object(Bucket=bucket.name, Key=key)["Body"].read()
-    if got != data:
-        pytest.fail(f"the server itself does not keep {key!r}")
+    assert client.get_object(Bucket=bucket.name, Key=key)["Body"].read() == data, "the server itself keeps it"
     version = ObjectVersion(ours.endpoint, ours.name, key, "", len(data))
     buffer = bytearray(1000)
     body = ours.open_range(version, 1000, 2000)

@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 _MOST = 1 << 20
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _QUEUE = 512
-_GONE = (errno.ENOENT, errno.ENODEV, errno.EBADF, errno.ENOTCONN)
+GONE = (errno.ENOENT, errno.ENODEV, errno.EBADF, errno.ENOTCONN)
+"""What a write says when nobody waits for it: the request was aborted meanwhile, or the mount is gone."""
 
 
 class Pipe:
@@ -55,7 +56,7 @@ class Pipe:
         try:
             os.splice(self._read_fd, fd, size)
         except OSError as error:
-            if error.errno in _GONE:
+            if error.errno in GONE:
                 return False
             raise
         return True

@@ -20,7 +20,7 @@ from obsfs.blocks.layout import BLOCK, block_count
 from obsfs.blocks.reader import Reader
 from obsfs.errors import NotFoundError, ObsfsError
 from obsfs.fuse.kernel import channel, wire
-from obsfs.fuse.kernel.pages import Pipe, Storer
+from obsfs.fuse.kernel.pages import GONE, Pipe, Storer
 from obsfs.fuse.kernel.wire import FileOpen, Init, Opcode, Request
 from obsfs.fuse.operations import UNKNOWN_INO, Attributes, Operations
 from obsfs.fuse.tree import WouldBlockError
@@ -234,8 +234,7 @@ class Server:
         try:
             os.writev(fd, parts)
         except OSError as error:
-            # ENOENT: the request was aborted meanwhile; ENODEV and EBADF: the mount is gone.
-            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EBADF):
+            if error.errno not in GONE:
                 raise
 
     # reading
