@@ -2,11 +2,13 @@
 
 >>> with obsfs.mount("obs://models", "/mnt/models") as mount:        # doctest: +SKIP
 ...     AutoModelForCausalLM.from_pretrained(mount.path / "Qwen2-7B-Instruct")
+>>> obsfs.snapshot_download("obs://models/Qwen2-7B-Instruct", local_dir="qwen")  # doctest: +SKIP
 >>> fsspec.open("obs://models/Qwen2-7B-Instruct/config.json")         # doctest: +SKIP
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from obsfs.version import __version__
@@ -15,9 +17,13 @@ if TYPE_CHECKING:
     from obsfs.errors import ObsfsError
     from obsfs.filesystem import OBSFileSystem
     from obsfs.fuse.mounts import Mount, mount
+    from obsfs.library.download import snapshot_download
     from obsfs.settings import Settings
 
-__all__ = ["Mount", "OBSFileSystem", "ObsfsError", "Settings", "__version__", "mount"]
+__all__ = ["Mount", "OBSFileSystem", "ObsfsError", "Settings", "__version__", "mount", "snapshot_download"]
+
+# Whoever wants the log of a program that uses obsfs attaches a handler; mounts write a file.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _HOMES = {
     "Mount": "obsfs.fuse.mounts",
@@ -25,6 +31,7 @@ _HOMES = {
     "ObsfsError": "obsfs.errors",
     "Settings": "obsfs.settings",
     "mount": "obsfs.fuse.mounts",
+    "snapshot_download": "obsfs.library.download",
 }
 
 

@@ -36,6 +36,12 @@ class NotFoundError(ObsfsError):
     errno = errno.ENOENT
 
 
+class ExistsError(ObsfsError):
+    """It is there already, or somebody else was first."""
+
+    errno = errno.EEXIST
+
+
 class ForbiddenError(ObsfsError):
     """The server refused the credentials, or they do not allow this."""
 

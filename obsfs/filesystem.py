@@ -21,8 +21,9 @@ from s3fs import S3FileSystem
 from obsfs.blocks.reader import Engine, Reader
 from obsfs.errors import ObsfsError
 from obsfs.remote.address import Address
-from obsfs.remote.client import Bucket, ObjectVersion, connect
+from obsfs.remote.client import Bucket, connect
 from obsfs.remote.credentials import Keys
+from obsfs.remote.objects import ObjectVersion
 from obsfs.settings import Settings
 
 _BUFFER = 128 << 10

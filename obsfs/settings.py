@@ -53,6 +53,12 @@ def _expand(value: object) -> Path:
     return Path(str(value)).expanduser().absolute()
 
 
+def _joined(value: object) -> object:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+Several = Annotated[str | None, BeforeValidator(_joined)]
+"""Text; several are separated by commas."""
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]
 Octal = Annotated[int, BeforeValidator(_octal), Field(ge=0, le=0o777)]
 LocalPath = Annotated[Path, BeforeValidator(_expand)]
@@ -63,6 +69,19 @@ def config_path() -> Path:
     if chosen := os.environ.get("OBSFS_CONFIG"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "obsfs" / "config.toml"
+
+
+def state_dir() -> Path:
+    """What outlives a process and is no cache: ``$XDG_STATE_HOME/obsfs``, by default ``~/.local/state/obsfs``.
+
+    Made if it is not there. Raises UsageError.
+    """
+    path = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "obsfs"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be made ({error.strerror})", "set XDG_STATE_HOME") from None
+    return path
 
 
 def _default_cache_dir() -> Path:
@@ -78,14 +97,19 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="OBSFS_", extra="forbid", frozen=True)
 
     # the bucket
-    endpoint_url: str | None = Field(
-        None, description="S3 endpoint. Default: botocore's (AWS_ENDPOINT_URL, profile), or OBS's for --region."
+    endpoint_url: Several = Field(
+        None,
+        description="S3 endpoint; may be given again for replicas of the bucket, of which the nearest healthy one "
+        "serves. Default: botocore's (AWS_ENDPOINT_URL, profile), or OBS's for --region.",
     )
     region: str | None = Field(None, description="Region, for example cn-south-1.")
     profile: str | None = Field(None, description="Profile of the AWS configuration files to use.")
     no_sign_request: bool = Field(False, description="Send no credentials (public buckets).")
     addressing_style: Literal["auto", "path", "virtual"] = Field(
         "auto", description="Bucket in the path or in the host name; auto knows OBS, AWS and other clouds."
+    )
+    library: str | None = Field(
+        None, description="Where the models are: obs://BUCKET/PREFIX, so that a model can be given by its name alone."
     )
     # the cache
     cache_dir: LocalPath = Field(
@@ -120,11 +144,21 @@ class Settings(BaseSettings):
     kernel_read_ahead: ByteSize = Field(
         ByteSize(512 << 10), description="The kernel's own read-ahead on the mount (set where permitted)."
     )
+    snapshot: str | None = Field(
+        None,
+        description="Show the library as of a time (2026-11-25T12:00:00Z, or now), or one version of its models: what "
+        "the manifests say, whatever happens in the bucket afterwards.",
+    )
     allow_other: bool = Field(False, description="Let other users of this machine read the mount.")
     uid: int | None = Field(None, ge=0, description="Owner shown for every file. Default: who mounts.")
     gid: int | None = Field(None, ge=0, description="Group shown for every file. Default: that of who mounts.")
     umask: Octal = Field(UMASK, description="Permission bits to take away (octal).")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What the log holds.")
+
+    @property
+    def endpoint_urls(self) -> tuple[str, ...]:
+        """The endpoints that were given; what is written goes to the first."""
+        return tuple(url.strip() for url in (self.endpoint_url or "").split(",") if url.strip())
 
     @classmethod
     def settings_customise_sources(

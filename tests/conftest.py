@@ -37,6 +37,30 @@ def random_bytes(size: int, seed: int = 0) -> bytes:
     return random.Random(seed * 1_000_003 + size).randbytes(size)
 
 
+def write_model(directory: Path, *, mib: int = 9, shards: int = 2, seed: int = 1) -> Path:
+    """A model of `shards` real safetensors files of `mib` MiB each, with random weights, and small files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for shard in range(1, shards + 1):
+        names = {
+            f"layers.{shard}.{i}": {"dtype": "BF16", "shape": [MIB // 2], "data_offsets": [i * MIB, (i + 1) * MIB]}
+            for i in range(mib)
+        }
+        header = json.dumps({"__metadata__": {"format": "pt"}, **names}).encode()
+        path = directory / f"model-{shard:05}-of-{shards:05}.safetensors"
+        path.write_bytes(len(header).to_bytes(8, "little") + header + random_bytes(mib * MIB, seed * 100 + shard))
+    (directory / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"], "seed": seed}))
+    (directory / "empty.txt").write_bytes(b"")
+    (directory / "sub").mkdir(exist_ok=True)
+    (directory / "sub" / "notes.md").write_text("notes")
+    return directory
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """All files under a directory but obsfs's own, by path."""
+    files = (path for path in directory.rglob("*") if path.is_file() and ".obsfs" not in path.parts)
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -173,10 +197,11 @@ def obsfs() -> Callable[..., Result]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def nothing_left() -> Iterator[None]:
-    before = {entry.mountpoint for entry in channel.mounts() if entry.fs_type == channel.FS_TYPE}
+def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     yield
-    left = {entry.mountpoint for entry in channel.mounts() if entry.fs_type == channel.FS_TYPE} - before
+    home = tmp_path_factory.getbasetemp()
+    found = {entry.mountpoint for entry in channel.mounts() if entry.fs_type == channel.FS_TYPE}
+    left = {path for path in found if path.is_relative_to(home)}
     for path in left:
         channel.unmount(path, lazy=True)
     assert not left, f"tests left mounts behind: {left}"

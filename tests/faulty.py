@@ -1,6 +1,6 @@
 """A TCP proxy before a real server, for what a real server does not do on demand: stall, break off, refuse.
 
-It also counts the range requests that pass.
+It also notes the range requests that pass.
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ from urllib.parse import parse_qs, urlsplit
 from xml.sax.saxutils import escape
 
 _HEAD = re.compile(rb"GET (\S+) HTTP/1\.1\r\n(.*?)\r\n\r\n", re.DOTALL)
+_HEAD_BYTES = 128 << 10
 _RANGE = re.compile(rb"\r?\n?range: bytes=(\d+)-(\d+)", re.IGNORECASE)
 
 
 class FaultyLink:
-    """Forwards to `port` of this machine. Set `stalled` or `refusing` at any time, and have answers cut off."""
+    """Forwards to `port` of this machine. Set `stalled` or `refusing` at any time, and have answers cut off.
+
+    `bytes_per_second` is for each connection and direction, `delay` seconds for each piece of a
+    request; `passed` counts the bytes of all answers.
+    """
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -33,6 +38,8 @@ class FaultyLink:
         self._counting = threading.Lock()
         self.bytes_per_second: float | None = None
         self.ranges: list[tuple[int, int]] = []
+        self.passed = 0
+        self.delay = 0.0
         self._open: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -54,11 +61,16 @@ class FaultyLink:
         seen = b""
         with suppress(OSError):
             while data := near.recv(65536):
-                seen += data
+                while self.stalled:
+                    time.sleep(0.02)
+                if self.bytes_per_second:
+                    time.sleep(len(data) / self.bytes_per_second)
+                seen = (seen + data)[-_HEAD_BYTES:]
                 while match := _HEAD.search(seen):
                     if (found := _RANGE.search(match[0])) is not None:
                         self.ranges.append((int(found[1]), int(found[2]) + 1))
                     seen = seen[match.end() :]
+                time.sleep(self.delay)
                 far.sendall(data)
         self._close(near, far)
 
@@ -70,6 +82,7 @@ class FaultyLink:
                 if self.bytes_per_second:
                     time.sleep(len(data) / self.bytes_per_second)
                 near.sendall(passing := self._passing(data))
+                self.passed += len(passing)
                 if len(passing) < len(data):
                     break
         self._close(near, far)

@@ -14,7 +14,7 @@ import threading
 import time
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -38,16 +38,19 @@ from obsfs.blocks.layout import (
     evict_blocks,
     header,
     is_at,
+    is_pinned,
     lock_range,
+    pin_path,
     read_blocks,
     read_entry,
     seal_of,
     unlink,
 )
 from obsfs.errors import CacheError
-from obsfs.remote.client import ObjectVersion
+from obsfs.remote.objects import ObjectVersion
 
 _OVERFLOW_BYTES = 64 << 20
+_MOST_PINNED = 0.9
 
 
 class CachedObject:
@@ -95,18 +98,22 @@ class CachedObject:
         return self.is_trusted(block) or block in self._overflow or self._verify(block)
 
     def _verify(self, block: int) -> bool:
+        return self.read_checked(block) is not None
+
+    def read_checked(self, block: int) -> bytes | None:
+        """A block that is in the file, if it matches its checksum; one that does not is gone afterwards."""
         word = self._present_word(block)
         if not word:
-            return False
+            return None
         length = self.length_of(block)
         data = os.pread(self.data_fd, length, block * BLOCK)
         if len(data) == length and checksum(data) == self._words[3 * block]:
             self._trusted[block] = word
-            return True
+            return data
         if self._words[3 * block + 2] == word:
             self._cache.count_corrupt()
             self._words[3 * block + 2] = word + 1  # absent, next generation
-        return False
+        return None
 
     def length_of(self, block: int) -> int:
         """Bytes in this block: BLOCK, or less for the last."""
@@ -286,9 +293,8 @@ class Cache:
 
     def open(self, version: ObjectVersion) -> CachedObject:
         """The blocks of `version`, with its files made if they are not there. Raises CacheError."""
-        identity = json.dumps(asdict(version), sort_keys=True).encode()
-        name = hashlib.sha256(identity).hexdigest()[:40]
-        path = self._root / name[:2] / f"{name}.map"
+        identity = _identity_bytes(version)
+        path = self._map_path(version)
         size = HEADER + ENTRY * block_count(version.size)
         try:
             path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -406,8 +412,8 @@ class Cache:
         """Bring the cache to `target` bytes, or to 95% of it when it has to go down at all; oldest blocks first."""
         with self.exclusive:
             stored = self._stored
-            blocks = sorted(block for path in self._maps() for block in read_blocks(path))
-            total = sum(block.size for block in blocks)
+            blocks = sorted(block for path in self._maps() if not is_pinned(path) for block in read_blocks(path))
+            total = sum(block.size for block in blocks) + self.pinned_bytes()
             excess = total - target + target // 20 if total > target else 0
             oldest, freed = iter(blocks), 0
             # In rounds: what is in use by passthrough frees nothing, so that more must be chosen.
@@ -421,7 +427,7 @@ class Cache:
                 self._stored_at_scan = stored
 
     def clean(self, *, older_than: float = 0.0, prefix: tuple[str, str] | None = None) -> int:
-        """Drop what was not used for `older_than` seconds, of the objects whose (bucket, key) start so.
+        """Drop what was not used for `older_than` seconds, of the objects whose (bucket, key) start so; no pins.
 
         Returns the bytes freed. What another process has open loses its blocks and keeps its files.
         """
@@ -433,7 +439,7 @@ class Cache:
                 if entry is None:
                     unlink(path)
                     continue
-                if prefix is not None and not _is_under(entry.version, prefix):
+                if is_pinned(path) or (prefix is not None and not _is_under(entry.version, prefix)):
                     continue
                 if entry.last_used * 1e9 > horizon:
                     continue
@@ -442,11 +448,95 @@ class Cache:
                 self._used = max(0, self._used - freed)
         return freed
 
+    def check(self, version: ObjectVersion, advance: Callable[[int], None]) -> tuple[str, list[int]]:
+        """Read all that is cached of a version and compare it with its checksums, whatever was trusted until now.
+
+        Returns the SHA-256 (hex) if it is whole, else ``""``; and where damaged blocks began (bytes). Those are gone
+        now. `advance` is told of the bytes of all blocks, cached or not. Raises CacheError.
+        """
+        cached = self.open(version)
+        try:
+            digest, bad, is_whole = hashlib.sha256(), [], True
+            for block in range(cached.blocks):
+                was_present = cached.is_present(block)
+                data = cached.read_checked(block)
+                if was_present and data is None:
+                    bad.append(block * BLOCK)
+                is_whole = is_whole and data is not None
+                digest.update(data or b"")
+                advance(cached.length_of(block))
+            return digest.hexdigest() if is_whole else "", bad
+        finally:
+            cached.close()
+
+    def drop(self, version: ObjectVersion) -> None:
+        """Forget all that is cached of a version."""
+        path = self._map_path(version)
+        with self.exclusive:
+            evict_blocks(path, list(read_blocks(path)))
+
+    def present_blocks(self, version: ObjectVersion) -> list[int]:
+        """The numbers of the blocks that the cache has of a version, ascending."""
+        return [block.number for block in read_blocks(self._map_path(version))]
+
+    def cached_bytes(self, version: ObjectVersion) -> int:
+        """Bytes that the cache has of a version."""
+        return sum(block.size for block in read_blocks(self._map_path(version)))
+
     def entries(self) -> Iterator[CacheEntry]:
         """Everything in the cache."""
         for path in self._maps():
             if (entry := read_entry(path)) is not None:
                 yield entry
+
+    def pin(self, version: ObjectVersion) -> None:
+        """Keep what is cached of a version, now and later, until it is unpinned. Raises CacheError.
+
+        Pins that would leave no room for anything else are refused.
+        """
+        with self.exclusive:
+            path = self._map_path(version)
+            if not is_pinned(path) and self.pinned_size() + version.size > self.limit * _MOST_PINNED:
+                raise CacheError(
+                    f"pins would fill more than {_MOST_PINNED:.0%} of the cache", "unpin others, or --cache-size"
+                )
+            try:
+                path.parent.mkdir(mode=0o700, exist_ok=True)
+                pin_path(path).write_text(json.dumps(_identity(version)))
+            except OSError as error:
+                raise CacheError(
+                    f"cache directory {self.directory} cannot be used ({error.strerror})", "make room"
+                ) from None
+
+    def unpin(self, is_meant: Callable[[ObjectVersion], bool]) -> int:
+        """Undo the pins of these objects; how many there were."""
+        count = 0
+        with self.exclusive:
+            for version, path in self._pins():
+                if is_meant(version):
+                    path.unlink(missing_ok=True)
+                    count += 1
+        return count
+
+    def pinned_size(self) -> int:
+        """Bytes of all pinned objects, once they are wholly cached."""
+        return sum(version.size for version, _ in self._pins())
+
+    def pinned_bytes(self) -> int:
+        """Bytes of them that are cached."""
+        maps = (path.with_suffix(".map") for _, path in self._pins())
+        return sum(block.size for path in maps for block in read_blocks(path))
+
+    def _pins(self) -> Iterator[tuple[ObjectVersion, Path]]:
+        for path in list(self._root.glob("??/*.pin")):
+            try:
+                yield ObjectVersion(**json.loads(path.read_bytes())), path
+            except (OSError, ValueError, TypeError):
+                path.unlink(missing_ok=True)
+
+    def _map_path(self, version: ObjectVersion) -> Path:
+        name = hashlib.sha256(_identity_bytes(version)).hexdigest()[:40]
+        return self._root / name[:2] / f"{name}.map"
 
     def _maps(self) -> Iterator[Path]:
         return self._root.glob("??/*.map")
@@ -454,6 +544,25 @@ class Cache:
     def close(self) -> None:
         """Close the directory's lock file."""
         os.close(self._lock_fd)
+
+
+def cached_sizes(directory: Path, endpoint: str, bucket: str) -> dict[tuple[str, str], int]:
+    """Bytes that a cache directory has of each (key, ETag) of a bucket. Opens nothing that could be written."""
+    found: dict[tuple[str, str], int] = {}
+    for path in (directory / FORMAT).glob("??/*.map"):
+        entry = read_entry(path)
+        if entry and (entry.version.endpoint, entry.version.bucket) == (endpoint, bucket):
+            found[entry.version.key, entry.version.etag] = entry.cached_bytes
+    return found
+
+
+def _identity(version: ObjectVersion) -> dict[str, object]:
+    """What tells a version from all others; its bytes are the same under whatever version id."""
+    return {name: value for name, value in asdict(version).items() if name != "version_id"}
+
+
+def _identity_bytes(version: ObjectVersion) -> bytes:
+    return json.dumps(_identity(version), sort_keys=True).encode()
 
 
 def _take_bytes(blocks: Iterator[StoredBlock], size: int) -> dict[Path, list[StoredBlock]]:

@@ -28,7 +28,7 @@ from obsfs.blocks.concurrency import Concurrency
 from obsfs.blocks.layout import BLOCK
 from obsfs.blocks.readahead import runs
 from obsfs.errors import ObsfsError, UnavailableError
-from obsfs.remote.client import ObjectVersion
+from obsfs.remote.objects import ObjectVersion
 
 log = logging.getLogger(__name__)
 

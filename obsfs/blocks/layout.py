@@ -2,7 +2,8 @@
 
 One object version is two files under ``CACHE_DIR/v1/``: ``ID.data``, sparse and exactly as long as the object, so
 that the kernel can serve from it, and ``ID.map``, which says for each block whether it is there, when it was last
-used, and the checksum of its bytes. ID is a hash of endpoint, bucket, key, ETag and size.
+used, and the checksum of its bytes. ID is a hash of endpoint, bucket, key, ETag and size. A third, ``ID.pin``, keeps
+eviction away.
 
 Four rules keep it right without a journal:
 
@@ -33,7 +34,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from obsfs.remote.client import ObjectVersion
+from obsfs.remote.objects import ObjectVersion
 
 BLOCK = 1 << 20
 """Bytes in a block: the unit of presence, verification and eviction."""
@@ -205,6 +206,16 @@ def _punch(map_fd: int, data_fd: int, block: StoredBlock) -> int:
     if _libc.fallocate(data_fd, _FALLOC_PUNCH, block.number * BLOCK, BLOCK) != 0:
         raise OSError(ctypes.get_errno(), "cannot punch a hole into the cache file")
     return block.size
+
+
+def pin_path(path: Path) -> Path:
+    """The file whose being there pins what belongs to a map file."""
+    return path.with_suffix(".pin")
+
+
+def is_pinned(path: Path) -> bool:
+    """Whether the blocks of a map file are to be left alone by eviction."""
+    return pin_path(path).exists()
 
 
 def unlink(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,9 +15,10 @@ from obsfs.blocks import safetensors
 from obsfs.blocks.cache import Cache, CachedObject
 from obsfs.blocks.fetcher import Fetcher, Target, Waiter
 from obsfs.blocks.layout import BLOCK, block_count
-from obsfs.blocks.readahead import Credit, LoadOrder, ReadAhead
+from obsfs.blocks.readahead import Credit, LoadOrder, ReadAhead, runs
 from obsfs.errors import CacheError, ObsfsError, UnavailableError
-from obsfs.remote.client import Bucket, ObjectVersion
+from obsfs.remote.client import Bucket
+from obsfs.remote.objects import ObjectVersion
 from obsfs.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ _WARM_STEP = 64
 _FIRST_WEIGHTS = 64
 """Blocks that are fetched when a loader gives itself away: what arrives while it builds the model."""
 _MILESTONE = 32
+_FILL_BLOCKS = 8
 _SHARD = re.compile(r"-\d+-of-(?=\d+)")
 
 
@@ -170,7 +172,8 @@ class Reader:
                 return
             self._is_complete = True
             self._engine.on_complete(self.version)
-            self.cached.seal()
+            if self._engine.seals:
+                self.cached.seal()
 
     def drop_prefetch(self) -> None:
         """Nobody has it open: fetch no more than what is in flight."""
@@ -191,9 +194,12 @@ class Engine:
 
     Closing it ends its threads. `on_complete` is called with a version that has become wholly cached, and `on_ahead`
     with each block of a mapped model that has landed before it was read, from a thread that must not be held up.
+
+    `seals`: whether complete files are synced and sealed, which whoever is in a hurry leaves to the next one.
     """
 
-    def __init__(self, bucket: Bucket, settings: Settings) -> None:
+    def __init__(self, bucket: Bucket, settings: Settings, *, seals: bool = True) -> None:
+        self.seals = seals
         self.cache = Cache(settings.cache_dir, int(settings.cache_size))
         self.fetcher = Fetcher(
             bucket.open_range, connections=settings.connections, retry_timeout=settings.retry_timeout
@@ -335,6 +341,39 @@ class Engine:
 
         self.fetch_starts(versions, begin)
 
+    def fill(
+        self,
+        version: ObjectVersion,
+        blocks: Iterable[int],
+        advance: Callable[[int], None] = lambda size: None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Have blocks of a version in the cache, and return when they are; `advance` is told of their bytes.
+
+        `check` is called now and then, and may raise to end it. Raises ObsfsError when one cannot be had.
+        """
+        with self.held(version) as reader:
+            cached, pieces = reader.cached, _pieces(blocks, _FILL_BLOCKS)
+            waiting: deque[tuple[range, Future[ObsfsError | None]]] = deque()
+            piece = next(pieces, None)
+            while piece is not None or waiting:
+                check()
+                if piece is not None and len(waiting) < self.fetcher.connections:
+                    landed: Future[ObsfsError | None] = Future()
+                    missing = [block for block in piece if not cached.has(block)]
+                    if missing:
+                        self.fetcher.demand(reader.target, missing, Waiter(len(missing), landed.set_result))
+                    else:
+                        cached.touch(piece)
+                        landed.set_result(None)
+                    waiting.append((piece, landed))
+                    piece = next(pieces, None)
+                    continue
+                done, landed = waiting.popleft()
+                if error := landed.result():
+                    raise error
+                advance(sum(map(cached.length_of, done)))
+
     def warm(self, version: ObjectVersion, size: int) -> None:
         """Have the first `size` bytes of a wholly cached file in the page cache soon, while its model is open."""
         steps = (range(start, start + _WARM_STEP) for start in range(0, block_count(size), _WARM_STEP))
@@ -386,3 +425,10 @@ class Engine:
                     reader.cached.close()
             self._readers.clear()
         self.cache.close()
+
+
+def _pieces(blocks: Iterable[int], longest: int) -> Iterator[range]:
+    """Blocks that follow each other, so many at a time."""
+    for run in runs(blocks):
+        for start in range(run.start, run.stop, longest):
+            yield range(start, min(start + longest, run.stop))

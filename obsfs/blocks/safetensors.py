@@ -7,9 +7,10 @@ endian), the header, the tensors.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SUFFIX = ".safetensors"
 _LENGTH = 8
@@ -25,11 +26,14 @@ class Extent(NamedTuple):
     stop: int
 
 
-def extents(size: int, read: Callable[[int, int], bytes | None]) -> list[Extent] | None:
-    """The tensors of a file of `size` bytes, in the order of the file.
+Read = Callable[[int, int], bytes | None]
+"""Bytes ``[offset, offset + size)``, or None when they are not at hand."""
 
-    `read` gives bytes ``[offset, offset + size)``, or None when they are not at hand; then the answer is None. A
-    file that is no safetensors file has no tensors.
+
+def header(size: int, read: Read) -> tuple[int, dict[str, Any]] | None:
+    """Where the tensors begin in a file of `size` bytes, and its header: ``{name: {dtype, shape, data_offsets}}``.
+
+    None when it is not at hand. A file that is no safetensors file has an empty header.
     """
     length_field = read(0, _LENGTH)
     if length_field is None:
@@ -37,23 +41,51 @@ def extents(size: int, read: Callable[[int, int], bytes | None]) -> list[Extent]
     length = int.from_bytes(length_field, "little")
     base = _LENGTH + length
     if length > _MAX_HEADER or base > size:
-        return []
-    header = read(_LENGTH, length)
-    if header is None:
+        return base, {}
+    data = read(_LENGTH, length)
+    if data is None:
         return None
     try:
-        entries = json.loads(header)
+        entries = json.loads(data)
+    except ValueError:
+        return base, {}
+    if not isinstance(entries, dict):
+        return base, {}
+    return base, {name: entry for name, entry in entries.items() if name != "__metadata__"}
+
+
+def extents(size: int, read: Read) -> list[Extent] | None:
+    """The tensors of a file of `size` bytes, in the order of the file; None when its header is not at hand.
+
+    A file that is no safetensors file has no tensors.
+    """
+    found_header = header(size, read)
+    if found_header is None:
+        return None
+    base, entries = found_header
+    try:
         found = [
             Extent(name, base + int(entry["data_offsets"][0]), base + int(entry["data_offsets"][1]))
             for name, entry in entries.items()
-            if name != "__metadata__"
         ]
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except (ValueError, TypeError, KeyError, IndexError):
         return []
     found.sort(key=lambda extent: extent.start)
     if any(not base <= extent.start <= extent.stop <= size for extent in found):
         return []
     return [extent for extent in found if extent.stop > extent.start]
+
+
+def parameters(entries: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
+    """How many numbers a header's tensors have together, and how many of each dtype (``BF16``)."""
+    dtypes: dict[str, int] = {}
+    for entry in entries.values():
+        try:
+            count = math.prod(int(length) for length in entry["shape"])
+            dtypes[str(entry["dtype"])] = dtypes.get(str(entry["dtype"]), 0) + count
+        except (ValueError, TypeError, KeyError):
+            continue
+    return sum(dtypes.values()), dtypes
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:

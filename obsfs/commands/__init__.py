@@ -13,7 +13,22 @@ import click
 from obsfs.errors import ObsfsError
 from obsfs.version import __version__
 
-_VERBS = ("mount", "umount", "status", "cache", "bench", "demo")
+_VERBS = {
+    "mount": "mount",
+    "umount": "umount",
+    "status": "status",
+    "models": "models",
+    "push": "push",
+    "pull": "pull",
+    "import": "import_",
+    "verify": "verify",
+    "warm": "warm",
+    "unpin": "warm",
+    "cache": "cache",
+    "bench": "bench",
+    "demo": "demo",
+}
+"""Each with the module that has it."""
 
 
 class _Verbs(click.Group):
@@ -24,7 +39,8 @@ class _Verbs(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in _VERBS:
-            found = getattr(import_module(f"obsfs.commands.{cmd_name}"), cmd_name)
+            module = import_module(f"obsfs.commands.{_VERBS[cmd_name]}")
+            found = getattr(module, "import_" if cmd_name == "import" else cmd_name)
         else:
             point = next(iter(entry_points(group="obsfs.commands", name=cmd_name)), None)
             found = point.load() if point else None

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from obsfs.commands.options import byte_size, settings_options
+from obsfs.commands.options import BUCKET, byte_size, settings_options
 from obsfs.commands.output import human, make_console, make_table, terminate_like_interrupt
 from obsfs.settings import Settings
 from obsfs.version import __version__
@@ -21,7 +21,7 @@ Examples:
   obsfs bench obs://models --size 4GiB --connections 32 --report models.png
   obsfs bench /data/models --no-report --json | jq .figures
 """
-_SETTINGS = ("endpoint_url", "region", "profile", "no_sign_request", "addressing_style", "cache_dir", "connections")
+_SETTINGS = (*BUCKET, "cache_dir", "connections")
 
 
 @click.command(epilog=_EPILOG)

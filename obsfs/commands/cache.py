@@ -11,11 +11,12 @@ import click
 
 from obsfs.blocks.cache import Cache
 from obsfs.blocks.layout import CacheEntry
+from obsfs.commands import places
 from obsfs.commands.options import CACHE, age, settings_options
 from obsfs.commands.output import human, make_console
 from obsfs.errors import UsageError
-from obsfs.fuse import mounts
-from obsfs.remote.address import SCHEMES, parse_address
+from obsfs.library.names import is_url
+from obsfs.remote.address import parse_address
 from obsfs.settings import Settings
 
 
@@ -90,16 +91,13 @@ def clean(path: str | None, older_than: str | None, **given: Any) -> None:
 
 def _prefix(path: str) -> tuple[str, str]:
     """Bucket and key (or prefix) of a URL or of a path on a mount. Raises UsageError when it is neither."""
-    if path.startswith(tuple(f"{scheme}://" for scheme in SCHEMES)):
-        address = parse_address(path)
-        return address.bucket, address.prefix.rstrip("/")
-    place = Path(path).absolute()
-    for mount in mounts.find():
-        if isinstance(mount, dict) and place.is_relative_to(mount["mountpoint"]):
-            address = parse_address(mount["source"])
-            inside = place.relative_to(mount["mountpoint"]).as_posix()
-            return address.bucket, (address.prefix + ("" if inside == "." else inside)).rstrip("/")
-    raise UsageError(f"{path} is on no mount of obsfs", "give obs://BUCKET/KEY, or a path on a mount")
+    if not is_url(path):
+        found = places.on_mount(Path(path))
+        if found is None:
+            raise UsageError(f"{path} is on no mount of obsfs", "give obs://BUCKET/KEY, or a path on a mount")
+        path = found.url
+    address = parse_address(path)
+    return address.bucket, address.prefix.rstrip("/")
 
 
 def _open(given: dict[str, Any]) -> Cache:

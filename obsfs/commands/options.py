@@ -15,6 +15,9 @@ from obsfs.settings import UMASK, Settings, parse_seconds
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 
 CACHE = ("cache_dir",)
+BUCKET = ("endpoint_url", "region", "profile", "no_sign_request", "addressing_style")
+LIBRARY = (*BUCKET, "library", "cache_dir", "cache_size", "connections")
+_SEVERAL = ("endpoint_url",)
 _NUMBERS = ("connections", "uid", "gid")
 
 
@@ -40,6 +43,8 @@ def _option(name: str, field: FieldInfo) -> Callable[[_Decorated], _Decorated]:
         return click.option(switch, name, is_flag=True, default=None, help=text)
     if get_origin(field.annotation) is Literal:
         return click.option(flag, name, type=click.Choice(get_args(field.annotation)), help=text)
+    if name in _SEVERAL:
+        return click.option(flag, name, metavar="URL", multiple=True, callback=lambda _, __, v: v or None, help=text)
     if field.annotation is ByteSize:
         metavar = "SIZE"
     elif isinstance(default, float):

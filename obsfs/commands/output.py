@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pydantic import ByteSize
@@ -49,3 +52,89 @@ def terminate_like_interrupt() -> None:
 def human(size: float) -> str:
     """A number of bytes for people: ``1.5 GiB``."""
     return re.sub(r"(?<=\d)(?=[A-Z])", " ", ByteSize(int(size)).human_readable())
+
+
+def columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table, the columns aligned: those of figures, whose titles begin with ``>``, to the right.
+
+    For long tables: a thousand rows take rich half a second, and this a hundredth.
+    """
+    marks = [title.startswith(">") for title in titles]
+    lines = [[title.lstrip(">") for title in titles], *([_printable(text) for text in row] for row in rows)]
+    widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = []
+        for text, width, is_figure in zip(line, widths, marks, strict=True):
+            space = " " * (width - _width(text))
+            cells.append(space + text if is_figure else text + space)
+        yield "  ".join(cells).rstrip()
+
+
+def _printable(text: str) -> str:
+    """Names come from a bucket: what would move the cursor or ring a bell is shown as a question mark."""
+    return text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)
+
+
+def _width(text: str) -> int:
+    """In cells of a terminal, of which Chinese characters take two."""
+    return len(text) if text.isascii() else sum(1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
+
+
+@contextmanager
+def progress(title: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes on the terminal's stderr; yields what to tell of each piece done, from any thread.
+
+    Nothing is shown where stderr is no terminal, or when `quiet`.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda size: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(escape_markup(title), total=total)
+        yield lambda size: bar.advance(task, size)
+
+
+def escape_markup(text: str) -> str:
+    """Text that rich shows as it is."""
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@contextmanager
+def spinner(title: str, *, quiet: bool = False) -> Iterator[None]:
+    """A sign of life on the terminal's stderr, for what has no length."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield
+        return
+    with console.status(escape_markup(title)):
+        yield
+
+
+def count(number: float) -> str:
+    """A large number for people: ``7.6B``."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"

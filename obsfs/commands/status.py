@@ -64,10 +64,20 @@ def _print(found: list[dict[str, Any]]) -> None:
         console.print(table, highlight=False)
 
 
+def _endpoint(site: dict[str, Any]) -> str:
+    text = str(site["endpoint"])
+    if site["latency"] is not None:
+        text += f", {site['latency'] * 1000:.0f} ms"
+    if site["failures"]:
+        text += ", failing"
+    return text + (f", lagged {site['lagging']} times" if site["lagging"] else "")
+
+
 def _rows(mount: dict[str, Any]) -> list[tuple[str, str]]:
     ratio = mount["hit_ratio"]
     rows = [
-        ("endpoint", mount["endpoint"]),
+        *(("endpoint", _endpoint(site)) for site in mount["endpoints"]),
+        *([("snapshot", mount["snapshot"])] if mount["snapshot"] else []),
         (
             "served by",
             f"{mount['engine']} engine, "

@@ -48,15 +48,17 @@ def find_program(name: str, extra: str) -> str:
 class EmbeddedServer:
     """SeaweedFS, running while the object is open. Use it in a ``with`` statement.
 
-    `endpoint` is its URL, `access_key` and `secret_key` are made for it. Raises UsageError when the program is
-    missing, UnavailableError when it does not start.
+    `endpoint` is its URL, `access_key` and `secret_key` are made for it, or given. Raises UsageError when the program
+    is missing, UnavailableError when it does not start.
     """
 
-    def __init__(self, directory: Path | None = None) -> None:
+    def __init__(
+        self, directory: Path | None = None, *, access_key: str = "obsfs-demo", secret_key: str | None = None
+    ) -> None:
         self._program = find_program("weed", "demo")
         self.directory = Path(tempfile.mkdtemp(prefix="obsfs-server-", dir=directory))
-        self.access_key = "obsfs-demo"
-        self.secret_key = secrets.token_hex(20)
+        self.access_key = access_key
+        self.secret_key = secret_key or secrets.token_hex(20)
         for attempt in range(1, _TRIES + 1):
             try:
                 self._start()

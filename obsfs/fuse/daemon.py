@@ -25,9 +25,11 @@ from obsfs.fuse import state
 from obsfs.fuse.journal import Journal
 from obsfs.fuse.kernel import channel
 from obsfs.fuse.operations import Operations
-from obsfs.fuse.tree import Tree
+from obsfs.fuse.tree import Source, Tree
+from obsfs.library import snapshot
 from obsfs.remote.address import Address, parse_address
-from obsfs.remote.client import Bucket, Page
+from obsfs.remote.client import Bucket
+from obsfs.remote.objects import Page
 from obsfs.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -62,22 +64,28 @@ def serve(
     with ExitStack() as cleanup:
         cleanup.callback(os.close, state.lock(mountpoint))
         bucket = Bucket(address, settings)
-        page = _check(bucket, address)
+        names: Source = bucket
+        if settings.snapshot:
+            names = snapshot.take(bucket, address, settings.snapshot)
+            page = next(names.list(address.prefix))
+        else:
+            page = _check(bucket, address)
         engine = Engine(bucket, settings)
         cleanup.callback(engine.close)
         journal = Journal(state.path(mountpoint, "journal"))
         cleanup.callback(journal.close)
-        tree = Tree(bucket, address.prefix, settings.metadata_ttl, journal.record)
+        tree = Tree(names, address.prefix, settings.metadata_ttl, journal.record)
         tree.prime(page)
         journal.snapshot = tree.snapshot
         identity: dict[str, object] = {
             "mountpoint": str(mountpoint),
             "source": str(address),
             "endpoint": bucket.endpoint,
+            "snapshot": settings.snapshot,
             "pid": os.getpid(),
             "engine": settings.engine,
         }
-        operations = Operations(tree, engine, settings, identity)
+        operations = Operations(tree, engine, settings, identity, lambda: bucket.sites)
         if settings.engine == "native":
             _serve_natively(operations, mountpoint, settings, on_ready, stop)
         else:
@@ -153,7 +161,6 @@ def main() -> int:
         log.info("serving %s on %s", source, mountpoint)
 
     try:
-        state.make_directory()
         path = state.path(mountpoint, "log")
         log_to(logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1), settings.log_level)
         if request["lifeline"]:

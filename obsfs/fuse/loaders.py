@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from obsfs.blocks import safetensors
 from obsfs.fuse.tree import Entry
-from obsfs.remote.client import ObjectInfo
+from obsfs.remote.objects import ObjectInfo
 
 CONFIG = "config.json"
 INDEX = ".safetensors.index.json"

@@ -20,7 +20,7 @@ from obsfs.blocks.reader import Engine, Reader
 from obsfs.errors import ObsfsError
 from obsfs.fuse.loaders import WholeReads, companions, shards
 from obsfs.fuse.tree import ROOT, Listing, Node, Tree
-from obsfs.remote.client import ObjectVersion
+from obsfs.remote.objects import ObjectVersion
 from obsfs.settings import Settings
 from obsfs.version import __version__
 
@@ -90,14 +90,22 @@ class _BadHandleError(ObsfsError):
 class Operations:
     """The calls, over a tree and an engine. Handles are derived from node ids, so that a successor knows them too.
 
-    `identity` is shown in the status: at least mountpoint, source, pid and engine.
+    `identity` is shown in the status: at least mountpoint, source, pid and engine; `sites` tells of the endpoints.
     """
 
-    def __init__(self, tree: Tree, engine: Engine, settings: Settings, identity: dict[str, object]) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        engine: Engine,
+        settings: Settings,
+        identity: dict[str, object],
+        sites: Callable[[], object] = lambda: [],
+    ) -> None:
         self.tree = tree
         self.engine = engine
         self.can_be_direct = False
         self.identity = identity
+        self._sites = sites
         self._data_path = "splice" if settings.engine == "native" else "copy"
         self._readers: dict[int, Reader] = {}
         self._listings: dict[int, Listing] = {}
@@ -297,6 +305,7 @@ class Operations:
         open_files = len(self._readers)
         return {
             **self.identity,
+            "endpoints": self._sites(),
             "version": __version__,
             "passthrough": self.can_be_direct,
             "data_path": self._data_path,

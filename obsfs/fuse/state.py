@@ -10,25 +10,13 @@ import time
 from pathlib import Path
 
 from obsfs.errors import UsageError
-
-
-def directory() -> Path:
-    """``$XDG_STATE_HOME/obsfs``, by default ``~/.local/state/obsfs``."""
-    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "obsfs"
-
-
-def make_directory() -> None:
-    """Make it if it is not there. Raises UsageError."""
-    try:
-        directory().mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{directory()} cannot be made ({error.strerror})", "set XDG_STATE_HOME") from None
+from obsfs.settings import state_dir
 
 
 def path(mountpoint: Path, suffix: str) -> Path:
     """The file of a mount with this suffix: ``lock``, ``journal`` or ``log``."""
     digest = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:8]
-    return directory() / f"{mountpoint.name[:100]}-{digest}.{suffix}"
+    return state_dir() / f"{mountpoint.name[:100]}-{digest}.{suffix}"
 
 
 def lock(mountpoint: Path) -> int:
@@ -36,7 +24,6 @@ def lock(mountpoint: Path) -> int:
 
     Raises UsageError when another process has it.
     """
-    make_directory()
     file = path(mountpoint, "lock")
     try:
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

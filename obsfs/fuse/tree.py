@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 
 from obsfs.errors import NotFoundError
 from obsfs.remote.address import is_valid_name
-from obsfs.remote.client import ObjectInfo, ObjectVersion, Page
+from obsfs.remote.objects import ObjectInfo, ObjectVersion, Page
 
 ROOT = 1
 _MAX_LISTINGS = 4096
@@ -243,7 +243,7 @@ class Tree:
                 if node.opens or node.direct_opens:
                     yield ["open", node.id, node.opens, node.direct_opens]
 
-    def restore(self, records: Iterable[list[object]], endpoint: str, bucket: str) -> None:
+    def restore(self, records: Iterable[list[object]]) -> None:
         """Take over what a predecessor recorded: the same node ids, versions and open counts.
 
         Lookup counts were not recorded. They are set so high that a FORGET never removes a restored node.
@@ -251,7 +251,7 @@ class Tree:
         for kind, number, *rest in json.loads(json.dumps(list(records))):
             if kind == "node":
                 parent, name, key, etag, size, mtime = rest
-                version = None if etag is None else ObjectVersion(endpoint, bucket, key, etag, size)
+                version = None if etag is None else self._source.version(ObjectInfo(key, size, mtime, etag))
                 self._nodes[number] = Node(number, parent, name, key, version, mtime, lookups=1 << 62)
                 self._current[parent, name] = number
                 self._next_id = max(self._next_id, number + 1)

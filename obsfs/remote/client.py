@@ -6,12 +6,16 @@ the fetch engine decides that, because it knows who is waiting.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, NamedTuple
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
 
 import botocore.session
 from botocore import UNSIGNED
@@ -19,43 +23,20 @@ from botocore.config import Config
 from botocore.credentials import Credentials
 from botocore.exceptions import ProfileNotFound
 
-from obsfs.errors import ObsfsError, UnavailableError, UsageError, VersionChangedError
+from obsfs.errors import NotFoundError, ObsfsError, UnavailableError, UsageError, VersionChangedError
 from obsfs.remote import address as addresses
 from obsfs.remote.address import Address
 from obsfs.remote.credentials import Keys, explicit_keys
 from obsfs.remote.failures import translated
+from obsfs.remote.objects import Content, ObjectInfo, ObjectVersion, Page, quoted
 from obsfs.remote.ranges import RangeAnswer, RangeBody, RangeSender
+from obsfs.remote.replicas import Replicas
 from obsfs.settings import Settings
 
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectVersion:
-    """One immutable version of one object: what a block in the cache belongs to. `size` is in bytes."""
-
-    endpoint: str
-    bucket: str
-    key: str
-    etag: str
-    size: int
-
-
-class ObjectInfo(NamedTuple):
-    """An object as a listing or HEAD shows it: size in bytes, mtime in seconds since the epoch."""
-
-    key: str
-    size: int
-    mtime: float
-    etag: str
-
-
-class Page(NamedTuple):
-    """One page of a listing: objects directly under the prefix, and the common prefixes (ending in ``/``)."""
-
-    objects: list[ObjectInfo]
-    prefixes: list[str]
-    is_last: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,10 +52,13 @@ class Connection:
     """Keyword arguments of ``botocore.config.Config`` for this endpoint: signing, checksums, addressing style."""
 
 
-def connect(settings: Settings, scheme: str = "obs", keys: Keys | None = None) -> Connection:
-    """Find endpoint, region, credentials (unless `keys` are given) and addressing. Asks no server.
+def connect(
+    settings: Settings, scheme: str = "obs", keys: Keys | None = None, endpoint_url: str | None = None
+) -> Connection:
+    """Find endpoint (unless given; the first of several), region, credentials (unless `keys` are given), addressing.
 
-    Raises UsageError for a profile that does not exist, half a key pair, or an endpoint that cannot be known.
+    Asks no server. Raises UsageError for a profile that does not exist, half a key pair, or an endpoint that cannot
+    be known.
     """
     with translated("the configuration"):
         try:
@@ -83,7 +67,9 @@ def connect(settings: Settings, scheme: str = "obs", keys: Keys | None = None) -
         except ProfileNotFound:
             raise UsageError(f"profile {session.profile!r} not found", "see `aws configure list-profiles`") from None
         region = settings.region or os.environ.get("AWS_REGION") or session.get_config_variable("region")
-        endpoint = addresses.check_endpoint(settings.endpoint_url or _default_endpoint(session, scheme, region))
+        endpoint = addresses.check_endpoint(
+            endpoint_url or next(iter(settings.endpoint_urls), None) or _default_endpoint(session, scheme, region)
+        )
         config: dict[str, Any] = {}
         if settings.no_sign_request:
             config["signature_version"] = UNSIGNED
@@ -117,16 +103,10 @@ def _default_endpoint(session: Any, scheme: str, region: str | None) -> str:
     return addresses.obs_endpoint(region)
 
 
-class Bucket:
-    """A place in a bucket at one endpoint. Safe to use from many threads.
+class _Site:
+    """One endpoint: a client for it, and its way for ranges."""
 
-    Its client reaches every bucket of the endpoint: :meth:`open_range` reads the bucket that a version names.
-    """
-
-    def __init__(self, address: Address, settings: Settings, *, keys: Keys | None = None) -> None:
-        self.address = address
-        self.name = address.bucket
-        connection = connect(settings, address.scheme, keys)
+    def __init__(self, settings: Settings, connection: Connection) -> None:
         keys = connection.keys
         config = Config(
             connect_timeout=settings.request_timeout,
@@ -136,7 +116,7 @@ class Bucket:
             **connection.config,
         )
         try:
-            self._client = connection.session.create_client(
+            self.client = connection.session.create_client(
                 "s3",
                 endpoint_url=connection.endpoint,
                 region_name=connection.region,
@@ -147,14 +127,72 @@ class Bucket:
             )
         except ValueError as error:
             raise UsageError(f"endpoint {connection.endpoint!r} cannot be used", str(error)) from None
-        self.endpoint: str = connection.endpoint
+        self.endpoint = connection.endpoint
         if settings.no_sign_request:
             credentials = None
         elif keys:
             credentials = Credentials(keys.access_key, keys.secret_key, keys.token)
         else:
             credentials = connection.session.get_credentials()
-        self._ranges = RangeSender(self._client, credentials)
+        self.ranges = RangeSender(self.client, credentials)
+
+
+class Bucket:
+    """A place in a bucket. Safe to use from many threads.
+
+    Its clients reach every bucket of their endpoints: :meth:`open_range` reads the bucket that a version names. With
+    several endpoints, each is taken to hold the same objects (:mod:`obsfs.remote.replicas`); versions are known by the
+    first, whichever serves them.
+    """
+
+    def __init__(self, address: Address, settings: Settings, *, keys: Keys | None = None) -> None:
+        self.address = address
+        self.name = address.bucket
+        urls = settings.endpoint_urls or (None,)
+        self._sites = [_Site(settings, connect(settings, address.scheme, keys, url)) for url in urls]
+        self.replicas = Replicas(len(self._sites))
+        self.endpoint: str = self._sites[0].endpoint
+
+    @property
+    def client(self) -> Any:
+        """botocore's client for the first endpoint, where everything is written."""
+        return self._sites[0].client
+
+    @property
+    def sites(self) -> list[dict[str, object]]:
+        """For ``obsfs status``: the endpoints, with their latency in seconds and their failures."""
+        return [
+            {"endpoint": site.endpoint, "latency": one.latency, "failures": one.failures, "lagging": one.lagging}
+            for site, one in zip(self._sites, self.replicas.health, strict=True)
+        ]
+
+    def _ask(self, work: Callable[[int], _T], *, may_lag: bool = False) -> _T:
+        """What the first endpoint that can answer says. With `may_lag`, one that says no may just be late: the others
+        are asked too."""
+        error: ObsfsError | None = None
+        late: list[int] = []
+        for number in self.replicas.order():
+            started = time.monotonic()
+            try:
+                answer = work(number)
+            except UnavailableError as unavailable:
+                self.replicas.failed(number)
+                error = error or unavailable
+                if len(self._sites) > 1:
+                    log.warning("%s: %s", self._sites[number].endpoint, unavailable)
+            except (VersionChangedError, NotFoundError) as changed:
+                if not may_lag:
+                    raise
+                late.append(number)
+                error = changed
+            else:
+                self.replicas.answered(number, time.monotonic() - started if may_lag else None)
+                for other in late:
+                    self.replicas.lagged(other)
+                    log.warning("%s lags behind %s", self._sites[other].endpoint, self._sites[number].endpoint)
+                return answer
+        assert error is not None
+        raise error
 
     def check(self) -> Page:
         """The first page of the place. Raises what is wrong when the bucket is not there or may not be listed."""
@@ -164,29 +202,89 @@ class Bucket:
         """The identity of what `info` describes."""
         return ObjectVersion(self.endpoint, self.name, info.key, info.etag, info.size)
 
-    def list(self, prefix: str, *, page_size: int = 1000) -> Iterator[Page]:
-        """Pages of what lies directly under `prefix` (empty, or ending in ``/``), in the server's order."""
-        token: dict[str, str] = {}
+    def list(self, prefix: str, *, page_size: int = 1000, delimiter: str = "/") -> Iterator[Page]:
+        """Pages of what lies directly under `prefix` (empty, or ending in ``/``), in the server's order.
+
+        Without a delimiter: of all objects under it.
+        """
+        what = f"{self.address.scheme}://{self.name}/{prefix}"
+        request: dict[str, Any] = {"Bucket": self.name, "Prefix": prefix, "MaxKeys": page_size}
+        if delimiter:
+            request["Delimiter"] = delimiter
+        place: tuple[int, dict[str, str]] = (-1, {})
+        last = ""
+
+        def ask(number: int) -> tuple[int, dict[str, Any]]:
+            # A token is understood by the endpoint that gave it; another one goes on after the last name.
+            on = place[1] if number == place[0] else {"StartAfter": last} if last else {}
+            with translated(what):
+                return number, self._sites[number].client.list_objects_v2(**request, **on)
+
         while True:
-            with translated(f"{self.address.scheme}://{self.name}/{prefix}"):
-                answer = self._client.list_objects_v2(
-                    Bucket=self.name, Prefix=prefix, Delimiter="/", MaxKeys=page_size, **token
-                )
+            number, answer = self._ask(ask)
             objects = [
-                ObjectInfo(entry["Key"], entry["Size"], _epoch(entry.get("LastModified")), entry.get("ETag", ""))
+                ObjectInfo(
+                    entry["Key"], entry["Size"], _epoch(entry.get("LastModified")), quoted(entry.get("ETag", ""))
+                )
                 for entry in answer.get("Contents", ())
             ]
+            prefixes = [entry["Prefix"] for entry in answer.get("CommonPrefixes", ())]
             is_last = not answer.get("IsTruncated")
-            yield Page(objects, [entry["Prefix"] for entry in answer.get("CommonPrefixes", ())], is_last)
+            yield Page(objects, prefixes, is_last)
             if is_last:
                 return
-            token = {"ContinuationToken": answer["NextContinuationToken"]}
+            last = max([info.key for info in objects[-1:]] + prefixes[-1:], default=last)
+            place = number, {"ContinuationToken": answer["NextContinuationToken"]}
+
+    def walk(self, prefix: str) -> Iterator[ObjectInfo]:
+        """All objects under a prefix, however deep."""
+        for page in self.list(prefix, delimiter=""):
+            yield from page.objects
 
     def head(self, key: str) -> ObjectInfo:
         """The object at `key` as it is now. Raises NotFoundError."""
-        with translated(f"{self.address.scheme}://{self.name}/{key}"):
-            answer = self._client.head_object(Bucket=self.name, Key=key)
-        return ObjectInfo(key, answer["ContentLength"], _epoch(answer.get("LastModified")), answer.get("ETag", ""))
+
+        def ask(number: int) -> dict[str, Any]:
+            with translated(self._what(key)):
+                answer: dict[str, Any] = self._sites[number].client.head_object(Bucket=self.name, Key=key)
+            return answer
+
+        answer = self._ask(ask)
+        return ObjectInfo(
+            key, answer["ContentLength"], _epoch(answer.get("LastModified")), quoted(answer.get("ETag", ""))
+        )
+
+    def get(self, key: str, *, most: int = 64 << 20) -> Content:
+        """A small object, whole and as it is now. Raises NotFoundError, and UsageError for one above `most` bytes."""
+
+        def ask(number: int) -> Content:
+            with translated(self._what(key)):
+                answer = self._sites[number].client.get_object(Bucket=self.name, Key=key)
+                size = answer["ContentLength"]
+                with closing(answer["Body"]) as body:
+                    if size > most:
+                        raise UsageError(f"{self._what(key)} is too large to be what it should be", "look at it")
+                    data = body.read()
+            if len(data) != size:
+                raise UnavailableError(f"the server closed the body of {key} early")
+            now = answer["ResponseMetadata"]["HTTPHeaders"].get("date", "")
+            age = parsedate_to_datetime(now).timestamp() - _epoch(answer.get("LastModified")) if now else 0.0
+            return Content(data, answer.get("ETag", ""), max(0.0, age))
+
+        return self._ask(ask)
+
+    def older(self, key: str) -> Iterator[Content]:
+        """The versions of an object that the bucket keeps, the newest first; none where it keeps none."""
+        with translated(self._what(key)):
+            answer = self.client.list_object_versions(Bucket=self.name, Prefix=key)
+            found = [one for one in answer.get("Versions", ()) if one["Key"] == key]
+            for one in sorted(found, key=lambda one: _epoch(one["LastModified"]), reverse=True):
+                if (one.get("VersionId") or "null") != "null":
+                    got = self.client.get_object(Bucket=self.name, Key=key, VersionId=one["VersionId"])
+                    yield Content(got["Body"].read(), got["ETag"], 0.0)
+
+    def _what(self, key: str) -> str:
+        return f"{self.address.scheme}://{self.name}/{key}"
 
     def open_range(self, version: ObjectVersion, start: int, stop: int) -> RangeBody:
         """Bytes ``[start, stop)`` of exactly this version.
@@ -194,15 +292,32 @@ class Bucket:
         Raises VersionChangedError when the object was replaced or deleted, and UnavailableError when what the
         server says it sends (Content-Range, length, ETag) is not what was asked for, whatever its status.
         """
+        return self._ask(lambda number: self._open_range(number, version, start, stop), may_lag=True)
+
+    def read_range(self, version: ObjectVersion, start: int, stop: int) -> bytes:
+        """As :meth:`open_range`, all at once."""
+        if stop <= start:
+            return b""
+        body = self.open_range(version, start, stop)
+        try:
+            buffer = bytearray(stop - start)
+            body.readinto(memoryview(buffer))
+            return bytes(buffer)
+        finally:
+            body.close()
+
+    def _open_range(self, number: int, version: ObjectVersion, start: int, stop: int) -> RangeBody:
         what = f"{self.address.scheme}://{version.bucket}/{version.key}"
         span = f"bytes={start}-{stop - 1}"
+        site = self._sites[number]
         with translated(what, pinned=True):
-            answer = self._ranges.send(version.bucket, version.key, span, version.etag)
+            answer = site.ranges.send(version.bucket, version.key, span, version.etag, version.version_id)
             if answer is None:
-                match = {"IfMatch": version.etag} if version.etag else {}
-                got = self._client.get_object(Bucket=version.bucket, Key=version.key, Range=span, **match)
+                pins = {"IfMatch": version.etag, "VersionId": version.version_id}
+                pins = {name: value for name, value in pins.items() if value}
+                got = site.client.get_object(Bucket=version.bucket, Key=version.key, Range=span, **pins)
                 answer = RangeAnswer(got["ResponseMetadata"]["HTTPHeaders"], got["Body"]._raw_stream)
-            body = RangeBody(answer.stream, stop - start)
+            body = RangeBody(answer.stream, stop - start, lambda: self.replicas.failed(number))
             try:
                 _check_range(answer.headers, version, start, stop)
             except ObsfsError:

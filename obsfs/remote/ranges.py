@@ -7,7 +7,7 @@ Those layers (validation, endpoint rules, events, response parsing) cost 1.9 ms 
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http.client import HTTPResponse
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
@@ -26,8 +26,9 @@ _URLS = 4096
 class RangeBody:
     """The body of one range request, to be read in order. Close it when done, also when it was read in part."""
 
-    def __init__(self, stream: Any, length: int) -> None:
+    def __init__(self, stream: Any, length: int, on_failure: Callable[[], None] = lambda: None) -> None:
         self._left = length
+        self._on_failure = on_failure
         self._response = stream
         # urllib3's readinto reads into bytes of its own and copies them; http.client's fills the buffer it is given.
         inner = getattr(self._response, "_fp", None)
@@ -39,12 +40,16 @@ class RangeBody:
         filled, wanted = 0, len(buffer)
         # Fewer, larger wake-ups, as long as more is to come than they wait for.
         self._wake_at(_WAKE_BYTES if self._left - wanted >= _WAKE_BYTES else 1)
-        with translated("read"):
-            while filled < wanted:
-                count = self._readinto(buffer[filled:])
-                if not count:
-                    raise UnavailableError(f"the server closed a body {self._left - filled} bytes early")
-                filled += count
+        try:
+            with translated("read"):
+                while filled < wanted:
+                    count = self._readinto(buffer[filled:])
+                    if not count:
+                        raise UnavailableError(f"the server closed a body {self._left - filled} bytes early")
+                    filled += count
+        except UnavailableError:
+            self._on_failure()
+            raise
         self._left -= filled
 
     def _wake_at(self, size: int) -> None:
@@ -82,8 +87,8 @@ class RangeSender:
         self._user_agent = config.user_agent
         self._urls: dict[tuple[str, str], str] = {}
 
-    def send(self, bucket: str, key: str, span: str, etag: str) -> RangeAnswer | None:
-        """Ask for ``bytes=FIRST-LAST`` of a key, pinned to an ETag if there is one.
+    def send(self, bucket: str, key: str, span: str, etag: str, version_id: str = "") -> RangeAnswer | None:
+        """Ask for ``bytes=FIRST-LAST`` of a key, pinned to an ETag (and the bucket's version id) if there is one.
 
         None when the client has to ask: it is not a plain request, or the server did not just say yes. Raises
         UnavailableError for what the server could not do, and botocore's exceptions.
@@ -93,7 +98,8 @@ class RangeSender:
         headers = {"Range": span, "User-Agent": self._user_agent}
         if etag:
             headers["If-Match"] = etag
-        request = AWSRequest("GET", self._url(bucket, key), headers, stream_output=True)
+        parameters = {"versionId": version_id} if version_id else {}
+        request = AWSRequest("GET", self._url(bucket, key), headers, params=parameters, stream_output=True)
         if self._credentials is not None:
             frozen = self._credentials.get_frozen_credentials()
             S3SigV4Auth(frozen, "s3", self._client.meta.region_name).add_auth(request)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from obsfs.blocks.cache import Cache, CachedObject
 from obsfs.blocks.layout import BLOCK, checksum
 from obsfs.errors import CacheError
-from obsfs.remote.client import ObjectVersion
+from obsfs.remote.objects import ObjectVersion
 from tests.conftest import MIB, random_bytes
 
 GIB = 1 << 30

@@ -26,7 +26,7 @@ from obsfs.blocks.fetcher import (
 )
 from obsfs.blocks.layout import BLOCK
 from obsfs.errors import ObsfsError, UnavailableError, VersionChangedError
-from obsfs.remote.client import ObjectVersion
+from obsfs.remote.objects import ObjectVersion
 from tests.conftest import wait_for
 
 

@@ -11,11 +11,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from obsfs.blocks.reader import Reader
 from obsfs.demo.server import EmbeddedServer
-from tests.conftest import MIB, Mounter, Store, random_bytes, status
+from obsfs.fuse import daemon
+from obsfs.fuse.kernel import channel
+from obsfs.settings import Settings
+from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for
 from tests.faulty import FaultyLink
 
 
@@ -244,3 +249,38 @@ def test_two_mounts_share_a_cache(bucket: Store, mount: Mounter) -> None:
     readers = [subprocess.Popen(["sha256sum", path / "file.bin"], stdout=subprocess.DEVNULL) for path in (one, other)]
     assert [reader.wait(60) for reader in readers] == [0, 0]
     assert status(one)["bytes_fetched"] + status(other)["bytes_fetched"] == len(data)
+
+
+def test_a_mistake_of_ours_is_answered(bucket: Store, tmp_path: Path) -> None:
+    """A server process with a bug in it: whoever meets it gets EIO, at once, and the mount lives on."""
+    bucket.put("a.bin", data := random_bytes(4 * MIB))
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    pid = os.fork()
+    if not pid:
+        try:
+            ready = Reader.ready
+
+            def broken(self: Reader, offset: int, *arguments: Any, **options: Any) -> bool:
+                if offset < MIB:
+                    raise RuntimeError("planted")
+                return ready(self, offset, *arguments, **options)
+
+            Reader.ready = broken  # type: ignore[method-assign]
+            settings = Settings.load(cache_dir=tmp_path / "cache")
+            daemon.serve(str(bucket), mountpoint, settings, lambda: None, daemon.Stop())
+        finally:
+            os._exit(0)
+    try:
+        wait_for(lambda: channel.mounted_at(mountpoint) is not None)
+
+        def read(offset: int) -> subprocess.CompletedProcess[bytes]:
+            command = ["dd", f"if={mountpoint / 'a.bin'}", "bs=1M", f"skip={offset}", "count=1"]
+            return subprocess.run(command, capture_output=True, timeout=20, check=False)
+
+        assert b"Input/output error" in read(0).stderr
+        assert read(3).stdout == data[3 * MIB :]
+        assert status(mountpoint)["pid"] == pid
+    finally:
+        subprocess.run(["umount", "-l", mountpoint], check=False, timeout=20)
+        wait_for(lambda: os.waitpid(pid, os.WNOHANG)[0] == pid)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from obsfs.fuse.loaders import WholeReads, companions, shards
 from obsfs.fuse.tree import Entry
-from obsfs.remote.client import ObjectInfo
+from obsfs.remote.objects import ObjectInfo
 
 WEIGHTS = "model-00001-of-00002.safetensors"
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from obsfs.errors import NotFoundError
 from obsfs.fuse.tree import ROOT, Tree, WouldBlockError
 from obsfs.remote.address import is_valid_name
-from obsfs.remote.client import ObjectInfo, ObjectVersion, Page
+from obsfs.remote.objects import ObjectInfo, ObjectVersion, Page
 
 
 class MemoryBucket:
@@ -159,7 +159,7 @@ def test_a_successor_knows_what_its_predecessor_told_the_kernel() -> None:
     tree.forget(gone.id, 1)
     for source in (records, list(tree.snapshot())):
         successor = Tree(MemoryBucket({}), "", 10, now=Clock())
-        successor.restore(source, "e", "b")
+        successor.restore(source)
         assert successor.node(inner.id).version == inner.version
         assert successor.node(opened.id).direct_opens == 1
         assert successor.node(opened.id).ino == opened.ino

@@ -17,7 +17,8 @@ from botocore.credentials import ReadOnlyCredentials
 from obsfs.demo.server import find_program
 from obsfs.errors import ForbiddenError, NotFoundError, UnavailableError, VersionChangedError
 from obsfs.remote.address import parse_address
-from obsfs.remote.client import Bucket, ObjectVersion
+from obsfs.remote.client import Bucket
+from obsfs.remote.objects import ObjectVersion
 from obsfs.remote.ranges import RangeSender
 from obsfs.settings import Settings
 from tests.conftest import MIB, Mounter, Store, random_bytes

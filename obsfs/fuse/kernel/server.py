@@ -24,7 +24,7 @@ from obsfs.fuse.kernel.pages import GONE, Pipe, Storer
 from obsfs.fuse.kernel.wire import FileOpen, Init, Opcode, Request
 from obsfs.fuse.operations import UNKNOWN_INO, Attributes, Operations
 from obsfs.fuse.tree import WouldBlockError
-from obsfs.remote.client import ObjectVersion
+from obsfs.remote.objects import ObjectVersion
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,60 @@
+"""``obsfs import``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from obsfs.commands.options import LIBRARY, settings_options
+from obsfs.commands.output import human, progress, spinner, terminate_like_interrupt
+from obsfs.settings import Settings
+
+_EPILOG = """\b
+Examples:
+  obsfs import hf:Qwen/Qwen2-7B-Instruct obs://models/Qwen2-7B-Instruct@v1 --region cn-south-1
+  OBSFS_LIBRARY=obs://models obsfs import ms:qwen/Qwen2-7B-Instruct@master
+"""
+
+
+@click.command("import", epilog=_EPILOG)
+@click.argument("repository", metavar="hf:ORG/NAME|ms:ORG/NAME")
+@click.argument("name", required=False, metavar="obs://BUCKET/NAME[@VERSION]")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Only files like this (may be repeated).")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="No files like this (may be repeated).")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
+@settings_options(*LIBRARY)
+def import_(
+    repository: str,
+    name: str | None,
+    *,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Publish a repository of Hugging Face (hf:) or ModelScope (ms:), streamed past the local disk.
+
+    Without a name it gets its own, in the library that --library or OBSFS_LIBRARY names. Hashes that the hub knows
+    are compared with what it sends. Needs the extra `hub`.
+    """
+    from obsfs.library import hub
+    from obsfs.library.names import parse_model
+    from obsfs.library.push import publish
+
+    settings = Settings.load(**given)
+    wanted = hub.parse_hub_name(repository)
+    model = parse_model(name or wanted.repository.rpartition("/")[2], settings.library)
+    terminate_like_interrupt()
+    with spinner(f"looking at {wanted}", quiet=as_json):
+        found = hub.find(wanted).chosen(include, exclude)
+        details = found.details()
+    with progress(f"importing {wanted}", sum(file.size for file in found.files), quiet=as_json) as advance:
+        manifest, sent = publish(
+            model, found.files, details, settings, origin=f"{wanted}@{found.revision}", advance=advance
+        )
+    if as_json:
+        click.echo(json.dumps({**manifest.model_dump(mode="json"), "bytes_sent": sent, "url": str(model)}, indent=1))
+    else:
+        click.echo(f"published {model}: {len(manifest.files)} files, {human(manifest.size)}")

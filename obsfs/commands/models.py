@@ -1,0 +1,191 @@
+"""``obsfs models``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from obsfs.commands.options import LIBRARY, settings_options
+from obsfs.commands.output import columns, count, human, spinner
+from obsfs.settings import Settings
+
+_EPILOG = """\b
+Examples:
+  obsfs models obs://models --region cn-south-1
+  OBSFS_LIBRARY=obs://models obsfs models --json | jq '.models[].name'
+  obsfs models show obs://models/Qwen2-7B-Instruct
+"""
+
+
+class _Models(click.Group):
+    """``obsfs models LIBRARY`` means ``obsfs models list LIBRARY``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_Models, epilog=_EPILOG)
+def models() -> None:
+    """Show the models of a library: `obsfs models [obs://BUCKET/PREFIX]`, or one of them: `obsfs models show NAME`."""
+
+
+@models.command("list", epilog=_EPILOG)
+@click.argument("library", required=False, metavar="[obs://BUCKET/PREFIX]")
+@click.option("--fresh", is_flag=True, help="Ask the bucket, though it was asked within --metadata-ttl.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@settings_options(*(name for name in LIBRARY if name != "library"), "metadata_ttl")
+def list_(library: str | None, *, fresh: bool, as_json: bool, **given: Any) -> None:
+    """Show every model: versions, architecture, parameters, dtype, size, and how much of it is cached here.
+
+    Read from manifests, or, for models without one, from their configuration and the headers of their weights.
+    """
+    from obsfs.errors import UsageError
+    from obsfs.library import shelf
+
+    settings = Settings.load(**given)
+    chosen = library or settings.library
+    if not chosen:
+        raise UsageError("no library is given", "write obs://BUCKET/PREFIX, or set OBSFS_LIBRARY")
+    document = None if fresh else shelf.load(settings, chosen)
+    if document is None:
+        with spinner(f"looking at {chosen}", quiet=as_json):
+            document = _look(chosen, settings)
+        shelf.keep(settings, chosen, document)
+    _add_cached(document, settings)
+    for problem in document["problems"]:
+        click.echo(f"obsfs: {problem}", err=True)
+    if as_json:
+        for model in document["models"]:
+            del model["files"]
+        click.echo(json.dumps(document, indent=1))
+    else:
+        _print(chosen, document)
+
+
+def _look(library: str, settings: Settings) -> dict[str, Any]:
+    from obsfs.library import catalog
+    from obsfs.remote.address import parse_address
+    from obsfs.remote.client import Bucket
+
+    address = parse_address(library)
+    bucket = Bucket(address, settings)
+    bucket.check()
+    found, problems = catalog.models(bucket, address)
+    return {
+        "library": str(address),
+        "endpoint": bucket.endpoint,
+        "models": [_document(model, address.prefix) for model in found],
+        "problems": problems,
+    }
+
+
+def _document(model: Any, prefix: str) -> dict[str, Any]:
+    manifest = model.manifest
+    return {
+        "name": f"{model.name.library}{model.name.name}"[len(prefix) :],
+        "version": model.name.version,
+        "url": str(model.name),
+        "published": bool(model.etag),
+        "architecture": manifest.model.architecture,
+        "parameters": manifest.model.parameters,
+        "dtype": manifest.model.dtype,
+        "size": manifest.size,
+        "created": manifest.created.isoformat(),
+        "author": manifest.author,
+        "source": manifest.source,
+        "revision": manifest.revision,
+        "content": manifest.content,
+        "files": [[f"{model.name.prefix}{file.path}", file.etag, file.size] for file in manifest.files],
+    }
+
+
+def _add_cached(document: dict[str, Any], settings: Settings) -> None:
+    if not settings.cache_dir.is_dir():
+        for model in document["models"]:
+            model["cached"] = 0
+        return
+    from obsfs.blocks.cache import cached_sizes
+
+    bucket = document["library"].partition("://")[2].partition("/")[0]
+    sizes = cached_sizes(settings.cache_dir, document["endpoint"], bucket)
+    for model in document["models"]:
+        model["cached"] = sum(sizes.get((key, etag), 0) for key, etag, _ in model["files"])
+
+
+def _print(library: str, document: dict[str, Any]) -> None:
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for model in document["models"]:
+        by_name.setdefault(model["name"], []).append(model)
+    rows = []
+    for name, versions in by_name.items():
+        versions.sort(key=lambda model: model["created"])
+        newest = versions[-1]
+        rows.append(
+            (
+                name,
+                ", ".join(model["version"] or "-" for model in versions),
+                newest["architecture"],
+                count(newest["parameters"]) if newest["parameters"] else "",
+                newest["dtype"],
+                human(newest["size"]),
+                _share(sum(model["cached"] for model in versions), sum(model["size"] for model in versions)),
+            )
+        )
+    titles = ("model", "versions", "architecture", ">parameters", "dtype", ">size", ">cached")
+    click.echo("\n".join(columns(titles, rows)))
+    click.echo(f"{len(by_name)} models in {library}")
+
+
+def _share(part: int, whole: int) -> str:
+    if not part:
+        return ""
+    return f"{human(part)}" if part < whole else "all"
+
+
+@models.command(epilog="Example: obsfs models show obs://models/Qwen2-7B-Instruct --json")
+@click.argument("name", metavar="NAME|obs://BUCKET/NAME[@VERSION]")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@settings_options(*LIBRARY)
+def show(name: str, *, as_json: bool, **given: Any) -> None:
+    """Show one model: what its manifest says, its versions, and its files."""
+    from obsfs.library import catalog
+    from obsfs.library.names import parse_model
+    from obsfs.remote.client import Bucket
+
+    settings = Settings.load(**given)
+    wanted = parse_model(name, settings.library)
+    bucket = Bucket(wanted.address, settings)
+    with spinner(f"looking at {wanted.label}", quiet=as_json):
+        model = catalog.resolve(bucket, wanted)
+        versions = [one.name.version for one in catalog.versions(bucket, wanted)]
+    document = {**_document(model, model.name.library), "versions": versions, "endpoint": bucket.endpoint}
+    document["library"] = f"{wanted.scheme}://{wanted.bucket}/{wanted.library}".rstrip("/")
+    wrapped = {**document, "models": [document]}
+    _add_cached(wrapped, settings)
+    document["files"] = [file.model_dump(exclude={"version_id"}) for file in model.manifest.files]
+    if as_json:
+        click.echo(json.dumps(document, indent=1))
+        return
+    _print_one(document)
+
+
+def _print_one(document: dict[str, Any]) -> None:
+    facts = {
+        "url": document["url"],
+        "versions": ", ".join(document["versions"]),
+        "architecture": document["architecture"],
+        "parameters": count(document["parameters"]) if document["parameters"] else "",
+        "dtype": document["dtype"],
+        "size": human(document["size"]),
+        "cached": human(document["cached"]),
+        "published": f"{document['created']} by {document['author']}" if document["published"] else "no: no manifest",
+        "source": f"{document['source']} {document['revision']}".strip(),
+        "content": document["content"],
+    }
+    click.echo("\n".join(columns(("", ""), [(title, text) for title, text in facts.items() if text])).lstrip("\n"))
+    rows = [(file["path"], human(file["size"]), file["sha256"][:16]) for file in document["files"]]
+    click.echo("\n" + "\n".join(columns(("file", ">size", "sha256"), rows)))

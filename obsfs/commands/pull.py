@@ -1,0 +1,94 @@
+"""``obsfs pull``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from obsfs.commands.options import LIBRARY, settings_options
+from obsfs.commands.output import human, progress, terminate_like_interrupt
+from obsfs.settings import Settings
+
+_EPILOG = """\b
+Examples:
+  obsfs pull obs://models/Qwen2-7B-Instruct --region cn-south-1
+  obsfs pull obs://models/Qwen2-7B-Instruct@v2 ./qwen --include '*.json' --include '*.safetensors'
+  obsfs pull obs://models/Qwen2-7B-Instruct --to-hf-cache --as Qwen/Qwen2-7B-Instruct
+  MODEL=$(OBSFS_LIBRARY=obs://models obsfs pull Qwen2-7B-Instruct)
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("name", metavar="obs://BUCKET/NAME[@VERSION]")
+@click.argument("directory", required=False, type=click.Path(path_type=Path))
+@click.option("--include", multiple=True, metavar="PATTERN", help="Only files like this (may be repeated).")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="No files like this (may be repeated).")
+@click.option("--to-hf-cache", is_flag=True, help="Into Hugging Face's cache: from_pretrained finds it by its name.")
+@click.option("--to-modelscope-cache", is_flag=True, help="Into ModelScope's cache.")
+@click.option("--as", "repository", metavar="ORG/NAME", help="Its name in those caches. Default: as it was imported.")
+@click.option("--force", is_flag=True, help="Replace files that are there with other content.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@settings_options(*LIBRARY)
+def pull(
+    name: str,
+    directory: Path | None,
+    *,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    to_hf_cache: bool,
+    to_modelscope_cache: bool,
+    repository: str | None,
+    force: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Bring a model here, verified, and print the directory that it is in.
+
+    Without DIRECTORY it goes beside the block cache. What is in the block cache already is not fetched again, and
+    what was fetched stays there. A NAME without a version means what lies there, or else the newest version.
+    """
+    from obsfs.library import download
+    from obsfs.library.names import parse_model
+    from obsfs.library.pull import Pull
+
+    settings = Settings.load(**given)
+    pulling = Pull(parse_model(name, settings.library), settings)
+    files = pulling.files(include, exclude)
+    hubs = [
+        hub for hub, on in ((download.HUGGING_FACE, to_hf_cache), (download.MODEL_SCOPE, to_modelscope_cache)) if on
+    ]
+    terminate_like_interrupt()
+    size = sum(file.size for file in files) * (len(hubs) + (directory is not None or not hubs))
+    with progress(f"pulling {pulling.model.name.label}", size, quiet=as_json) as advance:
+        done = download.pull(
+            pulling,
+            settings,
+            directory=directory,
+            hubs=hubs,
+            repository=repository,
+            files=files,
+            force=force,
+            advance=advance,
+        )
+    model = pulling.model
+    if as_json:
+        document = {
+            "url": str(model.name),
+            "directories": [str(one.directory) for one in done],
+            "bytes": sum(file.size for file in files),
+            "bytes_fetched": sum(one.fetched for one in done),
+            "verified": all(file.sha256 for file in files),
+            "content": model.manifest.content,
+        }
+        click.echo(json.dumps(document, indent=1))
+        return
+    fetched = sum(one.fetched for one in done)
+    how = (
+        "" if all(file.sha256 for file in files) else "; it has no manifest, so only what the bucket offers was checked"
+    )
+    click.echo(f"{model.name}: {len(files)} files, {human(fetched)} fetched{how}", err=True)
+    for one in done:
+        click.echo(one.directory)

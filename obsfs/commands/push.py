@@ -1,0 +1,70 @@
+"""``obsfs push``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from obsfs.commands.options import LIBRARY, settings_options
+from obsfs.commands.output import human, progress, terminate_like_interrupt
+from obsfs.settings import Settings
+
+_EPILOG = """\b
+Examples:
+  obsfs push ./Qwen2-7B-tuned obs://models/Qwen2-7B-tuned@v1 --region cn-south-1
+  OBSFS_LIBRARY=obs://models obsfs push ./Qwen2-7B-tuned Qwen2-7B-tuned@v2
+  obsfs push ./notes obs://models/notes --any
+
+\b
+NAME@VERSION never changes once it is published. NAME without a version is replaced in place.
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("name", metavar="obs://BUCKET/NAME[@VERSION]")
+@click.option("--any", "any_files", is_flag=True, help="Push it though it is no model.")
+@click.option("--source", metavar="TEXT", help="Where it came from, for the manifest. Default: the directory's name.")
+@click.option("--revision", metavar="TEXT", help="Of which revision it is. Default: the commit, if it is in git.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
+@settings_options(*LIBRARY)
+def push(
+    directory: Path,
+    name: str,
+    *,
+    any_files: bool,
+    source: str | None,
+    revision: str | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Publish a model: all files of DIRECTORY, in parallel, and a manifest of their hashes last.
+
+    It exists whole or not at all. What is there already, at this or another version of the same name, is not sent
+    again; a push that was cut off goes on where it stopped when it is run again from the same machine.
+    """
+    from obsfs.library import push as pushing
+    from obsfs.library.names import parse_model
+
+    settings = Settings.load(**given)
+    model = parse_model(name, settings.library)
+    files = pushing.find_files(directory, any_files=any_files)
+    terminate_like_interrupt()
+    with progress(f"pushing {model.label}", sum(file.size for file in files), quiet=as_json) as advance:
+        manifest, sent = pushing.push(
+            directory,
+            model,
+            settings,
+            files=files,
+            source=source or "",
+            revision=revision or "",
+            advance=advance,
+        )
+    if as_json:
+        click.echo(json.dumps({**manifest.model_dump(mode="json"), "bytes_sent": sent, "url": str(model)}, indent=1))
+    else:
+        had = f", {human(manifest.size - sent)} of them were there" if sent < manifest.size else ""
+        click.echo(f"published {model}: {len(manifest.files)} files, {human(manifest.size)}{had}")

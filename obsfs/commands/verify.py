@@ -1,0 +1,96 @@
+"""``obsfs verify``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from obsfs.commands import places
+from obsfs.commands.options import LIBRARY, settings_options
+from obsfs.commands.output import human, progress, terminate_like_interrupt
+from obsfs.errors import UsageError
+from obsfs.library.names import MANIFEST, is_url, parse_model
+from obsfs.settings import Settings
+
+_EPILOG = """\b
+Examples:
+  obsfs verify obs://models/Qwen2-7B-Instruct@v2 --region cn-south-1
+  obsfs verify obs://models/Qwen2-7B-Instruct@v2 --in cache
+  obsfs verify /mnt/models/Qwen2-7B-Instruct@v2
+  obsfs verify ./qwen --json
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("target", metavar="PATH_OR_URL")
+@click.option(
+    "--in",
+    "where",
+    type=click.Choice(["bucket", "cache"]),
+    help="Read from the bucket, or what is cached here. Default: bucket for a URL, cache for a path on a mount.",
+)
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@settings_options(*LIBRARY)
+def verify(target: str, *, where: str | None, as_json: bool, **given: Any) -> None:
+    """Hash a model against its manifest, and say what differs. Exit status 1 when something does.
+
+    TARGET is a model in a bucket, a path on a mount, or a directory that obsfs pull has made.
+    """
+    from obsfs.library import verify as verifying
+    from obsfs.library.pull import read_local
+
+    terminate_like_interrupt()
+    path = Path(target)
+    if not is_url(target) and path.is_dir() and (path / MANIFEST).is_file() and places.on_mount(path) is None:
+        manifest = read_local(path)
+        with progress(f"verifying {path}", manifest.size, quiet=as_json) as advance:
+            result = verifying.in_directory(path, manifest, advance)
+        return _tell(target, "the directory", result, as_json)
+    url, settings = places.locate(target, given)
+    chosen = where or ("bucket" if is_url(target) or not path.exists() else "cache")
+    return _verify_model(url, settings, chosen, as_json)
+
+
+def _verify_model(url: str, settings: Settings, where: str, as_json: bool) -> None:
+    from obsfs.blocks.cache import Cache
+    from obsfs.library import catalog
+    from obsfs.library import verify as verifying
+    from obsfs.remote.client import Bucket
+
+    name = parse_model(url, settings.library)
+    bucket = Bucket(name.address, settings)
+    model = catalog.resolve(bucket, name)
+    if not model.etag:
+        raise UsageError(f"{model.name} has no manifest", "it was not published by obsfs push")
+    with progress(f"verifying {model.name.label}", model.manifest.size, quiet=as_json) as advance:
+        if where == "bucket":
+            result = verifying.in_bucket(bucket, model, settings.retry_timeout, advance)
+        else:
+            cache = Cache(settings.cache_dir, int(settings.cache_size))
+            result = verifying.in_cache(cache, model, bucket.endpoint, advance)
+    _tell(str(model.name), f"the {where}", result, as_json)
+
+
+def _tell(what: str, where: str, result: Any, as_json: bool) -> None:
+    if as_json:
+        document = {
+            "target": what,
+            "where": where.removeprefix("the "),
+            "files": result.files,
+            "bytes": result.size,
+            "unknown": result.unknown,
+            "differences": [one._asdict() for one in result.differences],
+        }
+        click.echo(json.dumps(document, indent=1))
+    else:
+        for one in result.differences:
+            click.echo(f"{one.path}: {one.reason}")
+        verdict = f"{len(result.differences)} files differ" if result.differences else "all as in the manifest"
+        if not result.files and not result.differences:
+            verdict = "nothing to compare"
+        click.echo(f"{what}, in {where}: {result.files} files, {human(result.size)}: {verdict}", err=True)
+    if result.differences:
+        click.get_current_context().exit(1)

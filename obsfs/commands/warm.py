@@ -1,0 +1,145 @@
+"""``obsfs warm`` and ``obsfs unpin``."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from obsfs.commands import places
+from obsfs.commands.options import CACHE, LIBRARY, byte_size, settings_options
+from obsfs.commands.output import human, progress, terminate_like_interrupt
+from obsfs.errors import UsageError
+from obsfs.remote.address import parse_address
+from obsfs.settings import Settings
+
+if TYPE_CHECKING:
+    from obsfs.remote.objects import ObjectVersion
+
+_EPILOG = """\b
+Examples:
+  obsfs warm obs://models/Qwen2-7B-Instruct --pin --region cn-south-1
+  obsfs warm /mnt/models/Qwen2-7B-Instruct --max-bytes 2GiB
+  obsfs warm obs://models/Qwen2-72B --record tp4-rank0      (after that rank has loaded it)
+  obsfs warm obs://models/Qwen2-72B --for tp4-rank0         (on every other machine)
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("targets", metavar="PATH_OR_URL...", nargs=-1, required=True)
+@click.option("--for", "profile", metavar="PROFILE", help="Only what this recorded profile of the model says.")
+@click.option(
+    "--record", metavar="PROFILE", help="Fetch nothing: record what is cached now as a profile, in the bucket."
+)
+@click.option("--max-bytes", metavar="SIZE", help="At most so much of each target.")
+@click.option("--pin", is_flag=True, help="Keep it: eviction and `obsfs cache clean` leave it alone.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@settings_options(*LIBRARY)
+def warm(
+    targets: tuple[str, ...],
+    *,
+    profile: str | None,
+    record: str | None,
+    max_bytes: str | None,
+    pin: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Bring into the cache what a load will need, before it needs it.
+
+    Each target is a model, a file or a prefix in a bucket, or a path on a mount.
+    """
+    terminate_like_interrupt()
+    most = byte_size("--max-bytes", max_bytes) if max_bytes else None
+    if record and (profile or pin or max_bytes):
+        raise UsageError("--record goes with no other option", "record first, then warm --for it")
+    done = []
+    for target in targets:
+        url, settings = places.locate(target, given)
+        if record:
+            done.append(_record(url, settings, record))
+        else:
+            done.append(_warm(url, settings, profile=profile, most=most, pin=pin, quiet=as_json))
+    if as_json:
+        click.echo(json.dumps(done, indent=1))
+        return
+    for one in done:
+        if record:
+            click.echo(f"{one['url']}: profile {record} has {human(one['bytes'])}")
+        else:
+            pinned = ", pinned" if pin else ""
+            click.echo(f"{one['url']}: {human(one['bytes'])} cached, {human(one['bytes_fetched'])} fetched{pinned}")
+
+
+def _warm(
+    url: str, settings: Settings, *, profile: str | None, most: int | None, pin: bool, quiet: bool
+) -> dict[str, Any]:
+    from obsfs.blocks.reader import Engine
+    from obsfs.library import catalog
+    from obsfs.library import warm as warming
+    from obsfs.library.names import parse_model
+    from obsfs.remote.client import Bucket
+
+    address = parse_address(url)
+    bucket = Bucket(address, settings)
+    if profile:
+        model = catalog.resolve(bucket, parse_model(url, settings.library))
+        wanted = warming.read_profile(bucket, model, profile)
+    else:
+        wanted = [warming.whole(version) for version in warming.find(bucket, address)]
+    if most is not None:
+        wanted = warming.at_most(wanted, most)
+    size = sum(one.size for one in wanted)
+    if size > settings.cache_size:
+        raise UsageError(
+            f"{url} needs {human(size)} of a cache of {human(settings.cache_size)}", "--cache-size, or --max-bytes"
+        )
+    engine = Engine(bucket, settings, seals=False)
+    try:
+        if pin:
+            for one in wanted:
+                engine.cache.pin(one.version)
+        with progress(f"warming {url}", size, quiet=quiet) as advance:
+            warming.warm(engine, wanted, settings.retry_timeout, advance)
+    finally:
+        engine.close()
+    return {"url": url, "bytes": size, "bytes_fetched": engine.fetcher.stats.bytes_fetched, "pinned": pin}
+
+
+def _record(url: str, settings: Settings, profile: str) -> dict[str, Any]:
+    from obsfs.blocks.cache import Cache
+    from obsfs.library import catalog
+    from obsfs.library import warm as warming
+    from obsfs.library.names import parse_model
+    from obsfs.remote.client import Bucket
+
+    name = parse_model(url, settings.library)
+    bucket = Bucket(name.address, settings)
+    cache = Cache(settings.cache_dir, int(settings.cache_size))
+    size = warming.record_profile(bucket, cache, catalog.resolve(bucket, name), profile)
+    return {"url": url, "profile": profile, "bytes": size}
+
+
+@click.command(epilog="\b\nExamples:\n  obsfs unpin obs://models/Qwen2-7B-Instruct\n  obsfs unpin --all\n")
+@click.argument("targets", metavar="PATH_OR_URL...", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="All pins.")
+@settings_options("library", *CACHE)
+def unpin(targets: tuple[str, ...], *, everything: bool, **given: Any) -> None:
+    """Let what `obsfs warm --pin` has kept be evicted again."""
+    from obsfs.blocks.cache import Cache
+
+    if bool(targets) == everything:
+        raise UsageError("what should be unpinned?", "give PATH_OR_URL, or --all")
+    settings = Settings.load(**given)
+    meant = [parse_address(places.locate(target, given)[0]) for target in targets]
+
+    def is_meant(version: ObjectVersion) -> bool:
+        # A model's name means all its versions, as it may have meant the newest when it was warmed.
+        starts = [place.prefix.rstrip("/") for place in meant if place.bucket == version.bucket]
+        return everything or any(
+            not start or version.key == start or version.key.startswith((f"{start}/", f"{start}@")) for start in starts
+        )
+
+    count = Cache(settings.cache_dir, int(settings.cache_size)).unpin(is_meant)
+    click.echo(f"{count} objects unpinned in {settings.cache_dir}")

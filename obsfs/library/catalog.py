@@ -1,0 +1,161 @@
+"""Which models a library has, and what a name stands for.
+
+A directory with a manifest is a model, and so is one without that has a configuration or weights in it: of that, the
+bucket's own listing is all that is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from obsfs.blocks import safetensors
+from obsfs.errors import NotFoundError, UsageError, VersionChangedError
+from obsfs.library import manifest as manifests
+from obsfs.library.manifest import ADAPTER, CONFIG, About, File, Manifest
+from obsfs.library.names import MANIFEST, ModelName, by_age, is_safe_path, nearest, split_label
+from obsfs.remote.address import Address
+from obsfs.remote.client import Bucket
+from obsfs.remote.objects import ObjectInfo, ObjectVersion
+
+_WORKERS = 32
+_HEADER = 64 << 10
+_SMALL = 1 << 20
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as it is in the bucket. `etag` is that of its manifest; empty when it has none."""
+
+    name: ModelName
+    manifest: Manifest
+    etag: str = ""
+
+    def version_of(self, file: File, endpoint: str) -> ObjectVersion:
+        """The object version that a file of it must be."""
+        key = f"{self.name.prefix}{file.path}"
+        return ObjectVersion(endpoint, self.name.bucket, key, file.etag, file.size, file.version_id)
+
+
+def read(bucket: Bucket, name: ModelName) -> Model | None:
+    """The model of exactly this name and version, if it has a manifest. Raises UsageError for one that is damaged."""
+    try:
+        content = bucket.get(name.manifest_key)
+    except NotFoundError:
+        return None
+    return Model(name, manifests.parse_manifest(content.data, f"{name}/{MANIFEST}"), content.etag)
+
+
+def resolve(bucket: Bucket, name: ModelName) -> Model:
+    """What a name stands for: ``NAME`` is what lies there, or else the newest of its versions.
+
+    Raises NotFoundError, with the nearest names that there are.
+    """
+    found = read(bucket, name) or _listed(bucket, name)
+    if found is None and name.version is None:
+        found = next(iter(reversed(versions(bucket, name))), None)
+    if found is not None:
+        return found
+    labels = list(_labels(bucket, name.library))
+    known = [label for label in labels if (parts := split_label(label)) and parts[0] == name.name]
+    raise NotFoundError(f"there is no model {name}", nearest(name.label, known or labels))
+
+
+def versions(bucket: Bucket, name: ModelName) -> list[Model]:
+    """All published versions of a name, the oldest first."""
+    start = f"{name.library}{name.name}@"
+    found: dict[str, Model] = {}
+    for page in bucket.list(start):
+        for prefix in page.prefixes:
+            parts = split_label(prefix[len(name.library) :].rstrip("/"))
+            if parts and parts[0] == name.name and (model := read(bucket, name.at(parts[1]))):
+                found[str(parts[1])] = model
+    order = by_age((model.manifest.created.timestamp(), version) for version, model in found.items())
+    return [found[version] for version in order]
+
+
+def models(bucket: Bucket, library: Address) -> tuple[list[Model], list[str]]:
+    """Every model and version of a library, by name; and what is wrong with those that cannot be shown.
+
+    Directories that are no models (those of an organisation, say) are looked into, one level deep.
+    """
+    found: list[Model] = []
+    damaged: list[str] = []
+    places = list(_places(bucket, library.prefix))
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        while places:
+            looks = list(pool.map(lambda place: _look(bucket, library, *place), places))
+            found += [look for look in looks if isinstance(look, Model)]
+            damaged += [str(look) for look in looks if isinstance(look, UsageError)]
+            is_first = all(prefix == library.prefix for prefix, _ in places)
+            places = [place for look in looks if isinstance(look, list) for place in look] if is_first else []
+    return sorted(found, key=lambda model: safetensors.natural(str(model.name))), damaged
+
+
+def _labels(bucket: Bucket, library: str) -> Iterator[str]:
+    for page in bucket.list(library):
+        for prefix in page.prefixes:
+            yield prefix[len(library) :].rstrip("/")
+
+
+def _places(bucket: Bucket, library: str) -> Iterator[tuple[str, str]]:
+    return ((library, label) for label in _labels(bucket, library) if split_label(label))
+
+
+def _look(
+    bucket: Bucket, library: Address, prefix: str, label: str
+) -> Model | UsageError | list[tuple[str, str]] | None:
+    """The model there; or what is wrong with its manifest; or the directories in what is no model."""
+    parts = split_label(label)
+    assert parts is not None
+    name = ModelName(library.scheme, library.bucket, prefix, *parts)
+    try:
+        if model := read(bucket, name):
+            return model
+    except UsageError as error:
+        return error
+    pages = list(bucket.list(name.prefix))
+    if manifests.is_model(info.key[len(name.prefix) :] for page in pages for info in page.objects):
+        return _listed(bucket, name)
+    labels = (below[len(name.prefix) :].rstrip("/") for page in pages for below in page.prefixes)
+    return [(name.prefix, inner) for inner in labels if split_label(inner)]
+
+
+def _listed(bucket: Bucket, name: ModelName) -> Model | None:
+    """A model without a manifest, from the bucket's listing."""
+    infos = [info for info in bucket.walk(name.prefix) if is_safe_path(info.key[len(name.prefix) :])]
+    if not infos:
+        return None
+    files = tuple(File(path=info.key[len(name.prefix) :], size=info.size, etag=info.etag) for info in infos)
+    newest = datetime.fromtimestamp(int(max(info.mtime for info in infos)), UTC)
+    about = _about(bucket, {info.key[len(name.prefix) :]: info for info in infos})
+    return Model(name, Manifest(name=name.name, version=name.version, created=newest, model=about, files=files))
+
+
+def _about(bucket: Bucket, infos: dict[str, ObjectInfo]) -> About:
+    """What a model is, read from its configuration and the headers of its weights."""
+
+    def small(path: str) -> bytes | None:
+        info = infos.get(path)
+        return bucket.get(info.key).data if info and info.size <= _SMALL else None
+
+    headers = {}
+    for path, info in infos.items():
+        if path.endswith(safetensors.SUFFIX):
+            version = bucket.version(info)
+            start = bucket.read_range(version, 0, min(_HEADER, info.size))
+            found = safetensors.header(
+                info.size,
+                lambda offset, size, start=start, version=version: (  # type: ignore[misc]
+                    start[offset : offset + size]
+                    if offset + size <= len(start)
+                    else bucket.read_range(version, offset, offset + size)
+                ),
+            )
+            headers[path] = found[1] if found else {}
+    try:
+        return manifests.describe(small(CONFIG), small(ADAPTER), headers)
+    except (NotFoundError, VersionChangedError):
+        return About()

@@ -1,0 +1,169 @@
+"""Where a pulled model goes: a directory, or the cache of Hugging Face or ModelScope, so that their names find it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from obsfs.errors import UsageError
+from obsfs.library.catalog import Model
+from obsfs.library.manifest import File
+from obsfs.library.names import ModelName, parse_model
+from obsfs.library.pull import Pull, Pulled, read_local, write_whole
+from obsfs.library.transfer import Advance
+from obsfs.settings import Settings
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_SNAPSHOTS = "snapshots"
+
+HUGGING_FACE = "hf"
+MODEL_SCOPE = "ms"
+
+
+def default_directory(settings: Settings, model: Model) -> Path:
+    """Where a model is pulled to when no place is given: beside the block cache."""
+    name = model.name
+    return settings.cache_dir / _SNAPSHOTS / name.bucket / name.library / name.label
+
+
+def repository_of(model: Model, settings: Settings, given: str | None) -> str:
+    """The name that a hub would have for a model: as given, as imported, or where it lies in the library."""
+    name = model.name
+    inside = f"{name.library}{name.name}"
+    if given is None and model.manifest.source.startswith(("hf:", "ms:")):
+        given = model.manifest.source[3:]
+    if given is None and settings.library:
+        root = parse_model(f"{settings.library.rstrip('/')}/x").library
+        given = inside.removeprefix(root) if inside.startswith(root) else None
+    chosen = given or name.name
+    if not _REPOSITORY.fullmatch(chosen):
+        raise UsageError(f"{chosen!r} is no name of a hub", "give one with --as ORG/NAME")
+    return chosen
+
+
+def hub_directory(model: Model, repository: str, hub: str) -> Path:
+    """The directory in a hub's cache that a model's files go to."""
+    if hub == HUGGING_FACE:
+        return _hf_repository(repository) / _SNAPSHOTS / _commit(model)
+    # As modelscope_hub has it: {cache}/models/{owner}--{name}/snapshots/{revision}
+    cache = os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope"
+    return Path(cache).expanduser() / "models" / repository.replace("/", "--") / _SNAPSHOTS / "master"
+
+
+def finish_hub(model: Model, repository: str, hub: str, directory: Path, files: Sequence[File]) -> None:
+    """Make what was pulled there findable by the hub's own library."""
+    if hub != HUGGING_FACE:
+        return
+    # As huggingface_hub has it: blobs by their hashes, links to them in snapshots, and what a branch stands for.
+    home = _hf_repository(repository)
+    blobs = home / "blobs"
+    blobs.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        path = directory / file.path
+        if path.is_symlink() or not file.sha256:
+            continue
+        blob = blobs / file.sha256
+        path.replace(blob)
+        path.symlink_to(os.path.relpath(blob, path.parent))
+    refs = home / "refs"
+    refs.mkdir(exist_ok=True)
+    for branch in filter(None, ("main", model.name.version)):
+        write_whole(refs / branch, _commit(model).encode())
+
+
+def _hf_repository(repository: str) -> Path:
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    return cache / f"models--{repository.replace('/', '--')}"
+
+
+def _commit(model: Model) -> str:
+    revision = model.manifest.revision
+    return revision if _COMMIT.fullmatch(revision) else model.manifest.content[:40]
+
+
+def pull(
+    pulling: Pull,
+    settings: Settings,
+    *,
+    directory: Path | None = None,
+    hubs: Sequence[str] = (),
+    repository: str | None = None,
+    files: Sequence[File] | None = None,
+    force: bool = False,
+    advance: Advance = lambda size: None,
+) -> list[Pulled]:
+    """Pull a model to a directory, or into the caches of hubs; what was done, of each place."""
+    model = pulling.model
+    chosen = list(model.manifest.files if files is None else files)
+    done = []
+    for hub in hubs:
+        name = repository_of(model, settings, repository)
+        place = hub_directory(model, name, hub)
+        done.append(pulling.run(place, files=chosen, force=force, advance=advance))
+        finish_hub(model, name, hub, place, chosen)
+    if directory is not None or not hubs:
+        place = directory or default_directory(settings, model)
+        done.append(pulling.run(place, files=chosen, force=force, advance=advance))
+    return done
+
+
+def snapshot_download(
+    repo_id: str,
+    *,
+    repo_type: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_dir: str | os.PathLike[str] | None = None,
+    allow_patterns: Sequence[str] | str | None = None,
+    ignore_patterns: Sequence[str] | str | None = None,
+    max_workers: int | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    endpoint: str | None = None,
+    **settings: Any,
+) -> str:
+    """Pull a model from the bucket, verified, and return the directory that it is in.
+
+    Takes the arguments of ``huggingface_hub.snapshot_download``. `repo_id` is ``obs://BUCKET/NAME``, or ``NAME`` in
+    the library that ``OBSFS_LIBRARY`` names; `revision` is its version; `cache_dir` is where obsfs's block cache is,
+    and `max_workers` how many connections are used at most. Others are fields of :class:`~obsfs.settings.Settings`.
+    Raises ObsfsError.
+    """
+    if repo_type not in (None, "model"):
+        raise UsageError(f"repo_type {repo_type!r} is not served", "obsfs keeps models")
+    given = {"cache_dir": cache_dir, "connections": max_workers, "endpoint_url": endpoint, **settings}
+    chosen = Settings.load(**given)
+    name = parse_model(repo_id, chosen.library)
+    if revision not in (None, "main"):
+        name = _at(name, str(revision))
+    if local_files_only:
+        return _local(name, chosen, local_dir)
+    pulling = Pull(name, chosen)
+    files = pulling.files(_patterns(allow_patterns), _patterns(ignore_patterns))
+    directory = Path(local_dir) if local_dir is not None else default_directory(chosen, pulling.model)
+    pull(pulling, chosen, directory=directory, files=files, force=force_download)
+    return str(directory)
+
+
+def _at(name: ModelName, version: str) -> ModelName:
+    if name.version and name.version != version:
+        raise UsageError(f"{name} and revision {version!r} contradict each other", "give one of them")
+    return parse_model(f"{name.at(None)}@{version}")
+
+
+def _local(name: ModelName, settings: Settings, local_dir: str | os.PathLike[str] | None) -> str:
+    if local_dir is not None:
+        directory = Path(local_dir)
+    else:
+        directory = settings.cache_dir / _SNAPSHOTS / name.bucket / name.library / name.label
+    read_local(directory)
+    return str(directory)
+
+
+def _patterns(given: Sequence[str] | str | None) -> list[str]:
+    return [given] if isinstance(given, str) else list(given or ())

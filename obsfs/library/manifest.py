@@ -1,0 +1,144 @@
+"""The manifest of a model: which files it has, and what each must be. Pure.
+
+It lies beside the files, as ``.obsfs/manifest.json``, and is written last: a model is published when it has one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from obsfs.blocks import safetensors
+from obsfs.errors import UsageError
+from obsfs.library.names import is_safe_path
+
+CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
+_WEIGHTS = (safetensors.SUFFIX, ".gguf", ".bin", ".pt", ".pth", ".onnx")
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "F8_E4M3": "float8"}
+
+
+def _safe(path: str) -> str:
+    if not is_safe_path(path):
+        raise ValueError(f"{path!r} is no path inside a model")
+    return path
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class File(_Part):
+    """One file: its path in the model, size in bytes, the ETag of its object, the SHA-256 of its bytes (hex).
+
+    `sha256` is empty for a model without a manifest, of which only the bucket's listing is known.
+    """
+
+    path: Annotated[str, AfterValidator(_safe)]
+    size: int = Field(ge=0)
+    etag: str
+    sha256: str = Field(default="", pattern="^([0-9a-f]{64})?$")
+    version_id: str = ""
+
+
+class About(_Part):
+    """What a model is, as its configuration and the headers of its weights tell."""
+
+    architecture: str = ""
+    parameters: int = Field(default=0, ge=0)
+    dtype: str = ""
+
+
+class Manifest(_Part):
+    """A model as it was published: its files, who made it, when (UTC), and from which revision of what."""
+
+    format: Literal["obsfs-manifest-1"] = "obsfs-manifest-1"
+    name: str
+    version: str | None = None
+    created: datetime
+    author: str = ""
+    source: str = ""
+    """Where it came from: a directory's name, or a hub's repository (``hf:org/name``)."""
+    revision: str = ""
+    """The commit of the source, where it has one."""
+    model: About = About()
+    files: tuple[File, ...] = Field(min_length=1)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether the SHA-256 of every file is known."""
+        return all(file.sha256 for file in self.files)
+
+    @property
+    def content(self) -> str:
+        """The SHA-256 (hex) of what the model consists of, whoever published it and whenever."""
+        lines = sorted(f"{file.path}\0{file.size}\0{file.sha256 or file.etag}\n" for file in self.files)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def to_json(self) -> bytes:
+        """For a person to read, too."""
+        return self.model_dump_json(indent=1).encode() + b"\n"
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """Raises UsageError, naming `where`, for what is no manifest."""
+    try:
+        manifest = Manifest.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UsageError(
+            f"the manifest {where} cannot be read", f"{place}: {first['msg']}" if place else first["msg"]
+        ) from None
+    paths = [file.path for file in manifest.files]
+    if len(set(paths)) < len(paths):
+        raise UsageError(f"the manifest {where} cannot be read", "it names a file twice")
+    return manifest
+
+
+def now() -> datetime:
+    """The time, as manifests have it."""
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+def is_model(paths: Iterator[str]) -> bool:
+    """Whether files with these names make a model or an adapter."""
+    return any(path in (CONFIG, ADAPTER) or path.endswith(_WEIGHTS) for path in paths)
+
+
+def describe(config: bytes | None, adapter: bytes | None, headers: Mapping[str, Mapping[str, Any]]) -> About:
+    """What a model is, from its ``config.json``, its ``adapter_config.json`` and the headers of its weights files."""
+    settings, tuned = _object(config), _object(adapter)
+    architectures = settings.get("architectures")
+    if tuned:
+        architecture = f"{tuned.get('peft_type', 'adapter')} for {tuned.get('base_model_name_or_path', '?')}"
+    elif isinstance(architectures, list) and architectures:
+        architecture = str(architectures[0])
+    else:
+        architecture = str(settings.get("model_type", ""))
+    total, dtypes = 0, dict[str, int]()
+    for header in headers.values():
+        count, found = safetensors.parameters(header)
+        total += count
+        for dtype, numbers in found.items():
+            dtypes[dtype] = dtypes.get(dtype, 0) + numbers
+    most = max(dtypes, key=lambda dtype: dtypes[dtype], default="")
+    return About(architecture=architecture[:200], parameters=total, dtype=_DTYPES.get(most, most.lower()))
+
+
+def _object(data: bytes | None) -> dict[str, Any]:
+    try:
+        found = json.loads(data or b"{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,463 @@
+"""Publishing a model: its files, from wherever they are, into the bucket, and its manifest last.
+
+Large files are sent in parts of an upload that nobody sees (*staged*); small ones wait. When everything is staged,
+the publisher takes the claim, an object that only one can create, makes all files appear, writes the manifest and
+gives the claim back. So a version exists whole or not at all, and of two who publish the same one, one wins whole.
+
+What was staged outlives its process: the ids of its uploads are noted on this machine, and the parts that the server
+has are compared, by their MD5, with what would be sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from obsfs.errors import ExistsError, NotFoundError, ObsfsError, UsageError, VersionChangedError
+from obsfs.library import catalog
+from obsfs.library.catalog import Model
+from obsfs.library.manifest import About, File, Manifest, now, parse_manifest
+from obsfs.library.names import OWN, ModelName
+from obsfs.library.transfer import Advance, Crew, OrderedHash, each
+from obsfs.remote.objects import ObjectInfo
+from obsfs.remote.writer import PART, Part, Writer, Written, part_size, parts_etag
+
+_CLAIM = f"{OWN}claim.json"
+_CLAIM_SECONDS = 900.0
+_SETTLE_SECONDS = 2.0
+_HASHERS = 4
+
+
+class Source(Protocol):
+    """A file to publish. `sha256` is what it is said to have (hex), or empty."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def sha256(self) -> str: ...
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly these bytes. Raises ObsfsError."""
+        ...
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a manifest says besides its files."""
+
+    author: str
+    source: str
+    revision: str
+    model: About
+
+
+class Notes:
+    """The uploads that are under way, by their keys, in a file: what a later run goes on with.
+
+    `path` is locked by its owner already.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._guard = threading.Lock()
+        try:
+            found = json.loads(path.read_bytes() or b"{}")
+        except (OSError, ValueError):
+            found = {}
+        self.uploads: dict[str, str] = dict(found.get("uploads", {}))
+        self.nonce: str = found.get("nonce") or secrets.token_hex(8)
+
+    def note(self, key: str, upload: str | None) -> None:
+        """An upload has begun; None: it is over."""
+        with self._guard:
+            if upload is None:
+                self.uploads.pop(key, None)
+            else:
+                self.uploads[key] = upload
+            self.save()
+
+    def save(self) -> None:
+        """Write it down."""
+        new = self._path.with_suffix(".new")
+        new.write_text(json.dumps({"uploads": self.uploads, "nonce": self.nonce}))
+        new.replace(self._path)
+
+    def clear(self) -> None:
+        """Nothing is under way any more."""
+        self.uploads.clear()
+        self._path.unlink(missing_ok=True)
+
+
+@dataclass
+class _Item:
+    """A file on its way. `done` is set once its object is there; then `etag` and `version_id` are the object's."""
+
+    source: Source
+    key: str
+    sha256: str = ""
+    upload: str = ""
+    part: int = PART
+    had: dict[int, Part] = field(default_factory=dict)
+    etags: dict[int, str] = field(default_factory=dict)
+    digest: OrderedHash | None = None
+    kept: Written | None = None
+    copied: tuple[Model, File] | None = None
+    written: Written | None = None
+
+    @property
+    def path(self) -> str:
+        return self.source.path
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    def pieces(self) -> Iterator[tuple[int, int, int]]:
+        """Number (from 0), offset and size of each part."""
+        for index, offset in enumerate(range(0, self.size, self.part)):
+            yield index, offset, min(self.part, self.size - offset)
+
+
+class Publication:
+    """One model being published. `notes` is the file of :class:`Notes`.
+
+    Raises UsageError and ExistsError for what cannot be published, and what the server says; then nothing is
+    published, and what was staged stays for the next try.
+    """
+
+    def __init__(
+        self,
+        writer: Writer,
+        name: ModelName,
+        sources: Sequence[Source],
+        details: Details,
+        notes: Path,
+        *,
+        connections: int,
+        retry_timeout: float,
+        advance: Advance = lambda size: None,
+    ) -> None:
+        self._writer = writer
+        self._name = name
+        self._details = details
+        self._notes = Notes(notes)
+        self._connections = connections
+        self._retry_timeout = retry_timeout
+        self._advance = advance
+        self._items = [_Item(source, f"{name.prefix}{source.path}", part=part_size(source.size)) for source in sources]
+        self.sent_bytes = 0
+        self._guard = threading.Lock()
+
+    def run(self) -> Manifest:
+        """Publish. Returns the manifest: the one that is there, if it says the same files already."""
+        self._notes.save()
+        crew = self._crew()
+        before = crew.retried(lambda: catalog.read(self._writer.bucket, self._name))
+        there = crew.retried(lambda: {info.key: info for info in self._writer.bucket.walk(self._name.prefix)})
+        if before and self._name.version and not self._may_be(before.manifest):
+            self._refuse()
+        self._compare(crew.retried(self._relatives), there)
+        if before and self._is_same(before.manifest):
+            self._notes.clear()
+            return before.manifest
+        if before and self._name.version:
+            self._refuse()
+        try:
+            self._stage()
+            with _Claim(self._writer, self._name, self._details.author, self._notes.nonce) as claim:
+                return self._publish(claim, before, there)
+        except ExistsError:
+            self._abort()
+            raise
+
+    def _crew(self) -> Crew:
+        return Crew(self._connections, self._retry_timeout)
+
+    def _refuse(self) -> None:
+        self._abort()
+        raise ExistsError(
+            f"{self._name} is published already, with other files", "a version never changes: choose another"
+        )
+
+    def _relatives(self) -> list[Model]:
+        """Whatever is published under the name, at all versions and without."""
+        plain = catalog.read(self._writer.bucket, self._name.at(None))
+        return [*([plain] if plain else []), *catalog.versions(self._writer.bucket, self._name)]
+
+    def _may_be(self, manifest: Manifest) -> bool:
+        wanted = {(item.path, item.size) for item in self._items}
+        return wanted == {(file.path, file.size) for file in manifest.files}
+
+    def _is_same(self, manifest: Manifest) -> bool:
+        return self._may_be(manifest) and all(item.kept for item in self._items)
+
+    # what is there already
+
+    def _compare(self, known: Sequence[Model], there: dict[str, ObjectInfo]) -> None:
+        """Find out which files need not be sent. Reads those that there is something like, by the size."""
+        of_size: dict[int, list[tuple[Model, File]]] = {}
+        for model in known:
+            for file in model.manifest.files:
+                of_size.setdefault(file.size, []).append((model, file))
+
+        def compare(item: _Item) -> None:
+            found = there.get(item.key)
+            candidates = [(model, file) for model, file in of_size.get(item.size, ()) if file.sha256]
+            if not candidates and (found is None or found.size != item.size):
+                return
+            item.sha256, etag = _hashes(item, crew)
+            if found and found.size == item.size and found.etag.strip('"') == etag:
+                item.kept = Written(found.etag, "")
+            for model, file in candidates:
+                if file.sha256 == item.sha256:
+                    key = f"{model.name.prefix}{file.path}"
+                    if found and key == item.key and found.etag == file.etag:
+                        item.kept = Written(file.etag, file.version_id)
+                    else:
+                        item.copied = item.copied or (model, file)
+            if item.kept or item.copied:
+                self._advance(item.size)
+
+        crew = Crew(_HASHERS, self._retry_timeout)
+        crew.run(each(self._items, compare))
+
+    # staging
+
+    def _stage(self) -> None:
+        crew = self._crew()
+        large = [item for item in self._items if item.size > PART and not (item.kept or item.copied)]
+        for item in large:
+            item.digest = OrderedHash(crew)
+
+        def begin(item: _Item) -> None:
+            upload = self._notes.uploads.get(item.key, "")
+            if upload:
+                try:
+                    item.had = crew.retried(lambda: self._writer.parts(item.key, upload))
+                except NotFoundError:
+                    upload = ""
+            if not upload:
+                upload = crew.retried(lambda: self._writer.begin(item.key))
+                self._notes.note(item.key, upload)
+            item.upload = upload
+
+        crew.run(each(large, begin))
+
+        def tasks() -> Iterator[Callable[[], None]]:
+            for item in large:
+                for index, offset, size in item.pieces():
+                    yield lambda i=item, n=index, o=offset, s=size: self._send(crew, i, n, o, s)  # type: ignore[misc]
+
+        crew.run(tasks())
+        for item in large:
+            assert item.digest is not None
+            self._check(item, item.digest.hexdigest())
+
+    def _send(self, crew: Crew, item: _Item, index: int, offset: int, size: int) -> None:
+        data = crew.retried(lambda: item.source.read(offset, size))
+        assert item.digest is not None
+        item.digest.update(index, data)
+        had = item.had.get(index + 1)
+        if had and had.size == size and had.etag.strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest():
+            item.etags[index + 1] = had.etag
+        else:
+            etag = crew.retried(lambda: self._writer.put_part(item.key, item.upload, index + 1, data))
+            item.etags[index + 1] = etag
+            self._count(size)
+        self._advance(size)
+
+    def _check(self, item: _Item, sha256: str) -> None:
+        said = item.sha256 or item.source.sha256
+        if said and said != sha256:
+            raise UsageError(f"{item.path} changed while it was read", "publish it again")
+        item.sha256 = sha256
+
+    def _count(self, size: int) -> None:
+        with self._guard:
+            self.sent_bytes += size
+
+    def _abort(self) -> None:
+        for key, upload in list(self._notes.uploads.items()):
+            with suppress(ObsfsError):
+                self._writer.abort(key, upload)
+        self._notes.clear()
+
+    # publishing
+
+    def _publish(self, claim: _Claim, before: Model | None, there: dict[str, ObjectInfo]) -> Manifest:
+        crew = self._crew()
+        after = crew.retried(lambda: catalog.read(self._writer.bucket, self._name))
+        if (after.etag if after else "") != (before.etag if before else ""):
+            raise ExistsError(f"{self._name} was published by somebody else just now", "look at it, then push again")
+        again = crew.retried(lambda: {info.key: info for info in self._writer.bucket.walk(self._name.prefix)})
+        for item in self._items:
+            if item.kept and (item.key not in again or again[item.key].etag != there[item.key].etag):
+                raise ExistsError(f"{item.path} of {self._name} was replaced just now", "push again")
+
+        def appear(item: _Item) -> None:
+            claim.check()
+            item.written = self._appear(crew, item)
+
+        crew.run(each(self._items, appear))
+        claim.check()
+        manifest = self._manifest()
+        self._put_manifest(crew, manifest)
+        if before:
+            gone = {file.path for file in before.manifest.files} - {file.path for file in manifest.files}
+            crew.run(each(sorted(gone), lambda path: self._writer.delete(f"{self._name.prefix}{path}")))
+        self._notes.clear()
+        return manifest
+
+    def _put_manifest(self, crew: Crew, manifest: Manifest) -> None:
+        text, is_new = manifest.to_json(), bool(self._name.version)
+        try:
+            crew.retried(lambda: self._writer.put(self._name.manifest_key, text, new=is_new))
+        except ExistsError:
+            # It may be our own, the answer to which was lost.
+            if self._writer.bucket.get(self._name.manifest_key).data != text:
+                raise
+
+    def _appear(self, crew: Crew, item: _Item) -> Written:
+        if item.kept:
+            return item.kept
+        if item.copied:
+            model, file = item.copied
+            version = model.version_of(file, self._writer.bucket.endpoint)
+            try:
+                return crew.retried(lambda: self._writer.copy(version, item.key))
+            except (VersionChangedError, NotFoundError):
+                raise UsageError(f"{version.key} was replaced just now", "push again") from None
+        if item.upload:
+            return self._complete(crew, item)
+        data = crew.retried(lambda: item.source.read(0, item.size))
+        self._check(item, hashlib.sha256(data).hexdigest())
+        written = crew.retried(lambda: self._writer.put(item.key, data))
+        self._count(item.size)
+        self._advance(item.size)
+        return written
+
+    def _complete(self, crew: Crew, item: _Item) -> Written:
+        try:
+            written = crew.retried(lambda: self._writer.complete(item.key, item.upload, item.etags))
+        except NotFoundError:
+            # Done already, if the answer to it was lost.
+            written = Written(crew.retried(lambda: self._writer.bucket.head(item.key)).etag, "")
+            if written.etag.strip('"') != parts_etag(
+                bytes.fromhex(item.etags[n].strip('"')) for n in sorted(item.etags)
+            ):
+                raise UsageError(f"the upload of {item.path} is gone", "push again") from None
+        self._notes.note(item.key, None)
+        return written
+
+    def _manifest(self) -> Manifest:
+        files = []
+        for item in sorted(self._items, key=lambda item: item.path):
+            assert item.written is not None
+            etag, version_id = item.written
+            files.append(File(path=item.path, size=item.size, etag=etag, sha256=item.sha256, version_id=version_id))
+        details = self._details
+        manifest = Manifest(
+            name=self._name.name,
+            version=self._name.version,
+            created=now(),
+            author=details.author,
+            source=details.source,
+            revision=details.revision,
+            model=details.model,
+            files=tuple(files),
+        )
+        return parse_manifest(manifest.to_json(), str(self._name))
+
+
+def _hashes(item: _Item, crew: Crew) -> tuple[str, str]:
+    """SHA-256, and the ETag that it has when we upload it."""
+    sha = hashlib.sha256()
+    parts = []
+    size = item.part if item.size > PART else max(item.size, 1)
+    for offset in range(0, max(item.size, 1), size):
+        data = crew.retried(lambda offset=offset: item.source.read(offset, min(size, item.size - offset)))  # type: ignore[misc]
+        sha.update(data)
+        parts.append(hashlib.md5(data, usedforsecurity=False).digest())
+    return sha.hexdigest(), parts_etag(parts)
+
+
+class _Claim:
+    """The right to make a model's files appear; one publisher has it at a time, for a quarter of an hour at most.
+
+    On servers that know conditional writes (Amazon, MinIO, SeaweedFS) the claim is exact. On others it is written,
+    and looked at again after two seconds.
+    """
+
+    def __init__(self, writer: Writer, name: ModelName, author: str, nonce: str) -> None:
+        self._writer = writer
+        self._name = name
+        self._key = f"{name.prefix}{_CLAIM}"
+        self._nonce = nonce
+        self._text = json.dumps({"author": author, "nonce": nonce}).encode()
+        self._until = 0.0
+
+    def __enter__(self) -> _Claim:
+        for _ in range(2):
+            if self._read() is None and self._take():
+                self._until = time.monotonic() + _CLAIM_SECONDS / 2
+                return self
+            found = self._read()
+            if found is None:
+                continue
+            said, age = found
+            if said.get("nonce") == self._nonce or age > _CLAIM_SECONDS:
+                # Ours, from a run that was killed; or of one that was killed long ago.
+                self._writer.delete(self._key)
+                continue
+            raise ExistsError(
+                f"{self._name} is being published by {said.get('author') or 'somebody else'} since {age:.0f} s",
+                f"try again; a claim of one that was killed ends after {_CLAIM_SECONDS / 60:.0f} minutes",
+            )
+        raise ExistsError(f"{self._name} is being published by somebody else", "try again")
+
+    def _take(self) -> bool:
+        try:
+            self._writer.put(self._key, self._text, new=True)
+        except ExistsError:
+            return False
+        try:
+            self._writer.put(self._key, self._text, new=True)
+        except ExistsError:
+            return True
+        time.sleep(_SETTLE_SECONDS)
+        found = self._read()
+        return found is not None and found[0].get("nonce") == self._nonce
+
+    def _read(self) -> tuple[dict[str, Any], float] | None:
+        try:
+            content = self._writer.bucket.get(self._key)
+        except NotFoundError:
+            return None
+        try:
+            said = json.loads(content.data)
+        except ValueError:
+            said = {}
+        return (said if isinstance(said, dict) else {}), content.age
+
+    def check(self) -> None:
+        """Raises ExistsError when it has lasted so long that somebody else may have it by now."""
+        if time.monotonic() > self._until:
+            raise ExistsError(f"publishing {self._name} took too long", "push again")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with suppress(ObsfsError):
+            found = self._read()
+            if found and found[0].get("nonce") == self._nonce:
+                self._writer.delete(self._key)

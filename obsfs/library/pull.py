@@ -1,0 +1,374 @@
+"""A model from the bucket into a local directory, through the block cache, verified.
+
+Files are written under ``.obsfs/incomplete/`` and renamed when they are right: by SHA-256 where the manifest has it,
+else by what the bucket offers (the MD5 that is the ETag of an object put whole; size and pinned ETag for others).
+``.obsfs/manifest.json`` is written last. A pull that was cut off finds what it had in the block cache, and, where the
+cache is smaller than the model, in the incomplete files, which are hashed again from their start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from obsfs.blocks.layout import BLOCK, block_count
+from obsfs.blocks.reader import Engine, Reader
+from obsfs.errors import ObsfsError, UnavailableError, UsageError, VersionChangedError
+from obsfs.library import catalog
+from obsfs.library.manifest import File, Manifest, parse_manifest
+from obsfs.library.names import MANIFEST, OWN, ModelName, is_chosen
+from obsfs.library.transfer import Advance, Crew, OrderedHash
+from obsfs.remote.client import Bucket
+from obsfs.remote.objects import ObjectVersion
+from obsfs.settings import Settings
+
+_STEP = 8 << 20
+_WORKERS = 8
+_RECORD = f"{OWN}pulled.json"
+_LOCK = f"{OWN}lock"
+_INCOMPLETE = f"{OWN}incomplete"
+_MD5 = re.compile(r"[0-9a-f]{32}")
+_MARGIN = 64 << 20
+
+
+class Pulled(NamedTuple):
+    """Where files were brought, and how many bytes of them came from the bucket."""
+
+    directory: Path
+    fetched: int
+
+
+class Pull:
+    """A model that is to be brought to directories.
+
+    Raises ObsfsError; what is in a directory by then is right, and the next pull goes on from there.
+    """
+
+    def __init__(self, name: ModelName, settings: Settings) -> None:
+        self._settings = settings
+        self._bucket = Bucket(name.address, settings)
+        self.model = catalog.resolve(self._bucket, name)
+
+    def files(self, allow: Sequence[str] = (), ignore: Sequence[str] = ()) -> list[File]:
+        """The files of the model whose paths match one of `allow` (if any are given) and none of `ignore`."""
+        return [file for file in self.model.manifest.files if is_chosen(file.path, allow, ignore)]
+
+    def run(
+        self,
+        directory: Path,
+        *,
+        files: Sequence[File] | None = None,
+        force: bool = False,
+        advance: Advance = lambda size: None,
+    ) -> Pulled:
+        """Bring files (by default all) into `directory`, which is made.
+
+        A file there that is something else, and that obsfs did not put there as it is now, is replaced only by
+        `force`.
+        """
+        chosen = list(self.model.manifest.files if files is None else files)
+        local = Local(directory)
+        missing = []
+        for file in chosen:
+            if local.has(file):
+                advance(file.size)
+            else:
+                missing.append(file)
+        fetched = 0
+        try:
+            if missing:
+                local.prepare(missing, force=force)
+                with local.alone():
+                    fetched = self._fetch(local, missing, advance)
+            local.finish(self.model.manifest)
+        except OSError as error:
+            raise _local_error(error, directory) from None
+        return Pulled(directory, fetched)
+
+    def _fetch(self, local: Local, files: Sequence[File], advance: Advance) -> int:
+        engine = Engine(self._bucket, self._settings, seals=False)
+        # What is under way at the same time must fit into a part of the cache.
+        width = max(1, engine.window * BLOCK // _STEP)
+        crew = Crew(min(_WORKERS, width), self._settings.retry_timeout)
+        arrivals: list[_Arrival] = []
+
+        def tasks() -> Iterator[Callable[[], None]]:
+            ahead = _pieces(arrivals)
+            for position, (arrival, index) in enumerate(_pieces(arrivals)):
+                for coming, number in islice(ahead, 1 if position else width):
+                    coming.expect(number)
+                yield arrival.task(index, advance)
+
+        try:
+            for file in files:
+                version = self.model.version_of(file, self._bucket.endpoint)
+                arrivals.append(_Arrival(file, version, engine, local, crew))
+            crew.run(tasks())
+            return engine.fetcher.stats.bytes_fetched
+        except VersionChangedError as error:
+            raise VersionChangedError(
+                f"{self.model.name} was replaced since it was published ({error.message})",
+                "it may be being pushed just now: try again",
+            ) from None
+        finally:
+            for arrival in arrivals:
+                arrival.close()
+            engine.close()
+
+
+def _pieces(arrivals: Sequence[_Arrival]) -> Iterator[tuple[_Arrival, int]]:
+    return ((arrival, index) for arrival in arrivals for index in range(arrival.pieces))
+
+
+class _Arrival:
+    """One file on its way: its pieces are read and written by several threads at the same time, and hashed in order."""
+
+    def __init__(self, file: File, version: ObjectVersion, engine: Engine, local: Local, crew: Crew) -> None:
+        self._file = file
+        self._version = version
+        self._engine = engine
+        self._local = local
+        self.pieces = max(1, -(-file.size // _STEP))
+        self._left = self.pieces
+        self._guard = threading.Lock()
+        self._opened: tuple[Reader, int, int] | None = None
+        algorithm = _algorithm_of(file)
+        self._digest = OrderedHash(crew, algorithm) if algorithm else None
+
+    def _blocks(self, index: int) -> range:
+        first = index * (_STEP // BLOCK)
+        return range(first, min(first + _STEP // BLOCK, block_count(self._file.size)))
+
+    def expect(self, index: int) -> None:
+        """This piece will soon be wanted."""
+        _, _, start = self._open()
+        if index * _STEP >= start:
+            self._engine.prefetch([(block, self._version, block) for block in self._blocks(index)])
+
+    def task(self, index: int, advance: Advance) -> Callable[[], None]:
+        """Have this piece; whoever has the last one gives the file its name."""
+
+        def work() -> None:
+            reader, target, start = self._open()
+            offset = index * _STEP
+            size = min(_STEP, self._file.size - offset)
+            if offset + size <= start:
+                data = os.pread(target, size, offset)
+            else:
+                self._engine.fill(self._version, self._blocks(index))
+                data = reader.cached.read(offset, size) or reader.read(offset, size)
+                _write(target, data, offset)
+            if self._digest:
+                self._digest.update(index, data)
+            advance(size)
+            with self._guard:
+                self._left -= 1
+                is_last = not self._left
+            if is_last:
+                self._finish()
+
+        return work
+
+    def _open(self) -> tuple[Reader, int, int]:
+        with self._guard:
+            if self._opened is None:
+                reader = self._engine.open(self._version)
+                self._opened = (reader, *self._local.begin(self._file))
+            return self._opened
+
+    def _finish(self) -> None:
+        self.close()
+        file = self._file
+        if self._digest and self._digest.hexdigest() != (file.sha256 or file.etag.strip('"')):
+            self._local.drop(file)
+            raise UnavailableError(
+                f"{file.path} is not what its {'manifest' if file.sha256 else 'ETag'} says",
+                "`obsfs verify` shows where it is wrong; then pull again",
+            )
+        self._local.accept(file)
+
+    def close(self) -> None:
+        """Whether it has arrived or not: give back what was opened."""
+        with self._guard:
+            opened, self._opened = self._opened, None
+        if opened:
+            os.close(opened[1])
+            self._engine.release(opened[0])
+
+
+class Local:
+    """A directory that models are pulled into."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._guard = threading.Lock()
+        try:
+            found = json.loads((directory / _RECORD).read_bytes())
+        except (OSError, ValueError):
+            found = {}
+        self._record: dict[str, list[object]] = found if isinstance(found, dict) else {}
+
+    def has(self, file: File) -> bool:
+        """Whether the file is there, as it was when it was verified."""
+        state = _state(self.directory / file.path)
+        return state is not None and self._record.get(file.path) == [*state, _identity(file)]
+
+    def _is_ours(self, path: str) -> bool:
+        state = _state(self.directory / path)
+        return state is not None and (self._record.get(path) or [])[:2] == list(state)
+
+    def prepare(self, files: Sequence[File], *, force: bool) -> None:
+        """See that these files can be written. Raises UsageError, and leaves everything as it is then."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{self.directory} cannot be made ({error.strerror})", "choose another place") from None
+        for file in files:
+            path = self.directory / file.path
+            if not force and os.path.lexists(path) and not self._is_ours(file.path) and not _holds(path, file):
+                raise UsageError(f"{path} is there, with other content", "move it away, or --force replaces it")
+        incomplete = self.directory / _INCOMPLETE
+        had = sum(path.stat().st_size for path in incomplete.iterdir()) if incomplete.is_dir() else 0
+        needed = sum(file.size for file in files) - had
+        free = shutil.disk_usage(self.directory).free
+        if needed + _MARGIN > free:
+            raise UsageError(
+                f"{self.directory} has {free >> 20} MiB free, of {needed + _MARGIN >> 20} MiB needed", "make room"
+            )
+        incomplete.mkdir(parents=True, exist_ok=True)
+
+    def begin(self, file: File) -> tuple[int, int]:
+        """A descriptor of the incomplete file, and how many bytes of it are there from an earlier pull."""
+        fd = os.open(self._incomplete(file), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        # Only what will be hashed again can be gone on with. Pieces are written in any order: the first hole ends it.
+        start = os.lseek(fd, 0, os.SEEK_HOLE) if file.sha256 and os.fstat(fd).st_size else 0
+        return fd, start - start % _STEP
+
+    def _incomplete(self, file: File) -> Path:
+        name = hashlib.sha256(f"{file.path}\0{_identity(file)}".encode()).hexdigest()[:32]
+        return self.directory / _INCOMPLETE / name
+
+    def drop(self, file: File) -> None:
+        """What was written of it is wrong."""
+        self._incomplete(file).unlink(missing_ok=True)
+
+    def accept(self, file: File) -> None:
+        """It is right: give it its name."""
+        path = self.directory / file.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._incomplete(file).replace(path)
+        self._note(file)
+
+    def _note(self, file: File) -> None:
+        state = _state(self.directory / file.path)
+        assert state is not None
+        with self._guard:
+            self._record[file.path] = [*state, _identity(file)]
+            self._save()
+
+    def _save(self) -> None:
+        write_whole(self.directory / _RECORD, json.dumps(self._record).encode())
+
+    def finish(self, manifest: Manifest) -> None:
+        """What was wanted is there: files of an earlier version that are not in this one go, and the manifest comes.
+
+        It names those files of the model that are there.
+        """
+        wanted = {file.path for file in manifest.files}
+        stale = [path for path in self._record if path not in wanted]
+        here = tuple(file for file in manifest.files if self.has(file))
+        text = manifest.model_copy(update={"files": here}).to_json()
+        path = self.directory / MANIFEST
+        if not here or (not stale and path.is_file() and path.read_bytes() == text):
+            return
+        for gone in stale:
+            if self._is_ours(gone):
+                (self.directory / gone).unlink(missing_ok=True)
+            del self._record[gone]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._save()
+        write_whole(path, text)
+        shutil.rmtree(self.directory / _INCOMPLETE, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other process pulls into the directory meanwhile. Raises UsageError when one does."""
+        path = self.directory / _LOCK
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise UsageError(f"another process pulls into {self.directory}", "wait for it") from None
+        finally:
+            os.close(fd)
+
+
+def read_local(directory: Path) -> Manifest:
+    """The manifest of a directory that was pulled. Raises UsageError when it has none."""
+    path = directory / MANIFEST
+    try:
+        data = path.read_bytes()
+    except OSError:
+        raise UsageError(f"{directory} has no manifest", "it was not pulled by obsfs, or not wholly") from None
+    return parse_manifest(data, str(path))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file so that nobody sees a part of it."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_bytes(data)
+    new.replace(path)
+
+
+def _write(fd: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def _identity(file: File) -> str:
+    return file.sha256 or file.etag
+
+
+def _algorithm_of(file: File) -> str | None:
+    """By what it is known whether a file is right: the manifest's hash, or an ETag that is one."""
+    if file.sha256:
+        return "sha256"
+    return "md5" if _MD5.fullmatch(file.etag.strip('"')) else None
+
+
+def _holds(path: Path, file: File) -> bool:
+    """Whether a file that is there has the right bytes."""
+    algorithm = _algorithm_of(file)
+    if algorithm is None or not path.is_file() or path.stat().st_size != file.size:
+        return False
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, algorithm).hexdigest() == (file.sha256 or file.etag.strip('"'))
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def _local_error(error: OSError, directory: Path) -> ObsfsError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UsageError(f"{directory} is full", "make room, then pull again: it goes on where it stopped")
+    return UsageError(f"{error.filename or directory} cannot be written ({error.strerror})", "choose another place")

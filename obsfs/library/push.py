@@ -1,0 +1,193 @@
+"""A model from a local directory into the bucket; see :mod:`obsfs.library.publish`."""
+
+from __future__ import annotations
+
+import fcntl
+import getpass
+import hashlib
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from obsfs.blocks import safetensors
+from obsfs.errors import UsageError
+from obsfs.library import manifest as manifests
+from obsfs.library.manifest import ADAPTER, CONFIG, Manifest
+from obsfs.library.names import ModelName, is_safe_path
+from obsfs.library.publish import Details, Publication, Source
+from obsfs.library.transfer import Advance
+from obsfs.remote.client import Bucket
+from obsfs.remote.writer import Writer
+from obsfs.settings import Settings, state_dir
+
+_CONNECTIONS = 16
+_NOT_OURS = {".git", ".obsfs", ".cache", "__pycache__", ".ipynb_checkpoints"}
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SMALL = 1 << 20
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file on the disk as it was when it was found; reading it later, after it has changed, fails."""
+
+    path: str
+    size: int
+    place: Path
+    mtime_ns: int
+    sha256: str = ""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly these bytes. Raises UsageError when the file is not what it was."""
+        try:
+            with self.place.open("rb", buffering=0) as file:
+                data = os.pread(file.fileno(), size, offset)
+                found = os.fstat(file.fileno())
+        except OSError as error:
+            raise UsageError(f"{self.place} cannot be read ({error.strerror})", "push again") from None
+        if len(data) != size or (found.st_size, found.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise UsageError(f"{self.place} changed while it was pushed", "push again when it is finished")
+        return data
+
+
+def find_files(directory: Path, *, any_files: bool = False) -> list[LocalFile]:
+    """The files of a local model, by path. Raises UsageError for what is no model, or cannot be one in a bucket."""
+    try:
+        found = sorted(_walk(directory, ""), key=lambda file: file.path)
+    except OSError as error:
+        raise UsageError(f"{error.filename} cannot be read ({error.strerror})", "push what you may read") from None
+    if not directory.is_dir():
+        raise UsageError(f"{directory} is no directory", "give the directory of a model")
+    if not found:
+        raise UsageError(f"there is nothing in {directory}", "give the directory of a model")
+    for file in found:
+        if not is_safe_path(file.path):
+            raise UsageError(f"{file.place} has a name that no model can have", "rename it")
+    if not any_files and not manifests.is_model(file.path for file in found):
+        raise UsageError(
+            f"{directory} is no model: it has no {CONFIG}, {ADAPTER} or weights", "to push it all the same, add --any"
+        )
+    return found
+
+
+def _walk(directory: Path, prefix: str) -> Iterator[LocalFile]:
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.name in _NOT_OURS:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
+            elif entry.is_file():  # symbolic links count as what they lead to, as in the hub's cache
+                stat = entry.stat()
+                yield LocalFile(f"{prefix}{entry.name}", stat.st_size, Path(entry.path), stat.st_mtime_ns)
+            else:
+                raise UsageError(f"{entry.path} is no file, or a link that leads to none", "remove it")
+
+
+def push(
+    directory: Path,
+    name: ModelName,
+    settings: Settings,
+    *,
+    files: Sequence[LocalFile],
+    source: str = "",
+    revision: str = "",
+    advance: Advance = lambda size: None,
+) -> tuple[Manifest, int]:
+    """Publish `files` (of :func:`find_files`) as `name`. Returns the manifest, and how many bytes were sent.
+
+    Raises ObsfsError; nothing is published then. What was sent in part is gone on with by the next push of the same
+    directory to the same name from this machine.
+    """
+    details = Details(
+        author=author(),
+        source=source or directory.resolve().name,
+        revision=revision or revision_of(directory),
+        model=manifests.describe(*_texts(files), _headers(files)),
+    )
+    return publish(name, files, details, settings, origin=str(directory.resolve()), advance=advance)
+
+
+def publish(
+    name: ModelName,
+    sources: Sequence[Source],
+    details: Details,
+    settings: Settings,
+    *,
+    origin: str,
+    advance: Advance = lambda size: None,
+) -> tuple[Manifest, int]:
+    """Publish files from anywhere. `origin` tells one try from another: the next of the same goes on with it."""
+    bucket = Bucket(name.address, settings)
+    with notes_file(f"{bucket.endpoint} {name} {origin}", str(name)) as notes:
+        publication = Publication(
+            Writer(bucket),
+            name,
+            sources,
+            details,
+            notes,
+            connections=min(settings.connections, _CONNECTIONS),
+            retry_timeout=settings.retry_timeout,
+            advance=advance,
+        )
+        return publication.run(), publication.sent_bytes
+
+
+@contextmanager
+def notes_file(what: str, shown: str) -> Iterator[Path]:
+    """The file in which one publication keeps its notes. Raises UsageError when another one has it."""
+    directory = state_dir() / "push"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    path = directory / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.json"
+    fd = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise UsageError(f"{shown} is being pushed from here by another process", "wait for it") from None
+    try:
+        yield path
+    finally:
+        os.close(fd)
+
+
+def author() -> str:
+    """Who publishes: ``user@host``."""
+    try:
+        return f"{getpass.getuser()}@{socket.gethostname()}"
+    except (OSError, KeyError):
+        return socket.gethostname()
+
+
+def revision_of(directory: Path) -> str:
+    """The commit that a directory is at: of the hub's cache, or of git; empty when it has none."""
+    path = directory.resolve()
+    if path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name):
+        return path.name
+    try:
+        found = subprocess.run(
+            ["git", "-C", path, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    commit = found.stdout.strip()
+    return commit if _COMMIT.fullmatch(commit) else ""
+
+
+def _texts(files: Sequence[LocalFile]) -> tuple[bytes | None, bytes | None]:
+    by_path = {file.path: file for file in files if file.size <= _SMALL}
+    config, adapter = by_path.get(CONFIG), by_path.get(ADAPTER)
+    return config.read(0, config.size) if config else None, adapter.read(0, adapter.size) if adapter else None
+
+
+def _headers(files: Sequence[LocalFile]) -> dict[str, dict[str, object]]:
+    found = {}
+    for file in files:
+        if file.path.endswith(safetensors.SUFFIX):
+            header = safetensors.header(file.size, file.read) if file.size >= 8 else None
+            found[file.path] = header[1] if header else {}
+    return found

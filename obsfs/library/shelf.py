@@ -1,0 +1,48 @@
+"""What a library held when it was last looked at, kept on this machine, so that looking again at once costs nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from obsfs.settings import Settings
+
+_DIRECTORY = "library"
+
+
+def _path(settings: Settings, library: str) -> Path:
+    # Who may see what is the bucket's to say: another key pair or endpoint has a shelf of its own.
+    names = sorted(name for name in os.environ if name.startswith(("AWS_", "HUAWEICLOUD_", "OBSFS_")))
+    parts = [library, *(f"{name}={os.environ[name]}" for name in names)]
+    parts += [str(settings.endpoint_url), str(settings.region), str(settings.profile), str(settings.no_sign_request)]
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    return settings.cache_dir / _DIRECTORY / f"{name}.json"
+
+
+def load(settings: Settings, library: str) -> dict[str, Any] | None:
+    """What was kept, if it is not older than the metadata lifetime."""
+    path = _path(settings, library)
+    try:
+        if time.time() - path.stat().st_mtime > settings.metadata_ttl:
+            return None
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def keep(settings: Settings, library: str, document: dict[str, Any]) -> None:
+    """Keep it; a disk that takes nothing is no reason to fail."""
+    path = _path(settings, library)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        new = path.with_name(f"{path.name}.{os.getpid()}")
+        new.touch(mode=0o600)
+        new.write_text(json.dumps(document))
+        new.replace(path)
+    except OSError:
+        pass

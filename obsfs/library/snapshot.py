@@ -1,0 +1,149 @@
+"""A library as it was at a time: what a pinned mount shows, whatever happens in the bucket afterwards.
+
+Each model is shown by its manifest: every published version as ``NAME@VERSION``, and as ``NAME`` what lay there, or
+else the newest version, of those that were made by then. Reads are pinned to the ETags of the manifests, so that a
+file that was replaced since gives ESTALE, never other bytes; in a bucket that keeps versions, it is still read, as it
+was, by the version id that the manifest has noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+
+from obsfs.errors import NotFoundError, UsageError
+from obsfs.library import catalog
+from obsfs.library.catalog import Model
+from obsfs.library.manifest import parse_manifest
+from obsfs.library.names import MANIFEST, ModelName, by_age, nearest, split_label
+from obsfs.remote.address import Address
+from obsfs.remote.client import Bucket
+from obsfs.remote.objects import ObjectInfo, ObjectVersion, Page
+
+
+class Snapshot:
+    """A tree of names (a :class:`~obsfs.fuse.tree.Source`) that stand for fixed object versions.
+
+    `files` are the names, as keys under the prefix that is mounted, with the versions and their mtimes.
+    """
+
+    def __init__(self, files: Iterable[tuple[str, ObjectVersion, float]]) -> None:
+        self._versions: dict[str, ObjectVersion] = {}
+        self._infos: dict[str, dict[str, ObjectInfo]] = {}
+        self._below: dict[str, set[str]] = {}
+        for key, version, mtime in files:
+            self._versions[key] = version
+            prefix = key[: key.rfind("/") + 1]
+            self._infos.setdefault(prefix, {})[key] = ObjectInfo(key, version.size, mtime, version.etag)
+            while prefix:
+                parent = prefix[: prefix.rstrip("/").rfind("/") + 1]
+                self._below.setdefault(parent, set()).add(prefix)
+                prefix = parent
+
+    def list(self, prefix: str) -> Iterator[Page]:
+        """All that is directly under a prefix, in one page."""
+        infos = self._infos.get(prefix, {})
+        yield Page([infos[key] for key in sorted(infos)], sorted(self._below.get(prefix, ())))
+
+    def head(self, key: str) -> ObjectInfo:
+        """A file. Raises NotFoundError."""
+        info = self._infos.get(key[: key.rfind("/") + 1], {}).get(key)
+        if info is None:
+            raise NotFoundError(f"{key} does not exist")
+        return info
+
+    def version(self, info: ObjectInfo) -> ObjectVersion:
+        """What a file stands for."""
+        return self._versions[info.key]
+
+
+def take(bucket: Bucket, address: Address, wanted: str) -> Snapshot:
+    """The state of a library, or of one model, that `wanted` names: a time (ISO 8601, or ``now``), or a version.
+
+    Raises UsageError when there is nothing of that time or version.
+    """
+    models = _models(bucket, address)
+    if not models:
+        raise UsageError(f"there is no published model in {address}", "obsfs push makes one")
+    moment = parse_time(wanted)
+    if moment is None:
+        return Snapshot(_of_version(bucket, address, models, wanted))
+    models = [older for model in models if (older := _as_of(bucket, model, moment))]
+    if not models:
+        raise UsageError(f"no model of {address} is as old as {wanted}", "see `obsfs models show NAME`")
+    return Snapshot(_of_time(bucket, address, models))
+
+
+def parse_time(text: str) -> datetime | None:
+    """A time in UTC; None for what is none (then it is the name of a version)."""
+    if text == "now":
+        return datetime.now(UTC)
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def _models(bucket: Bucket, address: Address) -> list[Model]:
+    """The published models of a library; of a model's own address, it and its versions."""
+    own = _own_name(address)
+    if own is not None:
+        plain = catalog.read(bucket, own)
+        if own.version:
+            return [plain] if plain else []
+        found = [*([plain] if plain else []), *catalog.versions(bucket, own)]
+        if found:
+            return found
+    return [model for model in catalog.models(bucket, address)[0] if model.etag]
+
+
+def _own_name(address: Address) -> ModelName | None:
+    parent, _, label = address.prefix.rstrip("/").rpartition("/")
+    parts = split_label(label) if label else None
+    return ModelName(address.scheme, address.bucket, f"{parent}/" if parent else "", *parts) if parts else None
+
+
+def _as_of(bucket: Bucket, model: Model, moment: datetime) -> Model | None:
+    """A model as it was then: as it is, or, in a bucket that keeps versions, by an older manifest."""
+    if model.manifest.created <= moment:
+        return model
+    for content in bucket.older(model.name.manifest_key):
+        manifest = parse_manifest(content.data, f"{model.name}/{MANIFEST}")
+        if manifest.created <= moment:
+            return Model(model.name, manifest, content.etag)
+    return None
+
+
+def _of_version(
+    bucket: Bucket, address: Address, models: list[Model], wanted: str
+) -> Iterator[tuple[str, ObjectVersion, float]]:
+    chosen = [model for model in models if model.name.version == wanted]
+    if not chosen:
+        known = [model.name.version for model in models if model.name.version]
+        raise UsageError(f"no model of {address} has a version {wanted!r}", nearest(wanted, known))
+    for model in chosen:
+        yield from _files(bucket, address, model, model.name.at(None))
+
+
+def _of_time(bucket: Bucket, address: Address, models: list[Model]) -> Iterator[tuple[str, ObjectVersion, float]]:
+    by_name: dict[ModelName, dict[str | None, Model]] = {}
+    for model in models:
+        by_name.setdefault(model.name.at(None), {})[model.name.version] = model
+    for name, versions in by_name.items():
+        for model in versions.values():
+            yield from _files(bucket, address, model, model.name)
+        if None not in versions:
+            order = by_age((model.manifest.created.timestamp(), str(version)) for version, model in versions.items())
+            yield from _files(bucket, address, versions[order[-1]], name)
+
+
+def _files(
+    bucket: Bucket, address: Address, model: Model, shown: ModelName
+) -> Iterator[tuple[str, ObjectVersion, float]]:
+    """A model's files under the name that it is shown by."""
+    # Where one model is mounted, other versions of it lie outside.
+    if not shown.prefix.startswith(address.prefix):
+        return
+    for file in model.manifest.files:
+        yield f"{shown.prefix}{file.path}", model.version_of(file, bucket.endpoint), model.manifest.created.timestamp()

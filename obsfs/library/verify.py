@@ -1,0 +1,144 @@
+"""Hashing what is there against the manifest: in the bucket, in the cache, or in a directory that was pulled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from obsfs.blocks.cache import Cache
+from obsfs.errors import NotFoundError, VersionChangedError
+from obsfs.library.catalog import Model
+from obsfs.library.manifest import File, Manifest
+from obsfs.library.names import is_safe_path
+from obsfs.library.transfer import Advance, Crew, OrderedHash, each
+from obsfs.remote.client import Bucket
+
+_STEP = 8 << 20
+_WORKERS = 16
+_HASHERS = 4
+
+
+class Difference(NamedTuple):
+    """A file that is not what the manifest says; `reason` is for people."""
+
+    path: str
+    reason: str
+
+
+class Verified(NamedTuple):
+    """`files` and `size` (bytes) are what was hashed and compared, `unknown` how many files have no SHA-256."""
+
+    differences: list[Difference]
+    files: int
+    size: int
+    unknown: int
+
+
+def in_bucket(bucket: Bucket, model: Model, retry_timeout: float, advance: Advance) -> Verified:
+    """Read every file from the bucket, past the cache. Raises ObsfsError when it cannot be read at all."""
+    crew = Crew(_WORKERS, retry_timeout)
+    files = model.manifest.files
+    digests = {file.path: OrderedHash(crew) for file in files}
+    broken: dict[str, str] = {}
+
+    def read(file: File, index: int, offset: int, size: int) -> None:
+        data = b""
+        if file.path not in broken:
+            try:
+                data = crew.retried(
+                    lambda: bucket.read_range(model.version_of(file, bucket.endpoint), offset, offset + size)
+                )
+            except NotFoundError:
+                broken[file.path] = "it is gone"
+            except VersionChangedError:
+                broken[file.path] = "it was replaced or deleted since (another ETag)"
+        digests[file.path].update(index, data)
+        advance(size)
+
+    def tasks() -> Iterator[Callable[[], None]]:
+        for file in files:
+            for index, offset in enumerate(range(0, file.size, _STEP)):
+                size = min(_STEP, file.size - offset)
+                yield lambda f=file, i=index, o=offset, s=size: read(f, i, o, s)  # type: ignore[misc]
+
+    crew.run(tasks())
+    there = {info.key[len(model.name.prefix) :]: info for info in bucket.walk(model.name.prefix)}
+    for file in files:
+        if file.path not in there:
+            broken.setdefault(file.path, "it is gone")
+        elif there[file.path].etag.strip('"') != file.etag.strip('"'):
+            broken.setdefault(file.path, "it was replaced since (another ETag)")
+    for path in there:
+        if is_safe_path(path) and path not in digests:
+            broken[path] = "it is in no manifest"
+    found = {path: digest.hexdigest() for path, digest in digests.items()}
+    return _compared(files, found, broken)
+
+
+def in_cache(cache: Cache, model: Model, endpoint: str, advance: Advance) -> Verified:
+    """Check every cached block against its checksum, and files that are wholly cached against the manifest.
+
+    What fails is dropped from the cache, and fetched again by whoever needs it.
+    """
+    broken: dict[str, str] = {}
+    found: dict[str, str] = {}
+    checked: list[File] = []
+
+    def check(file: File) -> None:
+        version = model.version_of(file, endpoint)
+        blocks = cache.present_blocks(version)
+        if not blocks:
+            advance(file.size)
+            return
+        checked.append(file)
+        digest, bad = cache.check(version, advance)
+        if bad:
+            broken[file.path] = f"{len(bad)} damaged blocks in the cache, the first at byte {bad[0]}; dropped"
+        elif digest:
+            found[file.path] = digest
+            if file.sha256 and digest != file.sha256:
+                cache.drop(version)
+                broken[file.path] = "its bytes in the cache have another SHA-256; dropped"
+
+    Crew(_HASHERS, 0).run(each(model.manifest.files, check))
+    return _compared(checked, found, broken)
+
+
+def in_directory(directory: Path, manifest: Manifest, advance: Advance) -> Verified:
+    """Hash the files of a directory."""
+    crew = Crew(_HASHERS, 0)
+    found: dict[str, str] = {}
+    broken: dict[str, str] = {}
+
+    def check(file: File) -> None:
+        path = directory / file.path
+        digest = OrderedHash(crew)
+        try:
+            with path.open("rb", buffering=0) as source:
+                if os.fstat(source.fileno()).st_size != file.size:
+                    broken[file.path] = f"{os.fstat(source.fileno()).st_size} bytes, not {file.size}"
+                    advance(file.size)
+                    return
+                for index, offset in enumerate(range(0, file.size, _STEP)):
+                    data = os.pread(source.fileno(), _STEP, offset)
+                    digest.update(index, data)
+                    advance(len(data))
+        except FileNotFoundError:
+            broken[file.path] = "it is gone"
+        except OSError as error:
+            broken[file.path] = f"it cannot be read ({error.strerror})"
+        found[file.path] = digest.hexdigest()
+
+    crew.run(each(manifest.files, check))
+    return _compared(manifest.files, found, broken)
+
+
+def _compared(files: Sequence[File], found: dict[str, str], broken: dict[str, str]) -> Verified:
+    for file in files:
+        if file.sha256 and found.get(file.path, file.sha256) != file.sha256:
+            broken.setdefault(file.path, "other bytes (another SHA-256)")
+    known = [file for file in files if file.sha256]
+    differences = [Difference(path, reason) for path, reason in sorted(broken.items())]
+    return Verified(differences, len(known), sum(file.size for file in known), len(files) - len(known))

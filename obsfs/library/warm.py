@@ -1,0 +1,143 @@
+"""Bringing into the cache what a load will need, before it needs it; and profiles, which say what that is.
+
+A profile of a model is a list of byte ranges of its files, under ``.obsfs/profiles/`` in its directory. It is recorded
+from what is in the cache after a load (a tensor-parallel rank reads half of each shard, a diffusion pipeline one of
+two variants), and then used by a whole fleet.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+
+from obsfs.blocks.cache import Cache
+from obsfs.blocks.layout import BLOCK, block_count
+from obsfs.blocks.readahead import runs
+from obsfs.blocks.reader import Engine
+from obsfs.errors import NotFoundError, UsageError
+from obsfs.library import catalog
+from obsfs.library.catalog import Model
+from obsfs.library.names import OWN, nearest, parse_model, split_label
+from obsfs.library.transfer import Advance, Crew, each
+from obsfs.remote.address import Address
+from obsfs.remote.client import Bucket
+from obsfs.remote.objects import ObjectVersion
+from obsfs.remote.writer import Writer
+
+_PROFILES = f"{OWN}profiles/"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_FILES = 4
+_PROFILE = TypeAdapter(dict[str, list[tuple[int, int]]])
+
+
+class Wanted(NamedTuple):
+    """Blocks of one object version, ascending."""
+
+    version: ObjectVersion
+    blocks: Sequence[int]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        is_last_in = bool(self.blocks) and self.blocks[-1] == block_count(self.version.size) - 1
+        spare = block_count(self.version.size) * BLOCK - self.version.size
+        return len(self.blocks) * BLOCK - (spare if is_last_in else 0)
+
+
+def find(bucket: Bucket, address: Address) -> list[ObjectVersion]:
+    """What is at an address now: the files of a model, all objects under a prefix, or one object.
+
+    Raises NotFoundError.
+    """
+    prefix = address.prefix
+    label = prefix.rstrip("/").rpartition("/")[2]
+    if split_label(label):
+        name = parse_model(str(address))
+        if model := catalog.read(bucket, name):
+            return [model.version_of(file, bucket.endpoint) for file in model.manifest.files]
+    infos = [info for info in bucket.walk(prefix) if info.size and f"/{OWN}" not in f"/{info.key}"]
+    if infos:
+        return [bucket.version(info) for info in infos]
+    if label:
+        try:
+            return [bucket.version(bucket.head(prefix.rstrip("/")))]
+        except NotFoundError:
+            model = catalog.resolve(bucket, parse_model(str(address)))
+            return [model.version_of(file, bucket.endpoint) for file in model.manifest.files]
+    raise NotFoundError(f"there is nothing in {address}", "check the name")
+
+
+def whole(version: ObjectVersion) -> Wanted:
+    """All of a version."""
+    return Wanted(version, range(block_count(version.size)))
+
+
+def at_most(wanted: Sequence[Wanted], size: int) -> list[Wanted]:
+    """The first blocks of it that have no more than `size` bytes together."""
+    kept = []
+    for version, blocks in wanted:
+        part = Wanted(version, blocks)
+        if part.size > size:
+            part = Wanted(version, blocks[: size // BLOCK])
+        if part.blocks:
+            kept.append(part)
+            size -= part.size
+    return kept
+
+
+def warm(engine: Engine, wanted: Sequence[Wanted], retry_timeout: float, advance: Advance) -> None:
+    """Have these blocks in the cache; `advance` is told of those that were there, too. Raises ObsfsError."""
+    crew = Crew(_FILES, retry_timeout)
+    crew.run(each(wanted, lambda one: engine.fill(one.version, one.blocks, advance, crew.check)))
+
+
+def read_profile(bucket: Bucket, model: Model, profile: str) -> list[Wanted]:
+    """What a profile of the model says. Raises NotFoundError, with those that there are, and UsageError."""
+    prefix = f"{model.name.prefix}{_PROFILES}"
+    try:
+        data = bucket.get(f"{prefix}{_checked(profile)}.json").data
+    except NotFoundError:
+        keys = [info.key for page in bucket.list(prefix) for info in page.objects]
+        known = [key[len(prefix) :].removesuffix(".json") for key in keys]
+        raise NotFoundError(f"{model.name} has no profile {profile!r}", nearest(profile, known)) from None
+    try:
+        ranges = _PROFILE.validate_json(data)
+    except ValidationError:
+        raise UsageError(f"profile {profile!r} of {model.name} cannot be read", "record it again") from None
+    wanted = []
+    for file in model.manifest.files:
+        version = model.version_of(file, bucket.endpoint)
+        last = block_count(version.size)
+        found: set[int] = set()
+        for start, stop in ranges.get(file.path, ()):
+            found.update(range(max(start, 0) // BLOCK, min(block_count(stop), last)))
+        wanted.append(Wanted(version, sorted(found)))
+    return [one for one in wanted if one.blocks]
+
+
+def record_profile(bucket: Bucket, cache: Cache, model: Model, profile: str) -> int:
+    """Write down what the cache has of the model now, as a profile in the bucket; its size in bytes."""
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    total = 0
+    for file in model.manifest.files:
+        version = model.version_of(file, bucket.endpoint)
+        present = cache.present_blocks(version)
+        found = [(run.start * BLOCK, min(run.stop * BLOCK, version.size)) for run in runs(present)]
+        total += sum(stop - start for start, stop in found)
+        if found:
+            ranges[file.path] = found
+    if not ranges:
+        raise UsageError(f"nothing of {model.name} is in the cache", "load it through a mount, then record")
+    key = f"{model.name.prefix}{_PROFILES}{_checked(profile)}.json"
+    Writer(bucket).put(key, json.dumps(ranges).encode())
+    return total
+
+
+def _checked(profile: str) -> str:
+    if not _NAME.fullmatch(profile):
+        raise UsageError(f"{profile!r} is no name for a profile", "letters, digits, dots and hyphens")
+    return profile

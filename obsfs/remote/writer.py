@@ -1,0 +1,151 @@
+"""The requests that change a bucket: put, multipart uploads, copies, deletes. They all go to its first endpoint.
+
+An object that is put, or completed from parts, appears whole or not at all; until then a multipart upload is seen by
+nobody who lists or reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from obsfs.errors import ExistsError, VersionChangedError
+from obsfs.remote.client import Bucket
+from obsfs.remote.failures import translated
+from obsfs.remote.objects import ObjectVersion, quoted
+
+PART = 8 << 20
+"""Bytes in a part of an upload."""
+_MOST_PARTS = 10_000
+"""https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html; OBS has the same limit."""
+_MIB = 1 << 20
+_COPY_WHOLE = 5 << 30
+_COPY_PART = 1 << 30
+
+
+class Written(NamedTuple):
+    """An object that was written. `version_id` is empty where the bucket keeps no versions."""
+
+    etag: str
+    version_id: str
+
+
+class Part(NamedTuple):
+    """A part that the server has. `size` in bytes."""
+
+    size: int
+    etag: str
+
+
+def part_size(size: int) -> int:
+    """Bytes in each part (but the last) of an object of `size` bytes."""
+    least = -(-size // _MOST_PARTS)
+    return max(PART, -(-least // _MIB) * _MIB)
+
+
+def parts_etag(digests: Iterable[bytes]) -> str:
+    """The ETag of an object that was uploaded in parts with these MD5 digests; of one, if it was put whole."""
+    found = list(digests)
+    if len(found) == 1:
+        return found[0].hex()
+    return f"{hashlib.md5(b''.join(found), usedforsecurity=False).hexdigest()}-{len(found)}"
+
+
+class Writer:
+    """Writes to a bucket. Safe to use from many threads.
+
+    Raises ForbiddenError when it may not, UnavailableError when it is worth another try.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.bucket = bucket
+        self._client = bucket.client
+        self._name = bucket.name
+
+    def _translated(self, key: str) -> Any:
+        return translated(f"{self.bucket.address.scheme}://{self._name}/{key}")
+
+    def put(self, key: str, data: bytes, *, new: bool = False) -> Written:
+        """Write a whole object. Raises ExistsError when it is there and should be `new`, if the server can tell."""
+        condition = {"IfNoneMatch": "*"} if new else {}
+        try:
+            with self._translated(key):
+                answer = self._client.put_object(Bucket=self._name, Key=key, Body=data, **condition)
+        except VersionChangedError:
+            raise ExistsError(f"{key} is there already") from None
+        return _written(answer)
+
+    def begin(self, key: str) -> str:
+        """Begin an upload in parts; its id."""
+        with self._translated(key):
+            upload: str = self._client.create_multipart_upload(Bucket=self._name, Key=key)["UploadId"]
+        return upload
+
+    def put_part(self, key: str, upload: str, number: int, data: bytes) -> str:
+        """Send part `number` (from 1) of an upload; its ETag. Raises NotFoundError when the upload is gone."""
+        with self._translated(key):
+            answer = self._client.upload_part(Bucket=self._name, Key=key, UploadId=upload, PartNumber=number, Body=data)
+        return str(answer["ETag"])
+
+    def parts(self, key: str, upload: str) -> dict[int, Part]:
+        """The parts that an upload has. Raises NotFoundError when it is gone."""
+        found: dict[int, Part] = {}
+        marker = 0
+        while True:
+            with self._translated(key):
+                answer = self._client.list_parts(Bucket=self._name, Key=key, UploadId=upload, PartNumberMarker=marker)
+            for part in answer.get("Parts", ()):
+                found[part["PartNumber"]] = Part(part["Size"], part["ETag"])
+            if not answer.get("IsTruncated"):
+                return found
+            marker = answer["NextPartNumberMarker"]
+
+    def complete(self, key: str, upload: str, etags: Mapping[int, str]) -> Written:
+        """Make an object of the parts with these numbers."""
+        parts = [{"PartNumber": number, "ETag": etags[number]} for number in sorted(etags)]
+        with self._translated(key):
+            answer = self._client.complete_multipart_upload(
+                Bucket=self._name, Key=key, UploadId=upload, MultipartUpload={"Parts": parts}
+            )
+        return _written(answer)
+
+    def abort(self, key: str, upload: str) -> None:
+        """Drop an upload and its parts."""
+        with self._translated(key):
+            self._client.abort_multipart_upload(Bucket=self._name, Key=key, UploadId=upload)
+
+    def copy(self, source: ObjectVersion, key: str) -> Written:
+        """Copy exactly this version inside the server. Raises VersionChangedError when it is gone."""
+        place = {"Bucket": source.bucket, "Key": source.key}
+        with translated(source.key, pinned=True):
+            if source.size <= _COPY_WHOLE:
+                answer = self._client.copy_object(
+                    Bucket=self._name, Key=key, CopySource=place, CopySourceIfMatch=source.etag
+                )
+                return Written(quoted(answer["CopyObjectResult"]["ETag"]), answer.get("VersionId", ""))
+            upload = self.begin(key)
+            etags = {}
+            for number, start in enumerate(range(0, source.size, _COPY_PART), 1):
+                stop = min(start + _COPY_PART, source.size)
+                answer = self._client.upload_part_copy(
+                    Bucket=self._name,
+                    Key=key,
+                    UploadId=upload,
+                    PartNumber=number,
+                    CopySource=place,
+                    CopySourceIfMatch=source.etag,
+                    CopySourceRange=f"bytes={start}-{stop - 1}",
+                )
+                etags[number] = answer["CopyPartResult"]["ETag"]
+            return self.complete(key, upload, etags)
+
+    def delete(self, *keys: str) -> None:
+        """Delete objects; those that are not there are none the less gone."""
+        for key in keys:
+            with self._translated(key):
+                self._client.delete_object(Bucket=self._name, Key=key)
+
+
+def _written(answer: Mapping[str, Any]) -> Written:
+    return Written(quoted(answer.get("ETag", "")), answer.get("VersionId", ""))

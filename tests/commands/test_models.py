@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.conftest import MIB, Store, contents, write_model
+from tests.library.test_push import Run
+
+
+def test_the_library_as_a_table(bucket: Store, obsfs: Run, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", mib=2)
+    for name in ("lib/qwen@v1", "lib/qwen@v2", "lib/org/other"):
+        assert obsfs("push", model, f"{bucket}/{name}").code == 0
+    for path, data in contents(model).items():
+        bucket.put(f"lib/raw/{path}", data)
+    bucket.put("lib/damaged/.obsfs/manifest.json", b"{")
+    bucket.put("lib/notes/readme.txt", b"no model")
+    assert obsfs("pull", f"{bucket}/lib/qwen@v1", tmp_path / "a").code == 0
+    shown = obsfs("models", f"{bucket}/lib")
+    assert shown.code == 0
+    assert shown.err.count("\n") == 1
+    assert "damaged" in shown.err
+    lines = {line.split()[0]: line for line in shown.out.splitlines()}
+    assert "v1, v2" in lines["qwen"]
+    assert "Qwen2ForCausalLM" in lines["qwen"] and "2.1M" in lines["qwen"] and "bfloat16" in lines["qwen"]
+    assert "4.0 MiB" in lines["qwen"]
+    assert "2.1M" in lines["raw"] and "bfloat16" in lines["raw"]
+    assert "org/other" in lines
+    assert "notes" not in lines
+    document = obsfs("models", f"{bucket}/lib", "--json").json
+    by_url = {entry["url"]: entry for entry in document["models"]}
+    assert by_url[f"{bucket}/lib/qwen@v1"]["cached"] == sum(map(len, contents(model).values()))
+    assert by_url[f"{bucket}/lib/qwen@v2"]["cached"] == 0
+    assert by_url[f"{bucket}/lib/raw"]["published"] is False
+    assert by_url[f"{bucket}/lib/raw"]["parameters"] == 4 * MIB // 2
+
+
+def test_what_was_just_asked_is_not_asked_again(bucket: Store, obsfs: Run, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", mib=1)
+    assert obsfs("push", model, f"{bucket}/one").code == 0
+    assert "1 models" in obsfs("models", bucket).out
+    assert obsfs("push", model, f"{bucket}/two").code == 0
+    assert "1 models" in obsfs("models", bucket).out
+    assert "2 models" in obsfs("models", bucket, "--fresh").out
+    assert obsfs("push", model, f"{bucket}/three").code == 0
+    assert "3 models" in obsfs("models", bucket, "--metadata-ttl", "0").out
+    away = obsfs("models", bucket, AWS_ENDPOINT_URL="http://127.0.0.1:1")
+    assert away.code == 2  # another endpoint, another library
+
+
+def test_one_model(bucket: Store, obsfs: Run, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", mib=1)
+    assert obsfs("push", model, f"{bucket}/qwen@v1", "--revision", "abc").code == 0
+    shown = obsfs("models", "show", "qwen", OBSFS_LIBRARY=str(bucket))
+    assert shown.code == 0
+    for text in (f"{bucket}/qwen@v1", "Qwen2ForCausalLM", "abc", "model-00001-of-00002.safetensors", "sub/notes.md"):
+        assert text in shown.out
+    document = obsfs("models", "show", f"{bucket}/qwen", "--json").json
+    assert document["versions"] == ["v1"]
+    assert {file["path"] for file in document["files"]} == set(contents(model))
+    assert json.dumps(document)
+    missing = obsfs("models", "show", f"{bucket}/qwem")
+    assert (missing.code, missing.err.count("\n")) == (2, 1)
+    assert "qwen@v1" in missing.err
+
+
+def test_mistakes(bucket: Store, obsfs: Run) -> None:
+    for arguments, word in (
+        (("models",), "OBSFS_LIBRARY"),
+        (("models", "obs://no-such-bucket"), "no-such-bucket"),
+    ):
+        done = obsfs(*arguments)
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert word in done.err
+    assert "0 models" in obsfs("models", bucket).out
+    assert "show" in obsfs("models", "--help").out

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from obsfs.errors import UsageError
+from obsfs.library.manifest import File, Manifest, describe, is_model, now, parse_manifest
+
+FILE = {"path": "config.json", "size": 3, "etag": '"e"', "sha256": "0" * 64}
+
+
+def document(**changes: object) -> bytes:
+    return json.dumps(
+        {"format": "obsfs-manifest-1", "name": "m", "created": "2026-01-01T00:00:00Z", "files": [FILE], **changes}
+    ).encode()
+
+
+def test_what_is_written_is_read_again() -> None:
+    manifest = Manifest(name="m", version="v1", created=now(), files=(File(**FILE),))  # type: ignore[arg-type]
+    assert parse_manifest(manifest.to_json(), "here") == manifest
+    assert parse_manifest(document(unknown="later versions may say more"), "here").size == 3
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[]", b"null", b"\xff", document(files=[]), document(format="obsfs-manifest-9"),
+     document(files=[{**FILE, "path": "../x"}]), document(files=[{**FILE, "path": "/etc/passwd"}]),
+     document(files=[{**FILE, "path": ".obsfs/manifest.json"}]), document(files=[{**FILE, "size": -1}]),
+     document(files=[{**FILE, "sha256": "short"}]), document(files=[FILE, FILE])],
+)  # fmt: skip
+def test_what_is_no_manifest_is_refused_in_one_line(data: bytes) -> None:
+    with pytest.raises(UsageError, match="obs://b/m") as caught:
+        parse_manifest(data, "obs://b/m")
+    assert "\n" not in str(caught.value)
+
+
+@given(
+    st.binary()
+    | st.text().map(str.encode)
+    | st.recursive(
+        st.none() | st.integers() | st.text(),
+        lambda inner: (
+            st.lists(inner) | st.dictionaries(st.sampled_from(["format", "files", "path", "size", "name"]), inner)
+        ),
+    ).map(lambda value: json.dumps(value).encode())
+)
+def test_nothing_else_comes_of_hostile_text(data: bytes) -> None:
+    with pytest.raises(UsageError):
+        parse_manifest(data, "there")
+
+
+def test_content_is_the_same_whoever_published_it() -> None:
+    one = parse_manifest(document(), "a")
+    assert one.content == parse_manifest(document(author="somebody", version="v2"), "a").content
+    assert one.content != parse_manifest(document(files=[{**FILE, "sha256": "1" * 64}]), "a").content
+
+
+def test_what_a_model_is() -> None:
+    header = {"a": {"dtype": "BF16", "shape": [10, 20]}, "b": {"dtype": "F32", "shape": [5]}}
+    about = describe(b'{"architectures": ["Qwen2ForCausalLM"]}', None, {"x": header})
+    assert (about.architecture, about.parameters, about.dtype) == ("Qwen2ForCausalLM", 205, "bfloat16")
+    assert describe(None, b'{"peft_type": "LORA", "base_model_name_or_path": "q"}', {}).architecture == "LORA for q"
+    assert describe(b"no json", b"[]", {"x": {"a": {"shape": "?"}}}).architecture == ""
+    assert is_model(iter(["x/model.safetensors"])) and not is_model(iter(["notes.txt"]))

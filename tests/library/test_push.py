@@ -1,0 +1,260 @@
+"""Publishing: whole or not at all, resumed, and by one publisher at a time. Real processes, really killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from obsfs.errors import ExistsError, UsageError
+from obsfs.library import catalog, publish
+from obsfs.library.names import parse_model
+from obsfs.library.push import find_files, push
+from obsfs.remote.client import Bucket
+from obsfs.remote.writer import Writer
+from obsfs.settings import Settings
+from tests.conftest import MIB, Result, Store, contents, stop_group, write_model
+from tests.faulty import FaultyLink
+
+Run = Callable[..., Result]
+
+
+def keys(store: Store, prefix: str = "") -> dict[str, int]:
+    answer = store.client.list_objects_v2(Bucket=store.name, Prefix=prefix)
+    return {entry["Key"]: entry["Size"] for entry in answer.get("Contents", ())}
+
+
+def published(store: Store, key: str) -> dict[str, Any]:
+    body = store.client.get_object(Bucket=store.name, Key=f"{key}/.obsfs/manifest.json")["Body"].read()
+    manifest: dict[str, Any] = json.loads(body)
+    return manifest
+
+
+def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "obsfs", *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_push_publishes_all_files_and_says_what_they_are(bucket: Store, obsfs: Run, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "tuned")
+    done = obsfs("push", model, f"{bucket}/models/tuned@v1", "--revision", "abc")
+    assert done.code == 0, done.err
+    assert f"published {bucket}/models/tuned@v1: 5 files" in done.out
+    manifest = published(bucket, "models/tuned@v1")
+    local = contents(model)
+    assert {file["path"]: file["size"] for file in manifest["files"]} == {p: len(data) for p, data in local.items()}
+    assert manifest["version"] == "v1"
+    assert manifest["revision"] == "abc"
+    assert manifest["source"] == "tuned"
+    assert manifest["model"] == {"architecture": "Qwen2ForCausalLM", "parameters": 18 * MIB // 2, "dtype": "bfloat16"}
+    for path, data in local.items():
+        answer = bucket.client.get_object(Bucket=bucket.name, Key=f"models/tuned@v1/{path}")
+        assert answer["Body"].read() == data
+        assert answer["ETag"] == next(file["etag"] for file in manifest["files"] if file["path"] == path)
+    assert set(keys(bucket)) == {f"models/tuned@v1/{path}" for path in [*local, ".obsfs/manifest.json"]}
+
+
+def test_what_is_there_is_not_sent_again(bucket: Store, obsfs: Run, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m")
+    size = sum(map(len, contents(model).values()))
+    assert obsfs("push", model, f"{bucket}/m@v1", "--json").json["bytes_sent"] == size
+    assert obsfs("push", model, f"{bucket}/m@v1", "--json").json["bytes_sent"] == 0
+    (model / "config.json").write_text('{"model_type": "other"}')
+    second = obsfs("push", model, f"{bucket}/m@v2", "--json").json
+    assert second["bytes_sent"] == len('{"model_type": "other"}')
+    assert keys(bucket)["m@v2/model-00001-of-00002.safetensors"] > 9 * MIB
+    refused = obsfs("push", model, f"{bucket}/m@v1")
+    assert refused.code == 2
+    assert "published already" in refused.err
+    assert published(bucket, "m@v1")["model"]["architecture"] == "Qwen2ForCausalLM"
+
+
+def test_a_name_without_a_version_is_replaced_in_place(bucket: Store, obsfs: Run, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m")
+    assert obsfs("push", model, f"{bucket}/m").code == 0
+    bucket.put("m/theirs.txt", b"not ours")
+    (model / "sub" / "notes.md").unlink()
+    (model / "config.json").write_text("{}")
+    assert obsfs("push", model, f"{bucket}/m", "--json").json["bytes_sent"] == 2
+    assert "m/sub/notes.md" not in keys(bucket)
+    assert keys(bucket)["m/theirs.txt"] == 8  # what obsfs did not put there stays
+    assert {file["path"] for file in published(bucket, "m")["files"]} == set(contents(model))
+
+
+def test_mistakes(bucket: Store, obsfs: Run, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", mib=1)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("a")
+    (tmp_path / "nothing").mkdir()
+    for arguments, words in (
+        ((tmp_path / "nowhere", f"{bucket}/m"), ("nowhere",)),
+        ((tmp_path / "notes", f"{bucket}/m"), ("no model", "--any")),
+        ((tmp_path / "nothing", f"{bucket}/m"), ("nothing in",)),
+        ((model, f"{bucket}/../m"), ("prefix",)),
+        ((model, f"{bucket}/m@.."), ("names no model",)),
+        ((model, "m@v1"), ("OBSFS_LIBRARY",)),
+        ((model, "obs://no-such-bucket-here/m"), ("no-such-bucket-here",)),
+    ):
+        done = obsfs("push", *arguments)
+        assert done.code == 2, (arguments, done)
+        assert done.err.count("\n") == 1, done.err
+        for word in words:
+            assert word in done.err, done.err
+    assert not keys(bucket)
+    (model / "dangling").symlink_to("nowhere")
+    assert "dangling" in obsfs("push", model, f"{bucket}/m").err
+    assert obsfs("push", tmp_path / "notes", f"{bucket}/notes", "--any").code == 0
+
+
+def test_a_bucket_that_cannot_be_written(bucket: Store, obsfs: Run, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", mib=1)
+    done = obsfs("push", model, f"{bucket}/m", AWS_SECRET_ACCESS_KEY="wrong")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "denied" in done.err
+    assert not keys(bucket)
+
+
+def test_a_file_that_changes_meanwhile_is_noticed(bucket: Store, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", mib=1)
+    files = find_files(model)
+    (model / "config.json").write_text("changed")
+    with pytest.raises(UsageError, match="changed while it was pushed"):
+        push(model, parse_model(f"{bucket}/m@v1"), Settings.load(retry_timeout=2), files=files)
+    assert (
+        catalog.read(Bucket(parse_model(f"{bucket}/m@v1").address, Settings.load()), parse_model(f"{bucket}/m@v1"))
+        is None
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_killed_at_any_moment_nothing_is_half_published_and_it_goes_on(bucket: Store, tmp_path: Path) -> None:
+    """Kill -9, twenty times, at random; each version ends whole, with most of it sent once."""
+    rng = random.Random(4)
+    sent = size = kills = 0
+    with FaultyLink(bucket.server.port) as link:
+        link.bytes_per_second = 20e6
+        for number in range(5):
+            model = write_model(tmp_path / "m", mib=20, seed=number)
+            name = f"{bucket}/m@v{number}"
+            for delay in (*(rng.uniform(0.4, 2.2) for _ in range(4)), 120):
+                process = start("push", model, name, "--json", "--connections", "4", AWS_ENDPOINT_URL=link.endpoint)
+                try:
+                    out, err = process.communicate(timeout=delay)
+                except subprocess.TimeoutExpired:
+                    stop_group(process)
+                    kills += 1
+                    if f"m@v{number}/.obsfs/manifest.json" in keys(bucket):
+                        verify_whole(bucket, model, f"m@v{number}")
+                    continue
+                assert process.returncode == 0, err
+                sent += json.loads(out)["bytes_sent"]
+                size += json.loads(out)["bytes_sent"] and sum(map(len, contents(model).values()))
+                break
+            verify_whole(bucket, model, f"m@v{number}")
+            uploads = bucket.client.list_multipart_uploads(Bucket=bucket.name, Prefix=f"m@v{number}/").get(
+                "Uploads", []
+            )
+            assert not uploads
+    assert kills >= 10
+    assert sent < size  # the last try had not to begin anew
+
+
+def verify_whole(store: Store, model: Path, key: str) -> None:
+    there = {path.removeprefix(f"{key}/") for path in keys(store, f"{key}/")} - {
+        ".obsfs/manifest.json",
+        ".obsfs/claim.json",
+    }
+    assert there == set(contents(model))
+    for path, data in contents(model).items():
+        assert store.client.get_object(Bucket=store.name, Key=f"{key}/{path}")["Body"].read() == data
+    assert published(store, key)["files"]
+
+
+@pytest.mark.slow
+def test_of_two_who_publish_one_version_one_wins_whole(bucket: Store, tmp_path: Path) -> None:
+    models = [write_model(tmp_path / f"m{n}", seed=n) for n in range(2)]
+    for round_ in range(4):
+        processes = [
+            start("push", model, f"{bucket}/m@v{round_}", XDG_STATE_HOME=str(tmp_path / f"state{n}"))
+            for n, model in enumerate(models)
+        ]
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+        codes = [process.returncode for process in processes]
+        assert sorted(codes) == [0, 2], errors
+        verify_whole(bucket, models[codes.index(0)], f"m@v{round_}")
+        assert errors[codes.index(2)].count("\n") == 1
+        assert f"m@v{round_}" in errors[codes.index(2)]
+        assert f"m@v{round_}/.obsfs/claim.json" not in keys(bucket)
+    assert not bucket.client.list_multipart_uploads(Bucket=bucket.name).get("Uploads")
+
+
+def test_a_claim_is_respected_until_it_is_old(bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_model(tmp_path / "m", mib=1)
+    name = parse_model(f"{bucket}/m@v1")
+    bucket.put("m@v1/.obsfs/claim.json", json.dumps({"author": "ann@far", "nonce": "hers"}).encode())
+    with pytest.raises(ExistsError, match="ann@far"):
+        push(model, name, Settings.load(), files=find_files(model))
+    monkeypatch.setattr(publish, "_CLAIM_SECONDS", 1.0)
+    time.sleep(2.1)
+    push(model, name, Settings.load(), files=find_files(model))
+    verify_whole(bucket, model, "m@v1")
+
+
+def test_a_server_that_knows_no_conditional_writes(bucket: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As OBS: then the claim is written and looked at again."""
+    name = parse_model(f"{bucket}/m@v1")
+    writer = Writer(Bucket(name.address, Settings.load()))
+    put = Writer.put
+    monkeypatch.setattr(Writer, "put", lambda self, key, data, new=False: put(self, key, data))
+    monkeypatch.setattr(publish, "_SETTLE_SECONDS", 0.1)
+    with publish._Claim(writer, name, "me", "mine"):
+        with pytest.raises(ExistsError), publish._Claim(writer, name, "you", "yours"):
+            pass
+        assert "m@v1/.obsfs/claim.json" in keys(bucket)
+    assert not keys(bucket)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_push_and_leaves_nothing_visible(bucket: Store, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", mib=20)
+    with FaultyLink(bucket.server.port) as link:
+        link.bytes_per_second = 5e6
+        process = start("push", model, f"{bucket}/m@v1", AWS_ENDPOINT_URL=link.endpoint)
+        time.sleep(2.5)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err.strip()) == (130, "", "obsfs: interrupted")
+    assert not keys(bucket)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_away_for_a_moment_costs_nothing(bucket: Store, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", mib=20)
+    with FaultyLink(bucket.server.port) as link:
+        link.bytes_per_second = 10e6
+        process = start("push", model, f"{bucket}/m@v1", "--connections", "4", AWS_ENDPOINT_URL=link.endpoint)
+        time.sleep(1.2)
+        link.refusing = True
+        link.break_all()
+        time.sleep(1.5)
+        link.refusing = False
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    verify_whole(bucket, model, "m@v1")

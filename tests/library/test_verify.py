@@ -1,0 +1,103 @@
+"""A flipped bit is found wherever it is: in the bucket, in the cache, on the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.conftest import MIB, Mounter, Store, contents, write_model
+from tests.library.test_push import Run
+
+FILE = "model-00001-of-00002.safetensors"
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def test_all_is_as_in_the_manifest(bucket: Store, obsfs: Run, tmp_path: Path, mount: Mounter) -> None:
+    model = write_model(tmp_path / "m", mib=3)
+    assert obsfs("push", model, f"{bucket}/m@v1").code == 0
+    assert obsfs("pull", f"{bucket}/m@v1", tmp_path / "a").code == 0
+    for arguments in ((f"{bucket}/m@v1",), (f"{bucket}/m@v1", "--in", "cache"), (tmp_path / "a",)):
+        done = obsfs("verify", *arguments)
+        assert (done.code, done.out) == (0, ""), done
+        assert "5 files" in done.err or "4 files" in done.err  # the empty file is not in the cache
+    path = mount(bucket)
+    (path / "m@v1" / FILE).read_bytes()
+    on_mount = obsfs("verify", path / "m@v1", "--json").json
+    assert (on_mount["where"], on_mount["files"], on_mount["differences"]) == ("cache", 1, [])
+    assert obsfs("verify", path / "m@v1", "--in", "bucket").code == 0
+
+
+def test_a_bit_flipped_on_the_disk(bucket: Store, obsfs: Run, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", mib=3)
+    assert obsfs("push", model, f"{bucket}/m@v1").code == 0
+    assert obsfs("pull", f"{bucket}/m@v1", tmp_path / "a").code == 0
+    flip(tmp_path / "a" / FILE, 2 * MIB)
+    (tmp_path / "a" / "config.json").unlink()
+    (tmp_path / "a" / "empty.txt").write_text("longer")
+    done = obsfs("verify", tmp_path / "a")
+    assert done.code == 1
+    assert [line.split(":")[0] for line in done.out.splitlines()] == ["config.json", "empty.txt", FILE]
+    assert obsfs("pull", f"{bucket}/m@v1", tmp_path / "a", "--force").code == 0
+    assert contents(tmp_path / "a") == contents(model)
+    assert obsfs("verify", tmp_path / "a").code == 0
+
+
+def test_a_bit_flipped_in_the_cache(bucket: Store, obsfs: Run, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", mib=3)
+    assert obsfs("push", model, f"{bucket}/m@v1").code == 0
+    assert obsfs("pull", f"{bucket}/m@v1", tmp_path / "a").code == 0
+    size = (model / FILE).stat().st_size
+    for path in (tmp_path / "cache").rglob("*.data"):
+        if path.stat().st_size == size:
+            flip(path, MIB + 7)
+    done = obsfs("verify", f"{bucket}/m@v1", "--in", "cache", "--json")
+    assert done.code == 1
+    assert len(done.json["differences"]) == 2
+    assert "damaged" in done.json["differences"][0]["reason"]
+    assert obsfs("pull", f"{bucket}/m@v1", tmp_path / "b", "--json").json["bytes_fetched"] == 2 * MIB
+    assert contents(tmp_path / "b") == contents(model)
+    assert obsfs("verify", f"{bucket}/m@v1", "--in", "cache").code == 0
+
+
+def test_a_bit_flipped_in_the_bucket(bucket: Store, obsfs: Run, tmp_path: Path) -> None:
+    """Under the server, in the file in which it keeps the object; and by somebody who writes the object again."""
+    model = write_model(tmp_path / "m", mib=3)
+    marker = b"somewhere in the third megabyte"
+    data = (model / FILE).read_bytes()
+    (model / FILE).write_bytes(data[: 2 * MIB] + marker + data[2 * MIB + len(marker) :])
+    assert obsfs("push", model, f"{bucket}/m@v1").code == 0
+    assert obsfs("push", model, f"{bucket}/n@v1").code == 0
+    for volume in bucket.server.directory.rglob(f"{bucket.name}_*.dat"):
+        stored = volume.read_bytes()
+        at = -1
+        while (at := stored.find(marker, at + 1)) >= 0:
+            flip(volume, at)
+    for name in ("m@v1", "n@v1"):
+        done = obsfs("verify", f"{bucket}/{name}", "--cache-dir", tmp_path / "none", OBSFS_RETRY_TIMEOUT="2")
+        assert done.code in (1, 2), done  # a server that has checksums of its own may refuse to send it
+        assert FILE in done.out + done.err
+    for volume in bucket.server.directory.rglob(f"{bucket.name}_*.dat"):
+        stored = volume.read_bytes()
+        wrong = bytes([marker[0] ^ 1]) + marker[1:]
+        at = -1
+        while (at := stored.find(wrong, at + 1)) >= 0:
+            flip(volume, at)
+    assert obsfs("verify", f"{bucket}/m@v1").code == 0
+    bucket.put(f"m@v1/{FILE}", data)
+    bucket.client.delete_object(Bucket=bucket.name, Key="m@v1/config.json")
+    bucket.put("m@v1/more.txt", b"")
+    done = obsfs("verify", f"{bucket}/m@v1")
+    assert done.code == 1
+    assert [line.split(":")[0] for line in done.out.splitlines()] == ["config.json", FILE, "more.txt"]
+
+
+def test_what_cannot_be_verified(bucket: Store, obsfs: Run, tmp_path: Path) -> None:
+    bucket.put("raw/config.json", b"{}")
+    assert "has no manifest" in obsfs("verify", f"{bucket}/raw").err
+    assert "on no mount" in obsfs("verify", tmp_path).err
