@@ -18,6 +18,8 @@ from benchmarks.link import PROFILES, Link
 from benchmarks.peers import DOWNLOADERS, OBSFS, PEERS, Downloader, Mounted, Peer, Place, System
 from obsfs.demo.server import EmbeddedServer
 from obsfs.errors import ObsfsError
+from obsfs.library.manifest import About, File, Manifest, now
+from obsfs.library.names import MANIFEST
 
 BUCKET = "bench"
 
@@ -73,6 +75,23 @@ class Bench:
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(upload, sorted(path for path in self.local.rglob("*") if path.is_file())))
+
+    def put_models(self, count: int) -> None:
+        """A library ``many/`` of so many models, as far as manifests tell: all have the same files."""
+        files = tuple(
+            File(path=f"model-{n:05}-of-00004.safetensors", size=1 << 30, etag=f'"{n}"', sha256=f"{n:064}")
+            for n in range(4)
+        )
+        client = self._server.client(max_pool_connections=16)
+
+        def put(number: int) -> None:
+            name = f"model-{number:03}"
+            about = About(architecture="Qwen2ForCausalLM", parameters=494_032_768, dtype="bfloat16")
+            manifest = Manifest(name=name, version="v1", created=now(), model=about, files=files)
+            client.put_object(Bucket=BUCKET, Key=f"many/{name}@v1/{MANIFEST}", Body=manifest.to_json())
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(put, range(count)))
 
     def size(self, name: str) -> int:
         """Bytes of a file, or of all files of a directory, of the data."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -11,15 +12,17 @@ from pathlib import Path
 from typing import TypeVar
 
 from benchmarks import data
-from benchmarks.bench import Bench, dd, drop_page_cache
+from benchmarks.bench import BUCKET, Bench, dd, drop_page_cache
 from benchmarks.peers import OBSFS
 from benchmarks.worker import measure, measure_all, timed
+from obsfs.demo.server import program_path
 
 _T = TypeVar("_T")
 _STREAM_BYTES = 20 * 10**9
 _PROCESSES = 8
 _SCATTERED = 256
 _LISTING_SECONDS = 60.0
+_MODELS = 500
 _KIB, _MIB = 1 << 10, 1 << 20
 
 
@@ -185,6 +188,41 @@ def listing(bench: Bench) -> None:
                         bench.record(peer.name, "seconds", measure(["stat", path])["seconds"], case="stat_hot")
 
 
+def library(bench: Bench) -> None:
+    """4 GB pushed and pulled, hashed on the way; s5cmd with as many connections and parts of the same size, unhashed.
+
+    And the table of 500 models, asked for and remembered.
+    """
+    source = bench.home / "publish"
+    source.mkdir()
+    (source / data.LARGE).hardlink_to(bench.local / data.LARGE)
+    obsfs = [sys.executable, "-m", "obsfs"]
+    s5cmd = next((system for system in bench.downloaders() if system.name == "s5cmd"), None)
+    options = ["--endpoint-url", bench.endpoint, "cp", "--concurrency", "16", "--part-size", "8"]
+    for run in range(bench.runs):
+        place, name = bench.place(), f"obs://{BUCKET}/library/large@v{run}"
+        pull = [*obsfs, "pull", name, place.path, "--cache-dir", place.cache]
+        bench.record("obsfs", "seconds", timed(*obsfs, "push", source, name), case="push")
+        bench.record("obsfs", "seconds", timed(*pull), case="pull")
+        bench.record("obsfs", "seconds", timed(*pull), case="pull_again")
+        shutil.rmtree(place.path)
+        shutil.rmtree(place.cache)
+        if s5cmd is not None:
+            there = f"s3://{BUCKET}/library/s5cmd-{run}/"
+            with bench.surviving(s5cmd):
+                command = [program_path("s5cmd"), *options]
+                bench.record("s5cmd", "seconds", timed(*command, f"{source}/", there), case="push")
+                bench.record("s5cmd", "seconds", timed(*command, f"{there}*", f"{place.path}/"), case="pull")
+            shutil.rmtree(place.path, ignore_errors=True)
+    bench.put_models(_MODELS)
+    for _ in range(bench.runs):
+        place = bench.place()
+        models = [*obsfs, "models", f"obs://{BUCKET}/many", "--cache-dir", place.cache]
+        bench.record("obsfs", "seconds", timed(*models), case="models_cold")
+        bench.record("obsfs", "seconds", timed(*models), case="models_cached")
+    shutil.rmtree(source)
+
+
 def stream(bench: Bench) -> None:
     """20 GB through a cache of 1 GiB: the most memory that the server has for itself."""
     os.environ["OBSFS_CACHE_SIZE"] = "1GiB"
@@ -221,6 +259,7 @@ CASES: dict[str, tuple[Case, tuple[str, ...]]] = {
     "processes": (processes, ("obs",)),
     "first_byte": (first_byte, ("obs",)),
     "tensor": (tensor, ("waits",)),
+    "library": (library, ("obs",)),
     "random_reads": (random_reads, ("obs",)),
     "listing": (listing, ("obs",)),
 }

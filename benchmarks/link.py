@@ -1,6 +1,6 @@
 """A link like the one to OBS, on one machine: latency to the first byte, a limit per connection, and one in all.
 
-A network namespace behind a veth pair whose inner end is shaped by tc's token bucket; in it nginx as a reverse proxy
+A network namespace behind a veth pair, each way of which is shaped by tc's token bucket; in it nginx as a reverse proxy
 to SeaweedFS's unix socket, which waits before it answers and limits each connection. Needs root, Debian's
 ``iproute2``, ``nginx-light`` and ``libnginx-mod-http-lua``.
 """
@@ -45,6 +45,7 @@ http {{
       proxy_http_version 1.1;
       proxy_set_header Connection "";
       proxy_set_header Host {address}:80;
+      proxy_request_buffering off;
       proxy_buffering on;
       proxy_buffers 64 64k;
       proxy_max_temp_file_size 0;
@@ -116,6 +117,7 @@ class Link:
             rate = f"{profile.total * 8}mbit"
             shape = ("root", "tbf", "rate", rate, "burst", "4mb", "latency", "50ms")
             _run(*inside, "tc", "qdisc", "replace", "dev", self._far, *shape)
+            _run("tc", "qdisc", "replace", "dev", self._near, *shape)
         self._nginx = subprocess.Popen([*inside, "nginx", "-c", str(config)])
         deadline = time.monotonic() + 10
         while not (self._home / "nginx.pid").exists():

@@ -63,6 +63,10 @@ TARGETS = (
     _time("hot stat: time over ext4", "stat_hot", "obs", "ext4", 2.0),
     _time("hot ls -l: time over ext4", "ls_hot", "obs", "ext4", 2.0),
     _time("cold listing: time over the bare pages", "find_cold", "obs", "boto3", 1.5),
+    _speed("push of 4 GB, obs: speed over s5cmd", "push", "obs", "s5cmd", 0.95),
+    _speed("pull of 4 GB, obs: speed over s5cmd", "pull", "obs", "s5cmd", 0.95),
+    Target("500 models, obs: seconds", _of("models_cold", "obs"), 1, 3.0),
+    Target("500 models, remembered: seconds", _of("models_cached", "obs"), 1, 0.3),
     Target("daemon CPU per GB, cold dd, obs: over boto3", _CPU_OBSFS, _CPU_BOTO3, 1.5),
     Target("daemon memory, 20 GB streamed: MiB", _of("stream", "lan", "daemon_memory_mib"), 1, 300),
 )
