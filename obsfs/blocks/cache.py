@@ -38,6 +38,7 @@ from obsfs.blocks.layout import (
     evict_blocks,
     header,
     is_at,
+    is_linked,
     is_pinned,
     lock_range,
     pin_path,
@@ -193,6 +194,22 @@ class CachedObject:
         if self.is_complete():
             SEAL.pack_into(self._map, SEAL_AT, *seal)
 
+    def link(self, path: Path) -> bool:
+        """Give the data file a second name, if every block is verified and in it; says whether it has one.
+
+        From then on it is kept, and no longer counted. Raises OSError when the name cannot be given.
+        """
+        with self._cache.exclusive:
+            if not self.is_complete() or not is_at(self._map_fd, self._path):
+                return False
+            was_sealed = self._is_sealed()
+            os.link(self._path.with_suffix(".data"), path)
+            if was_sealed:
+                # The link has changed the inode's ctime, and nothing else.
+                SEAL.pack_into(self._map, SEAL_AT, *seal_of(self.data_fd))
+        self._cache.discount(self.size)
+        return True
+
     def is_complete(self) -> bool:
         """Whether all blocks are verified and in the file."""
         return self.in_file(range(self.blocks))
@@ -323,6 +340,10 @@ class Cache:
                 raise
             try:
                 if not os.fstat(map_fd).st_size:
+                    if os.fstat(data_fd).st_nlink > 1:
+                        # What was known of it is lost, and by its other name it is somebody's.
+                        unlink(map_path)
+                        return data_fd, map_fd
                     # Every page is allocated now: a full disk must not surface as SIGBUS when the map is written.
                     os.ftruncate(data_fd, 0)
                     os.ftruncate(data_fd, size)
@@ -354,6 +375,11 @@ class Cache:
             if stored:
                 self._used += size
                 self._stored += size
+
+    def discount(self, size: int) -> None:
+        """So many bytes of the cache are somebody else's now."""
+        with self._guard:
+            self._used = max(0, self._used - size)
 
     def hold(self, owner: CachedObject, block: int, data: bytes) -> None:
         """Keep a block in memory that the disk did not take (64 MiB of them at most, oldest go first)."""
@@ -412,7 +438,8 @@ class Cache:
         """Bring the cache to `target` bytes, or to 95% of it when it has to go down at all; oldest blocks first."""
         with self.exclusive:
             stored = self._stored
-            blocks = sorted(block for path in self._maps() if not is_pinned(path) for block in read_blocks(path))
+            evictable = (path for path in self._maps() if not (is_pinned(path) or _is_kept(path)))
+            blocks = sorted(block for path in evictable for block in read_blocks(path))
             total = sum(block.size for block in blocks) + self.pinned_bytes()
             excess = total - target + target // 20 if total > target else 0
             oldest, freed = iter(blocks), 0
@@ -439,13 +466,12 @@ class Cache:
                 if entry is None:
                     unlink(path)
                     continue
-                if is_pinned(path) or (prefix is not None and not _is_under(entry.version, prefix)):
+                if is_pinned(path) or _is_kept(path) or (prefix is not None and not _is_under(entry.version, prefix)):
                     continue
                 if entry.last_used * 1e9 > horizon:
                     continue
                 freed += evict_blocks(path, list(read_blocks(path)))
-            with self._guard:
-                self._used = max(0, self._used - freed)
+            self.discount(freed)
         return freed
 
     def check(self, version: ObjectVersion, advance: Callable[[int], None]) -> tuple[str, list[int]]:
@@ -473,7 +499,10 @@ class Cache:
         """Forget all that is cached of a version."""
         path = self._map_path(version)
         with self.exclusive:
-            evict_blocks(path, list(read_blocks(path)))
+            if _is_kept(path):
+                unlink(path)
+            else:
+                evict_blocks(path, list(read_blocks(path)))
 
     def present_blocks(self, version: ObjectVersion) -> list[int]:
         """The numbers of the blocks that the cache has of a version, ascending."""
@@ -525,7 +554,7 @@ class Cache:
     def pinned_bytes(self) -> int:
         """Bytes of them that are cached."""
         maps = (path.with_suffix(".map") for _, path in self._pins())
-        return sum(block.size for path in maps for block in read_blocks(path))
+        return sum(block.size for path in maps if not _is_kept(path) for block in read_blocks(path))
 
     def _pins(self) -> Iterator[tuple[ObjectVersion, Path]]:
         for path in list(self._root.glob("??/*.pin")):
@@ -563,6 +592,13 @@ def _identity(version: ObjectVersion) -> dict[str, object]:
 
 def _identity_bytes(version: ObjectVersion) -> bytes:
     return json.dumps(_identity(version), sort_keys=True).encode()
+
+
+def _is_kept(path: Path) -> bool:
+    try:
+        return is_linked(path)
+    except OSError:
+        return False
 
 
 def _take_bytes(blocks: Iterator[StoredBlock], size: int) -> dict[Path, list[StoredBlock]]:

@@ -5,7 +5,7 @@ that the kernel can serve from it, and ``ID.map``, which says for each block whe
 used, and the checksum of its bytes. ID is a hash of endpoint, bucket, key, ETag and size. A third, ``ID.pin``, keeps
 eviction away.
 
-Four rules keep it right without a journal:
+Five rules keep it right without a journal:
 
 * A block's bytes are written before its map entry says *present*. After a restart an entry is believed only when
   the checksum agrees, or when the file carries a seal: it was complete, synced, and its inode has not been touched
@@ -14,6 +14,8 @@ Four rules keep it right without a journal:
   takes bytes from the data file checks that word before *and after*: equal words mean that the bytes were whole.
 * Who fetches or evicts a block holds an open-file-description lock on its entry's bytes in the map file, so no
   block is fetched twice or punched out while it arrives, whichever processes are at it; a lock ends with its owner.
+* A complete data file may have a second name outside (a hard link, :meth:`~obsfs.blocks.cache.CachedObject.link`).
+  Whoever reads it by that name is not disturbed: no block of it is evicted, and it is never truncated.
 * A file that the kernel reads by itself (passthrough) is locked against eviction in parts; it can only be unlinked
   whole, which leaves its readers undisturbed.
 """
@@ -177,6 +179,8 @@ def evict_blocks(path: Path, victims: list[StoredBlock]) -> int:
     except OSError:
         return 0
     try:
+        if is_linked(path):
+            return 0
         everything = sum(1 for _ in read_blocks(path)) == len(victims)
         if everything and lock_range(map_fd, LOCK_OPEN, 1, fcntl.F_WRLCK):
             unlink(path)
@@ -216,6 +220,11 @@ def pin_path(path: Path) -> Path:
 def is_pinned(path: Path) -> bool:
     """Whether the blocks of a map file are to be left alone by eviction."""
     return pin_path(path).exists()
+
+
+def is_linked(path: Path) -> bool:
+    """Whether the data file of a map file has another name, outside of the cache."""
+    return path.with_suffix(".data").stat().st_nlink > 1
 
 
 def unlink(path: Path) -> None:

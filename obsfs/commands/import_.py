@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from obsfs.commands.options import LIBRARY, settings_options
+from obsfs.commands.options import PUBLISH, settings_options
 from obsfs.commands.output import human, progress, spinner, terminate_like_interrupt
 from obsfs.settings import Settings
 
@@ -24,7 +24,7 @@ Examples:
 @click.option("--include", multiple=True, metavar="PATTERN", help="Only files like this (may be repeated).")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="No files like this (may be repeated).")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
-@settings_options(*LIBRARY)
+@settings_options(*PUBLISH)
 def import_(
     repository: str,
     name: str | None,

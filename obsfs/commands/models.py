@@ -137,7 +137,7 @@ def _print(library: str, document: dict[str, Any]) -> None:
         )
     titles = ("model", "versions", "architecture", ">parameters", "dtype", ">size", ">cached")
     click.echo("\n".join(columns(titles, rows)))
-    click.echo(f"{len(by_name)} models in {library}")
+    click.echo(f"{len(by_name)} model{'' if len(by_name) == 1 else 's'} in {library}")
 
 
 def _share(part: int, whole: int) -> str:

@@ -16,7 +16,8 @@ _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 
 CACHE = ("cache_dir",)
 BUCKET = ("endpoint_url", "region", "profile", "no_sign_request", "addressing_style")
-LIBRARY = (*BUCKET, "library", "cache_dir", "cache_size", "connections")
+PUBLISH = (*BUCKET, "library", "connections")
+LIBRARY = (*PUBLISH, *CACHE, "cache_size")
 _SEVERAL = ("endpoint_url",)
 _NUMBERS = ("connections", "uid", "gid")
 

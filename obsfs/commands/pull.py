@@ -47,8 +47,10 @@ def pull(
 ) -> None:
     """Bring a model here, verified, and print the directory that it is in.
 
-    Without DIRECTORY it goes beside the block cache. What is in the block cache already is not fetched again, and
-    what was fetched stays there. A NAME without a version means what lies there, or else the newest version.
+    Without DIRECTORY it goes into the cache directory, where large files share their bytes with the block cache and
+    take no second place on the disk: read them there, and pull into a DIRECTORY what you want to change. What is in
+    the block cache already is not fetched again, and what was fetched stays there. A NAME without a version means
+    what lies there, or else the newest version.
     """
     from obsfs.library import download
     from obsfs.library.names import parse_model

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from obsfs.commands.options import LIBRARY, settings_options
+from obsfs.commands.options import PUBLISH, settings_options
 from obsfs.commands.output import human, progress, terminate_like_interrupt
 from obsfs.settings import Settings
 
@@ -30,7 +30,7 @@ NAME@VERSION never changes once it is published. NAME without a version is repla
 @click.option("--source", metavar="TEXT", help="Where it came from, for the manifest. Default: the directory's name.")
 @click.option("--revision", metavar="TEXT", help="Of which revision it is. Default: the commit, if it is in git.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
-@settings_options(*LIBRARY)
+@settings_options(*PUBLISH)
 def push(
     directory: Path,
     name: str,

@@ -12,13 +12,15 @@ from obsfs.errors import UsageError
 from obsfs.library.catalog import Model
 from obsfs.library.manifest import File
 from obsfs.library.names import ModelName, parse_model
-from obsfs.library.pull import Pull, Pulled, read_local, write_whole
+from obsfs.library.pull import SNAPSHOTS, Pull, Pulled, read_local, write_whole
 from obsfs.library.transfer import Advance
 from obsfs.settings import Settings
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_SNAPSHOTS = "snapshots"
+
+
+_REVISIONS = "snapshots"
 
 HUGGING_FACE = "hf"
 MODEL_SCOPE = "ms"
@@ -27,7 +29,7 @@ MODEL_SCOPE = "ms"
 def default_directory(settings: Settings, model: Model) -> Path:
     """Where a model is pulled to when no place is given: beside the block cache."""
     name = model.name
-    return settings.cache_dir / _SNAPSHOTS / name.bucket / name.library / name.label
+    return settings.cache_dir / SNAPSHOTS / name.bucket / name.library / name.label
 
 
 def repository_of(model: Model, settings: Settings, given: str | None) -> str:
@@ -48,10 +50,10 @@ def repository_of(model: Model, settings: Settings, given: str | None) -> str:
 def hub_directory(model: Model, repository: str, hub: str) -> Path:
     """The directory in a hub's cache that a model's files go to."""
     if hub == HUGGING_FACE:
-        return _hf_repository(repository) / _SNAPSHOTS / _commit(model)
+        return _hf_repository(repository) / _REVISIONS / _commit(model)
     # As modelscope_hub has it: {cache}/models/{owner}--{name}/snapshots/{revision}
     cache = os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope"
-    return Path(cache).expanduser() / "models" / repository.replace("/", "--") / _SNAPSHOTS / "master"
+    return Path(cache).expanduser() / "models" / repository.replace("/", "--") / _REVISIONS / "master"
 
 
 def finish_hub(model: Model, repository: str, hub: str, directory: Path, files: Sequence[File]) -> None:
@@ -160,7 +162,7 @@ def _local(name: ModelName, settings: Settings, local_dir: str | os.PathLike[str
     if local_dir is not None:
         directory = Path(local_dir)
     else:
-        directory = settings.cache_dir / _SNAPSHOTS / name.bucket / name.library / name.label
+        directory = settings.cache_dir / SNAPSHOTS / name.bucket / name.library / name.label
     read_local(directory)
     return str(directory)
 

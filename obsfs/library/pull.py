@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from obsfs.blocks.cache import CachedObject
 from obsfs.blocks.layout import BLOCK, block_count
 from obsfs.blocks.reader import Engine, Reader
 from obsfs.errors import ObsfsError, UnavailableError, UsageError, VersionChangedError
@@ -37,6 +38,8 @@ _STEP = 8 << 20
 _WORKERS = 8
 _RECORD = f"{OWN}pulled.json"
 _LOCK = f"{OWN}lock"
+SNAPSHOTS = "snapshots"
+"""Where models go, in the cache directory, when no place is given."""
 _INCOMPLETE = f"{OWN}incomplete"
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _MARGIN = 64 << 20
@@ -98,6 +101,9 @@ class Pull:
 
     def _fetch(self, local: Local, files: Sequence[File], advance: Advance) -> int:
         engine = Engine(self._bucket, self._settings, seals=False)
+        shared = self._settings.cache_dir / SNAPSHOTS
+        # There, large files need no second copy: they are what the cache has, by another name.
+        largest = engine.cache.limit // 2 if local.directory.is_relative_to(shared) else 0
         # What is under way at the same time must fit into a part of the cache.
         width = max(1, engine.window * BLOCK // _STEP)
         crew = Crew(min(_WORKERS, width), self._settings.retry_timeout)
@@ -113,7 +119,8 @@ class Pull:
         try:
             for file in files:
                 version = self.model.version_of(file, self._bucket.endpoint)
-                arrivals.append(_Arrival(file, version, engine, local, crew))
+                is_linked = _STEP <= file.size <= largest
+                arrivals.append(_Arrival(file, version, engine, local, crew, is_linked=is_linked))
             crew.run(tasks())
             return engine.fetcher.stats.bytes_fetched
         except VersionChangedError as error:
@@ -134,7 +141,10 @@ def _pieces(arrivals: Sequence[_Arrival]) -> Iterator[tuple[_Arrival, int]]:
 class _Arrival:
     """One file on its way: its pieces are read and written by several threads at the same time, and hashed in order."""
 
-    def __init__(self, file: File, version: ObjectVersion, engine: Engine, local: Local, crew: Crew) -> None:
+    def __init__(
+        self, file: File, version: ObjectVersion, engine: Engine, local: Local, crew: Crew, *, is_linked: bool
+    ) -> None:
+        self._is_linked = is_linked
         self._file = file
         self._version = version
         self._engine = engine
@@ -168,7 +178,8 @@ class _Arrival:
             else:
                 self._engine.fill(self._version, self._blocks(index))
                 data = reader.cached.read(offset, size) or reader.read(offset, size)
-                _write(target, data, offset)
+                if not self._is_linked:
+                    _write(target, data, offset)
             if self._digest:
                 self._digest.update(index, data)
             advance(size)
@@ -184,11 +195,10 @@ class _Arrival:
         with self._guard:
             if self._opened is None:
                 reader = self._engine.open(self._version)
-                self._opened = (reader, *self._local.begin(self._file))
+                self._opened = (reader, -1, 0) if self._is_linked else (reader, *self._local.begin(self._file))
             return self._opened
 
     def _finish(self) -> None:
-        self.close()
         file = self._file
         if self._digest and self._digest.hexdigest() != (file.sha256 or file.etag.strip('"')):
             self._local.drop(file)
@@ -196,15 +206,35 @@ class _Arrival:
                 f"{file.path} is not what its {'manifest' if file.sha256 else 'ETag'} says",
                 "`obsfs verify` shows where it is wrong; then pull again",
             )
+        reader, *_ = self._open()
+        if self._is_linked and not self._local.link(file, reader.cached):
+            self._copy(reader)
         self._local.accept(file)
+        self.close()
+
+    def _copy(self, reader: Reader) -> None:
+        """Some of it has left the cache, or links cannot be: then it is read again, and written."""
+        digest = hashlib.new(_algorithm_of(self._file) or "sha256", usedforsecurity=False)
+        target, _ = self._local.begin(self._file)
+        try:
+            for offset in range(0, self._file.size, _STEP):
+                data = reader.read(offset, min(_STEP, self._file.size - offset))
+                _write(target, data, offset)
+                digest.update(data)
+        finally:
+            os.close(target)
+        if self._digest and digest.hexdigest() != self._digest.hexdigest():
+            raise UnavailableError(f"{self._file.path} changed while it was copied", "pull again")
 
     def close(self) -> None:
         """Whether it has arrived or not: give back what was opened."""
         with self._guard:
             opened, self._opened = self._opened, None
         if opened:
-            os.close(opened[1])
-            self._engine.release(opened[0])
+            reader, target, _ = opened
+            if target >= 0:
+                os.close(target)
+            self._engine.release(reader)
 
 
 class Local:
@@ -262,6 +292,15 @@ class Local:
     def drop(self, file: File) -> None:
         """What was written of it is wrong."""
         self._incomplete(file).unlink(missing_ok=True)
+
+    def link(self, file: File, cached: CachedObject) -> bool:
+        """Have the cache's own file as the incomplete one; False when that cannot be."""
+        path = self._incomplete(file)
+        path.unlink(missing_ok=True)
+        try:
+            return cached.link(path)
+        except OSError:
+            return False
 
     def accept(self, file: File) -> None:
         """It is right: give it its name."""

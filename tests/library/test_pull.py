@@ -286,3 +286,56 @@ def test_two_pulls_into_one_directory(bucket: Store, model: Path, tmp_path: Path
         errors = [process.communicate(timeout=60)[1] for process in processes]
     assert sorted(process.returncode for process in processes) in ([0, 0], [0, 2]), errors
     assert contents(tmp_path / "a") == contents(model)
+
+
+def test_without_a_directory_it_shares_its_bytes_with_the_cache(
+    bucket: Store, obsfs: Run, tmp_path: Path, mount: Mounter
+) -> None:
+    model = write_model(tmp_path / "m", mib=12)
+    assert obsfs("push", model, f"{bucket}/m@v1").code == 0
+    place = Path(obsfs("pull", f"{bucket}/m@v1").out.strip())
+    assert contents(place) == contents(model)
+    large = place / "model-00001-of-00002.safetensors"
+    assert large.stat().st_nlink == 2
+    assert (place / "config.json").stat().st_nlink == 1  # what people edit is a copy
+    again = obsfs("pull", f"{bucket}/m@v1", "--json").json
+    assert again["bytes_fetched"] == 0
+    # The cache serves it, keeps it, and does not count it; what else is in it comes and goes.
+    bucket.put("other.bin", random_bytes(60 * MIB))
+    path = mount(bucket, cache_dir=tmp_path / "cache" / "obsfs", cache_size="32MiB")
+    (path / "other.bin").read_bytes()
+    assert contents(path / "m@v1").keys() >= contents(model).keys()
+    assert status(path)["bytes_fetched"] < 61 * MIB
+    assert status(path)["cache_bytes"] <= 32 * MIB
+    assert os.getxattr(path / "m@v1" / large.name, "user.obsfs.served_by") == b"passthrough"
+    assert obsfs("cache", "clean").code == 0
+    assert contents(place) == contents(model)
+    assert obsfs("verify", f"{bucket}/m@v1", "--in", "cache").code == 0
+    # It is the cache's again when its other name goes.
+    for file in place.rglob("*"):
+        if file.is_file():
+            file.unlink()
+    obsfs("cache", "clean")
+    assert "\n0 B in " in obsfs("cache", "info").out
+
+
+def test_a_cache_whose_map_is_lost_never_touches_what_was_pulled(
+    bucket: Store, obsfs: Run, tmp_path: Path, mount: Mounter
+) -> None:
+    model = write_model(tmp_path / "m", mib=12)
+    assert obsfs("push", model, f"{bucket}/m@v1").code == 0
+    place = Path(obsfs("pull", f"{bucket}/m@v1").out.strip())
+    for number, damaged in enumerate((tmp_path / "cache" / "obsfs").rglob("*.map")):
+        damaged.unlink() if number % 2 else damaged.write_bytes(b"" if number % 4 else b"damaged")
+    path = mount(bucket, cache_dir=tmp_path / "cache" / "obsfs")
+    for file, data in contents(model).items():
+        assert (path / "m@v1" / file).read_bytes() == data
+    assert contents(place) == contents(model)
+
+
+def test_a_cache_that_is_too_small_to_share(bucket: Store, obsfs: Run, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", mib=20)
+    assert obsfs("push", model, f"{bucket}/m@v1").code == 0
+    place = Path(obsfs("pull", f"{bucket}/m@v1", "--cache-size", "16MiB").out.strip())
+    assert contents(place) == contents(model)
+    assert (place / "model-00001-of-00002.safetensors").stat().st_nlink == 1
