@@ -122,7 +122,10 @@ def publish(
     advance: Advance = lambda size: None,
 ) -> tuple[Manifest, int]:
     """Publish files from anywhere. `origin` tells one try from another: the next of the same goes on with it."""
-    bucket = Bucket(name.address, settings)
+    # A replica that lags must not be asked whether something is published already.
+    bucket = Bucket(
+        name.address, settings.model_copy(update={"endpoint_url": next(iter(settings.endpoint_urls), None)})
+    )
     with notes_file(f"{bucket.endpoint} {name} {origin}", str(name)) as notes:
         publication = Publication(
             Writer(bucket),

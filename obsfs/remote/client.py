@@ -271,7 +271,7 @@ class Bucket:
             age = parsedate_to_datetime(now).timestamp() - _epoch(answer.get("LastModified")) if now else 0.0
             return Content(data, answer.get("ETag", ""), max(0.0, age))
 
-        return self._ask(ask)
+        return self._ask(ask, may_lag=True)
 
     def older(self, key: str) -> Iterator[Content]:
         """The versions of an object that the bucket keeps, the newest first; none where it keeps none."""

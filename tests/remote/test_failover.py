@@ -92,6 +92,11 @@ def test_what_is_written_goes_to_the_first_and_mistakes_are_told(
     assert obsfs("push", tmp_path / "m", f"{bucket}/m@v1", *endpoints).code == 0
     assert "Contents" not in replica.client.list_objects_v2(Bucket=replica.name)
     assert obsfs("pull", f"{bucket}/m@v1", tmp_path / "a", *endpoints).code == 0
+    (tmp_path / "m" / "config.json").write_text('{"other": 1}')
+    for _ in range(3):  # whichever endpoint might be asked first
+        refused = obsfs("push", tmp_path / "m", f"{bucket}/m@v1", *endpoints)
+        assert (refused.code, "published already" in refused.err) == (2, True)
+    assert obsfs("verify", f"{bucket}/m@v1", *endpoints).code == 0
     joined = f"{bucket.server.endpoint},{replica.server.endpoint}"
     assert obsfs("models", bucket, OBSFS_ENDPOINT_URL=joined).code == 0
     dead = ("--endpoint-url", "http://127.0.0.1:1", "--endpoint-url", "http://127.0.0.1:2")
