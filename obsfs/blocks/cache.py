@@ -143,6 +143,13 @@ class CachedObject:
                 return None
         return b"".join(parts)
 
+    def readinto(self, offset: int, buffer: memoryview) -> bool:
+        """Fill `buffer` with the bytes from `offset` on, if their blocks are all in the file."""
+        blocks = range(offset // BLOCK, block_count(offset + len(buffer)))
+        if not self.in_file(blocks):
+            return False
+        return os.preadv(self.data_fd, [buffer], offset) == len(buffer) and self.in_file(blocks)
+
     def in_file(self, blocks: range) -> bool:
         """Whether all these blocks lie verified in the data file. Ask again after the bytes were taken."""
         return all(0 != self._trusted[block] == self._words[3 * block + 2] for block in blocks)
@@ -345,7 +352,9 @@ class Cache:
                         unlink(map_path)
                         return data_fd, map_fd
                     # Every page is allocated now: a full disk must not surface as SIGBUS when the map is written.
-                    os.ftruncate(data_fd, 0)
+                    if os.fstat(data_fd).st_size:
+                        # ext4 takes what is cut to nothing for a file being rewritten, and writes it out on close.
+                        os.ftruncate(data_fd, 0)
                     os.ftruncate(data_fd, size)
                     os.posix_fallocate(map_fd, 0, map_size)
                     os.pwrite(map_fd, header(b"", size, identity), 0)

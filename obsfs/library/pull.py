@@ -43,6 +43,7 @@ SNAPSHOTS = "snapshots"
 _INCOMPLETE = f"{OWN}incomplete"
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _MARGIN = 64 << 20
+_of_thread = threading.local()
 
 
 class Pulled(NamedTuple):
@@ -173,11 +174,13 @@ class _Arrival:
             reader, target, start = self._open()
             offset = index * _STEP
             size = min(_STEP, self._file.size - offset)
+            data = _piece_buffer()[:size]
             if offset + size <= start:
-                data = os.pread(target, size, offset)
+                os.preadv(target, [data], offset)
             else:
                 self._engine.fill(self._version, self._blocks(index))
-                data = reader.cached.read(offset, size) or reader.read(offset, size)
+                if not reader.cached.readinto(offset, data):
+                    data[:] = reader.read(offset, size)
                 if not self._is_linked:
                     _write(target, data, offset)
             if self._digest:
@@ -372,7 +375,15 @@ def write_whole(path: Path, data: bytes) -> None:
     new.replace(path)
 
 
-def _write(fd: int, data: bytes, offset: int) -> None:
+def _piece_buffer() -> memoryview:
+    """This thread's own: fresh memory for each piece would cost more than what is done with it."""
+    if not hasattr(_of_thread, "buffer"):
+        _of_thread.buffer = memoryview(bytearray(_STEP))
+    buffer: memoryview = _of_thread.buffer
+    return buffer
+
+
+def _write(fd: int, data: bytes | memoryview, offset: int) -> None:
     view = memoryview(data)
     while view:
         count = os.pwrite(fd, view, offset)
