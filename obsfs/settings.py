@@ -160,6 +160,10 @@ class Settings(BaseSettings):
         """The endpoints that were given; what is written goes to the first."""
         return tuple(url.strip() for url in (self.endpoint_url or "").split(",") if url.strip())
 
+    def at_first_endpoint(self) -> Settings:
+        """These, for what must be known exactly: a replica may lag."""
+        return self.model_copy(update={"endpoint_url": next(iter(self.endpoint_urls), None)})
+
     @classmethod
     def settings_customise_sources(
         cls,

@@ -37,7 +37,8 @@ Examples:
 def verify(target: str, *, where: str | None, as_json: bool, **given: Any) -> None:
     """Hash a model against its manifest, and say what differs. Exit status 1 when something does.
 
-    TARGET is a model in a bucket, a path on a mount, or a directory that obsfs pull has made.
+    PATH_OR_URL is a model in a bucket (at the first of several endpoints), a path on a mount, or a directory that obsfs
+    pull has made.
     """
     from obsfs.library import verify as verifying
     from obsfs.library.pull import read_local
@@ -61,7 +62,7 @@ def _verify_model(url: str, settings: Settings, where: str, as_json: bool) -> No
     from obsfs.remote.client import Bucket
 
     name = parse_model(url, settings.library)
-    bucket = Bucket(name.address, settings)
+    bucket = Bucket(name.address, settings.at_first_endpoint())
     model = catalog.resolve(bucket, name)
     if not model.etag:
         raise UsageError(f"{model.name} has no manifest", "it was not published by obsfs push")

@@ -122,10 +122,7 @@ def publish(
     advance: Advance = lambda size: None,
 ) -> tuple[Manifest, int]:
     """Publish files from anywhere. `origin` tells one try from another: the next of the same goes on with it."""
-    # A replica that lags must not be asked whether something is published already.
-    bucket = Bucket(
-        name.address, settings.model_copy(update={"endpoint_url": next(iter(settings.endpoint_urls), None)})
-    )
+    bucket = Bucket(name.address, settings.at_first_endpoint())
     with notes_file(f"{bucket.endpoint} {name} {origin}", str(name)) as notes:
         publication = Publication(
             Writer(bucket),
