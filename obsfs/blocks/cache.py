@@ -447,7 +447,7 @@ class Cache:
         """Bring the cache to `target` bytes, or to 95% of it when it has to go down at all; oldest blocks first."""
         with self.exclusive:
             stored = self._stored
-            evictable = (path for path in self._maps() if not (is_pinned(path) or _is_kept(path)))
+            evictable = (path for path in self._maps() if not (is_pinned(path) or is_linked(path)))
             blocks = sorted(block for path in evictable for block in read_blocks(path))
             total = sum(block.size for block in blocks) + self.pinned_bytes()
             excess = total - target + target // 20 if total > target else 0
@@ -475,7 +475,7 @@ class Cache:
                 if entry is None:
                     unlink(path)
                     continue
-                if is_pinned(path) or _is_kept(path) or (prefix is not None and not _is_under(entry.version, prefix)):
+                if is_pinned(path) or is_linked(path) or (prefix is not None and not _is_under(entry.version, prefix)):
                     continue
                 if entry.last_used * 1e9 > horizon:
                     continue
@@ -508,7 +508,7 @@ class Cache:
         """Forget all that is cached of a version."""
         path = self._map_path(version)
         with self.exclusive:
-            if _is_kept(path):
+            if is_linked(path):
                 unlink(path)
             else:
                 evict_blocks(path, list(read_blocks(path)))
@@ -516,10 +516,6 @@ class Cache:
     def present_blocks(self, version: ObjectVersion) -> list[int]:
         """The numbers of the blocks that the cache has of a version, ascending."""
         return [block.number for block in read_blocks(self._map_path(version))]
-
-    def cached_bytes(self, version: ObjectVersion) -> int:
-        """Bytes that the cache has of a version."""
-        return sum(block.size for block in read_blocks(self._map_path(version)))
 
     def entries(self) -> Iterator[CacheEntry]:
         """Everything in the cache."""
@@ -563,7 +559,7 @@ class Cache:
     def pinned_bytes(self) -> int:
         """Bytes of them that are cached."""
         maps = (path.with_suffix(".map") for _, path in self._pins())
-        return sum(block.size for path in maps if not _is_kept(path) for block in read_blocks(path))
+        return sum(block.size for path in maps if not is_linked(path) for block in read_blocks(path))
 
     def _pins(self) -> Iterator[tuple[ObjectVersion, Path]]:
         for path in list(self._root.glob("??/*.pin")):
@@ -601,13 +597,6 @@ def _identity(version: ObjectVersion) -> dict[str, object]:
 
 def _identity_bytes(version: ObjectVersion) -> bytes:
     return json.dumps(_identity(version), sort_keys=True).encode()
-
-
-def _is_kept(path: Path) -> bool:
-    try:
-        return is_linked(path)
-    except OSError:
-        return False
 
 
 def _take_bytes(blocks: Iterator[StoredBlock], size: int) -> dict[Path, list[StoredBlock]]:

@@ -224,7 +224,10 @@ def is_pinned(path: Path) -> bool:
 
 def is_linked(path: Path) -> bool:
     """Whether the data file of a map file has another name, outside of the cache."""
-    return path.with_suffix(".data").stat().st_nlink > 1
+    try:
+        return path.with_suffix(".data").stat().st_nlink > 1
+    except OSError:
+        return False
 
 
 def unlink(path: Path) -> None:

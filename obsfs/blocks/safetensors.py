@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 SUFFIX = ".safetensors"
 _LENGTH = 8
+LEAST = _LENGTH
+"""Bytes that a file has at least, if it is one."""
 _MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library itself."""
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from obsfs.blocks import safetensors
 from obsfs.errors import NotFoundError, UsageError, VersionChangedError
 from obsfs.library import manifest as manifests
-from obsfs.library.manifest import ADAPTER, CONFIG, About, File, Manifest
+from obsfs.library.manifest import About, File, Manifest
 from obsfs.library.names import MANIFEST, ModelName, by_age, is_safe_path, nearest, split_label
 from obsfs.remote.address import Address
 from obsfs.remote.client import Bucket
@@ -22,7 +22,6 @@ from obsfs.remote.objects import ObjectInfo, ObjectVersion
 
 _WORKERS = 32
 _HEADER = 64 << 10
-_SMALL = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -136,26 +135,22 @@ def _listed(bucket: Bucket, name: ModelName) -> Model | None:
 
 def _about(bucket: Bucket, infos: dict[str, ObjectInfo]) -> About:
     """What a model is, read from its configuration and the headers of its weights."""
-
-    def small(path: str) -> bytes | None:
-        info = infos.get(path)
-        return bucket.get(info.key).data if info and info.size <= _SMALL else None
-
-    headers = {}
-    for path, info in infos.items():
-        if path.endswith(safetensors.SUFFIX):
-            version = bucket.version(info)
-            start = bucket.read_range(version, 0, min(_HEADER, info.size))
-            found = safetensors.header(
-                info.size,
-                lambda offset, size, start=start, version=version: (  # type: ignore[misc]
-                    start[offset : offset + size]
-                    if offset + size <= len(start)
-                    else bucket.read_range(version, offset, offset + size)
-                ),
-            )
-            headers[path] = found[1] if found else {}
     try:
-        return manifests.describe(small(CONFIG), small(ADAPTER), headers)
+        return manifests.look({path: (info.size, _reading(bucket, info)) for path, info in infos.items()})
     except (NotFoundError, VersionChangedError):
         return About()
+
+
+def _reading(bucket: Bucket, info: ObjectInfo) -> safetensors.Read:
+    """Bytes of an object; its start is fetched in one go, as most headers need no more."""
+    version = bucket.version(info)
+    start: list[bytes] = []
+
+    def read(offset: int, size: int) -> bytes:
+        if offset + size > _HEADER:
+            return bucket.read_range(version, offset, offset + size)
+        if not start:
+            start.append(bucket.read_range(version, 0, min(_HEADER, info.size)))
+        return start[0][offset : offset + size]
+
+    return read

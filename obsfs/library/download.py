@@ -18,17 +18,14 @@ from obsfs.settings import Settings
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-
-
 _REVISIONS = "snapshots"
 
 HUGGING_FACE = "hf"
 MODEL_SCOPE = "ms"
 
 
-def default_directory(settings: Settings, model: Model) -> Path:
+def default_directory(settings: Settings, name: ModelName) -> Path:
     """Where a model is pulled to when no place is given: beside the block cache."""
-    name = model.name
     return settings.cache_dir / SNAPSHOTS / name.bucket / name.library / name.label
 
 
@@ -95,22 +92,21 @@ def pull(
     directory: Path | None = None,
     hubs: Sequence[str] = (),
     repository: str | None = None,
-    files: Sequence[File] | None = None,
+    files: Sequence[File],
     force: bool = False,
     advance: Advance = lambda size: None,
 ) -> list[Pulled]:
-    """Pull a model to a directory, or into the caches of hubs; what was done, of each place."""
+    """Pull files of a model to a directory, or into the caches of hubs; what was done, of each place."""
     model = pulling.model
-    chosen = list(model.manifest.files if files is None else files)
     done = []
     for hub in hubs:
         name = repository_of(model, settings, repository)
         place = hub_directory(model, name, hub)
-        done.append(pulling.run(place, files=chosen, force=force, advance=advance))
-        finish_hub(model, name, hub, place, chosen)
+        done.append(pulling.run(place, files=files, force=force, advance=advance))
+        finish_hub(model, name, hub, place, files)
     if directory is not None or not hubs:
-        place = directory or default_directory(settings, model)
-        done.append(pulling.run(place, files=chosen, force=force, advance=advance))
+        place = directory or default_directory(settings, model.name)
+        done.append(pulling.run(place, files=files, force=force, advance=advance))
     return done
 
 
@@ -147,7 +143,7 @@ def snapshot_download(
         return _local(name, chosen, local_dir)
     pulling = Pull(name, chosen)
     files = pulling.files(_patterns(allow_patterns), _patterns(ignore_patterns))
-    directory = Path(local_dir) if local_dir is not None else default_directory(chosen, pulling.model)
+    directory = Path(local_dir) if local_dir is not None else default_directory(chosen, pulling.model.name)
     pull(pulling, chosen, directory=directory, files=files, force=force_download)
     return str(directory)
 
@@ -159,10 +155,7 @@ def _at(name: ModelName, version: str) -> ModelName:
 
 
 def _local(name: ModelName, settings: Settings, local_dir: str | os.PathLike[str] | None) -> str:
-    if local_dir is not None:
-        directory = Path(local_dir)
-    else:
-        directory = settings.cache_dir / SNAPSHOTS / name.bucket / name.library / name.label
+    directory = Path(local_dir) if local_dir is not None else default_directory(settings, name)
     read_local(directory)
     return str(directory)
 

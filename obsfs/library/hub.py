@@ -14,10 +14,8 @@ from typing import Any, NamedTuple
 
 import urllib3
 
-from obsfs.blocks import safetensors
 from obsfs.errors import ForbiddenError, NotFoundError, ObsfsError, UnavailableError, UsageError
 from obsfs.library import manifest as manifests
-from obsfs.library.manifest import ADAPTER, CONFIG
 from obsfs.library.names import is_chosen, is_safe_path
 from obsfs.library.publish import Details
 from obsfs.library.push import author
@@ -26,7 +24,6 @@ HUBS = ("hf", "ms")
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TIMEOUT = 60.0
 _CONNECTIONS = 24
-_SMALL = 1 << 20
 
 
 class HubName(NamedTuple):
@@ -93,18 +90,7 @@ class Repository:
 
     def details(self) -> Details:
         """For the manifest. Reads the configuration, and the headers of the weights."""
-        by_path = {file.path: file for file in self.files}
-
-        def small(path: str) -> bytes | None:
-            file = by_path.get(path)
-            return file.read(0, file.size) if file and file.size <= _SMALL else None
-
-        headers = {}
-        for file in self.files:
-            if file.path.endswith(safetensors.SUFFIX) and file.size >= 8:
-                found = safetensors.header(file.size, file.read)
-                headers[file.path] = found[1] if found else {}
-        model = manifests.describe(small(CONFIG), small(ADAPTER), headers)
+        model = manifests.look({file.path: (file.size, file.read) for file in self.files})
         return Details(author(), str(self.name), self.revision, model)
 
 

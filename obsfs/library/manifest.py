@@ -19,6 +19,7 @@ from obsfs.library.names import is_safe_path
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
+_SMALL = 1 << 20
 _WEIGHTS = (safetensors.SUFFIX, ".gguf", ".bin", ".pt", ".pth", ".onnx")
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "F8_E4M3": "float8"}
 
@@ -75,11 +76,6 @@ class Manifest(_Part):
         return sum(file.size for file in self.files)
 
     @property
-    def is_verified(self) -> bool:
-        """Whether the SHA-256 of every file is known."""
-        return all(file.sha256 for file in self.files)
-
-    @property
     def content(self) -> str:
         """The SHA-256 (hex) of what the model consists of, whoever published it and whenever."""
         lines = sorted(f"{file.path}\0{file.size}\0{file.sha256 or file.etag}\n" for file in self.files)
@@ -114,6 +110,21 @@ def now() -> datetime:
 def is_model(paths: Iterator[str]) -> bool:
     """Whether files with these names make a model or an adapter."""
     return any(path in (CONFIG, ADAPTER) or path.endswith(_WEIGHTS) for path in paths)
+
+
+def look(files: Mapping[str, tuple[int, safetensors.Read]]) -> About:
+    """What a model is, of files by their paths: the size of each in bytes, and what gives its bytes."""
+
+    def small(path: str) -> bytes | None:
+        size, read = files.get(path, (_SMALL + 1, None))
+        return read(0, size) if read and size <= _SMALL else None
+
+    headers = {}
+    for path, (size, read) in files.items():
+        if path.endswith(safetensors.SUFFIX) and size >= safetensors.LEAST:
+            found = safetensors.header(size, read)
+            headers[path] = found[1] if found else {}
+    return describe(small(CONFIG), small(ADAPTER), headers)
 
 
 def describe(config: bytes | None, adapter: bytes | None, headers: Mapping[str, Mapping[str, Any]]) -> About:

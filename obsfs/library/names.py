@@ -95,14 +95,6 @@ def split_label(label: str) -> tuple[str, str | None] | None:
     return name, version or None
 
 
-def library_of(text: str | None, library: str | None) -> Address:
-    """The address of a library. Raises UsageError when none is given."""
-    chosen = text or library
-    if not chosen:
-        raise UsageError("no library is given", "write obs://BUCKET/PREFIX, or set OBSFS_LIBRARY")
-    return parse_address(chosen)
-
-
 def is_safe_path(path: str) -> bool:
     """Whether a file of a model may be called so, relative to its directory: it stays inside, and is not obsfs's."""
     return all(map(is_valid_name, path.split("/"))) and not f"{path}/".startswith(OWN)

@@ -72,19 +72,18 @@ class Pull:
         self,
         directory: Path,
         *,
-        files: Sequence[File] | None = None,
+        files: Sequence[File],
         force: bool = False,
         advance: Advance = lambda size: None,
     ) -> Pulled:
-        """Bring files (by default all) into `directory`, which is made.
+        """Bring files of the model into `directory`, which is made.
 
         A file there that is something else, and that obsfs did not put there as it is now, is replaced only by
         `force`.
         """
-        chosen = list(self.model.manifest.files if files is None else files)
         local = Local(directory)
         missing = []
-        for file in chosen:
+        for file in files:
             if local.has(file):
                 advance(file.size)
             else:

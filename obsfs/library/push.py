@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from obsfs.blocks import safetensors
 from obsfs.errors import UsageError
 from obsfs.library import manifest as manifests
 from obsfs.library.manifest import ADAPTER, CONFIG, Manifest
@@ -28,7 +27,6 @@ from obsfs.settings import Settings, state_dir
 _CONNECTIONS = 16
 _NOT_OURS = {".git", ".obsfs", ".cache", "__pycache__", ".ipynb_checkpoints"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SMALL = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def push(
         author=author(),
         source=source or directory.resolve().name,
         revision=revision or revision_of(directory),
-        model=manifests.describe(*_texts(files), _headers(files)),
+        model=manifests.look({file.path: (file.size, file.read) for file in files}),
     )
     return publish(name, files, details, settings, origin=str(directory.resolve()), advance=advance)
 
@@ -176,18 +174,3 @@ def revision_of(directory: Path) -> str:
         return ""
     commit = found.stdout.strip()
     return commit if _COMMIT.fullmatch(commit) else ""
-
-
-def _texts(files: Sequence[LocalFile]) -> tuple[bytes | None, bytes | None]:
-    by_path = {file.path: file for file in files if file.size <= _SMALL}
-    config, adapter = by_path.get(CONFIG), by_path.get(ADAPTER)
-    return config.read(0, config.size) if config else None, adapter.read(0, adapter.size) if adapter else None
-
-
-def _headers(files: Sequence[LocalFile]) -> dict[str, dict[str, object]]:
-    found = {}
-    for file in files:
-        if file.path.endswith(safetensors.SUFFIX):
-            header = safetensors.header(file.size, file.read) if file.size >= 8 else None
-            found[file.path] = header[1] if header else {}
-    return found
