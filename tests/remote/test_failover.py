@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,27 +33,36 @@ def test_a_replica_takes_over_in_mid_read(bucket: Store, replica: Store, mount: 
     data = random_bytes(60 * MIB)
     both(bucket, replica, "big.bin", data)
     both(bucket, replica, "dir/small.txt", b"small")
-    with FaultyLink(replica.server.port) as link:
-        link.bytes_per_second = 20e6
-        path = mount(bucket, endpoint_url=[link.endpoint, bucket.server.endpoint], connections=4)
-        # Only the first: the other one is refused until it is needed.
+    with FaultyLink(replica.server.port) as near, FaultyLink(bucket.server.port) as far:
+        near.bytes_per_second = 10e6
+        far.delay = 0.2
+
+        def die() -> None:
+            assert near.cut.wait(60)
+            near.refusing = True
+            near.break_all()
+            replica.server.stop()
+
+        path = mount(bucket, endpoint_url=[near.endpoint, far.endpoint], connections=4)
+        near.cut_after(20 * MIB)
+        dying = threading.Thread(target=die)
+        dying.start()
         read: list[bytes] = []
         longest = 0.0
         with (path / "big.bin").open("rb", buffering=0) as file:
+            started = time.monotonic()
             while piece := file.read(MIB):
                 read.append(piece)
-                if len(read) == 20:
-                    link.refusing = True
-                    link.break_all()
-                    replica.server.stop()
+                longest = max(longest, time.monotonic() - started)
                 started = time.monotonic()
-            longest = max(longest, time.monotonic() - started)
+        dying.join()
         assert b"".join(read) == data
         assert longest < 10
+        assert near.passed > 19 * MIB
         assert (path / "dir" / "small.txt").read_bytes() == b"small"
         shown = {site["endpoint"]: site for site in status(path)["endpoints"]}
-        assert shown[link.endpoint]["failures"] >= 1
-        assert shown[bucket.server.endpoint]["latency"] is not None
+        assert shown[near.endpoint]["failures"] >= 1
+        assert shown[far.endpoint]["latency"] is not None
         assert status(path)["errors"] == 0
 
 
