@@ -164,9 +164,10 @@ class EmbeddedServer:
             self.process.wait()
 
     def close(self) -> None:
-        """End the process and remove its data."""
+        """End the process, at once, and remove its data."""
         if hasattr(self, "process"):
-            self.stop()
+            self.process.kill()
+            self.process.wait()
         shutil.rmtree(self.directory, ignore_errors=True)
         for port in getattr(self, "ports", ()):
             for path in _SOCKETS.glob(f"seaweedfs-*-{port}.sock"):

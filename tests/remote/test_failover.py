@@ -41,7 +41,7 @@ def test_a_replica_takes_over_in_mid_read(bucket: Store, replica: Store, mount: 
             assert near.cut.wait(60)
             near.refusing = True
             near.break_all()
-            replica.server.stop()
+            replica.server.process.kill()
 
         path = mount(bucket, endpoint_url=[near.endpoint, far.endpoint], connections=4)
         near.cut_after(20 * MIB)
