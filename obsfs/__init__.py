@@ -16,22 +16,39 @@ from obsfs.version import __version__
 if TYPE_CHECKING:
     from obsfs.errors import ObsfsError
     from obsfs.filesystem import OBSFileSystem
-    from obsfs.fuse.mounts import Mount, mount
-    from obsfs.library.download import snapshot_download
+    from obsfs.fuse.mounts import Mount, mount, on_mount, status
+    from obsfs.library.download import resolve, snapshot_download
+    from obsfs.library.push import push_directory as push
     from obsfs.settings import Settings
 
-__all__ = ["Mount", "OBSFileSystem", "ObsfsError", "Settings", "__version__", "mount", "snapshot_download"]
+__all__ = [
+    "Mount",
+    "OBSFileSystem",
+    "ObsfsError",
+    "Settings",
+    "__version__",
+    "mount",
+    "on_mount",
+    "push",
+    "resolve",
+    "snapshot_download",
+    "status",
+]
 
 # Whoever wants the log of a program that uses obsfs attaches a handler; mounts write a file.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _HOMES = {
-    "Mount": "obsfs.fuse.mounts",
-    "OBSFileSystem": "obsfs.filesystem",
-    "ObsfsError": "obsfs.errors",
-    "Settings": "obsfs.settings",
-    "mount": "obsfs.fuse.mounts",
-    "snapshot_download": "obsfs.library.download",
+    "Mount": "obsfs.fuse.mounts:Mount",
+    "OBSFileSystem": "obsfs.filesystem:OBSFileSystem",
+    "ObsfsError": "obsfs.errors:ObsfsError",
+    "Settings": "obsfs.settings:Settings",
+    "mount": "obsfs.fuse.mounts:mount",
+    "on_mount": "obsfs.fuse.mounts:on_mount",
+    "push": "obsfs.library.push:push_directory",
+    "resolve": "obsfs.library.download:resolve",
+    "snapshot_download": "obsfs.library.download:snapshot_download",
+    "status": "obsfs.fuse.mounts:status",
 }
 
 
@@ -40,4 +57,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'obsfs' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    module, _, found = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(module), found)

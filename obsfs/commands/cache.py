@@ -11,10 +11,10 @@ import click
 
 from obsfs.blocks.cache import Cache
 from obsfs.blocks.layout import CacheEntry
-from obsfs.commands import places
 from obsfs.commands.options import CACHE, age, settings_options
 from obsfs.commands.output import human, make_console
 from obsfs.errors import UsageError
+from obsfs.fuse import mounts
 from obsfs.library.names import is_url
 from obsfs.remote.address import parse_address
 from obsfs.settings import Settings
@@ -92,7 +92,7 @@ def clean(path: str | None, older_than: str | None, **given: Any) -> None:
 def _prefix(path: str) -> tuple[str, str]:
     """Bucket and key (or prefix) of a URL or of a path on a mount. Raises UsageError when it is neither."""
     if not is_url(path):
-        found = places.on_mount(Path(path))
+        found = mounts.on_mount(Path(path))
         if found is None:
             raise UsageError(f"{path} is on no mount of obsfs", "give obs://BUCKET/KEY, or a path on a mount")
         path = found.url

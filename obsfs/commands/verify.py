@@ -12,6 +12,7 @@ from obsfs.commands import places
 from obsfs.commands.options import LIBRARY, settings_options
 from obsfs.commands.output import human, progress, terminate_like_interrupt
 from obsfs.errors import UsageError
+from obsfs.fuse import mounts
 from obsfs.library.names import MANIFEST, is_url, parse_model
 from obsfs.settings import Settings
 
@@ -45,7 +46,7 @@ def verify(target: str, *, where: str | None, as_json: bool, **given: Any) -> No
 
     terminate_like_interrupt()
     path = Path(target)
-    if not is_url(target) and path.is_dir() and (path / MANIFEST).is_file() and places.on_mount(path) is None:
+    if not is_url(target) and path.is_dir() and (path / MANIFEST).is_file() and mounts.on_mount(path) is None:
         manifest = read_local(path)
         with progress(f"verifying {path}", manifest.size, quiet=as_json) as advance:
             result = verifying.in_directory(path, manifest, advance)
@@ -89,7 +90,8 @@ def _tell(what: str, where: str, result: Any, as_json: bool) -> None:
     else:
         for one in result.differences:
             click.echo(f"{one.path}: {one.reason}")
-        verdict = f"{len(result.differences)} files differ" if result.differences else "all as in the manifest"
+        wrong = len(result.differences)
+        verdict = f"{wrong} of them differ" if wrong else "all as in the manifest"
         if not result.files and not result.differences:
             verdict = "nothing to compare"
         click.echo(f"{what}, in {where}: {result.files} files, {human(result.size)}: {verdict}", err=True)

@@ -68,6 +68,14 @@ class Mount:
         self.close()
 
 
+class OnMount(NamedTuple):
+    """What a path on a mount of obsfs stands for. `settings` are those by which that mount finds it."""
+
+    url: str
+    settings: dict[str, Any]
+    mountpoint: Path
+
+
 class Stale(NamedTuple):
     """An obsfs mount that does not answer: its server died (`dead`), or is busy with something else."""
 
@@ -182,8 +190,8 @@ def _is_dead(mountpoint: Path) -> bool:
     return False
 
 
-def status(mountpoint: Path) -> dict[str, Any]:
-    """What the server of a mount says of itself.
+def status(mountpoint: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the server of a mount says of itself: what ``obsfs status --json`` shows.
 
     Raises UsageError when it does not answer within 5 seconds, and OSError (ENOTCONN) when it died.
     """
@@ -218,6 +226,19 @@ def find() -> list[dict[str, Any] | Stale]:
             except UsageError:
                 found.append(Stale(entry.mountpoint, entry.source, False))
     return found
+
+
+def on_mount(path: str | os.PathLike[str]) -> OnMount | None:
+    """What a path stands for, if it lies on a mount of obsfs: also one that is not there (yet)."""
+    place = Path(path).absolute()
+    for mount in find():
+        if isinstance(mount, dict) and place.is_relative_to(mount["mountpoint"]):
+            inside = place.relative_to(mount["mountpoint"]).as_posix()
+            url = mount["source"] if inside == "." else f"{mount['source'].rstrip('/')}/{inside}"
+            endpoints = [site["endpoint"] for site in mount["endpoints"]] or [mount["endpoint"]]
+            settings = {"endpoint_url": endpoints, "cache_dir": mount["cache_dir"]}
+            return OnMount(url, settings, Path(mount["mountpoint"]))
+    return None
 
 
 def unmount(mountpoint: Path, *, lazy: bool = False) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from obsfs.errors import UsageError
+from obsfs.library import catalog
 from obsfs.library.catalog import Model
 from obsfs.library.manifest import File
 from obsfs.library.names import ModelName, parse_model
 from obsfs.library.pull import SNAPSHOTS, Pull, Pulled, read_local, write_whole
 from obsfs.library.transfer import Advance
+from obsfs.remote.client import Bucket
 from obsfs.settings import Settings
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -108,6 +110,16 @@ def pull(
         place = directory or default_directory(settings, model.name)
         done.append(pulling.run(place, files=files, force=force, advance=advance))
     return done
+
+
+def resolve(name: str, **settings: Any) -> str:
+    """The URL of the model, and version, that a name stands for: ``NAME`` is what lies there, or its newest version.
+
+    Raises NotFoundError, with the nearest names that there are, and other kinds of ObsfsError.
+    """
+    chosen = Settings.load(**settings)
+    model = parse_model(name, chosen.library)
+    return str(catalog.resolve(Bucket(model.address, chosen), model).name)
 
 
 def snapshot_download(

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from obsfs.errors import UsageError
 from obsfs.library import manifest as manifests
 from obsfs.library.manifest import ADAPTER, CONFIG, Manifest
-from obsfs.library.names import ModelName, is_safe_path
+from obsfs.library.names import ModelName, is_safe_path, parse_model
 from obsfs.library.publish import Details, Publication, Source
 from obsfs.library.transfer import Advance
 from obsfs.remote.client import Bucket
@@ -108,6 +109,27 @@ def push(
         model=manifests.look({file.path: (file.size, file.read) for file in files}),
     )
     return publish(name, files, details, settings, origin=str(directory.resolve()), advance=advance)
+
+
+def push_directory(
+    directory: str | os.PathLike[str],
+    name: str,
+    *,
+    any_files: bool = False,
+    source: str = "",
+    revision: str = "",
+    **settings: Any,
+) -> str:
+    """Publish a directory as ``obs://BUCKET/NAME[@VERSION]``, as ``obsfs push`` does, and return its URL.
+
+    `any_files` also takes what is no model. `settings` are the fields of :class:`~obsfs.settings.Settings`. Raises
+    ObsfsError; nothing is published then.
+    """
+    chosen = Settings.load(**settings)
+    model = parse_model(name, chosen.library)
+    files = find_files(Path(directory), any_files=any_files)
+    push(Path(directory), model, chosen, files=files, source=source, revision=revision)
+    return str(model)
 
 
 def publish(
