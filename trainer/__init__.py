@@ -1,1 +1,29 @@
-"""Room for the trainer: QLoRA straight on a mounted path, as a plugin on obsfs's public face. Nothing is here yet."""
+"""Training straight on a mounted path: a thin plugin on obsfs's public face.
+
+The training itself is TRL, PEFT, transformers, accelerate, bitsandbytes and datasets; this package has the
+configuration, the wiring and what a person sees of it.
+
+>>> import trainer
+>>> run = {"model": "obs://models/Qwen2-7B", "data": "alpaca-zh", "output": "obs://models/adapters/zh-1"}
+>>> trainer.train(run, learning_rate=1e-4)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.config import TrainConfig
+    from trainer.run import Outcome, train
+
+__all__ = ["Outcome", "TrainConfig", "train"]
+
+_HOMES = {"Outcome": "trainer.run", "TrainConfig": "trainer.config", "train": "trainer.run"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'trainer' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,200 @@
+"""The model that a run starts from: where it is, whether it is whole, and how much memory training it takes."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import obsfs
+from obsfs.errors import UsageError
+
+_CHUNK = 8 << 20
+_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model in a directory. `name` is what others know it by (its URL, if it has one); `mountpoint` that of the
+    obsfs mount that it lies on, if any."""
+
+    path: Path
+    name: str
+    mountpoint: Path | None = None
+
+    def mount_status(self) -> dict[str, Any]:
+        """What the mount says of itself; empty without one, or when it does not answer."""
+        if self.mountpoint is not None:
+            with suppress(OSError, obsfs.ObsfsError):
+                return obsfs.status(self.mountpoint)
+        return {}
+
+
+@contextmanager
+def open_base(text: str, settings: dict[str, Any]) -> Iterator[Base]:
+    """A model by its directory, its URL, or its name in the library. What is in a bucket is mounted for the time.
+
+    Raises ObsfsError when there is none.
+    """
+    path = Path(text).expanduser()
+    if "://" not in text and path.is_dir():
+        place = obsfs.on_mount(path)
+        yield Base(path.resolve(), text, place.mountpoint if place else None)
+        return
+    if "://" not in text and not obsfs.Settings.load(**settings).library:
+        raise UsageError(
+            f"there is no directory {text}",
+            "give a directory or obs://BUCKET/NAME; `obsfs import hf:ORG/NAME` makes one",
+        )
+    url = obsfs.resolve(text, **settings)
+    parent, _, label = url.rpartition("/")
+    with tempfile.TemporaryDirectory(prefix="obsfs-model-") as home, obsfs.mount(parent, home, **settings) as mount:
+        yield Base(mount.path / label, url, mount.path)
+
+
+def prefetch(base: Base) -> threading.Event:
+    """Begin to read the weights, so that they arrive while Python imports. The event, when set, stops it."""
+    stop = threading.Event()
+
+    def read() -> None:
+        buffer = bytearray(_CHUNK)
+        with suppress(OSError):
+            (base.path / "config.json").read_bytes()
+            for path in sorted(base.path.glob("*.safetensors")):
+                with path.open("rb", buffering=0) as file:
+                    while not stop.is_set() and file.readinto(buffer):
+                        pass
+
+    if base.mountpoint is not None:
+        threading.Thread(target=read, name="trainer-prefetch", daemon=True).start()
+    return stop
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the files of a model say: `parameters` of all tensors, `embedding` of those that are never quantised;
+    `size` in bytes; layers, width and vocabulary."""
+
+    parameters: int
+    embedding: int
+    size: int
+    layers: int
+    hidden: int
+    vocabulary: int
+
+
+def check_whole(path: Path) -> Facts:
+    """Look at configuration, index and every header. Raises UsageError, naming the file that is missing or cut off."""
+    from safetensors import SafetensorError, safe_open
+
+    config = _json(path / "config.json")
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(_json(index).get("weight_map", {}).values()))
+    else:
+        names = sorted(file.name for file in path.glob("*.safetensors"))
+    if not names:
+        raise UsageError(f"{path} has no weights", "training reads *.safetensors: save the model with transformers")
+    parameters = embedding = size = 0
+    for name in names:
+        shard = path / name
+        try:
+            size += shard.stat().st_size
+            with safe_open(shard, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118
+                    count = 1
+                    for length in tensors.get_slice(key).get_shape():
+                        count *= length
+                    parameters += count
+                    embedding += count if "embed" in key or "lm_head" in key else 0
+        except FileNotFoundError:
+            raise UsageError(f"{shard} is missing", "the model is not whole: push or pull it again") from None
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{shard} cannot be read ({error})", "the file is damaged: obsfs verify tells") from None
+    config = {**config, **config.get("text_config", {})}
+    return Facts(
+        parameters,
+        embedding,
+        size,
+        int(config.get("num_hidden_layers", 0)),
+        int(config.get("hidden_size", 0)),
+        int(config.get("vocab_size", 0)),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UsageError(f"{path} is missing", f"{path.parent} is no model of transformers") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error})", "the file is damaged: obsfs verify tells") from None
+    return found if isinstance(found, dict) else {}
+
+
+def load_tokenizer(path: Path, **options: Any) -> Any:
+    """The model's tokenizer, with a token to pad with. Raises UsageError."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"the tokenizer of {path} cannot be loaded ({reason})", "the model needs its tokenizer files"
+        ) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def estimate_memory(
+    facts: Facts,
+    *,
+    method: str,
+    bits: int | None,
+    dtype: str,
+    trainable: float,
+    batch: int,
+    length: int,
+    checkpointing: bool,
+    reference: bool,
+) -> int:
+    """Bytes that training needs at its peak, to within a third or so.
+
+    Weights as they are kept; for each of `trainable` parameters a gradient and Adam's two moments (float32); the
+    activations of `batch` sequences of `length` tokens (with checkpointing one input per layer and one layer whole,
+    about 34 values of 2 bytes per token and unit of width: Korthikanti et al., arXiv 2205.05198, section 4.1); and
+    logits with their gradient in float32.
+    """
+    width = _DTYPES.get(dtype, 2)
+    if bits:
+        # The quantised weights, their scales (half a bit with double quantisation), and what is left as it is.
+        weights = (facts.parameters - facts.embedding) * (bits + 0.5) / 8 + facts.embedding * width
+    else:
+        weights = facts.parameters * width
+    training = trainable * (12 if method == "full" else 16)
+    token = facts.hidden * (2 * facts.layers + 34 if checkpointing else 34 * facts.layers)
+    activations = batch * length * (token + 8 * facts.vocabulary)
+    return int(weights * (2 if reference else 1) + training + activations)
+
+
+def adapter_parameters(facts: Facts, rank: int) -> float:
+    """Of LoRA on every linear layer: two thin matrices for each of seven (four of attention, three of width 4)."""
+    return facts.layers * rank * facts.hidden * (4 * 2 + 3 * 5)
+
+
+def memory_available() -> tuple[int, str]:
+    """Bytes that can be had, and of what: the GPU's, or the machine's."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0]), torch.cuda.get_device_name()
+    return int(psutil.virtual_memory().available), "this machine"

@@ -1,0 +1,233 @@
+"""Checkpoints: whole or not there, on the disk and in the bucket.
+
+transformers writes a checkpoint file by file. One is whole once it has its seal, a list of its files and their sizes,
+which is written last. In the bucket a checkpoint of ``obs://BUCKET/NAME`` is the version ``NAME@checkpoint-STEP``,
+published by ``obsfs.push``: whole or not at all, too. The adapter itself, at the end, is ``NAME``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import TrainerCallback
+
+import obsfs
+from obsfs.errors import UsageError
+
+_SEAL = "obsfs-whole.json"
+_STEP = re.compile(r"checkpoint-(\d+)")
+_OUTBOX = ".outbox"
+_NOT_PUBLISHED = {"training_args.bin", _SEAL}
+"""The pickled arguments hold paths and tokens of this machine, and nobody needs them to go on."""
+
+
+def seal(checkpoint: Path) -> None:
+    """Say that a checkpoint is whole, once its bytes are on the disk."""
+    sizes = {}
+    for path in _files(checkpoint):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        sizes[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
+    new = checkpoint / f"{_SEAL}.new"
+    with new.open("w") as file:
+        json.dump(sizes, file)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(checkpoint / _SEAL)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether it has a seal that holds."""
+    try:
+        sizes = json.loads((checkpoint / _SEAL).read_bytes())
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    return (path for path in sorted(directory.rglob("*")) if path.is_file())
+
+
+def local_steps(output_dir: Path) -> list[int]:
+    """The steps of the checkpoints that are whole on the disk, in order."""
+    found = (path for path in output_dir.glob("checkpoint-*") if _STEP.fullmatch(path.name) and is_whole(path))
+    return sorted(int(path.name.partition("-")[2]) for path in found)
+
+
+class Place(NamedTuple):
+    """Where a run publishes: ``obs://BUCKET/NAME``, and how the bucket is reached."""
+
+    url: str
+    settings: dict[str, Any]
+
+    def version(self, step: int) -> str:
+        """The URL of a checkpoint."""
+        return f"{self.url}@checkpoint-{step}"
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are whole there, in order."""
+        fs, path = self._fs()
+        fs.invalidate_cache()
+        parent, _, name = path.rpartition("/")
+        found = []
+        with suppress(FileNotFoundError):
+            for entry in fs.ls(parent, detail=False):
+                label, at, version = entry.rstrip("/").rpartition("/")[2].partition("@")
+                step = _STEP.fullmatch(version)
+                if at and label == name and step and fs.exists(f"{entry}/.obsfs/manifest.json"):
+                    found.append(int(step[1]))
+        return sorted(found)
+
+    def is_taken(self) -> bool:
+        """Whether something lies there already."""
+        fs, path = self._fs()
+        fs.invalidate_cache()
+        return bool(fs.exists(path)) or bool(self.steps())
+
+    def check(self) -> None:
+        """Write something, and take it away. Raises UsageError when it cannot be written."""
+        fs, path = self._fs()
+        probe = f"{path}/.obsfs/probe"
+        try:
+            fs.pipe_file(probe, b"")
+            fs.rm_file(probe)
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{self.url} cannot be written ({error})", "see the README on endpoints and keys"
+            ) from None
+
+    def remove(self, step: int) -> None:
+        """Take a checkpoint away: first its manifest, so that nobody takes half of it for a checkpoint."""
+        fs, _ = self._fs()
+        path = fs._strip_protocol(self.version(step))
+        fs.rm_file(f"{path}/.obsfs/manifest.json")
+        fs.invalidate_cache()
+        for entry in fs.find(path):
+            fs.rm_file(entry)
+
+    def _fs(self) -> tuple[Any, str]:
+        fs = obsfs.OBSFileSystem(**self.settings)
+        return fs, str(fs._strip_protocol(self.url))
+
+
+class Publisher:
+    """Publishes directories in the background, in order, from links of their own: training may delete the originals.
+
+    An error of one is kept, and told by :meth:`finish`; later ones are tried all the same.
+    """
+
+    def __init__(self, place: Place, output_dir: Path, source: str, keep: int | None) -> None:
+        self._place, self._source, self._keep = place, source, keep
+        self._outbox = output_dir / _OUTBOX
+        shutil.rmtree(self._outbox, ignore_errors=True)
+        self._queue: queue.Queue[tuple[Path, int | None, int | None] | None] = queue.Queue()
+        self._error: BaseException | None = None
+        self.published: list[str] = []
+        self._thread = threading.Thread(target=self._work, name="trainer-publish", daemon=True)
+        self._thread.start()
+
+    def put(self, directory: Path, step: int | None, best: int | None = None) -> None:
+        """Publish it soon: as the checkpoint of a step, or (None) as the result. `best` is a step to keep."""
+        linked = self._outbox / (directory.name if step is not None else "result")
+        for path in _files(directory):
+            name = path.relative_to(directory)
+            is_wanted = step is not None or len(name.parts) == 1
+            if is_wanted and name.name not in _NOT_PUBLISHED:
+                (linked / name).parent.mkdir(parents=True, exist_ok=True)
+                os.link(path, linked / name)
+        self._queue.put((linked, step, best))
+
+    def finish(self) -> None:
+        """Wait until all is published. Raises what went wrong with the newest."""
+        self._queue.put(None)
+        self._thread.join()
+        shutil.rmtree(self._outbox, ignore_errors=True)
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            directory, step, best = job
+            try:
+                url = self._place.url if step is None else self._place.version(step)
+                obsfs.push(directory, url, any_files=True, source=self._source, **self._place.settings)
+                self.published.append(url)
+                self._error = None
+                if step is not None:
+                    self._prune(best)
+            except Exception as error:
+                self._error = error
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def _prune(self, best: int | None) -> None:
+        if self._keep and self._keep > 0:
+            for step in self._place.steps()[: -self._keep]:
+                if step != best:
+                    self._place.remove(step)
+
+
+class Checkpointing(TrainerCallback):
+    """Seals each checkpoint when every process has written its part, and hands it to a publisher."""
+
+    def __init__(self, output_dir: Path, base: str, publisher: Publisher | None) -> None:
+        self._output_dir, self._base, self._publisher = output_dir, base, publisher
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """See :class:`transformers.TrainerCallback`."""
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            checkpoint = self._output_dir / f"checkpoint-{state.global_step}"
+            for name in ("README.md", "train.yaml"):  # the card by TRL goes before the one by PEFT
+                if (self._output_dir / name).exists():
+                    shutil.copyfile(self._output_dir / name, checkpoint / name)
+            name_base(checkpoint, self._base)
+            seal(checkpoint)
+            if self._publisher is not None:
+                best = _STEP.search(state.best_model_checkpoint or "")
+                self._publisher.put(checkpoint, state.global_step, int(best[1]) if best else None)
+
+
+def name_base(directory: Path, base: str) -> None:
+    """Say in an adapter and its card where the base is for everyone, not where it was mounted here."""
+    path = directory / "adapter_config.json"
+    if path.exists():
+        config = {**json.loads(path.read_bytes()), "base_model_name_or_path": base}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True))
+    card = directory / "README.md"
+    if card.exists():
+        # TRL's card knows only bases of the hub.
+        text = card.read_text(encoding="utf-8").replace("[None](https://huggingface.co/None)", f"`{base}`")
+        card.write_text(text.replace('model="None"', f'model="{base}"'), encoding="utf-8")
+
+
+def newest(output_dir: Path, place: Place | None) -> Path | None:
+    """The newest whole checkpoint, from the disk or (brought here first) from the bucket; None when there is none.
+
+    What is not whole on the disk is removed: transformers would trip over it.
+    """
+    here = local_steps(output_dir)
+    for path in output_dir.glob("checkpoint-*"):
+        if _STEP.fullmatch(path.name) and not is_whole(path):
+            shutil.rmtree(path)
+    there = place.steps() if place else []
+    step = max([*here, *there], default=None)
+    if step is None:
+        return None
+    target = output_dir / f"checkpoint-{step}"
+    if step not in here and place is not None:
+        obsfs.snapshot_download(place.version(step), local_dir=target, **place.settings)
+        shutil.rmtree(target / ".obsfs", ignore_errors=True)
+        seal(target)
+    return target

@@ -1,0 +1,200 @@
+"""The verbs that this package adds to ``obsfs``, by the entry point group ``obsfs.commands``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+
+from obsfs.commands.options import BUCKET, CACHE, settings_options
+from obsfs.commands.output import spinner, terminate_like_interrupt
+from obsfs.errors import UsageError
+
+_PLACES = (*BUCKET, "library", *CACHE)
+_PASSED = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+_TRAIN = """\b
+Examples:
+  obsfs train --guide
+  obsfs train run.yaml
+  obsfs train run.yaml --learning_rate 1e-4 --lora_r 32 --resume
+  obsfs train --model obs://models/Qwen2-7B --data alpaca-zh --output obs://models/adapters/zh-1
+  accelerate launch --num_processes 8 -m trainer run.yaml
+
+\b
+A run.yaml:
+  model: /mnt/models/Qwen2-7B        # or obs://models/Qwen2-7B
+  data: obs://models/data/chat.jsonl
+  output: obs://models/adapters/run-1
+  method: qlora                      # lora, qlora, dora, full
+  task: sft                          # dpo, kto, orpo, cpo, simpo
+  learning_rate: 2e-4                # and whatever else TRL's SFTConfig takes,
+  lora_r: 16                         # PEFT's LoraConfig,
+  bnb_4bit_quant_type: nf4           # and BitsAndBytesConfig
+"""
+
+
+@click.command(context_settings=_PASSED, epilog=_TRAIN)
+@click.argument("words", nargs=-1, metavar="[CONFIG.yaml] [--KEY VALUE]...", type=click.UNPROCESSED)
+@click.option("--guide", "is_guided", is_flag=True, help="Ask a few questions, and write the YAML.")
+@click.option("--check", "only_check", is_flag=True, help="Check model, data, output and memory; train nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print an object per log, and one at the end.")
+def train(words: tuple[str, ...], *, is_guided: bool, only_check: bool, as_json: bool) -> None:
+    """Train an adapter (or a whole model) on what a mount or a bucket has, and publish it.
+
+    Every key of the YAML can be given as --KEY VALUE, too. A run that was cut off goes on with --resume, from its
+    newest whole checkpoint, on the disk or in the bucket.
+    """
+    from trainer.config import load_config, parse_overrides, read_yaml
+
+    started = psutil.Process().create_time()
+    path = Path(words[0]) if words and not words[0].startswith("--") else None
+    overrides = parse_overrides(words[1:] if path else words)
+    if is_guided:
+        from trainer.guide import guide
+
+        path, is_wanted = guide(overrides)
+        if not is_wanted:
+            click.echo(f"obsfs train {path}")
+            return
+    elif path is None and not overrides:
+        raise UsageError("there is nothing to train", "give CONFIG.yaml, or --guide (see --help)")
+    config = load_config(read_yaml(path) if path else {}, {} if is_guided else overrides)
+    terminate_like_interrupt()
+    # What the libraries will rename one day is nothing that a user can do something about.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+    from trainer.run import train as run
+
+    outcome = run(config, as_json=as_json, only_check=only_check, started=started)
+    if outcome.steps == 0 and only_check:
+        return
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(outcome)))
+        return
+    total = outcome.seconds.pop("to first step", None)
+    if total is not None:
+        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in outcome.seconds.items())
+        click.echo(f"first step after {total:.1f} s (some of this went on together: {parts})", err=True)
+    loss = outcome.metrics.get("train_loss")
+    shown = f", loss {loss:.4f} on average" if loss else ""
+    click.echo(f"{outcome.steps} steps{shown}", err=True)
+    click.echo(outcome.output)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  obsfs merge obs://models/adapters/run-1 obs://models/Qwen2-7B-tuned@v1
+  obsfs merge ./run-1 ./merged --base /mnt/models/Qwen2-7B --quantize bnb-4bit
+"""
+)
+@click.argument("adapter")
+@click.argument("output", metavar="OUT")
+@click.option("--base", metavar="MODEL", help="The base; else the one that the adapter names.")
+@click.option("--quantize", metavar="FORMAT", help="Write bnb-4bit, bnb-8bit, fp8 (a GPU) or gptq (gptqmodel).")
+@click.option("--dequantize", is_flag=True, help="Merge into what 4 bits leave of the base, as QLoRA has seen it.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as an object.")
+@settings_options(*_PLACES)
+def merge(
+    adapter: str, output: str, *, base: str | None, quantize: str | None, dequantize: bool, as_json: bool, **given: Any
+) -> None:
+    """Write base and ADAPTER as one model: bfloat16, in shards, for transformers, vLLM and others.
+
+    ADAPTER, OUT and the base are directories, obs:// URLs, or names in the library. The base is taken as it is
+    published, also for a QLoRA adapter.
+    """
+    from trainer import merge as merging
+
+    with spinner(f"merging {adapter}", quiet=as_json):
+        done = merging.merge(
+            adapter, output, base=base, quantize=quantize, dequantize=dequantize, settings=_settings(given)
+        )
+    if as_json:
+        click.echo(json.dumps(done._asdict()))
+    else:
+        click.echo(
+            f"{done.base} + {adapter}: logits differ by {done.mean:.2g} on average, {done.largest:.2g} at most",
+            err=True,
+        )
+        click.echo(done.output)
+
+
+_BACKEND = click.option(
+    "--backend", type=click.Choice(["transformers", "vllm", "sglang"]), help="Default: the fastest that is installed."
+)
+_ADAPTER = click.option(
+    "--adapter", metavar="A", help="An adapter for it: a directory, a URL, or a name in the library."
+)
+
+
+@click.command(
+    context_settings=_PASSED,
+    epilog="""\b
+Examples:
+  obsfs serve obs://models/Qwen2-7B --port 8000
+  obsfs serve /mnt/models/Qwen2-7B --adapter obs://models/adapters/run-1 --backend vllm -- --max-model-len 8192
+  curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": ..., "messages": ...}'
+""",
+)
+@click.argument("model")
+@_ADAPTER
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option("--port", default=8000, show_default=True, help="Where to listen; 0 is any free port.")
+@_BACKEND
+@settings_options(*_PLACES)
+def serve(
+    context: click.Context, model: str, *, adapter: str | None, host: str, port: int, backend: str | None, **given: Any
+) -> None:
+    """An OpenAI-compatible server for MODEL, until Ctrl-C. What follows `--` goes to the backend."""
+    from trainer import serve as serving
+
+    terminate_like_interrupt()
+    with serving.serve(
+        model,
+        adapter,
+        backend=backend,
+        host=host,
+        port=port,
+        extra=click.get_current_context().args,
+        settings=_settings(given),
+    ) as server:
+        click.echo(f"{server.url}/v1  model {server.model}", err=True)
+        sys.stderr.flush()
+        if server.process.wait():
+            raise UsageError("the server ended", f"status {server.process.returncode}; see what it said above")
+
+
+@click.command(
+    context_settings=_PASSED,
+    epilog="""\b
+Examples:
+  obsfs chat obs://models/Qwen2-7B
+  obsfs chat obs://models/Qwen2-7B --adapter obs://models/adapters/run-1 -- max_new_tokens=200 temperature=0.7
+""",
+)
+@click.argument("model")
+@_ADAPTER
+@_BACKEND
+@settings_options(*_PLACES)
+def chat(model: str, *, adapter: str | None, backend: str | None, **given: Any) -> None:
+    """Talk to MODEL in the terminal. What follows `--` goes to `transformers chat`."""
+    from trainer import serve as serving
+
+    terminate_like_interrupt()
+    with serving.serve(model, adapter, backend=backend, settings=_settings(given)) as server:
+        click.get_current_context().exit(serving.chat(server, click.get_current_context().args))
+
+
+def _settings(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None}

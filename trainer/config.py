@@ -1,0 +1,297 @@
+"""What a run is told: a few keys of our own, and whatever TRL's configs, LoraConfig and BitsAndBytesConfig take."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+
+import yaml
+
+from obsfs import ObsfsError, Settings
+from obsfs.errors import UsageError
+
+
+class Task(NamedTuple):
+    """How TRL does a task: the module of its config and trainer, their names, and what it is told beside the user."""
+
+    module: str
+    name: str
+    preset: Mapping[str, Any] = {}
+
+    def load(self) -> tuple[Any, Any]:
+        """Its config and its trainer."""
+        module = importlib.import_module(self.module)
+        return getattr(module, f"{self.name}Config"), getattr(module, f"{self.name}Trainer")
+
+
+TASKS = {
+    "sft": Task("trl", "SFT"),
+    "dpo": Task("trl", "DPO"),
+    "kto": Task("trl", "KTO"),
+    "orpo": Task("trl.experimental.orpo", "ORPO"),
+    "cpo": Task("trl.experimental.cpo", "CPO"),
+    "simpo": Task("trl.experimental.cpo", "CPO", {"loss_type": "simpo", "cpo_alpha": 0.0}),
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "qlora": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "lora": {},
+    "dora": {"use_dora": True},
+    "full": {},
+}
+"""Each with the options that it stands for."""
+_LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
+"""Every linear layer, as QLoRA's authors found to matter (arXiv 2305.14314, section 4); else as TRL's ModelConfig."""
+_LORA_RATE = 10.0
+"""TRL's default rates are those of full training; its own examples give LoRA ten times as much."""
+
+_ALIASES = {
+    "model_name_or_path": "model",
+    "dataset": "data",
+    "dataset_name": "data",
+    "dataset_streaming": "streaming",
+    "dataset_train_split": "split",
+    "lora_r": "r",
+    "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
+    "lora_modules_to_save": "modules_to_save",
+    "lora_task_type": "task_type",
+    "use_bnb_nested_quant": "bnb_4bit_use_double_quant",
+}
+"""TRL's names for what has a name here, or in PEFT, or in transformers."""
+_SETTINGS = (
+    "endpoint_url", "region", "profile", "no_sign_request", "addressing_style", "library", "connections", "cache_dir",
+    "cache_size",
+)  # fmt: skip
+_NOT_FOR_USERS = {"base_model_name_or_path", "auto_mapping", "peft_type", "inference_mode", "peft_version", "kwargs"}
+
+
+@dataclass
+class TrainConfig:
+    """A run. `options` takes every other key: TRL's, LoraConfig's, BitsAndBytesConfig's, and obsfs's for the bucket.
+
+    `model` is a directory (on a mount or not) or ``obs://BUCKET/NAME[@VERSION]``; `data` and `eval_data` are files,
+    directories, URLs, names of :data:`trainer.data.BUILTIN` or of data sets on the hub; `output` is a directory, or
+    ``obs://BUCKET/NAME``.
+    """
+
+    model: str = ""
+    data: list[str] = field(default_factory=list)
+    output: str = ""
+    task: str = "sft"
+    method: str = "qlora"
+    eval_data: list[str] = field(default_factory=list)
+    test_split_size: float | None = None
+    split: str = "train"
+    streaming: bool = False
+    dtype: str | None = None
+    attn_implementation: str | None = None
+    resume: bool = False
+    check_memory: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How obsfs reaches the bucket, as far as the run says it."""
+        return {name: value for name, value in self.options.items() if name in _SETTINGS}
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the base is loaded in 4 or 8 bits."""
+        options = self._options()
+        return bool(options.get("load_in_4bit") or options.get("load_in_8bit"))
+
+    @property
+    def base_dtype(self) -> str:
+        """Of the weights that are loaded (and computed with): full training keeps its weights in float32."""
+        return self.dtype or ("float32" if self.method == "full" else "bfloat16")
+
+    def _options(self) -> dict[str, Any]:
+        return {**METHODS[self.method], **self.options}
+
+    def parts(self, output_dir: Path) -> Parts:
+        """The configs that TRL, PEFT and transformers take. Imports them. Raises UsageError, naming the key."""
+        from peft import LoraConfig
+        from transformers import BitsAndBytesConfig
+
+        config, trainer = TASKS[self.task].load()
+        options = self._options()
+        known = {
+            config: _fields(config),
+            LoraConfig: _fields(LoraConfig) - _NOT_FOR_USERS,
+            BitsAndBytesConfig: set(inspect.signature(BitsAndBytesConfig).parameters) - _NOT_FOR_USERS,
+        }
+        own = _fields(TrainConfig) - {"options"} | set(_SETTINGS) | set(_ALIASES)
+        everything = set().union(own, *known.values())
+        for name in options:
+            if name not in everything:
+                raise _unknown(name, everything)
+        chosen = {kind: {k: v for k, v in options.items() if k in names} for kind, names in known.items()}
+        arguments = _arguments(config, {**self._defaults(), **chosen[config], "output_dir": str(output_dir)})
+        if self.method == "full":
+            for name in [*chosen[LoraConfig], *(n for n, v in chosen[BitsAndBytesConfig].items() if v)]:
+                raise UsageError(f"{name} does not go with method full", "choose method lora, dora or qlora")
+            return Parts(trainer, arguments, None, None)
+        lora = _made(LoraConfig, {**_LORA, "task_type": "CAUSAL_LM", **chosen[LoraConfig]})
+        bits = {"bnb_4bit_compute_dtype": self.base_dtype, **chosen[BitsAndBytesConfig]} if self.is_quantized else None
+        return Parts(trainer, arguments, lora, _made(BitsAndBytesConfig, bits) if bits else None)
+
+    def _defaults(self) -> dict[str, Any]:
+        import torch
+
+        defaults: dict[str, Any] = {"disable_tqdm": True, "report_to": _trackers(), **TASKS[self.task].preset}
+        if not torch.cuda.is_available():
+            defaults |= {"use_cpu": True, "bf16": self.base_dtype == "bfloat16", "dataloader_pin_memory": False}
+        if self.method != "full":
+            config, _ = TASKS[self.task].load()
+            rate: Any = {one.name: one.default for one in dataclasses.fields(config)}["learning_rate"]
+            defaults["learning_rate"] = rate * _LORA_RATE
+        return defaults
+
+
+class Parts(NamedTuple):
+    """TRL's trainer class and its arguments; PEFT's and transformers' configs, or None."""
+
+    trainer: Any
+    arguments: Any
+    lora: Any
+    quantization: Any
+
+
+def load_config(
+    source: Mapping[str, Any] | TrainConfig | None, overrides: Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """A run from a mapping (or a config that is changed by `overrides`). Raises UsageError; imports nothing large."""
+    if isinstance(source, TrainConfig):
+        given = {**{k: v for k, v in vars(source).items() if k != "options"}, **source.options}
+    elif dataclasses.is_dataclass(source) and not isinstance(source, type):
+        given = dataclasses.asdict(source)
+    else:
+        given = dict(source or {})
+    nested = given.pop("options", None) or {}
+    merged: dict[str, Any] = {}
+    for name, value in [*given.items(), *nested.items(), *(overrides or {}).items()]:
+        merged[_ALIASES.get(str(name), str(name))] = value
+    own = {name: merged.pop(name) for name in _fields(TrainConfig) - {"options"} if name in merged}
+    for name in ("data", "eval_data"):
+        value = own.get(name) or []
+        own[name] = [str(one) for one in (value if isinstance(value, list | tuple) else [value])]
+    for name in ("model", "output"):
+        own[name] = str(own.get(name) or "")
+    config = TrainConfig(**{name: value for name, value in own.items() if value is not None}, options=merged)
+    _check(config)
+    return config
+
+
+def _check(config: TrainConfig) -> None:
+    for name, choices in (("task", TASKS), ("method", METHODS)):
+        value = getattr(config, name)
+        if value not in choices:
+            raise UsageError(f"{name}: {value!r} is not known", f"choose one of {', '.join(choices)}")
+    for name, remedy in (
+        ("model", "a directory, or obs://BUCKET/NAME"),
+        ("data", "a file, a directory, obs://BUCKET/FILE, or the name of a data set"),
+        ("output", "a directory, or obs://BUCKET/NAME"),
+    ):
+        if not getattr(config, name):
+            raise UsageError(f"the run has no {name}", f"give one with `{name}: ...` or --{name}: {remedy}")
+    if config.streaming and not int(config.options.get("max_steps") or 0) > 0:
+        raise UsageError("data that is streamed has no known length", "say how long to train with max_steps")
+    Settings.load(**config.settings)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file. Raises UsageError, with the line, for what is none."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror})", "obsfs train --guide writes one") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{path}{where} is no YAML", getattr(error, "problem", None) or str(error)) from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} is no configuration", "write KEY: VALUE lines")
+    return found
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """``--key value``, ``--key=value``, ``--list a b`` and ``--flag``, the values read as YAML."""
+    found: dict[str, Any] = {}
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or len(word) < 3:
+            raise UsageError(f"{word!r} is no option", "write --key value")
+        name, is_joined, value = word[2:].partition("=")
+        values = [value] if is_joined else []
+        while not is_joined and words and not words[0].startswith("--"):
+            values.append(words.pop(0))
+        parsed = [yaml.safe_load(value) for value in values]
+        found[name.replace("-", "_")] = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
+    return found
+
+
+def _fields(kind: type) -> set[str]:
+    return {one.name for one in dataclasses.fields(kind) if one.init}
+
+
+def _unknown(name: str, known: Iterable[str]) -> ObsfsError:
+    close = difflib.get_close_matches(name, sorted(known), 1, 0.5)
+    return UsageError(f"unknown key {name!r}", f"the nearest known one is {close[0]!r}" if close else "see the README")
+
+
+def _arguments(kind: Any, given: Mapping[str, Any]) -> Any:
+    """A config of TRL's, its values converted as TRL's own command line does."""
+    from trl import TrlParser
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> Any:
+            raise UsageError(message.removeprefix("argument --"), f"see the fields of TRL's {kind.__name__}")
+
+    hints = get_type_hints(kind)
+    listed = {
+        name: [value] if _is_list(hints[name]) and isinstance(value, str) else value for name, value in given.items()
+    }
+    parser = Parser((kind,))
+    try:
+        parser.set_defaults_with_config(**listed)
+        return parser.parse_args_into_dataclasses(args=[])[0]
+    except (ValueError, TypeError, ImportError) as error:
+        raise UsageError(f"{kind.__name__}: {_first_line(error)}", "change that key") from None
+
+
+def _is_list(hint: Any) -> bool:
+    choices = [one for one in (get_args(hint) if get_origin(hint) is not list else (hint,)) if one is not type(None)]
+    return bool(choices) and all(get_origin(one) is list for one in choices)
+
+
+def _made(kind: Any, given: Mapping[str, Any]) -> Any:
+    numbers = {name: _number(value) for name, value in given.items()}
+    try:
+        return kind(**numbers)
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
+        raise UsageError(f"{kind.__name__}: {_first_line(error)}", "change that key") from None
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 takes 1e-4 for text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _trackers() -> list[str]:
+    found = importlib.util.find_spec("tensorboard")
+    return ["tensorboard"] if found else ["none"]

@@ -1,0 +1,130 @@
+"""``obsfs train --guide``: a few questions, and the YAML of a run that fits this machine."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+import yaml
+
+import obsfs
+from obsfs.commands.output import columns, count, human
+from trainer import base as bases
+from trainer import data
+from trainer.config import METHODS, TASKS
+
+_FS_TYPE = "fuse.obsfs"
+_LENGTH = 1024
+_BITS = {"qlora": 4}
+_ABOUT = {
+    "sft": "show it what to say",
+    "dpo": "show it which of two answers is better",
+    "kto": "show it answers that are good or bad",
+    "orpo": "sft and preference in one, without a reference",
+    "cpo": "preference without a reference",
+    "simpo": "preference by average likelihood, without a reference",
+}
+
+
+def found_models() -> list[str]:
+    """Directories on obsfs mounts that have a configuration and weights, one or two levels deep."""
+    found = []
+    for place in psutil.disk_partitions(all=True):
+        if place.fstype == _FS_TYPE:
+            with suppress(OSError):
+                root = Path(place.mountpoint)
+                for config in sorted([*root.glob("*/config.json"), *root.glob("*/*/config.json")]):
+                    found.append(str(config.parent))
+    return found
+
+
+def missing_bytes(directory: Path) -> int:
+    """How many bytes of the weights are not on this machine yet: those of a mount that are not cached."""
+    missing = 0
+    for path in directory.glob("*.safetensors"):
+        with suppress(OSError):
+            missing += path.stat().st_size - int(os.getxattr(path, "user.obsfs.cached_bytes"))
+    return missing
+
+
+def guide(settings: dict[str, Any]) -> tuple[Path, bool]:
+    """Ask, write the YAML, and return where it is and whether to start. Raises ObsfsError, and click.Abort."""
+    models = found_models()
+    for number, path in enumerate(models, 1):
+        click.echo(f"  {number}  {path}")
+    answer = click.prompt(
+        "Model (a number from above, a directory, or obs://BUCKET/NAME)" if models else "Model", type=str
+    )
+    model = models[int(answer) - 1] if answer.isdigit() and 0 < int(answer) <= len(models) else answer
+    run: dict[str, Any] = {"model": model}
+    with bases.open_base(model, settings) as base:
+        facts = bases.check_whole(base.path)
+        click.echo(
+            f"  {count(facts.parameters)} parameters, {human(facts.size)}, "
+            f"of which {human(missing_bytes(base.path))} have to be fetched"
+        )
+        has_template = bool(bases.load_tokenizer(base.path).chat_template)
+    click.echo("\n".join(f"  {name:6} {text}" for name, text in _ABOUT.items()))
+    run["task"] = click.prompt("Task", type=click.Choice(list(TASKS)), default="sft")
+    run["data"] = _ask_data(run["task"], has_template, settings)
+    there, where = bases.memory_available()
+    rows = [
+        (name, human(needed), "fits" if needed < there else "too much")
+        for name, needed in estimates(facts, run["task"]).items()
+    ]
+    click.echo("\n".join(columns(["method", ">memory", f"of {human(there)} on {where}"], rows)))
+    fitting = [name for name, _, verdict in rows if verdict == "fits"]
+    best = "lora" if "lora" in fitting else "qlora"
+    run["method"] = click.prompt("Method", type=click.Choice(list(METHODS)), default=best)
+    run["num_train_epochs"] = click.prompt("Passes over the data", type=click.FloatRange(0, min_open=True), default=1.0)
+    library = obsfs.Settings.load(**settings).library
+    name = f"{Path(model.rstrip('/')).name.partition('@')[0]}-{run['task']}"
+    default = f"{library.rstrip('/')}/adapters/{name}" if library else f"runs/{name}"
+    run["output"] = click.prompt("Where the adapter goes (a directory, or obs://BUCKET/NAME)", default=default)
+    run |= {"max_length": _LENGTH, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16}
+    run |= {"save_steps": 100, "save_total_limit": 2, **settings}
+    written = Path(click.prompt("Write this run to", default="train.yaml"))
+    if written.exists():
+        click.confirm(f"{written} is there: replace it?", abort=True)
+    text = yaml.safe_dump(run, sort_keys=False, allow_unicode=True)
+    written.write_text(text, encoding="utf-8")
+    click.echo(f"\n{text}")
+    return written, click.confirm("Start now?", default=False)
+
+
+def _ask_data(task: str, has_template: bool, settings: dict[str, Any]) -> str:
+    """A place that can be read, asked for until one is given."""
+    while True:
+        place: str = click.prompt(
+            f"Data (a file, a directory, a URL, a data set of the hub, or {', '.join(data.BUILTIN)})"
+        )
+        try:
+            found = data.load([place], task, split="train", streaming=True, chat=has_template, settings=settings)
+        except obsfs.ObsfsError as error:
+            click.echo(f"  {error}")
+        else:
+            click.echo(f"  the first record: {data.shown(next(iter(found)))}")
+            return place
+
+
+def estimates(facts: bases.Facts, task: str) -> dict[str, int]:
+    """Bytes of memory that each method needs, at the sizes that the guide proposes."""
+    found = {}
+    for method in METHODS:
+        is_full = method == "full"
+        found[method] = bases.estimate_memory(
+            facts,
+            method=method,
+            bits=_BITS.get(method),
+            dtype="float32" if is_full else "bfloat16",
+            trainable=facts.parameters if is_full else bases.adapter_parameters(facts, 16),
+            batch=1,
+            length=_LENGTH,
+            checkpointing=True,
+            reference=is_full and task in ("dpo", "kto"),
+        )
+    return found

@@ -1,0 +1,170 @@
+"""An adapter into its base: PEFT merges, transformers writes."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import obsfs
+from obsfs.errors import UsageError
+from trainer.base import Base, load_tokenizer, open_base
+from trainer.run import place_of
+
+ADAPTER = "adapter_config.json"
+_PROBE = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
+_SHARD = "4GB"
+
+
+class Quantizer(NamedTuple):
+    """A format to write: the module that it needs, its configuration in transformers, and the options of that."""
+
+    needs: str
+    config: str
+    options: dict[str, Any]
+
+
+QUANTIZERS = {
+    "bnb-4bit": Quantizer(
+        "bitsandbytes",
+        "BitsAndBytesConfig",
+        {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": "bfloat16",
+        },
+    ),
+    "bnb-8bit": Quantizer("bitsandbytes", "BitsAndBytesConfig", {"load_in_8bit": True}),
+    "fp8": Quantizer("accelerate", "FineGrainedFP8Config", {}),
+    "gptq": Quantizer("gptqmodel", "GPTQConfig", {"bits": 4, "dataset": "c4"}),
+}
+
+
+class Merged(NamedTuple):
+    """What was written, and the largest and mean difference of its logits from those of base plus adapter."""
+
+    output: str
+    base: str
+    largest: float
+    mean: float
+
+
+def base_of(adapter: Path, given: str | None) -> str:
+    """The base of an adapter: as given, or as its configuration says. Raises UsageError when it is no adapter."""
+    try:
+        config = json.loads((adapter / ADAPTER).read_bytes())
+    except (OSError, ValueError):
+        raise UsageError(f"{adapter} is no adapter", f"it has no {ADAPTER} that can be read") from None
+    found = given or config.get("base_model_name_or_path")
+    if not found:
+        raise UsageError(f"the adapter {adapter} does not say what its base is", "give it with --base")
+    return str(found)
+
+
+@contextmanager
+def open_adapter(adapter: str, base: str | None, settings: dict[str, Any]) -> Iterator[tuple[Base, Base]]:
+    """An adapter and its base, by directory, URL or name in the library."""
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_base(adapter, settings))
+        yield opened, stack.enter_context(open_base(base_of(opened.path, base), settings))
+
+
+def merge(
+    adapter: str,
+    output: str,
+    *,
+    base: str | None = None,
+    quantize: str | None = None,
+    dequantize: bool = False,
+    settings: dict[str, Any] | None = None,
+) -> Merged:
+    """Write base plus adapter to `output`, a directory or a URL: bfloat16, in shards, with the adapter's tokenizer.
+
+    The base is the unquantised one; with `dequantize` it is what 4 bits leave of it, which is what a QLoRA adapter
+    was trained on. `quantize` is one of :data:`QUANTIZERS`. Raises ObsfsError.
+    """
+    if quantize is not None:
+        _check_quantizer(quantize)
+    settings = settings or {}
+    place = place_of(output, settings)
+    directory = Path(output)
+    if place is None and directory.exists() and any(directory.iterdir()):
+        raise UsageError(f"{output} is not empty", "choose another directory")
+    with ExitStack() as stack:
+        tuned, found = stack.enter_context(open_adapter(adapter, base, settings))
+        if place is not None:
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="obsfs-merge-")))
+        largest, mean = _merge(tuned.path, found.path, directory, dequantize)
+        if quantize is not None:
+            _quantize(directory, quantize)
+        if place is not None:
+            obsfs.push(directory, place.url, source=f"{found.name} + {tuned.name}", **place.settings)
+        return Merged(place.url if place else str(directory), found.name, largest, mean)
+
+
+def _merge(adapter: Path, base: Path, directory: Path, dequantize: bool) -> tuple[float, float]:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if dequantize:
+        # Never merged while it is quantised: bitsandbytes repacks its weights in use, and gives garbage afterwards.
+        bits = BitsAndBytesConfig(**QUANTIZERS["bnb-4bit"].options)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=bits).dequantize()
+        model = model.to(torch.bfloat16)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    tokenizer = load_tokenizer(adapter if (adapter / "tokenizer_config.json").exists() else base)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    try:
+        tuned = PeftModel.from_pretrained(model, str(adapter))
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"{adapter} does not fit {base}", reason) from None
+    probe = tokenizer(_PROBE, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = tuned.eval()(probe).logits.float()
+        merged = tuned.merge_and_unload()
+        difference = (merged(probe).logits.float() - expected).abs()
+    merged.save_pretrained(directory, max_shard_size=_SHARD)
+    tokenizer.save_pretrained(directory)
+    return float(difference.max()), float(difference.mean())
+
+
+def _check_quantizer(name: str) -> None:
+    from importlib.util import find_spec
+
+    if name not in QUANTIZERS:
+        raise UsageError(f"--quantize {name}", f"choose one of {', '.join(QUANTIZERS)}")
+    needs = QUANTIZERS[name].needs
+    if find_spec(needs) is None:
+        raise UsageError(f"--quantize {name} needs {needs}", f"pip install {needs}")
+
+
+def _quantize(directory: Path, name: str) -> None:
+    import torch
+    import transformers
+
+    chosen = QUANTIZERS[name]
+    options = dict(chosen.options)
+    if name == "gptq":
+        options["tokenizer"] = load_tokenizer(directory)
+    config = getattr(transformers, chosen.config)(**options)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.bfloat16, quantization_config=config
+        )
+    except (ValueError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"transformers cannot quantise to {name} here", reason) from None
+    with tempfile.TemporaryDirectory(dir=directory) as new:
+        model.save_pretrained(new, max_shard_size=_SHARD)
+        for old in (*directory.glob("*.safetensors"), *directory.glob("*.index.json")):
+            old.unlink()
+        for path in Path(new).iterdir():
+            path.replace(directory / path.name)

@@ -1,0 +1,149 @@
+"""What a person (or a machine) sees of a run, and where its time went."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+import psutil
+from transformers import TrainerCallback
+
+from obsfs.commands.output import human
+from trainer.base import Base
+
+_LOOK_SECONDS = 0.2
+
+
+class Timeline:
+    """Seconds since the command began, split by what they went to. Some parts overlap."""
+
+    def __init__(self, started: float | None = None) -> None:
+        self._started = time.time() if started is None else started
+        self.parts: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What is done inside counts to `name`."""
+        began = time.time()
+        try:
+            yield
+        finally:
+            self.parts[name] = self.parts.get(name, 0.0) + time.time() - began
+
+    def mark(self, name: str) -> None:
+        """`name` is what all took together until now."""
+        self.parts.setdefault(name, time.time() - self._started)
+
+    def rounded(self) -> dict[str, float]:
+        """For people and JSON."""
+        return {name: round(seconds, 2) for name, seconds in self.parts.items()}
+
+    def watch_fetch(self, base: Base, until: threading.Event) -> None:
+        """Count to ``fetch`` the time in which bytes of the model travel, until the event is set."""
+
+        def watch() -> None:
+            before = base.mount_status().get("bytes_fetched", 0)
+            while not until.wait(_LOOK_SECONDS):
+                now = base.mount_status().get("bytes_fetched", 0)
+                if now > before:
+                    self.parts["fetch"] = self.parts.get("fetch", 0.0) + _LOOK_SECONDS
+                before = now
+
+        if base.mountpoint is not None:
+            threading.Thread(target=watch, name="trainer-watch", daemon=True).start()
+
+
+def say(text: str) -> None:
+    """A line for people."""
+    click.echo(text, err=True)
+
+
+class Progress(TrainerCallback):
+    """A bar on a terminal, a line per log without one, an object per log with `as_json`."""
+
+    def __init__(self, base: Base, timeline: Timeline, *, as_json: bool, on_first_step: Callable[[], None]) -> None:
+        self._base, self._timeline, self._as_json = base, timeline, as_json
+        self._on_first_step = on_first_step
+        self._bar: Any = None
+        self._last = (time.time(), 0.0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """See :class:`transformers.TrainerCallback`."""
+        self._began = time.time()
+        self._last = (self._began, float(getattr(state, "num_input_tokens_seen", 0)))
+        if sys.stderr.isatty() and not self._as_json:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Bar(*columns, TextColumn("{task.description}"), console=Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """See :class:`transformers.TrainerCallback`."""
+        if "to first step" not in self._timeline.parts:
+            self._timeline.parts["first step"] = time.time() - self._began
+            self._timeline.mark("to first step")
+            self._on_first_step()
+        if self._bar:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        """See :class:`transformers.TrainerCallback`."""
+        figures: dict[str, Any] = {name: value for name, value in logs.items() if isinstance(value, int | float)}
+        now, tokens = time.time(), figures.get("num_tokens")
+        if tokens is not None:
+            began, before = self._last
+            figures["tokens_per_second"] = round((tokens - before) / max(now - began, 1e-6), 1) if before else None
+            self._last = (now, tokens)
+        figures["memory_bytes"] = memory_used()
+        if mount := self._base.mount_status():
+            figures |= {"mount_bytes_fetched": mount["bytes_fetched"], "mount_hit_ratio": mount["hit_ratio"]}
+        if self._as_json:
+            click.echo(json.dumps({"step": state.global_step, "of": state.max_steps, **figures}))
+        elif self._bar:
+            self._bar.update(self._task, description=line(figures))
+        elif "train_runtime" not in figures:
+            say(f"step {state.global_step}/{state.max_steps}  {line(figures)}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """See :class:`transformers.TrainerCallback`."""
+        self.close()
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+
+def line(figures: dict[str, Any]) -> str:
+    """The figures of a log, for people."""
+    parts = []
+    for name in ("loss", "eval_loss", "train_loss"):
+        if figures.get(name) is not None:
+            parts.append(f"{name} {figures[name]:.4f}")
+    if figures.get("tokens_per_second"):
+        parts.append(f"{figures['tokens_per_second']:,.0f} tokens/s")
+    parts.append(f"memory {human(figures['memory_bytes'])}")
+    if (fetched := figures.get("mount_bytes_fetched")) is not None:
+        ratio = figures["mount_hit_ratio"]
+        parts.append(f"fetched {human(fetched)}" + ("" if ratio is None else f", {ratio:.0%} from the cache"))
+    return "  ".join(parts)
+
+
+def memory_used() -> int:
+    """Bytes: the GPU's highest so far, or those of this process now."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,333 @@
+"""A run, from its configuration to the adapter in its place: what TRL is given, and when."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+import obsfs
+from obsfs.commands.output import human
+from obsfs.errors import UsageError
+from obsfs.settings import state_dir
+from trainer import base as bases
+from trainer import data
+from trainer.config import Parts, TrainConfig, load_config
+
+if TYPE_CHECKING:
+    from trainer.checkpoints import Place
+    from trainer.progress import Timeline
+
+_SECRET = {"hub_token", "push_to_hub_token"}
+_MARGIN = 1.25
+"""The estimate of memory is good to within a third: only what is clearly too much is refused."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has brought: where the result is (a directory or a URL), its steps, TRL's metrics of the last log,
+    and where the time went, in seconds."""
+
+    output: str
+    steps: int
+    resumed_from: int
+    metrics: dict[str, float]
+    seconds: dict[str, float] = field(default_factory=dict)
+    published: list[str] = field(default_factory=list)
+
+
+def train(
+    config: Mapping[str, Any] | TrainConfig,
+    *,
+    as_json: bool = False,
+    only_check: bool = False,
+    started: float | None = None,
+    **overrides: Any,
+) -> Outcome:
+    """Run `config` (a mapping of keys, or a dataclass), with `overrides`, to its end.
+
+    `as_json` prints an object per log; `only_check` stops before the first step; `started` is when the command began
+    (seconds since the epoch). Under ``torchrun`` or ``accelerate launch`` each process calls it. Raises ObsfsError
+    for what cannot be run as asked; a run that was cut off goes on with ``resume=True``.
+    """
+    chosen = load_config(config, overrides)
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with ThreadPoolExecutor(1, "trainer-import") as pool:
+        # While Python imports for ten seconds, the bucket is mounted and the weights begin to travel.
+        importing = pool.submit(_import, chosen)
+        with bases.open_base(chosen.model, chosen.settings) as base:
+            stop = bases.prefetch(base) if _is_first_here() else threading.Event()
+            try:
+                importing.result()
+                return _Run(chosen, base, as_json, started).go(stop, only_check)
+            finally:
+                stop.set()
+
+
+def _import(config: TrainConfig) -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+        import datasets
+        import peft  # noqa: F401
+        import transformers
+
+        from trainer.config import TASKS
+
+        TASKS[config.task].load()
+    except ImportError as error:
+        raise UsageError(f"training needs {error.name or error}", "pip install 'obsfs-mount[train]'") from None
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _is_first_here() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+class _Run:
+    def __init__(self, config: TrainConfig, base: bases.Base, as_json: bool, started: float | None) -> None:
+        from trainer.progress import Timeline
+
+        self._config, self._base, self._as_json = config, base, as_json
+        self._timeline: Timeline = Timeline(started)
+        self._timeline.mark("import and mount")
+        self._place = place_of(config.output, config.settings)
+        self._output_dir = self._find_output_dir()
+        self._parts: Parts = config.parts(self._output_dir)
+        self._is_main = self._parts.arguments.process_index == 0
+
+    def go(self, stop: threading.Event, only_check: bool) -> Outcome:
+        from trainer.progress import say
+
+        arguments = self._parts.arguments
+        first_step = threading.Event()
+        self._timeline.watch_fetch(self._base, first_step)
+        with self._timeline.part("check"):
+            facts = bases.check_whole(self._base.path)
+            tokenizer = bases.load_tokenizer(self._base.path, trust_remote_code=_trusts(arguments))
+            self._check_memory(facts)
+            checkpoint = self._prepare_output()
+        with ThreadPoolExecutor(1, "trainer-load") as pool:
+            loading = None if only_check else pool.submit(self._load_model)
+            with self._timeline.part("data"), arguments.main_process_first(desc="data"):
+                train_data, eval_data = self._load_data(tokenizer)
+            if loading is None:
+                say("all is well: nothing was trained")
+                return Outcome(self._config.output, 0, 0, {}, self._timeline.rounded())
+            model = loading.result()
+        stop.set()
+        with self._timeline.part("prepare"):
+            trainer = self._make_trainer(model, tokenizer, train_data, eval_data)
+        return self._train(trainer, checkpoint, first_step)
+
+    def _find_output_dir(self) -> Path:
+        given = self._config.options.get("output_dir")
+        if given:
+            return Path(str(given)).expanduser()
+        if self._place is None:
+            return Path(self._config.output).expanduser()
+        name = self._place.url.rpartition("/")[2]
+        return state_dir() / "runs" / f"{name}-{hashlib.sha256(self._place.url.encode()).hexdigest()[:8]}"
+
+    def _check_memory(self, facts: bases.Facts) -> None:
+        config, arguments = self._config, self._parts.arguments
+        lora = self._parts.lora
+        needed = bases.estimate_memory(
+            facts,
+            method=config.method,
+            bits=_bits(config),
+            dtype=config.base_dtype,
+            trainable=bases.adapter_parameters(facts, lora.r) if lora else facts.parameters,
+            batch=arguments.per_device_train_batch_size,
+            length=getattr(arguments, "max_length", None) or 1024,
+            checkpointing=arguments.gradient_checkpointing,
+            reference=config.task in ("dpo", "kto") and lora is None,
+        )
+        there, where = bases.memory_available()
+        is_sharded = arguments.world_size > 1 and (arguments.fsdp or arguments.deepspeed)
+        if config.check_memory and not is_sharded and needed > there * _MARGIN:
+            raise UsageError(
+                f"training needs about {human(needed)} of memory, and {where} has {human(there)} free",
+                "method qlora, or a smaller per_device_train_batch_size or max_length, needs less; "
+                "check_memory: false tries all the same",
+            )
+
+    def _prepare_output(self) -> Path | None:
+        """See that the output can be written, and find what to go on with."""
+        from trainer import checkpoints
+
+        arguments = self._parts.arguments
+        try:
+            self._output_dir.mkdir(parents=True, exist_ok=True)
+            probe = self._output_dir / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UsageError(
+                f"{self._output_dir} cannot be written ({error.strerror})", "choose another output"
+            ) from None
+        with arguments.main_process_first(desc="output"):
+            if self._config.resume:
+                if _is_first_here() and self._place and self._is_main:
+                    self._place.check()
+                return checkpoints.newest(self._output_dir, self._place)
+            if self._is_main:
+                is_taken = (
+                    self._place.is_taken() if self._place else (self._output_dir / "adapter_config.json").exists()
+                )
+                if is_taken or checkpoints.local_steps(self._output_dir):
+                    raise UsageError(
+                        f"there is a run at {self._config.output} already",
+                        "--resume goes on with it, or choose another output",
+                    )
+                if self._place:
+                    self._place.check()
+                checkpoints.newest(self._output_dir, None)
+        return None
+
+    def _load_model(self) -> Any:
+        from trl.trainer.utils import create_model_from_path
+
+        arguments, config = self._parts.arguments, self._config
+        options: dict[str, Any] = {"dtype": config.base_dtype, **(arguments.model_init_kwargs or {})}
+        if config.attn_implementation:
+            options["attn_implementation"] = config.attn_implementation
+        if self._parts.quantization is not None:
+            options["quantization_config"] = self._parts.quantization
+        if arguments.world_size > 1:
+            options["device_map"] = None
+        if _trusts(arguments):
+            options["trust_remote_code"] = True
+        with self._timeline.part("load"):
+            return create_model_from_path(str(self._base.path), **options)
+
+    def _load_data(self, tokenizer: Any) -> tuple[Any, Any]:
+        config, arguments = self._config, self._parts.arguments
+        has_template = bool(tokenizer.chat_template or getattr(arguments, "chat_template_path", None))
+        options: dict[str, Any] = {"streaming": config.streaming, "chat": has_template, "settings": config.settings}
+        found = data.load(config.data, config.task, split=config.split, **options)
+        if not has_template and data.is_conversation(next(iter(found))):
+            raise UsageError(
+                f"the data is conversations, and the tokenizer of {self._base.name} has no chat template",
+                "give one with chat_template_path: FILE.jinja, or train on plain prompts and completions",
+            )
+        if config.eval_data:
+            return found, data.load(config.eval_data, config.task, split=config.split, **options)
+        if config.test_split_size and not config.streaming:
+            both = found.train_test_split(test_size=config.test_split_size, seed=arguments.seed)
+            return both["train"], both["test"]
+        return found, None
+
+    def _train(self, trainer: Any, checkpoint: Path | None, began: threading.Event) -> Outcome:
+        import torch
+        from transformers import PrinterCallback
+
+        from trainer import checkpoints
+        from trainer.progress import Progress, say
+
+        arguments = self._parts.arguments
+        publisher = None
+        if self._is_main and self._place is not None:
+            publisher = checkpoints.Publisher(
+                self._place, self._output_dir, self._base.name, arguments.save_total_limit
+            )
+        progress = Progress(self._base, self._timeline, as_json=self._as_json, on_first_step=began.set)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(checkpoints.Checkpointing(self._output_dir, self._base.name, publisher))
+        if self._is_main:
+            trainer.add_callback(progress)
+            (self._output_dir / "train.yaml").write_text(self._to_yaml())
+            if checkpoint and not self._as_json:
+                say(f"going on from {checkpoint.name}")
+        try:
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except torch.OutOfMemoryError:
+            raise UsageError(
+                "there is not enough memory on the GPU",
+                "try a smaller per_device_train_batch_size or max_length, or method qlora; --resume goes on",
+            ) from None
+        finally:
+            progress.close()
+        trainer.save_model(str(self._output_dir))
+        if self._is_main:
+            trainer.create_model_card(
+                model_name=Path(self._config.output.rpartition("@")[0] or self._config.output).name
+            )
+            checkpoints.name_base(self._output_dir, self._base.name)
+        if publisher is not None:
+            publisher.put(self._output_dir, None)
+            with self._timeline.part("publish"):
+                publisher.finish()
+        metrics = {name: value for name, value in result.metrics.items() if isinstance(value, int | float)}
+        trainer.accelerator.wait_for_everyone()
+        return Outcome(
+            self._place.url if self._place else str(self._output_dir),
+            trainer.state.global_step,
+            int(checkpoint.name.partition("-")[2]) if checkpoint else 0,
+            metrics,
+            self._timeline.rounded(),
+            publisher.published if publisher else [],
+        )
+
+    def _make_trainer(self, model: Any, tokenizer: Any, train_data: Any, eval_data: Any) -> Any:
+        try:
+            trainer = self._parts.trainer(
+                model=model,
+                args=self._parts.arguments,
+                train_dataset=train_data,
+                eval_dataset=eval_data,
+                processing_class=tokenizer,
+                peft_config=self._parts.lora,
+            )
+        except ValueError as error:
+            # What TRL and PEFT refuse: a template that cannot be masked, modules that the model does not have.
+            raise UsageError(f"{self._config.task} cannot be set up", str(error)) from None
+        if self._parts.lora is not None and not self._parts.arguments.fsdp:
+            # TRL makes the adapter of a quantised base bfloat16, and PEFT float32 when it resumes: float32 at once, so
+            # that a run that was cut off goes on as if it had not been. FSDP wants one kind for all.
+            for parameter in trainer.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        return trainer
+
+    def _to_yaml(self) -> str:
+        usual = vars(TrainConfig())
+        given = {name: value for name, value in vars(self._config).items() if value != usual[name]}
+        given = {name: value for name, value in given.items() if name not in ("options", "resume")}
+        given |= {name: value for name, value in self._config.options.items() if name not in _SECRET}
+        return str(yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
+
+
+def place_of(output: str, settings: dict[str, Any]) -> Place | None:
+    """The place in a bucket that an output means: by URL, or as a path on a mount; None for a local directory."""
+    from trainer.checkpoints import Place
+
+    if "://" in output:
+        return Place(_named(output), settings)
+    found = obsfs.on_mount(output)
+    return Place(_named(found.url), {**found.settings, **settings}) if found else None
+
+
+def _named(url: str) -> str:
+    url = url.rstrip("/")
+    if "@" in url.rpartition("/")[2]:
+        raise UsageError(f"{url} is a version", "name the output without one: checkpoints become its versions")
+    return url
+
+
+def _bits(config: TrainConfig) -> int | None:
+    if not config.is_quantized:
+        return None
+    return 8 if config.options.get("load_in_8bit") else 4
+
+
+def _trusts(arguments: Any) -> bool:
+    return bool(getattr(arguments, "trust_remote_code", False))

@@ -1,0 +1,138 @@
+"""A model, and an adapter if there is one, behind an OpenAI-compatible server: transformers', vLLM's or SGLang's."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from obsfs.errors import UsageError
+from trainer.base import Base, open_base
+from trainer.merge import ADAPTER, merge, open_adapter
+
+BACKENDS = ("transformers", "vllm", "sglang")
+_START_SECONDS = 600.0
+_END_SECONDS = 10.0
+
+
+class Server(NamedTuple):
+    """A server that runs: its URL (to be followed by ``/v1``), the name to ask it by, and its process."""
+
+    url: str
+    model: str
+    process: subprocess.Popen[bytes]
+
+
+def choose_backend(given: str | None) -> str:
+    """As given, or the fastest that is installed. Raises UsageError when it is not."""
+    if given is None:
+        given = next((name for name in ("vllm", "sglang") if find_spec(name)), "transformers")
+    needs = {"transformers": ("fastapi", "transformers[serving]")}.get(given, (given, given))
+    if find_spec(needs[0]) is None:
+        raise UsageError(f"--backend {given} needs {needs[1]}", f"pip install '{needs[1]}'")
+    return given
+
+
+def command_of(
+    backend: str, model: Path, adapter: Path | None, where: Sequence[str], extra: Sequence[str]
+) -> list[str]:
+    """How a backend is started; `where` is to listen. transformers serves no adapters: it is given a merged model."""
+    if backend == "vllm":
+        lora = ["--enable-lora", "--lora-modules", f"adapter={adapter}"] if adapter else []
+        return ["vllm", "serve", str(model), *where, *lora, *extra]
+    if backend == "sglang":
+        lora = ["--lora-paths", f"adapter={adapter}"] if adapter else []
+        return [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), *where, *lora, *extra]
+    program = shutil.which("transformers") or str(Path(sys.executable).with_name("transformers"))
+    return [program, "serve", str(model), *where, *extra]
+
+
+@contextmanager
+def serve(
+    model: str,
+    adapter: str | None,
+    *,
+    backend: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    extra: Sequence[str] = (),
+    settings: dict[str, Any] | None = None,
+) -> Iterator[Server]:
+    """Serve until the block is left. `port` 0 is any that is free; `extra` goes to the backend as it is.
+
+    Raises UsageError when the server does not start; what it said went to stderr.
+    """
+    settings = settings or {}
+    chosen = choose_backend(backend)
+    with ExitStack() as stack:
+        base, tuned = _open(stack, model, adapter, settings)
+        path, adapter_path = base.path, tuned.path if tuned else None
+        if tuned is not None and chosen == "transformers":
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="obsfs-serve-"))) / base.path.name
+            merge(str(tuned.path), str(path), base=str(base.path), settings=settings)
+            adapter_path = None
+        port = port or _free_port(host)
+        process = subprocess.Popen(command_of(chosen, path, adapter_path, ["--host", host, "--port", str(port)], extra))
+        stack.callback(_end, process)
+        url = f"http://{host}:{port}"
+        _wait(url, process)
+        yield Server(url, "adapter" if adapter_path else str(path), process)
+
+
+def _open(stack: ExitStack, model: str, adapter: str | None, settings: dict[str, Any]) -> tuple[Base, Base | None]:
+    if adapter is not None:
+        tuned, base = stack.enter_context(open_adapter(adapter, model, settings))
+        return base, tuned
+    found = stack.enter_context(open_base(model, settings))
+    if (found.path / ADAPTER).exists() and not (found.path / "config.json").exists():
+        tuned, base = stack.enter_context(open_adapter(model, None, settings))
+        return base, tuned
+    return found, None
+
+
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise UsageError(
+                "the server did not start", f"it ended with status {process.returncode}; see what it said above"
+            )
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except urllib.error.HTTPError:
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise UsageError(f"the server did not answer within {_START_SECONDS:.0f} s", "see what it said above")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def chat(server: Server, extra: Sequence[str]) -> int:
+    """Talk to a server in the terminal, by ``transformers chat``. Returns its exit status."""
+    program = shutil.which("transformers") or str(Path(sys.executable).with_name("transformers"))
+    command = [program, "chat", server.model, server.url, *extra]
+    return subprocess.run(command, check=False).returncode
