@@ -10,21 +10,18 @@ from __future__ import annotations
 import json
 import os
 import queue
-import re
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import TrainerCallback
 
 import obsfs
-from obsfs.errors import UsageError
+from trainer.place import STEP, Place
 
 _SEAL = "obsfs-whole.json"
-_STEP = re.compile(r"checkpoint-(\d+)")
 _OUTBOX = ".outbox"
 _NOT_PUBLISHED = {"training_args.bin", _SEAL}
 """The pickled arguments hold paths and tokens of this machine, and nobody needs them to go on."""
@@ -60,64 +57,8 @@ def _files(directory: Path) -> Iterator[Path]:
 
 def local_steps(output_dir: Path) -> list[int]:
     """The steps of the checkpoints that are whole on the disk, in order."""
-    found = (path for path in output_dir.glob("checkpoint-*") if _STEP.fullmatch(path.name) and is_whole(path))
+    found = (path for path in output_dir.glob("checkpoint-*") if STEP.fullmatch(path.name) and is_whole(path))
     return sorted(int(path.name.partition("-")[2]) for path in found)
-
-
-class Place(NamedTuple):
-    """Where a run publishes: ``obs://BUCKET/NAME``, and how the bucket is reached."""
-
-    url: str
-    settings: dict[str, Any]
-
-    def version(self, step: int) -> str:
-        """The URL of a checkpoint."""
-        return f"{self.url}@checkpoint-{step}"
-
-    def steps(self) -> list[int]:
-        """The steps of the checkpoints that are whole there, in order."""
-        fs, path = self._fs()
-        fs.invalidate_cache()
-        parent, _, name = path.rpartition("/")
-        found = []
-        with suppress(FileNotFoundError):
-            for entry in fs.ls(parent, detail=False):
-                label, at, version = entry.rstrip("/").rpartition("/")[2].partition("@")
-                step = _STEP.fullmatch(version)
-                if at and label == name and step and fs.exists(f"{entry}/.obsfs/manifest.json"):
-                    found.append(int(step[1]))
-        return sorted(found)
-
-    def is_taken(self) -> bool:
-        """Whether something lies there already."""
-        fs, path = self._fs()
-        fs.invalidate_cache()
-        return bool(fs.exists(path)) or bool(self.steps())
-
-    def check(self) -> None:
-        """Write something, and take it away. Raises UsageError when it cannot be written."""
-        fs, path = self._fs()
-        probe = f"{path}/.obsfs/probe"
-        try:
-            fs.pipe_file(probe, b"")
-            fs.rm_file(probe)
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"{self.url} cannot be written ({error})", "see the README on endpoints and keys"
-            ) from None
-
-    def remove(self, step: int) -> None:
-        """Take a checkpoint away: first its manifest, so that nobody takes half of it for a checkpoint."""
-        fs, _ = self._fs()
-        path = fs._strip_protocol(self.version(step))
-        fs.rm_file(f"{path}/.obsfs/manifest.json")
-        fs.invalidate_cache()
-        for entry in fs.find(path):
-            fs.rm_file(entry)
-
-    def _fs(self) -> tuple[Any, str]:
-        fs = obsfs.OBSFileSystem(**self.settings)
-        return fs, str(fs._strip_protocol(self.url))
 
 
 class Publisher:
@@ -195,7 +136,7 @@ class Checkpointing(TrainerCallback):
             name_base(checkpoint, self._base)
             seal(checkpoint)
             if self._publisher is not None:
-                best = _STEP.search(state.best_model_checkpoint or "")
+                best = STEP.search(state.best_model_checkpoint or "")
                 self._publisher.put(checkpoint, state.global_step, int(best[1]) if best else None)
 
 
@@ -219,7 +160,7 @@ def newest(output_dir: Path, place: Place | None) -> Path | None:
     """
     here = local_steps(output_dir)
     for path in output_dir.glob("checkpoint-*"):
-        if _STEP.fullmatch(path.name) and not is_whole(path):
+        if STEP.fullmatch(path.name) and not is_whole(path):
             shutil.rmtree(path)
     there = place.steps() if place else []
     step = max([*here, *there], default=None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +66,6 @@ def train(words: tuple[str, ...], *, is_guided: bool, only_check: bool, as_json:
         raise UsageError("there is nothing to train", "give CONFIG.yaml, or --guide (see --help)")
     config = load_config(read_yaml(path) if path else {}, {} if is_guided else overrides)
     terminate_like_interrupt()
-    # What the libraries will rename one day is nothing that a user can do something about.
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
     from trainer.run import train as run
 
@@ -153,9 +150,7 @@ Examples:
 @click.option("--port", default=8000, show_default=True, help="Where to listen; 0 is any free port.")
 @_BACKEND
 @settings_options(*_PLACES)
-def serve(
-    context: click.Context, model: str, *, adapter: str | None, host: str, port: int, backend: str | None, **given: Any
-) -> None:
+def serve(model: str, *, adapter: str | None, host: str, port: int, backend: str | None, **given: Any) -> None:
     """An OpenAI-compatible server for MODEL, until Ctrl-C. What follows `--` goes to the backend."""
     from trainer import serve as serving
 

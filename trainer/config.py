@@ -7,10 +7,11 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, NamedTuple, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -67,7 +68,7 @@ _ALIASES = {
 """TRL's names for what has a name here, or in PEFT, or in transformers."""
 _SETTINGS = (
     "endpoint_url", "region", "profile", "no_sign_request", "addressing_style", "library", "connections", "cache_dir",
-    "cache_size",
+    "cache_size", "retry_timeout",
 )  # fmt: skip
 _NOT_FOR_USERS = {"base_model_name_or_path", "auto_mapping", "peft_type", "inference_mode", "peft_version", "kwargs"}
 
@@ -209,7 +210,7 @@ def _check(config: TrainConfig) -> None:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys of a YAML file. Raises UsageError, with the line, for what is none."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror})", "obsfs train --guide writes one") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -233,9 +234,35 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
         values = [value] if is_joined else []
         while not is_joined and words and not words[0].startswith("--"):
             values.append(words.pop(0))
-        parsed = [yaml.safe_load(value) for value in values]
+        parsed = [_value(value) for value in values]
         found[name.replace("-", "_")] = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
     return found
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: `no` is text, and 1e-4 is a number."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"([-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    list("-+.0123456789"),
+)
+
+
+def _value(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return text
 
 
 def _fields(kind: type) -> set[str]:
@@ -273,19 +300,10 @@ def _is_list(hint: Any) -> bool:
 
 
 def _made(kind: Any, given: Mapping[str, Any]) -> Any:
-    numbers = {name: _number(value) for name, value in given.items()}
     try:
-        return kind(**numbers)
+        return kind(**given)
     except (ValueError, TypeError, AttributeError, ImportError) as error:
         raise UsageError(f"{kind.__name__}: {_first_line(error)}", "change that key") from None
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 takes 1e-4 for text."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def _first_line(error: BaseException) -> str:

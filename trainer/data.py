@@ -208,7 +208,9 @@ def _read(place: str, split: str, streaming: bool, settings: dict[str, Any]) -> 
     except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError) as error:
         cause = error.__cause__ or error
         raise UsageError(f"data {place} cannot be read ({_first_line(cause)})", "correct it, or name another") from None
-    except (OSError, ValueError, ConnectionError) as error:
+    except StopIteration:
+        first = None
+    except (OSError, ValueError) as error:
         raise UsageError(f"data {place} cannot be read ({_first_line(error)})", "correct it, or name another") from None
     if first is None:
         raise UsageError(f"data {place} is empty", "name another")

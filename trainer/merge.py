@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import obsfs
 from obsfs.errors import UsageError
 from trainer.base import Base, load_tokenizer, open_base
-from trainer.run import place_of
+from trainer.place import place_of
+from trainer.progress import quiet
 
 ADAPTER = "adapter_config.json"
 _PROBE = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
@@ -91,19 +92,24 @@ def merge(
         _check_quantizer(quantize)
     settings = settings or {}
     place = place_of(output, settings)
-    directory = Path(output)
-    if place is None and directory.exists() and any(directory.iterdir()):
-        raise UsageError(f"{output} is not empty", "choose another directory")
+    target = Path(output).expanduser()
+    if place is None and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"{output} is there already", "choose another directory")
+    quiet()
     with ExitStack() as stack:
         tuned, found = stack.enter_context(open_adapter(adapter, base, settings))
-        if place is not None:
-            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="obsfs-merge-")))
-        largest, mean = _merge(tuned.path, found.path, directory, dequantize)
+        home = None if place else target.absolute().parent
+        if home is not None:
+            home.mkdir(parents=True, exist_ok=True)
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".obsfs-merge-", dir=home))) / "model"
+        largest, mean = _merge(tuned.path, found.path, work, dequantize)
         if quantize is not None:
-            _quantize(directory, quantize)
+            _quantize(work, quantize)
         if place is not None:
-            obsfs.push(directory, place.url, source=f"{found.name} + {tuned.name}", **place.settings)
-        return Merged(place.url if place else str(directory), found.name, largest, mean)
+            obsfs.push(work, place.url, source=f"{found.name} + {tuned.name}", **place.settings)
+        else:
+            work.replace(target)
+        return Merged(place.url if place else output, found.name, largest, mean)
 
 
 def _merge(adapter: Path, base: Path, directory: Path, dequantize: bool) -> tuple[float, float]:

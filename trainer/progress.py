@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -57,6 +58,16 @@ class Timeline:
 
         if base.mountpoint is not None:
             threading.Thread(target=watch, name="trainer-watch", daemon=True).start()
+
+
+def quiet() -> None:
+    """Keep the libraries from drawing bars of their own, and from telling what they will rename one day."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def say(text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-import obsfs
 from obsfs.commands.output import human
 from obsfs.errors import UsageError
 from obsfs.settings import state_dir
 from trainer import base as bases
 from trainer import data
 from trainer.config import Parts, TrainConfig, load_config
+from trainer.place import place_of
 
 if TYPE_CHECKING:
-    from trainer.checkpoints import Place
     from trainer.progress import Timeline
 
 _SECRET = {"hub_token", "push_to_hub_token"}
@@ -49,13 +48,14 @@ def train(
     as_json: bool = False,
     only_check: bool = False,
     started: float | None = None,
+    callbacks: Sequence[Any] = (),
     **overrides: Any,
 ) -> Outcome:
     """Run `config` (a mapping of keys, or a dataclass), with `overrides`, to its end.
 
     `as_json` prints an object per log; `only_check` stops before the first step; `started` is when the command began
-    (seconds since the epoch). Under ``torchrun`` or ``accelerate launch`` each process calls it. Raises ObsfsError
-    for what cannot be run as asked; a run that was cut off goes on with ``resume=True``.
+    (seconds since the epoch); `callbacks` are transformers'. Under ``torchrun`` or ``accelerate launch`` each process
+    calls it. Raises ObsfsError for what cannot be run as asked; a run that was cut off goes on with ``resume=True``.
     """
     chosen = load_config(config, overrides)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -67,7 +67,7 @@ def train(
             stop = bases.prefetch(base) if _is_first_here() else threading.Event()
             try:
                 importing.result()
-                return _Run(chosen, base, as_json, started).go(stop, only_check)
+                return _Run(chosen, base, as_json, started, callbacks).go(stop, only_check)
             finally:
                 stop.set()
 
@@ -75,17 +75,16 @@ def train(
 def _import(config: TrainConfig) -> None:
     try:
         import bitsandbytes  # noqa: F401
-        import datasets
         import peft  # noqa: F401
-        import transformers
 
         from trainer.config import TASKS
 
         TASKS[config.task].load()
     except ImportError as error:
         raise UsageError(f"training needs {error.name or error}", "pip install 'obsfs-mount[train]'") from None
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
+    from trainer.progress import quiet
+
+    quiet()
 
 
 def _is_first_here() -> bool:
@@ -93,13 +92,19 @@ def _is_first_here() -> bool:
 
 
 class _Run:
-    def __init__(self, config: TrainConfig, base: bases.Base, as_json: bool, started: float | None) -> None:
+    def __init__(
+        self, config: TrainConfig, base: bases.Base, as_json: bool, started: float | None, callbacks: Sequence[Any]
+    ) -> None:
         from trainer.progress import Timeline
 
-        self._config, self._base, self._as_json = config, base, as_json
+        self._config, self._base, self._as_json, self._callbacks = config, base, as_json, callbacks
         self._timeline: Timeline = Timeline(started)
         self._timeline.mark("import and mount")
         self._place = place_of(config.output, config.settings)
+        if self._place and "@" in self._place.url.rpartition("/")[2]:
+            raise UsageError(
+                f"{config.output} is a version", "name the output without one: its checkpoints become its versions"
+            )
         self._output_dir = self._find_output_dir()
         self._parts: Parts = config.parts(self._output_dir)
         self._is_main = self._parts.arguments.process_index == 0
@@ -241,6 +246,8 @@ class _Run:
             )
         progress = Progress(self._base, self._timeline, as_json=self._as_json, on_first_step=began.set)
         trainer.remove_callback(PrinterCallback)
+        for callback in self._callbacks:
+            trainer.add_callback(callback)
         trainer.add_callback(checkpoints.Checkpointing(self._output_dir, self._base.name, publisher))
         if self._is_main:
             trainer.add_callback(progress)
@@ -304,23 +311,6 @@ class _Run:
         given = {name: value for name, value in given.items() if name not in ("options", "resume")}
         given |= {name: value for name, value in self._config.options.items() if name not in _SECRET}
         return str(yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
-
-
-def place_of(output: str, settings: dict[str, Any]) -> Place | None:
-    """The place in a bucket that an output means: by URL, or as a path on a mount; None for a local directory."""
-    from trainer.checkpoints import Place
-
-    if "://" in output:
-        return Place(_named(output), settings)
-    found = obsfs.on_mount(output)
-    return Place(_named(found.url), {**found.settings, **settings}) if found else None
-
-
-def _named(url: str) -> str:
-    url = url.rstrip("/")
-    if "@" in url.rpartition("/")[2]:
-        raise UsageError(f"{url} is a version", "name the output without one: checkpoints become its versions")
-    return url
 
 
 def _bits(config: TrainConfig) -> int | None:

@@ -1,0 +1,74 @@
+"""The questions before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from obsfs import ObsfsError
+from tests.conftest import Mounter, Store
+from tests.trainer.conftest import CHOICES, write_lines
+from trainer import base
+from trainer.commands import train
+from trainer.guide import estimates, found_models, missing_bytes
+
+
+def ask(*answers: object, words: tuple[str, ...] = ()) -> Any:
+    text = "".join(f"{answer}\n" for answer in answers)
+    return CliRunner().invoke(train, ["--guide", *words], input=text, catch_exceptions=False)
+
+
+@pytest.mark.slow
+def test_the_guide_finds_the_model_and_writes_a_run_that_works(
+    bucket: Store, mount: Mounter, model: str, tmp_path: Path, obsfs: Callable[..., Any]
+) -> None:
+    mounted = mount(bucket)
+    place = mounted / "models" / "tiny@v1"
+    number = found_models().index(str(place)) + 1
+    assert missing_bytes(place) == sum(path.stat().st_size for path in place.glob("*.safetensors"))
+    data = write_lines(tmp_path / "pref.jsonl", CHOICES)
+    written = tmp_path / "run.yaml"
+    done = ask(number, "dpo", "./none.jsonl", data, "lora", 1, tmp_path / "out", written, "n")
+    assert done.exit_code == 0, done.output
+    for text in ("parameters", "have to be fetched", "there is no data at ./none.jsonl", "the first record", "fits"):
+        assert text in done.output
+    run = yaml.safe_load(written.read_text())
+    assert (run["model"], run["task"], run["method"], run["data"]) == (str(place), "dpo", "lora", str(data))
+    assert obsfs("train", written, "--max_steps", 1, "--report_to", "none", timeout=120).code == 0
+    # What is there is not replaced without being asked.
+    again = ask(number, "dpo", data, "lora", 1, tmp_path / "out", written, "n")
+    assert again.exit_code == 1
+
+
+@pytest.mark.slow
+def test_the_guide_starts_the_run(tiny: Path, rows: Path, tmp_path: Path) -> None:
+    written, out = tmp_path / "run.yaml", tmp_path / "out"
+    done = ask(tiny, "sft", rows, "qlora", 0.1, out, written, "y")
+    assert done.exit_code == 0, done.output
+    assert (out / "adapter_model.safetensors").exists()
+
+
+def test_memory_grows_with_what_is_trained() -> None:
+    seven = base.Facts(7_600_000_000, 1_090_000_000, 15_200_000_000, 28, 3584, 152_064)
+    found = estimates(seven, "sft")
+    assert found["qlora"] < found["lora"] == found["dora"] < found["full"]
+    assert 6 << 30 < found["qlora"] < 14 << 30  # what a 7B model takes in practice, with long vocabularies
+    assert 14 << 30 < found["lora"] < 24 << 30
+    assert found["full"] > 100 << 30
+    assert estimates(seven, "dpo")["full"] > found["full"]
+
+
+def test_the_memory_of_a_machine_is_known() -> None:
+    free, where = base.memory_available()
+    assert free > 0
+    assert where
+
+
+def test_what_is_no_model_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ObsfsError, match="is missing"):
+        ask(tmp_path)

@@ -1,0 +1,85 @@
+"""Adapters into their bases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import obsfs
+from obsfs import ObsfsError
+from tests.conftest import Store
+from tests.trainer.test_train import logits_of
+from trainer.merge import merge
+
+
+def load(directory: Path | str, **options: Any) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, **options)
+
+
+@pytest.fixture
+def adapter(run: Callable[..., Any], rows: Path, bucket: Store) -> str:
+    """A QLoRA adapter in the bucket."""
+    url: str = run(data=str(rows), method="qlora", max_steps=8, output=f"{bucket}/adapters/a").output
+    return url
+
+
+@pytest.mark.slow
+def test_a_merged_model_is_base_and_adapter(adapter: str, bucket: Store, tiny: Path, tmp_path: Path) -> None:
+    import torch
+    from peft import PeftModel
+
+    done = merge(adapter, str(tmp_path / "merged"))
+    assert done.base == f"{bucket}/models/tiny@v1"
+    assert done.largest < 0.1
+    local = obsfs.snapshot_download(adapter, local_dir=tmp_path / "adapter")
+    expected = logits_of(PeftModel.from_pretrained(load(tiny), local))
+    merged = load(tmp_path / "merged")
+    assert torch.allclose(logits_of(merged), expected, atol=0.1)
+    assert not torch.allclose(logits_of(load(tiny)), expected, atol=0.1)
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+    assert "tokenizer.json" in {path.name for path in (tmp_path / "merged").iterdir()}
+    # Into the bucket, and onto what 4 bits leave of the base.
+    assert merge(adapter, f"{bucket}/models/merged@v1", dequantize=True).output == f"{bucket}/models/merged@v1"
+    other = load(obsfs.snapshot_download(f"{bucket}/models/merged@v1", local_dir=tmp_path / "other"))
+    assert other.config.to_dict().get("quantization_config") is None
+    assert logits_of(other).isfinite().all()
+
+
+@pytest.mark.slow
+def test_a_merged_model_can_be_quantised(adapter: str, tmp_path: Path) -> None:
+    merge(adapter, str(tmp_path / "four"), quantize="bnb-4bit")
+    model = load(tmp_path / "four")
+    assert model.is_loaded_in_4bit
+    assert logits_of(model).isfinite().all()
+
+
+@pytest.mark.slow
+def test_what_cannot_be_merged_is_told_and_leaves_nothing(adapter: str, tiny: Path, tmp_path: Path) -> None:
+    from obsfs.demo.model import make_model
+
+    here = set(tmp_path.iterdir())
+
+    def refused(message: str, *places: str, **given: Any) -> None:
+        with pytest.raises(ObsfsError, match=message) as caught:
+            merge(*places, **given)
+        assert "\n" not in str(caught.value)
+        assert set(tmp_path.iterdir()) == here
+
+    refused("is no adapter", str(tiny), str(tmp_path / "x"))
+    refused("choose one of", adapter, str(tmp_path / "x"), quantize="q4")
+    refused("GPU", adapter, str(tmp_path / "x"), quantize="fp8")
+    refused("gptqmodel", adapter, str(tmp_path / "x"), quantize="gptq")
+    refused("there is no directory", adapter, str(tmp_path / "x"), base="org/name")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    (tmp_path / "wide").mkdir()
+    make_model(tmp_path / "wide", hidden_size=128, layers=2, vocabulary=1024)
+    here = set(tmp_path.iterdir())
+    refused("is there already", adapter, str(tmp_path / "full"))
+    refused("does not fit", adapter, str(tmp_path / "x"), base=str(tmp_path / "wide"))

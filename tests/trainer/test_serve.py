@@ -1,0 +1,83 @@
+"""A model behind an OpenAI-compatible server, asked by the real client; and in the terminal."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from obsfs import ObsfsError
+from tests.conftest import Store, stop_group
+from trainer.serve import choose_backend, command_of, serve
+
+_QUESTION: Any = [{"role": "user", "content": "name 3"}]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_an_adapter_answers_the_openai_client(run: Callable[..., Any], rows: Path, bucket: Store) -> None:
+    adapter = run(data=str(rows), method="lora", max_steps=60, learning_rate=1e-2, output=f"{bucket}/adapters/a").output
+    command = [sys.executable, "-m", "obsfs", "serve", f"{bucket}/models/tiny", "--adapter", adapter, "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--backend", "transformers"], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if "/v1  model " in line)
+        url, _, model = line.strip().partition("  model ")
+        client = openai.OpenAI(base_url=url, api_key="none")
+        options: Any = {"model": model, "messages": _QUESTION, "max_tokens": 12, "temperature": 0}
+        whole = client.chat.completions.create(**options).choices[0].message.content
+        pieces = [
+            event.choices[0].delta.content or ""
+            for event in client.chat.completions.create(**options, stream=True)
+            if event.choices
+        ]
+        assert whole
+        assert len(pieces) > 2
+        assert "".join(pieces).strip() == whole.strip()
+        assert "module" in whole  # it has learned something
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        rest = process.stderr.read()
+        assert "Traceback" not in rest
+        assert rest.splitlines()[-1] == "obsfs: interrupted"
+    finally:
+        stop_group(process)
+    assert not [line for line in Path("/proc/mounts").read_text().splitlines() if f"{bucket}" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_chat_in_the_terminal(model: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "obsfs", "chat", model, "--backend", "transformers", "--", "max_new_tokens=4"],
+        input="hello\nn\n!exit\n", capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert "tokens in" in done.stdout, (done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_backends(tmp_path: Path) -> None:
+    assert choose_backend(None) == "transformers"
+    for missing in ("vllm", "sglang"):
+        with pytest.raises(ObsfsError, match=f"pip install '{missing}'"):
+            choose_backend(missing)
+    where = ["--port", "1"]
+    vllm = command_of("vllm", tmp_path, Path("/a"), where, ["--max-model-len", "9"])
+    lora = ["--enable-lora", "--lora-modules", "adapter=/a"]
+    assert vllm == ["vllm", "serve", str(tmp_path), *where, *lora, "--max-model-len", "9"]
+    assert "--lora-paths" in command_of("sglang", tmp_path, Path("/a"), where, [])
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_start_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no such"}')
+    with pytest.raises(ObsfsError, match="did not start"), serve(str(tmp_path), None, backend="transformers"):
+        pass

@@ -1,0 +1,235 @@
+"""Every method and task, trained for real on a tiny model that lies in a real bucket."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import obsfs
+from obsfs import ObsfsError
+from tests.conftest import Mounter, Store
+from tests.trainer.conftest import CHOICES, JUDGED, QUICK, ROWS, Losses, write_lines
+
+Train = Callable[..., Any]
+_DATA = {"sft": ROWS, "kto": JUDGED}
+
+
+def logits_of(model: Any) -> Any:
+    import torch
+
+    model.eval()
+    with torch.no_grad():
+        return model(torch.arange(32)[None] + 5).logits.float()
+
+
+def watcher(look: Callable[[Any], None]) -> Any:
+    from transformers import TrainerCallback
+
+    class Watcher(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            look(model)
+
+    return Watcher()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "method"),
+    [
+        ("sft", "qlora"),
+        ("sft", "lora"),
+        ("sft", "dora"),
+        ("sft", "full"),
+        ("dpo", "qlora"),
+        ("dpo", "full"),
+        ("kto", "lora"),
+        ("orpo", "qlora"),
+        ("cpo", "dora"),
+        ("simpo", "qlora"),
+    ],
+)
+def test_every_method_and_task_learns(task: str, method: str, run: Train, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "data.jsonl", _DATA.get(task, CHOICES))
+    losses = Losses()
+    outcome = run(data=str(path), task=task, method=method, max_steps=12, callbacks=[losses.callback])
+    told = list(losses.found.values())
+    assert outcome.steps == len(told) == 12
+    assert sum(told[-3:]) < sum(told[:3]) * 0.95, told
+    out = Path(outcome.output)
+    name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    assert {name, "tokenizer.json", "README.md", "train.yaml"} <= {one.name for one in out.iterdir()}
+    assert outcome.seconds["to first step"] > outcome.seconds["load"] > 0
+
+
+@pytest.mark.slow
+def test_the_base_of_qlora_is_really_4_bit(run: Train, rows: Path) -> None:
+    import bitsandbytes
+    import torch
+
+    seen: dict[str, Any] = {}
+
+    def look(model: Any) -> None:
+        layers = [layer for layer in model.modules() if isinstance(layer, bitsandbytes.nn.Linear4bit)]
+        seen["count"] = len(layers)
+        seen["dtypes"] = {layer.weight.dtype for layer in layers}
+        seen["bytes"] = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+        seen["numbers"] = sum(layer.in_features * layer.out_features for layer in layers)
+        seen["state"] = layers[0].weight.quant_state
+
+    run(data=str(rows), method="qlora", max_steps=1, callbacks=[watcher(look)])
+    assert (seen["count"], seen["dtypes"]) == (14, {torch.uint8})
+    assert seen["bytes"] == seen["numbers"] / 2
+    assert (seen["state"].quant_type, seen["state"].nested) == ("nf4", True)
+
+
+@pytest.mark.slow
+def test_an_adapter_in_the_bucket_is_the_one_that_was_trained(
+    run: Train, bucket: Store, tiny: Path, rows: Path, tmp_path: Path, obsfs_command: Callable[..., Any]
+) -> None:
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    seen: list[Any] = []
+    url = f"{bucket}/adapters/run-1"
+    outcome = run(
+        data=str(rows),
+        method="lora",
+        max_steps=8,
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=2,
+        output=url,
+        hub_token="hf_planted_secret",
+        callbacks=[watcher(lambda model: seen.append(logits_of(model)))],
+    )
+    assert outcome.output == url
+    assert outcome.published == [*(f"{url}@checkpoint-{step}" for step in (2, 4, 6, 8)), url]
+    versions = {one["version"] for one in obsfs_command("models", f"{bucket}/adapters", "--json").json["models"]}
+    assert versions == {None, "checkpoint-6", "checkpoint-8"}
+    assert obsfs_command("verify", f"{url}@checkpoint-8").code == 0
+    adapter = Path(obsfs.snapshot_download(url, local_dir=tmp_path / "pulled"))
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
+    again = logits_of(PeftModel.from_pretrained(base, adapter))
+    assert torch.allclose(again, seen[0], atol=2e-2)
+    assert not torch.allclose(
+        again, logits_of(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)), atol=0.2
+    )
+    config = json.loads((adapter / "adapter_config.json").read_bytes())
+    assert config["base_model_name_or_path"] == f"{bucket}/models/tiny@v1"
+    assert f"`{bucket}/models/tiny@v1`" in (adapter / "README.md").read_text()
+    assert load_file(adapter / "adapter_model.safetensors")
+    checkpoint = Path(obsfs.snapshot_download(f"{url}@checkpoint-8", local_dir=tmp_path / "checkpoint"))
+    for place in (adapter, checkpoint):
+        names = {path.name for path in place.rglob("*")}
+        assert {"tokenizer.json", "train.yaml", "README.md"} <= names
+        assert "training_args.bin" not in names
+        assert not any(b"hf_planted_secret" in path.read_bytes() for path in place.rglob("*") if path.is_file())
+    with pytest.raises(ObsfsError, match="--resume goes on"):
+        run(data=str(rows), method="lora", max_steps=8, output=url)
+
+
+@pytest.mark.slow
+def test_a_path_on_a_mount_is_a_place_in_the_bucket(
+    bucket: Store, mount: Mounter, model: str, rows: Path, run: Train
+) -> None:
+    mounted = mount(bucket)
+    outcome = run(
+        model=str(mounted / "models" / "tiny@v1"), data=str(rows), max_steps=2, output=str(mounted / "adapters" / "a")
+    )
+    assert outcome.output == f"{bucket}/adapters/a"
+    assert (mounted / "adapters" / "a" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_evaluation_and_streaming(run: Train, rows: Path, tmp_path: Path) -> None:
+    losses = Losses()
+    outcome = run(
+        data=str(rows), test_split_size=0.25, eval_strategy="steps", eval_steps=2, max_steps=2, method="lora",
+        callbacks=[losses.callback],
+    )  # fmt: skip
+    assert outcome.steps == 2
+    outcome = run(data=[str(rows)], streaming=True, max_steps=2, method="lora", output=str(tmp_path / "streamed"))
+    assert outcome.steps == 2
+
+
+@pytest.mark.slow
+def test_what_cannot_be_run_is_told_before_it_starts(
+    run: Train, bucket: Store, tiny: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    from trainer import base
+
+    def refused(message: str, **given: Any) -> None:
+        with pytest.raises(ObsfsError) as caught:
+            run(**{"data": str(rows), "max_steps": 1, **given})
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    refused("there is tiny@v1", model=f"{bucket}/models/tinny")
+    refused("no directory", model="Qwen/Qwen2-7B")
+    refused("config.json is missing", model=str(tmp_path))
+    cut = tmp_path / "cut"
+    shutil.copytree(tiny, cut)
+    shard = sorted(cut.glob("*.safetensors"))[-1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    refused(f"{shard} cannot be read", model=str(cut))
+    shard.unlink()
+    refused(f"{shard} is missing", model=str(cut))
+    shard.write_bytes(whole)
+    (cut / "chat_template.jinja").unlink()
+    refused("has no chat template", model=str(cut), data=str(write_lines(tmp_path / "m.jsonl", [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    ])))  # fmt: skip
+    (cut / "tokenizer.json").write_text("{")
+    refused("the tokenizer of", model=str(cut))
+    refused("is in no format for task dpo", task="dpo")
+    refused("there is no data", data="./none.jsonl")
+    refused("is a version", output=f"{bucket}/adapters/a@v1")
+    dead = "http://127.0.0.1:1"
+    refused("cannot be read", model=str(tiny), output=f"{bucket}/a", endpoint_url=dead)
+    (tmp_path / "file").write_text("")
+    refused("cannot be written", output=str(tmp_path / "file" / "below"))
+    refused("q_projj", target_modules=["q_projj"], output=str(tmp_path / "o"))
+    monkeypatch.setattr(base, "memory_available", lambda: (1 << 20, "this machine"))
+    refused("MiB of memory, and this machine has 1.0 MiB free")
+    assert run(data=str(rows), max_steps=1, check_memory=False, output=str(tmp_path / "tried")).steps == 1
+
+
+@pytest.mark.slow
+def test_a_check_trains_nothing(run: Train, rows: Path, bucket: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = run(only_check=True, data=str(rows), output=f"{bucket}/adapters/a")
+    assert (outcome.steps, outcome.published) == (0, [])
+    assert "all is well" in capsys.readouterr().err
+    assert "Contents" not in bucket.client.list_objects_v2(Bucket=bucket.name, Prefix="adapters/a")
+
+
+@pytest.mark.slow
+def test_what_people_and_machines_see(
+    model: str, rows: Path, tmp_path: Path, obsfs_command: Callable[..., Any]
+) -> None:
+    words = [word for name, value in QUICK.items() for word in (f"--{name}", str(value).lower())]
+    common = ["train", "--model", model, "--data", rows, "--max_steps", 4, *words]
+    shown = obsfs_command(*common, "--output", tmp_path / "a", timeout=120)
+    assert shown.code == 0, shown.err
+    assert shown.out.strip() == str(tmp_path / "a")
+    for text in ("step 2/4  loss ", "tokens/s", "memory ", "fetched ", "first step after"):
+        assert text in shown.err
+    assert "Warning" not in shown.err
+    lines = obsfs_command(*common, "--output", tmp_path / "b", "--json", timeout=120)
+    told = [json.loads(line) for line in lines.out.splitlines()]
+    assert [one["step"] for one in told[:4]] == [1, 2, 3, 4]
+    assert told[1]["tokens_per_second"] > 0
+    assert told[-1]["output"] == str(tmp_path / "b")
+    assert {"load", "data", "first step", "to first step"} <= told[-1]["seconds"].keys()
+    assert obsfs_command("train").code == 2
+    wrong = obsfs_command("train", "--model", model, "--data", rows, "--output", "x", "--learnin_rate", "1")
+    assert (wrong.code, wrong.err.count("\n")) == (2, 1)
+    assert "'learning_rate'" in wrong.err

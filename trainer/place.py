@@ -1,0 +1,82 @@
+"""Where in a bucket a run publishes, and which of its checkpoints are there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+from botocore.exceptions import BotoCoreError
+
+import obsfs
+from obsfs.errors import UnavailableError
+
+STEP = re.compile(r"checkpoint-(\d+)")
+
+
+class Place(NamedTuple):
+    """Where a run publishes: ``obs://BUCKET/NAME``, and how the bucket is reached.
+
+    Its methods raise UnavailableError for what the bucket refuses.
+    """
+
+    url: str
+    settings: dict[str, Any]
+
+    def version(self, step: int) -> str:
+        """The URL of a checkpoint."""
+        return f"{self.url}@checkpoint-{step}"
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are whole there, in order."""
+        found = []
+        with self._files("read") as (fs, path), suppress(FileNotFoundError):
+            parent, _, name = path.rpartition("/")
+            for entry in fs.ls(parent, detail=False):
+                label, at, version = entry.rstrip("/").rpartition("/")[2].partition("@")
+                step = STEP.fullmatch(version)
+                if at and label == name and step and fs.exists(f"{entry}/.obsfs/manifest.json"):
+                    found.append(int(step[1]))
+        return sorted(found)
+
+    def is_taken(self) -> bool:
+        """Whether something lies there already."""
+        with self._files("read") as (fs, path):
+            return bool(fs.exists(path)) or bool(self.steps())
+
+    def check(self) -> None:
+        """Write something, and take it away."""
+        with self._files("written") as (fs, path):
+            fs.pipe_file(f"{path}/.obsfs/probe", b"")
+            fs.rm_file(f"{path}/.obsfs/probe")
+
+    def remove(self, step: int) -> None:
+        """Take a checkpoint away: first its manifest, so that nobody takes half of it for a checkpoint."""
+        with self._files("written") as (fs, path):
+            place = f"{path}@checkpoint-{step}"
+            fs.rm_file(f"{place}/.obsfs/manifest.json")
+            fs.invalidate_cache()
+            for entry in fs.find(place):
+                fs.rm_file(entry)
+
+    @contextmanager
+    def _files(self, doing: str) -> Iterator[tuple[Any, str]]:
+        """The file system of the bucket, as it is now, and the path of the place in it."""
+        try:
+            fs = obsfs.OBSFileSystem(**self.settings)
+            fs.invalidate_cache()
+            yield fs, str(fs._strip_protocol(self.url))
+        except (OSError, ValueError, BotoCoreError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UnavailableError(
+                f"{self.url} cannot be {doing} ({reason})", "see the README on endpoints and keys"
+            ) from None
+
+
+def place_of(output: str, settings: dict[str, Any]) -> Place | None:
+    """The place in a bucket that an output means: by URL, or as a path on a mount; None for a local directory."""
+    if "://" in output:
+        return Place(output.rstrip("/"), settings)
+    found = obsfs.on_mount(output)
+    return Place(found.url, {**found.settings, **settings}) if found else None
