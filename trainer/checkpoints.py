@@ -23,6 +23,7 @@ from trainer.place import STEP, Place
 
 _SEAL = "obsfs-whole.json"
 _OUTBOX = ".outbox"
+_STATE = {_SEAL, "trainer_state.json"}
 _NOT_PUBLISHED = {"training_args.bin", _SEAL}
 """The pickled arguments hold paths and tokens of this machine, and nobody needs them to go on."""
 
@@ -55,10 +56,32 @@ def _files(directory: Path) -> Iterator[Path]:
     return (path for path in sorted(directory.rglob("*")) if path.is_file())
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint is of."""
+    return int(checkpoint.name.partition("-")[2])
+
+
+def is_finished(checkpoint: Path, arguments: Any) -> bool:
+    """Whether nothing is left to do after it, and it has the whole result (not sharded among processes)."""
+    state = json.loads((checkpoint / "trainer_state.json").read_bytes())
+    if arguments.max_steps > 0:
+        is_last = state["global_step"] >= arguments.max_steps
+    else:
+        is_last = state["global_step"] >= state["max_steps"] and arguments.num_train_epochs <= state["num_train_epochs"]
+    return is_last and any(checkpoint.glob("*.safetensors"))
+
+
+def copy_result(checkpoint: Path, output_dir: Path) -> None:
+    """What a checkpoint has but for what goes on with it, into the place of a result."""
+    for path in checkpoint.iterdir():
+        if path.is_file() and path.suffix not in (".pt", ".pth") and path.name not in _STATE:
+            shutil.copyfile(path, output_dir / path.name)
+
+
 def local_steps(output_dir: Path) -> list[int]:
     """The steps of the checkpoints that are whole on the disk, in order."""
     found = (path for path in output_dir.glob("checkpoint-*") if STEP.fullmatch(path.name) and is_whole(path))
-    return sorted(int(path.name.partition("-")[2]) for path in found)
+    return sorted(step_of(path) for path in found)
 
 
 class Publisher:

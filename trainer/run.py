@@ -22,6 +22,7 @@ from trainer.config import Parts, TrainConfig, load_config
 from trainer.place import place_of
 
 if TYPE_CHECKING:
+    from trainer.checkpoints import Publisher
     from trainer.progress import Timeline
 
 _SECRET = {"hub_token", "push_to_hub_token"}
@@ -110,6 +111,7 @@ class _Run:
         self._is_main = self._parts.arguments.process_index == 0
 
     def go(self, stop: threading.Event, only_check: bool) -> Outcome:
+        from trainer import checkpoints
         from trainer.progress import say
 
         arguments = self._parts.arguments
@@ -120,6 +122,8 @@ class _Run:
             tokenizer = bases.load_tokenizer(self._base.path, trust_remote_code=_trusts(arguments))
             self._check_memory(facts)
             checkpoint = self._prepare_output()
+        if checkpoint and checkpoints.is_finished(checkpoint, arguments) and not only_check:
+            return self._publish_finished(checkpoint)
         with ThreadPoolExecutor(1, "trainer-load") as pool:
             loading = None if only_check else pool.submit(self._load_model)
             with self._timeline.part("data"), arguments.main_process_first(desc="data"):
@@ -238,12 +242,7 @@ class _Run:
         from trainer import checkpoints
         from trainer.progress import Progress, say
 
-        arguments = self._parts.arguments
-        publisher = None
-        if self._is_main and self._place is not None:
-            publisher = checkpoints.Publisher(
-                self._place, self._output_dir, self._base.name, arguments.save_total_limit
-            )
+        publisher = self._make_publisher(checkpoint)
         progress = Progress(self._base, self._timeline, as_json=self._as_json, on_first_step=began.set)
         trainer.remove_callback(PrinterCallback)
         for callback in self._callbacks:
@@ -269,20 +268,49 @@ class _Run:
                 model_name=Path(self._config.output.rpartition("@")[0] or self._config.output).name
             )
             checkpoints.name_base(self._output_dir, self._base.name)
+        metrics = {name: value for name, value in result.metrics.items() if isinstance(value, int | float)}
+        outcome = self._publish(publisher, trainer.state.global_step, checkpoint, metrics)
+        trainer.accelerator.wait_for_everyone()
+        return outcome
+
+    def _make_publisher(self, checkpoint: Path | None) -> Publisher | None:
+        """What publishes, in the one process that does; it begins with a checkpoint that the bucket does not have."""
+        from trainer.checkpoints import Publisher, step_of
+
+        if not self._is_main or self._place is None:
+            return None
+        keep = self._parts.arguments.save_total_limit
+        publisher = Publisher(self._place, self._output_dir, self._base.name, keep)
+        if checkpoint and step_of(checkpoint) not in self._place.steps():
+            publisher.put(checkpoint, step_of(checkpoint))
+        return publisher
+
+    def _publish(
+        self, publisher: Publisher | None, steps: int, checkpoint: Path | None, metrics: dict[str, float]
+    ) -> Outcome:
+        from trainer.checkpoints import step_of
+
         if publisher is not None:
             publisher.put(self._output_dir, None)
             with self._timeline.part("publish"):
                 publisher.finish()
-        metrics = {name: value for name, value in result.metrics.items() if isinstance(value, int | float)}
-        trainer.accelerator.wait_for_everyone()
         return Outcome(
             self._place.url if self._place else str(self._output_dir),
-            trainer.state.global_step,
-            int(checkpoint.name.partition("-")[2]) if checkpoint else 0,
+            steps,
+            step_of(checkpoint) if checkpoint else 0,
             metrics,
             self._timeline.rounded(),
             publisher.published if publisher else [],
         )
+
+    def _publish_finished(self, checkpoint: Path) -> Outcome:
+        """The run had come to its end: its last checkpoint has the result. (transformers would take one step more.)"""
+        from trainer import checkpoints
+
+        if self._is_main:
+            checkpoints.copy_result(checkpoint, self._output_dir)
+        publisher = self._make_publisher(checkpoint)
+        return self._publish(publisher, checkpoints.step_of(checkpoint), checkpoint, {})
 
     def _make_trainer(self, model: Any, tokenizer: Any, train_data: Any, eval_data: Any) -> Any:
         try:

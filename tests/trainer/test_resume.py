@@ -178,4 +178,5 @@ def test_a_bucket_that_is_gone_costs_no_step(
             resume=True,
         )
         assert (outcome.resumed_from, outcome.steps) == (4, 4)
+        assert outcome.published == [f"{bucket}/gone@checkpoint-4", f"{bucket}/gone"]
         assert obsfs.resolve(f"{bucket}/gone") == f"{bucket}/gone"
