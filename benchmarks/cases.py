@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +25,14 @@ _PROCESSES = 8
 _SCATTERED = 256
 _LISTING_SECONDS = 60.0
 _MODELS = 500
+_TRAINING = {
+    "method": "qlora",
+    "max_steps": 1,
+    "per_device_train_batch_size": 1,
+    "max_length": 32,
+    "report_to": "none",
+    "save_strategy": "no",
+}
 _KIB, _MIB = 1 << 10, 1 << 20
 
 
@@ -225,6 +235,39 @@ def library(bench: Bench) -> None:
     shutil.rmtree(source)
 
 
+def train(bench: Bench) -> None:
+    """QLoRA, from the command to its first optimiser step: from the bucket; downloaded by s5cmd first; warm, and ext4."""
+    rows = bench.home / "train.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"one line of text, number {n}"}) + "\n" for n in range(64)))
+    s5cmd = next((system for system in bench.downloaders() if system.name == "s5cmd"), None)
+
+    def first_step(model: object, cache: Path) -> float:
+        out = bench.home / "trained"
+        options = {**_TRAINING, "model": model, "data": rows, "output": out, "cache_dir": cache}
+        words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+        command = [sys.executable, "-m", "obsfs", "train", *words, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+        shutil.rmtree(out)
+        seconds: float = json.loads(done.stdout.splitlines()[-1])["seconds"]["to first step"]
+        return seconds
+
+    for _ in range(bench.runs):
+        place = bench.place()
+        drop_page_cache()
+        bench.record("obsfs", "seconds", first_step(f"obs://{BUCKET}/{data.MODEL}", place.cache), case="train_cold")
+        bench.record("obsfs", "seconds", first_step(f"obs://{BUCKET}/{data.MODEL}", place.cache), case="train_warm")
+        shutil.rmtree(place.cache)
+        bench.record("ext4", "seconds", first_step(bench.local / data.MODEL, place.cache), case="train_warm")
+        if s5cmd is not None:
+            place.path.mkdir()
+            drop_page_cache()
+            with bench.surviving(s5cmd):
+                seconds = s5cmd.download(place, bench.model_keys)
+                bench.record("s5cmd", "seconds", seconds, case="train_download")
+                bench.record("s5cmd", "seconds", seconds + first_step(place.path, place.cache), case="train_cold")
+            shutil.rmtree(place.path)
+
+
 def stream(bench: Bench) -> None:
     """20 GB through a cache of 1 GiB: the most memory that the server has for itself."""
     os.environ["OBSFS_CACHE_SIZE"] = "1GiB"
@@ -262,6 +305,7 @@ CASES: dict[str, tuple[Case, tuple[str, ...]]] = {
     "first_byte": (first_byte, ("obs",)),
     "tensor": (tensor, ("waits",)),
     "library": (library, ("obs",)),
+    "train": (train, ("obs",)),
     "random_reads": (random_reads, ("obs",)),
     "listing": (listing, ("obs",)),
 }

@@ -67,6 +67,8 @@ TARGETS = (
     _speed("pull of 4 GB, obs: speed over s5cmd", "pull", "obs", "s5cmd", 0.95),
     Target("500 models, obs: seconds", _of("models_cold", "obs"), 1, 3.0),
     Target("500 models, remembered: seconds", _of("models_cached", "obs"), 1, 0.3),
+    _time("first step of QLoRA, cold, obs: time over s5cmd and then", "train_cold", "obs", "s5cmd", 0.7),
+    _time("first step of QLoRA, warm: time over ext4", "train_warm", "obs", "ext4", 1.05),
     Target("daemon CPU per GB, cold dd, obs: over boto3", _CPU_OBSFS, _CPU_BOTO3, 1.5),
     Target("daemon memory, 20 GB streamed: MiB", _of("stream", "lan", "daemon_memory_mib"), 1, 300),
 )

@@ -79,10 +79,9 @@ def train(words: tuple[str, ...], *, is_guided: bool, only_check: bool, as_json:
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(outcome)))
         return
-    total = outcome.seconds.pop("to first step", None)
-    if total is not None:
-        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in outcome.seconds.items())
-        click.echo(f"first step after {total:.1f} s (some of this went on together: {parts})", err=True)
+    if (total := outcome.seconds.get("to first step")) is not None:
+        parts = [f"{name} {s:.1f} s" for name, s in outcome.seconds.items() if name not in ("to first step", "publish")]
+        click.echo(f"first step after {total:.1f} s: {', '.join(parts)} (partly at the same time)", err=True)
     loss = outcome.metrics.get("train_loss")
     shown = f", loss {loss:.4f} on average" if loss else ""
     click.echo(f"{outcome.steps} steps{shown}", err=True)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from obsfs.commands.output import human
+from obsfs.commands.output import human, spinner
 from obsfs.errors import UsageError
 from obsfs.settings import state_dir
 from trainer import base as bases
@@ -61,14 +62,16 @@ def train(
     chosen = load_config(config, overrides)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with ThreadPoolExecutor(1, "trainer-import") as pool:
+    with ExitStack() as waiting, ThreadPoolExecutor(1, "trainer-import") as pool:
+        show = waiting.enter_context(spinner("mounting, importing", quiet=as_json or not _is_first()))
         # While Python imports for ten seconds, the bucket is mounted and the weights begin to travel.
         importing = pool.submit(_import, chosen)
         with bases.open_base(chosen.model, chosen.settings) as base:
             stop = bases.prefetch(base) if _is_first_here() else threading.Event()
             try:
                 importing.result()
-                return _Run(chosen, base, as_json, started, callbacks).go(stop, only_check)
+                show("checking, loading")
+                return _Run(chosen, base, as_json, started, callbacks).go(stop, only_check, waiting.close)
             finally:
                 stop.set()
 
@@ -92,6 +95,10 @@ def _is_first_here() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 class _Run:
     def __init__(
         self, config: TrainConfig, base: bases.Base, as_json: bool, started: float | None, callbacks: Sequence[Any]
@@ -110,7 +117,7 @@ class _Run:
         self._parts: Parts = config.parts(self._output_dir)
         self._is_main = self._parts.arguments.process_index == 0
 
-    def go(self, stop: threading.Event, only_check: bool) -> Outcome:
+    def go(self, stop: threading.Event, only_check: bool, on_ready: Callable[[], None]) -> Outcome:
         from trainer import checkpoints
         from trainer.progress import say
 
@@ -129,12 +136,14 @@ class _Run:
             with self._timeline.part("data"), arguments.main_process_first(desc="data"):
                 train_data, eval_data = self._load_data(tokenizer)
             if loading is None:
+                on_ready()
                 say("all is well: nothing was trained")
                 return Outcome(self._config.output, 0, 0, {}, self._timeline.rounded())
             model = loading.result()
         stop.set()
         with self._timeline.part("prepare"):
             trainer = self._make_trainer(model, tokenizer, train_data, eval_data)
+        on_ready()
         return self._train(trainer, checkpoint, first_step)
 
     def _find_output_dir(self) -> Path:

@@ -120,16 +120,16 @@ def escape_markup(text: str) -> str:
 
 
 @contextmanager
-def spinner(title: str, *, quiet: bool = False) -> Iterator[None]:
-    """A sign of life on the terminal's stderr, for what has no length."""
+def spinner(title: str, *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """A sign of life on the terminal's stderr, for what has no length; yields what changes its text."""
     from rich.console import Console
 
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
-        yield
+        yield lambda text: None
         return
-    with console.status(escape_markup(title)):
-        yield
+    with console.status(escape_markup(title)) as status:
+        yield lambda text: status.update(escape_markup(text))
 
 
 def count(number: float) -> str:
