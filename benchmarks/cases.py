@@ -236,7 +236,7 @@ def library(bench: Bench) -> None:
 
 
 def train(bench: Bench) -> None:
-    """QLoRA, from the command to its first optimiser step: from the bucket; downloaded by s5cmd first; warm, and ext4."""
+    """QLoRA, from the command to its first step: from the bucket; downloaded by s5cmd first; warm, and from ext4."""
     rows = bench.home / "train.jsonl"
     rows.write_text("".join(json.dumps({"text": f"one line of text, number {n}"}) + "\n" for n in range(64)))
     s5cmd = next((system for system in bench.downloaders() if system.name == "s5cmd"), None)
