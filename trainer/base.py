@@ -36,22 +36,28 @@ class Base:
         return {}
 
 
+def check_name(text: str, settings: dict[str, Any]) -> None:
+    """Raises UsageError for what can be no model, without looking into a bucket."""
+    is_directory = "://" not in text and Path(text).expanduser().is_dir()
+    if "://" not in text and not is_directory and not obsfs.Settings.load(**settings).library:
+        raise UsageError(
+            f"there is no directory {text}",
+            "give a directory or obs://BUCKET/NAME; `obsfs import hf:ORG/NAME` makes one",
+        )
+
+
 @contextmanager
 def open_base(text: str, settings: dict[str, Any]) -> Iterator[Base]:
     """A model by its directory, its URL, or its name in the library. What is in a bucket is mounted for the time.
 
     Raises ObsfsError when there is none.
     """
+    check_name(text, settings)
     path = Path(text).expanduser()
     if "://" not in text and path.is_dir():
         place = obsfs.on_mount(path)
         yield Base(path.resolve(), text, place.mountpoint if place else None)
         return
-    if "://" not in text and not obsfs.Settings.load(**settings).library:
-        raise UsageError(
-            f"there is no directory {text}",
-            "give a directory or obs://BUCKET/NAME; `obsfs import hf:ORG/NAME` makes one",
-        )
     url = obsfs.resolve(text, **settings)
     parent, _, label = url.rpartition("/")
     with tempfile.TemporaryDirectory(prefix="obsfs-model-") as home, obsfs.mount(parent, home, **settings) as mount:

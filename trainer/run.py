@@ -60,6 +60,7 @@ def train(
     calls it. Raises ObsfsError for what cannot be run as asked; a run that was cut off goes on with ``resume=True``.
     """
     chosen = load_config(config, overrides)
+    bases.check_name(chosen.model, chosen.settings)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with ExitStack() as waiting, ThreadPoolExecutor(1, "trainer-import") as pool:
