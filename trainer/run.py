@@ -79,7 +79,8 @@ def train(
 
 def _import(config: TrainConfig) -> None:
     try:
-        import bitsandbytes  # noqa: F401
+        if config.is_quantized:
+            import bitsandbytes  # noqa: F401
         import peft  # noqa: F401
 
         from trainer.config import TASKS
