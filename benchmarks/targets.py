@@ -65,6 +65,7 @@ TARGETS = (
     _time("cold listing: time over the bare pages", "find_cold", "obs", "boto3", 1.5),
     _speed("push of 4 GB, obs: speed over s5cmd", "push", "obs", "s5cmd", 0.95),
     _speed("pull of 4 GB, obs: speed over s5cmd", "pull", "obs", "s5cmd", 0.95),
+    _speed("pull of 4 GB, obs: speed over s5cmd and sha256sum", "pull", "obs", "s5cmd, hashed", 0.95),
     Target("500 models, obs: seconds", _of("models_cold", "obs"), 1, 3.0),
     Target("500 models, remembered: seconds", _of("models_cached", "obs"), 1, 0.3),
     _time("first step of QLoRA, cold, obs: time over s5cmd and then", "train_cold", "obs", "s5cmd", 0.7),
