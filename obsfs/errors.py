@@ -60,6 +60,12 @@ class UnavailableError(ObsfsError):
     errno = errno.EIO
 
 
+class ExpiredError(UnavailableError):
+    """The token that a request was signed with is over; the next one is signed with another, if there is one."""
+
+    errno = errno.EACCES
+
+
 class CacheError(ObsfsError):
     """The cache directory cannot be used."""
 

@@ -72,7 +72,11 @@ class OBSFileSystem(S3FileSystem):
             key=keys.access_key if keys else None,
             secret=keys.secret_key if keys else None,
             token=keys.token if keys else None,
-            client_kwargs={"region_name": connection.region, **client_kwargs},
+            client_kwargs={
+                "region_name": connection.region,
+                **({"verify": False} if self.settings.insecure_tls else {}),
+                **client_kwargs,
+            },
             config_kwargs={**config, **(options.pop("config_kwargs", None) or {})},
             **options,
         )

@@ -105,6 +105,9 @@ class Settings(BaseSettings):
     region: str | None = Field(None, description="Region, for example cn-south-1.")
     profile: str | None = Field(None, description="Profile of the AWS configuration files to use.")
     no_sign_request: bool = Field(False, description="Send no credentials (public buckets).")
+    insecure_tls: bool = Field(
+        False, description="Do not verify TLS certificates: whoever is in between may read and change everything."
+    )
     addressing_style: Literal["auto", "path", "virtual"] = Field(
         "auto", description="Bucket in the path or in the host name; auto knows OBS, AWS and other clouds."
     )

@@ -5,18 +5,23 @@ It also notes the range requests that pass.
 
 from __future__ import annotations
 
+import http.client
 import http.server
 import re
 import socket
+import ssl
 import threading
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from urllib.parse import parse_qs, urlsplit
 from xml.sax.saxutils import escape
 
 _HEAD = re.compile(rb"GET (\S+) HTTP/1\.1\r\n(.*?)\r\n\r\n", re.DOTALL)
 _HEAD_BYTES = 128 << 10
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _RANGE = re.compile(rb"\r?\n?range: bytes=(\d+)-(\d+)", re.IGNORECASE)
 
 
@@ -124,6 +129,122 @@ class FaultyLink:
         self.stalled = False
         self._listener.close()
         self.break_all()
+
+
+class FaultyServer:
+    """An HTTP proxy before a real server: `choose` says, of each ranged GET by its number, what is wrong with it.
+
+    ``500``, ``503``: refused so. ``reset``: the connection breaks off inside the body. ``short``: the body ends early.
+    ``trailing``: something follows the body. ``shifted``: other bytes than were asked for, and says so. ``etag``: of
+    another version. ``long``: more bytes than were asked for. ``stall``: silence inside the body. ``expired``: the
+    token is over. With a `certificate` (and its key, in one PEM file) it speaks TLS.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        choose: Callable[[int, Mapping[str, str]], str | None] = lambda number, headers: None,
+        *,
+        certificate: Path | None = None,
+    ) -> None:
+        faulty = self
+        self.faults = dict[str, int]()
+        self._count = 0
+        self._counting = threading.Lock()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                with faulty._counting:
+                    number = faulty._count
+                    faulty._count += 1 if "Range" in self.headers else 0
+                fault = choose(number, self.headers) if "Range" in self.headers else None
+                if fault is None and "expired" in (choose(-1, self.headers) or ""):
+                    fault = "expired"
+                if fault:
+                    with faulty._counting:
+                        faulty.faults[fault] = faulty.faults.get(fault, 0) + 1
+                if fault in ("500", "503"):
+                    self.refuse(int(fault), "InternalError" if fault == "500" else "SlowDown")
+                elif fault == "expired":
+                    self.refuse(403, "ExpiredToken")
+                else:
+                    self.forward(fault)
+
+            do_HEAD = do_GET
+
+            def refuse(self, status: int, code: str) -> None:
+                body = f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body if self.command == "GET" else b"")
+
+            def forward(self, fault: str | None) -> None:
+                upstream = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+                upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+                for name, value in self.headers.items():
+                    upstream.putheader(name, value)
+                upstream.endheaders()
+                answer = upstream.getresponse()
+                body = answer.read()
+                upstream.close()
+                headers = {name.lower(): value for name, value in answer.getheaders()}
+                if fault == "etag":
+                    headers["etag"] = '"00000000000000000000000000000000"'
+                if fault == "shifted" and (said := _CONTENT_RANGE.fullmatch(headers.get("content-range", ""))):
+                    first, last, total = map(int, said.groups())
+                    headers["content-range"] = f"bytes {first + 1}-{last + 1}/{total}"
+                if fault == "long":
+                    body += b"more"
+                    headers["content-length"] = str(len(body))
+                self.send_response(answer.status)
+                for name, value in headers.items():
+                    if name not in ("connection", "transfer-encoding", "date", "server"):
+                        self.send_header(name, value)
+                self.end_headers()
+                if self.command == "HEAD":
+                    return
+                if fault in ("reset", "short", "stall"):
+                    self.wfile.write(body[: len(body) // 2])
+                    self.wfile.flush()
+                    if fault == "stall":
+                        faulty._over.wait(30)
+                    if fault == "reset":
+                        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                    self.connection.close()
+                    self.close_connection = True
+                    return
+                self.wfile.write(body + (b"HTTP/1.1 200 OK\r\n\r\n" if fault == "trailing" else b""))
+
+            def log_message(self, format: str, *arguments: object) -> None:
+                pass
+
+            def handle(self) -> None:
+                with suppress(OSError, ValueError):
+                    super().handle()
+
+        self._over = threading.Event()
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+            self.endpoint = self.endpoint.replace("http:", "https:")
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def __enter__(self) -> FaultyServer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._server.shutdown()
+        self._server.server_close()
 
 
 class ListedBucket:

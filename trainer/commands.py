@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,11 @@ def chat(model: str, *, adapter: str | None, backend: str | None, **given: Any) 
     from trainer import serve as serving
 
     terminate_like_interrupt()
-    with serving.serve(model, adapter, backend=backend, settings=_settings(given)) as server:
+    with ExitStack() as stack:
+        with spinner(f"loading {model}"):
+            server = stack.enter_context(
+                serving.serve(model, adapter, backend=backend, quiet=True, settings=_settings(given))
+            )
         click.get_current_context().exit(serving.chat(server, click.get_current_context().args))
 
 

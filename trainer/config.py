@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple, get_args, get_origin, get_type_hin
 import yaml
 
 from obsfs import ObsfsError, Settings
+from obsfs.commands.options import BUCKET, CACHE
 from obsfs.errors import UsageError
 
 
@@ -66,10 +67,8 @@ _ALIASES = {
     "use_bnb_nested_quant": "bnb_4bit_use_double_quant",
 }
 """TRL's names for what has a name here, or in PEFT, or in transformers."""
-_SETTINGS = (
-    "endpoint_url", "region", "profile", "no_sign_request", "addressing_style", "library", "connections", "cache_dir",
-    "cache_size", "retry_timeout",
-)  # fmt: skip
+_SETTINGS = (*BUCKET, *CACHE, "library", "connections", "cache_size", "retry_timeout")
+"""Of obsfs: how a bucket is reached, and where blocks are kept."""
 _NOT_FOR_USERS = {"base_model_name_or_path", "auto_mapping", "peft_type", "inference_mode", "peft_version", "kwargs"}
 
 

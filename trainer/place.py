@@ -43,7 +43,8 @@ class Place(NamedTuple):
     def is_taken(self) -> bool:
         """Whether something lies there already."""
         with self._files("read") as (fs, path):
-            return bool(fs.exists(path)) or bool(self.steps())
+            # An empty directory, as some servers leave them, is nothing.
+            return bool(fs.find(path)) or bool(self.steps())
 
     def check(self) -> None:
         """Write something, and take it away."""

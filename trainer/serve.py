@@ -66,11 +66,12 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 0,
     extra: Sequence[str] = (),
+    quiet: bool = False,
     settings: dict[str, Any] | None = None,
 ) -> Iterator[Server]:
     """Serve until the block is left. `port` 0 is any that is free; `extra` goes to the backend as it is.
 
-    Raises UsageError when the server does not start; what it said went to stderr.
+    Raises UsageError when the server does not start; what it said went to stderr, unless `quiet`.
     """
     settings = settings or {}
     chosen = choose_backend(backend)
@@ -82,7 +83,9 @@ def serve(
             merge(str(tuned.path), str(path), base=str(base.path), settings=settings)
             adapter_path = None
         port = port or _free_port(host)
-        process = subprocess.Popen(command_of(chosen, path, adapter_path, ["--host", host, "--port", str(port)], extra))
+        command = command_of(chosen, path, adapter_path, ["--host", host, "--port", str(port)], extra)
+        silence = subprocess.DEVNULL if quiet else None
+        process = subprocess.Popen(command, stdout=silence, stderr=silence)
         stack.callback(_end, process)
         url = f"http://{host}:{port}"
         _wait(url, process)
@@ -110,7 +113,7 @@ def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise UsageError(
-                "the server did not start", f"it ended with status {process.returncode}; see what it said above"
+                "the server did not start", f"it ended with status {process.returncode}; obsfs serve shows why"
             )
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5):
@@ -119,7 +122,7 @@ def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
             return
         except OSError:
             time.sleep(0.2)
-    raise UsageError(f"the server did not answer within {_START_SECONDS:.0f} s", "see what it said above")
+    raise UsageError(f"the server did not answer within {_START_SECONDS:.0f} s", "obsfs serve shows why")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -116,6 +116,16 @@ class CachedObject:
             self._words[3 * block + 2] = word + 1  # absent, next generation
         return None
 
+    def check(self, advance: Callable[[int], None] = lambda size: None) -> int:
+        """Read every block that is in the file, sealed or not, and tell `advance` of each. Returns how many were
+        damaged: they are gone then, and will be fetched again."""
+        damaged = 0
+        for block in range(self.blocks):
+            if self.is_present(block):
+                damaged += self.read_checked(block) is None and not self.is_present(block)
+                advance(self.length_of(block))
+        return damaged
+
     def length_of(self, block: int) -> int:
         """Bytes in this block: BLOCK, or less for the last."""
         return min(BLOCK, self.size - block * BLOCK)

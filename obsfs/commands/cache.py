@@ -1,9 +1,10 @@
-"""``obsfs cache info`` and ``obsfs cache clean``."""
+"""``obsfs cache info``, ``obsfs cache verify`` and ``obsfs cache clean``."""
 
 from __future__ import annotations
 
 import json
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import click
 from obsfs.blocks.cache import Cache
 from obsfs.blocks.layout import CacheEntry
 from obsfs.commands.options import CACHE, age, settings_options
-from obsfs.commands.output import human, make_console
+from obsfs.commands.output import human, make_console, progress, terminate_like_interrupt
 from obsfs.errors import UsageError
 from obsfs.fuse import mounts
 from obsfs.library.names import is_url
@@ -20,7 +21,7 @@ from obsfs.remote.address import parse_address
 from obsfs.settings import Settings
 
 
-@click.group(epilog="\b\nExamples:\n  obsfs cache info\n  obsfs cache clean --older-than 7d\n")
+@click.group(epilog="\b\nExamples:\n  obsfs cache info\n  obsfs cache verify\n  obsfs cache clean --older-than 7d\n")
 def cache() -> None:
     """Look at the block cache, and clean it."""
 
@@ -70,6 +71,42 @@ def _document(store: Cache, entries: list[CacheEntry]) -> dict[str, Any]:
             for entry in entries
         ],
     }
+
+
+@cache.command(epilog="Example: obsfs cache verify && echo all is well")
+@settings_options(*CACHE)
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def verify(as_json: bool, **given: Any) -> None:
+    """Read every block in the cache, and compare it with its checksum.
+
+    What is damaged is dropped, to be fetched again when it is read; the exit status is 1 then. Safe beside mounts.
+    """
+    store = _open(given)
+    entries = list(store.entries())
+    size = sum(entry.cached_bytes for entry in entries)
+    damaged: dict[str, int] = {}
+    terminate_like_interrupt()
+    with progress("verifying", size, quiet=as_json) as advance:
+        for entry in entries:
+            with closing(store.open(entry.version)) as found:
+                if count := found.check(advance):
+                    name = f"obs://{entry.version.bucket}/{entry.version.key}"
+                    damaged[name] = damaged.get(name, 0) + count
+    if as_json:
+        document = {
+            "cache_dir": str(store.directory),
+            "bytes": size,
+            "objects": len(entries),
+            "damaged_blocks": damaged,
+        }
+        click.echo(json.dumps(document, indent=2))
+    else:
+        for name, count in damaged.items():
+            click.echo(f"{name}: damaged blocks: {count}; they will be fetched again")
+        verdict = f"{sum(damaged.values())} blocks were damaged" if damaged else "all is well"
+        click.echo(f"{human(size)} in {len(entries)} objects: {verdict}", err=True)
+    if damaged:
+        click.get_current_context().exit(1)
 
 
 @cache.command(

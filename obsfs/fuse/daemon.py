@@ -12,6 +12,7 @@ import json
 import logging
 import logging.handlers
 import os
+import resource
 import signal
 import sys
 import threading
@@ -146,6 +147,8 @@ def main() -> int:
     source, mountpoint = sys.argv[1], Path(sys.argv[2])
     request = json.loads(sys.stdin.buffer.readline())
     settings = Settings(**request["settings"])
+    # The memory of this process holds keys: it is not to be written to a core file.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     stop = Stop()
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)

@@ -115,7 +115,9 @@ def start(source: str, mountpoint: Path, settings: Settings, *, lifeline: bool) 
         request = {"settings": settings.model_dump(mode="json"), "lifeline": lifeline}
         process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
-        ready, _, _ = select.select([process.stdout], [], [], _START_SECONDS)
+        waiting = select.poll()  # select(2) would end at descriptor 1023
+        waiting.register(process.stdout, select.POLLIN)
+        ready = waiting.poll(_START_SECONDS * 1000)
         line = process.stdout.readline() if ready else b""
         answer = json.loads(line) if line else {}
     except BaseException:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -23,7 +24,14 @@ from botocore.config import Config
 from botocore.credentials import Credentials
 from botocore.exceptions import ProfileNotFound
 
-from obsfs.errors import NotFoundError, ObsfsError, UnavailableError, UsageError, VersionChangedError
+from obsfs.errors import (
+    ExpiredError,
+    NotFoundError,
+    ObsfsError,
+    UnavailableError,
+    UsageError,
+    VersionChangedError,
+)
 from obsfs.remote import address as addresses
 from obsfs.remote.address import Address
 from obsfs.remote.credentials import Keys, explicit_keys
@@ -36,6 +44,7 @@ from obsfs.settings import Settings
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+_RENEW_SECONDS = 1.0
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
@@ -121,6 +130,8 @@ class _Site:
                 endpoint_url=connection.endpoint,
                 region_name=connection.region,
                 config=config,
+                # None: botocore's own choice, which honours AWS_CA_BUNDLE.
+                verify=False if settings.insecure_tls else None,
                 aws_access_key_id=keys.access_key if keys else None,
                 aws_secret_access_key=keys.secret_key if keys else None,
                 aws_session_token=keys.token if keys else None,
@@ -148,10 +159,24 @@ class Bucket:
     def __init__(self, address: Address, settings: Settings, *, keys: Keys | None = None) -> None:
         self.address = address
         self.name = address.bucket
-        urls = settings.endpoint_urls or (None,)
-        self._sites = [_Site(settings, connect(settings, address.scheme, keys, url)) for url in urls]
+        self._settings, self._keys = settings, keys
+        self._urls = settings.endpoint_urls or (None,)
+        self._sites = [self._site(url) for url in self._urls]
+        self._renewing = threading.Lock()
+        self._renewed = float("-inf")
         self.replicas = Replicas(len(self._sites))
         self.endpoint: str = self._sites[0].endpoint
+
+    def _site(self, url: str | None) -> _Site:
+        return _Site(self._settings, connect(self._settings, self.address.scheme, self._keys, url))
+
+    def _renew(self, number: int) -> None:
+        """Look for credentials anew, as a program that starts now would: somebody may have written newer ones."""
+        with self._renewing:
+            if time.monotonic() - self._renewed >= _RENEW_SECONDS:
+                self._sites[number] = self._site(self._urls[number])
+                self._renewed = time.monotonic()
+                log.info("the credentials were refused as expired: looked for others")
 
     @property
     def client(self) -> Any:
@@ -174,7 +199,11 @@ class Bucket:
         for number in self.replicas.order():
             started = time.monotonic()
             try:
-                answer = work(number)
+                try:
+                    answer = work(number)
+                except ExpiredError:
+                    self._renew(number)
+                    answer = work(number)
             except UnavailableError as unavailable:
                 self.replicas.failed(number)
                 error = error or unavailable

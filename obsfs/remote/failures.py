@@ -11,6 +11,7 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 from urllib3.exceptions import HTTPError
 
 from obsfs.errors import (
+    ExpiredError,
     ForbiddenError,
     NotFoundError,
     ObsfsError,
@@ -18,6 +19,8 @@ from obsfs.errors import (
     UsageError,
     VersionChangedError,
 )
+
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
 
 
 @contextmanager
@@ -55,6 +58,8 @@ def _from_response(error: ClientError, what: str, pinned: bool) -> ObsfsError:
         return NotFoundError(f"bucket of {what} does not exist", "check the name, the region and the endpoint")
     if status == 404:
         return NotFoundError(f"{what} does not exist", "check the name, the region and the endpoint")
+    if code in _EXPIRED:
+        return ExpiredError(f"access to {what} denied ({code})", "get new credentials")
     if status in (401, 403):
         return ForbiddenError(f"access to {what} denied ({code})", "check the credentials and what they allow")
     if status in (301, 307, 400) and code in ("PermanentRedirect", "AuthorizationHeaderMalformed"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from obsfs.blocks.cache import Cache, CachedObject
-from obsfs.blocks.layout import BLOCK, checksum
+from obsfs.blocks.layout import BLOCK, checksum, evict_blocks, read_blocks
 from obsfs.errors import CacheError
 from obsfs.remote.objects import ObjectVersion
 from tests.conftest import MIB, random_bytes
@@ -201,3 +203,65 @@ def test_files_that_took_the_place_of_an_empty_one_stay(tmp_path: Path) -> None:
     again = cache.open(version(BLOCK))
     assert again.has(0)
     assert again.read(0, BLOCK) == data
+
+
+@given(st.data())
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_power_may_fail_at_any_write(tmp_path: Path, data: st.DataObject) -> None:
+    """A crash keeps any subset of the sectors that were written, of data and map, each in any of its states."""
+    home = tmp_path / str(time.monotonic_ns())
+    store = Cache(home, GIB)
+    cached = store.open(version(3 * BLOCK))
+    paths = [*home.rglob("*.data"), *home.rglob("*.map")]
+    states = [[path.read_bytes() for path in paths]]
+    for _ in range(data.draw(st.integers(1, 6))):
+        block = data.draw(st.integers(0, 2))
+        if cached.is_present(block) and data.draw(st.booleans()):
+            _evict(home, block)
+        elif not cached.is_present(block):
+            put(cached, block)
+        if data.draw(st.booleans()):
+            cached.seal()
+        states.append([path.read_bytes() for path in paths])
+    seed = data.draw(st.randoms(use_true_random=False))
+    for index, path in enumerate(paths):
+        size = 4096 if path.suffix == ".data" else 8
+        torn = bytearray(states[-1][index])
+        for start in range(0, len(torn), size):
+            torn[start : start + size] = seed.choice(states)[index][start : start + size]
+        path.write_bytes(torn)
+    cached.close()
+    with closing(store.open(version(3 * BLOCK))) as again:
+        for block in range(3):
+            found = again.read(block * BLOCK, BLOCK) if again.has(block) else None
+            assert found in (None, random_bytes(BLOCK, block))
+    store.close()
+    shutil.rmtree(home)
+
+
+def _evict(home: Path, block: int) -> None:
+    """Evict one block, as a process that needs room does."""
+    (path,) = home.rglob("*.map")
+    evict_blocks(path, [one for one in read_blocks(path) if one.number == block])
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_checking_finds_every_damaged_block(tmp_path: Path, sealed: bool) -> None:
+    cached = Cache(tmp_path / "c", GIB).open(version(4 * BLOCK))
+    for block in (0, 1, 3):
+        put(cached, block)
+    if sealed:
+        put(cached, 2)
+        cached.seal()
+    (path,) = (tmp_path / "c").rglob("*.data")
+    with path.open("r+b") as file:
+        for block in (1, 3):
+            file.seek(block * BLOCK + 77)
+            file.write(b"rot")
+    store = Cache(tmp_path / "c", GIB)
+    seen: list[int] = []
+    assert store.open(version(4 * BLOCK)).check(seen.append) == 2
+    assert sum(seen) == (4 if sealed else 3) * BLOCK
+    again = store.open(version(4 * BLOCK))
+    assert again.check() == 0
+    assert [again.has(block) for block in range(4)] == [True, False, sealed, False]
