@@ -144,8 +144,11 @@ class Mounter:
         return next(process for mounted, process in reversed(self._mounted) if mounted == path)
 
     def kill(self, path: Path) -> None:
+        """The supervisor, and with it the server."""
+        server = mounts.status(path)["pid"]
         self.process(path).kill()
         self.process(path).wait(10)
+        wait_for(lambda: not is_running(server))
 
     def close(self) -> None:
         for path, process in self._mounted:
@@ -158,6 +161,15 @@ class Mounter:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait(10)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, and a thread of it that has not ended: then its descriptors are closed."""
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        return any((task / "stat").read_text().rpartition(")")[2].split()[0] != "Z" for task in tasks)
+    except OSError:
+        return Path(f"/proc/{pid}").exists()
 
 
 @pytest.fixture

@@ -251,6 +251,11 @@ class CachedObject:
         self.release_whole()
         return False
 
+    @property
+    def lock_fd(self) -> int:
+        """The descriptor that holds the locks of this object; a duplicate keeps them when this process dies."""
+        return self._map_fd
+
     def warm(self, blocks: range) -> None:
         """Have the kernel read these blocks of the data file into its page cache; waits only to ask."""
         for block in blocks:

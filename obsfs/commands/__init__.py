@@ -17,6 +17,7 @@ _VERBS = {
     "mount": "mount",
     "umount": "umount",
     "status": "status",
+    "upgrade": "upgrade",
     "models": "models",
     "push": "push",
     "pull": "pull",

@@ -96,6 +96,7 @@ def _rows(mount: dict[str, Any]) -> list[tuple[str, str]]:
         ("cache", f"{human(mount['cache_bytes'])} of {human(mount['cache_limit'])} in {mount['cache_dir']}"),
         ("memory", f"{human(mount['memory_bytes'])}"),
         ("files open", str(mount["open_files"])),
+        *([("restarts", f"{mount['restarts']}: the server died, and another took over")] if mount["restarts"] else []),
         ("retries", f"{mount['retries']}, errors {mount['errors']}"),
     ]
     if mount["last_error"]:

@@ -1,9 +1,9 @@
-"""The process behind a mount: builds engine and tree, mounts, serves until unmounted, and cleans up.
+"""The process that serves a mount: builds engine and tree, mounts, serves until unmounted, and cleans up.
 
-:mod:`obsfs.fuse.mounts` starts it as ``python -m obsfs.fuse.daemon SOURCE MOUNTPOINT`` with one JSON line on stdin
-(``settings``, ``lifeline``) and reads one JSON line from its stdout: ``{"pid": ...}`` when the directory answers, or
-``{"error": ..., "remedy": ...}``. Secrets come by the environment only, never in arguments. With a lifeline, the
-mount ends when the other end of stdin closes, which the kernel does for a process that is killed.
+:mod:`obsfs.fuse.supervisor` starts it as ``python -m obsfs.fuse.daemon SOURCE MOUNTPOINT`` with one JSON line on stdin
+(``settings``, and ``takeover`` for a successor); :mod:`obsfs.fuse.mounts` reads one JSON line from its stdout:
+``{"pid": ...}`` when the directory answers, or ``{"error": ..., "remedy": ...}``. Secrets come by the environment
+only, never in arguments.
 """
 
 from __future__ import annotations
@@ -16,16 +16,21 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from obsfs.blocks.reader import Engine
 from obsfs.errors import ObsfsError, UsageError
 from obsfs.fuse import state
 from obsfs.fuse.journal import Journal
+from obsfs.fuse.journal import read as read_journal
+from obsfs.fuse.keeper import Keeper
 from obsfs.fuse.kernel import channel
 from obsfs.fuse.operations import Operations
+from obsfs.fuse.supervisor import RETRY
 from obsfs.fuse.tree import Source, Tree
 from obsfs.library import snapshot
 from obsfs.remote.address import Address, parse_address
@@ -33,10 +38,31 @@ from obsfs.remote.client import Bucket
 from obsfs.remote.objects import Page
 from obsfs.settings import Settings
 
+if TYPE_CHECKING:
+    from obsfs.fuse.kernel.server import Server
+
 log = logging.getLogger(__name__)
 
 _LOG_BYTES = 4 << 20
 _LINGER_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Takeover:
+    """What a successor gets from its supervisor: the lock, and all descriptors of the connection."""
+
+    lock: int
+    fds: list[int]
+    direct: bool
+    restarts: int
+
+    @staticmethod
+    def parse(request: dict[str, Any]) -> Takeover:
+        """From the supervisor's request."""
+        lock, *fds = request["connection"]
+        for fd in (lock, *fds):
+            os.set_inheritable(fd, False)
+        return Takeover(lock, fds, request["direct"], request["restarts"])
 
 
 class Stop:
@@ -56,28 +82,39 @@ def serve(
     settings: Settings,
     on_ready: Callable[[], None],
     stop: Stop,
+    *,
+    takeover: Takeover | None = None,
 ) -> None:
     """Mount `source` on `mountpoint` and serve it, until it is unmounted or `stop` is called.
 
-    `on_ready` is called once, when the directory answers. Raises ObsfsError, and leaves no mount behind.
+    `on_ready` is called once, when the directory answers. Raises ObsfsError, and leaves no mount behind. With a
+    `takeover` nothing is mounted: the kernel goes on with this process where another one has died.
     """
     address = parse_address(source)
-    with ExitStack() as cleanup:
-        cleanup.callback(os.close, state.lock(mountpoint))
+    keeper = Keeper()
+    with ExitStack() as cleanup, _retried(takeover) as is_serving:
+        lock = state.lock(mountpoint) if takeover is None else takeover.lock
+        cleanup.callback(os.close, lock)
         bucket = Bucket(address, settings)
         names: Source = bucket
+        page: Page | None = None
         if settings.snapshot:
             names = snapshot.take(bucket, address, settings.snapshot)
             page = next(names.list(address.prefix))
-        else:
+        elif takeover is None:
             page = _check(bucket, address)
         engine = Engine(bucket, settings)
         cleanup.callback(engine.close)
-        journal = Journal(state.path(mountpoint, "journal"))
+        place = state.path(mountpoint, "journal")
+        journal = Journal(place, keep=takeover is not None)
         cleanup.callback(journal.close)
         tree = Tree(names, address.prefix, settings.metadata_ttl, journal.record)
-        tree.prime(page)
         journal.snapshot = tree.snapshot
+        if takeover is not None:
+            tree.restore(read_journal(place))
+            journal.renew()
+        if page is not None:
+            tree.prime(page)
         identity: dict[str, object] = {
             "mountpoint": str(mountpoint),
             "source": str(address),
@@ -85,45 +122,89 @@ def serve(
             "snapshot": settings.snapshot,
             "pid": os.getpid(),
             "engine": settings.engine,
+            "supervisor": os.getppid() if keeper.is_there else None,
+            "restarts": takeover.restarts if takeover else 0,
+            "can_be_followed": takeover is not None,
         }
         operations = Operations(tree, engine, settings, identity, lambda: bucket.sites)
         if settings.engine == "native":
-            _serve_natively(operations, mountpoint, settings, on_ready, stop)
+            native = _Native(operations, mountpoint, settings, keeper, lock)
+            native.serve(on_ready, stop, takeover, is_serving)
         else:
             from obsfs.fuse import portable
 
             portable.serve(operations, mountpoint, settings, on_ready, stop.wait)
 
 
-def _serve_natively(
-    operations: Operations,
-    mountpoint: Path,
-    settings: Settings,
-    on_ready: Callable[[], None],
-    stop: Stop,
-) -> None:
-    from obsfs.fuse.kernel.server import Server
-
-    fd = channel.mount(str(operations.identity["source"]), mountpoint, allow_other=settings.allow_other)
-    server = Server(fd, operations, passthrough=settings.passthrough, on_end=stop)
+@contextmanager
+def _retried(takeover: Takeover | None) -> Iterator[threading.Event]:
+    """A takeover that fails before the event is set ends the process at once, and leaves everything for the next."""
+    is_serving = threading.Event()
     try:
+        yield is_serving
+    except Exception:
+        if takeover is not None and not is_serving.is_set():
+            log.exception("could not take over yet")
+            logging.shutdown()
+            os._exit(RETRY)
+        raise
+
+
+class _Native:
+    """The native engine on a mountpoint: from a new mount, or from the connection of a server that died."""
+
+    def __init__(self, operations: Operations, mountpoint: Path, settings: Settings, keeper: Keeper, lock: int) -> None:
+        self._operations, self._mountpoint, self._settings = operations, mountpoint, settings
+        self._keeper, self._lock = keeper, lock
+
+    def serve(
+        self, on_ready: Callable[[], None], stop: Stop, takeover: Takeover | None, is_serving: threading.Event
+    ) -> None:
+        """Until it is unmounted, or told to stop."""
+        from obsfs.fuse.kernel.server import Server
+
+        operations, settings = self._operations, self._settings
+        if takeover is None:
+            source = str(operations.identity["source"])
+            fd = channel.mount(source, self._mountpoint, allow_other=settings.allow_other)
+        else:
+            fd = takeover.fds[0]
+        server = Server(fd, operations, passthrough=settings.passthrough, on_end=stop, keeper=self._keeper)
+        if takeover is not None:
+            operations.inherit()
+            server.take_over(takeover.fds, direct=takeover.direct)
+            log.warning("took over %s from a server that died", self._mountpoint)
+            self._keeper.keep("connection", [self._lock, *takeover.fds], self._state)
+        is_serving.set()
         try:
-            server.start()
+            if takeover is None:
+                self._begin(server)
+            on_ready()
+            stop.wait()
+        finally:
+            entry = channel.mounted_at(self._mountpoint)
+            if entry is not None and not server.ended.is_set():
+                channel.unmount(self._mountpoint, lazy=True)
+                # Who still has files open keeps being served for a moment, then gets ENOTCONN.
+                server.ended.wait(_LINGER_SECONDS)
+            server.join()
+
+    @property
+    def _state(self) -> dict[str, object]:
+        return {"direct": self._operations.can_be_direct}
+
+    def _begin(self, server: Server) -> None:
+        try:
+            fds = server.start()
         except OSError as error:
             raise UsageError(
-                f"this kernel cannot serve {mountpoint} ({error.strerror})", "try --engine fusepy"
+                f"this kernel cannot serve {self._mountpoint} ({error.strerror})", "try --engine fusepy"
             ) from None
-        if not channel.set_read_ahead(mountpoint, int(settings.kernel_read_ahead)):
+        if server.can_be_followed:
+            self._keeper.keep("connection", [self._lock, *fds], self._state)
+            self._operations.identity["can_be_followed"] = self._keeper.is_there
+        if not channel.set_read_ahead(self._mountpoint, int(self._settings.kernel_read_ahead)):
             log.info("the kernel's read-ahead stays as it is: root may raise it")
-        on_ready()
-        stop.wait()
-    finally:
-        entry = channel.mounted_at(mountpoint)
-        if entry is not None and not server.ended.is_set():
-            channel.unmount(mountpoint, lazy=True)
-            # Who still has files open keeps being served for a moment, then gets ENOTCONN.
-            server.ended.wait(_LINGER_SECONDS)
-        server.join()
 
 
 def _check(bucket: Bucket, address: Address) -> Page:
@@ -143,12 +224,14 @@ def log_to(handler: logging.Handler, level: str) -> None:
 
 
 def main() -> int:
-    """Run as a child of :func:`obsfs.fuse.mounts.start`; the exit status is 0, or 2 after a reported error."""
+    """Run as a child of the supervisor. The exit status is 0, 2 after a reported error, or RETRY when it could not take
+    over yet."""
     source, mountpoint = sys.argv[1], Path(sys.argv[2])
     request = json.loads(sys.stdin.buffer.readline())
     settings = Settings(**request["settings"])
     # The memory of this process holds keys: it is not to be written to a core file.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    takeover = Takeover.parse(request["takeover"]) if "takeover" in request else None
     stop = Stop()
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
@@ -159,6 +242,8 @@ def main() -> int:
     os.dup2(quiet, 2)
 
     def on_ready() -> None:
+        if takeover is not None:
+            return
         print(json.dumps({"pid": os.getpid()}), file=answer, flush=True)
         answer.close()
         log.info("serving %s on %s", source, mountpoint)
@@ -166,9 +251,7 @@ def main() -> int:
     try:
         path = state.path(mountpoint, "log")
         log_to(logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1), settings.log_level)
-        if request["lifeline"]:
-            threading.Thread(target=lambda: stop(sys.stdin.buffer.read()), name="obsfs-lifeline", daemon=True).start()
-        serve(source, mountpoint, settings, on_ready, stop)
+        serve(source, mountpoint, settings, on_ready, stop, takeover=takeover)
     except Exception as error:
         if isinstance(error, ObsfsError):
             message, remedy = error.message, error.remedy

@@ -16,15 +16,26 @@ _COMPACT_AFTER = 20_000
 
 
 class Journal:
-    """An append-only file. `snapshot` gives the records that stand for all that was recorded so far."""
+    """An append-only file. `snapshot` gives the records that stand for all that was recorded so far.
 
-    def __init__(self, path: Path, snapshot: Callable[[], Iterable[list[object]]] = tuple) -> None:
+    With `keep` a predecessor's is gone on with once :meth:`renew` was called, else it begins empty.
+    """
+
+    def __init__(
+        self, path: Path, snapshot: Callable[[], Iterable[list[object]]] = tuple, *, keep: bool = False
+    ) -> None:
         self.path = path
         self.snapshot = snapshot
         self._guard = threading.Lock()
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        start = 0 if keep else os.O_TRUNC
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | start | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._records = 0
         self._floor = 0
+
+    def renew(self) -> None:
+        """Write it anew from the snapshot, in one go."""
+        with self._guard:
+            self._compact()
 
     def record(self, change: list[object]) -> None:
         """Append one record; once in a while, write the file anew without what is over."""

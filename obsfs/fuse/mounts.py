@@ -6,9 +6,11 @@ import errno
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -23,6 +25,7 @@ _START_SECONDS = 120.0
 _STATUS_SECONDS = 5.0
 _END_SECONDS = 10.0
 _FAIL_SECONDS = 2.0
+_PAUSE_SECONDS = 0.05
 
 
 class Mount:
@@ -35,7 +38,7 @@ class Mount:
 
     @property
     def pid(self) -> int:
-        """The process that serves it."""
+        """The supervisor of the process that serves it."""
         return self._process.pid
 
     def status(self) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def start(source: str, mountpoint: Path, settings: Settings, *, lifeline: bool) 
     """
     parse_address(source)
     prepare(mountpoint)
-    arguments = [sys.executable, "-P", "-m", "obsfs.fuse.daemon", source, str(mountpoint)]
+    arguments = [sys.executable, "-P", "-m", "obsfs.fuse.supervisor", source, str(mountpoint)]
     process = subprocess.Popen(
         arguments,
         stdin=subprocess.PIPE,
@@ -183,12 +186,20 @@ def prepare(mountpoint: Path) -> None:
 
 
 def _is_dead(mountpoint: Path) -> bool:
-    try:
-        status(mountpoint)
-    except OSError as error:
-        return error.errno == errno.ENOTCONN
-    except UsageError:
-        return False
+    """Whether nobody serves a mount of ours: also when its supervisor has died, and its server is about to."""
+    deadline = time.monotonic() + _END_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            supervisor = status(mountpoint).get("supervisor")
+        except OSError as error:
+            if error.errno == errno.ECONNABORTED:  # it died while it was asked
+                continue
+            return error.errno == errno.ENOTCONN
+        except UsageError:
+            return False
+        if supervisor is None or Path(f"/proc/{supervisor}").exists():
+            return False
+        time.sleep(_PAUSE_SECONDS)
     return False
 
 
@@ -241,6 +252,30 @@ def on_mount(path: str | os.PathLike[str]) -> OnMount | None:
             settings = {"endpoint_url": endpoints, "cache_dir": mount["cache_dir"]}
             return OnMount(url, settings, Path(mount["mountpoint"]))
     return None
+
+
+def replace_server(mountpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Have another process serve a mount, of what is installed now. Returns the status before and after.
+
+    Raises UsageError when no obsfs is mounted there, when nobody supervises it, or when the other does not answer.
+    """
+    entry = channel.mounted_at(mountpoint)
+    if entry is None or entry.fs_type != channel.FS_TYPE:
+        raise UsageError(f"no obsfs is mounted on {mountpoint}", "see `obsfs status`")
+    before = status(mountpoint)
+    if not before.get("can_be_followed"):
+        raise UsageError(
+            f"the server of {mountpoint} cannot be replaced",
+            "it needs Linux 6.9, the native engine, and no --foreground",
+        )
+    os.kill(before["supervisor"], signal.SIGHUP)
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        after = status(mountpoint)
+        if after["pid"] != before["pid"]:
+            return before, after
+        time.sleep(_PAUSE_SECONDS)
+    raise UsageError(f"the server of {mountpoint} was not replaced", "see its log in ~/.local/state/obsfs")
 
 
 def unmount(mountpoint: Path, *, lazy: bool = False) -> None:

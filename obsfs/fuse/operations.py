@@ -109,12 +109,23 @@ class Operations:
         self._data_path = "splice" if settings.engine == "native" else "copy"
         self._readers: dict[int, Reader] = {}
         self._listings: dict[int, Listing] = {}
-        self._next_listing = 1
+        # A successor's handles must not be those that its predecessor has given.
+        self._next_listing = time.time_ns()
+        self._inherited: dict[int, int] = {}
         self._whole_reads = WholeReads(_available_memory, time.monotonic)
         self._uid = os.getuid() if settings.uid is None else settings.uid
         self._gid = os.getgid() if settings.gid is None else settings.gid
         self._file_mode = stat.S_IFREG | (0o444 & ~settings.umask)
         self._dir_mode = stat.S_IFDIR | (0o555 & ~settings.umask)
+
+    def inherit(self) -> None:
+        """Take over what a predecessor had open, as the tree has it. What it held for direct readers stays held by
+        its supervisor."""
+        for node in self.tree.opened():
+            if node.version is not None:
+                for _ in range(node.opens + node.direct_opens):
+                    self._readers[node.id] = self.engine.open(node.version)
+                self._inherited[node.id] = node.direct_opens
 
     # names and attributes
 
@@ -187,8 +198,8 @@ class Operations:
 
     # files
 
-    def open(self, number: int, flags: int) -> Opened:
-        """Open a file, pinned to the version of its node."""
+    def open(self, number: int, flags: int, unique: int = 0) -> Opened:
+        """Open a file, pinned to the version of its node. `unique` is the request's number, if it has one."""
         node = self.tree.node(number)
         if node.version is None:
             raise _IsDirectoryError(f"{node.key} is a directory")
@@ -202,7 +213,7 @@ class Operations:
         direct = self.can_be_direct and not node.opens and reader.cached.hold_whole()
         if direct and not node.direct_opens:
             self._warm(node)
-        self.tree.count_open(node, 1, direct=direct)
+        self.tree.count_open(node, 1, direct=direct, unique=unique)
         return Opened(number << 1 | direct, reader.cached.data_fd if direct else None)
 
     def _expect_load(self, node: Node, version: ObjectVersion) -> None:
@@ -217,13 +228,25 @@ class Operations:
         if size := self._whole_reads.on_open(node.parent, node.name, node.size):
             self.engine.warm(node.version, size)
 
-    def reopen_indirect(self, handle: int) -> Opened:
+    def opened_before(self, number: int, *, direct: bool) -> Opened:
+        """An open that a predecessor has counted, and the kernel has no answer to."""
+        node = self.tree.node(number)
+        if direct and node.version is not None and not node.backing:
+            with self.engine.held(node.version) as reader:
+                return Opened(number << 1 | 1, reader.cached.data_fd)
+        return Opened(number << 1 | direct, None)
+
+    def lock_fd(self, number: int) -> int:
+        """The descriptor that holds the lock of a file which is open directly."""
+        return self._readers[number].cached.lock_fd
+
+    def reopen_indirect(self, handle: int, unique: int = 0) -> Opened:
         """The engine could not serve an open directly: the same open, through us."""
         number = handle >> 1
         node = self.tree.node(number)
         self.tree.count_open(node, -1, direct=True)
         self._readers[number].cached.release_whole()
-        self.tree.count_open(node, 1, direct=False)
+        self.tree.count_open(node, 1, direct=False, unique=unique)
         return Opened(number << 1, None)
 
     def reader(self, handle: int) -> Reader:
@@ -242,18 +265,21 @@ class Operations:
         readers = list(self._readers.items())
         return [number for number, other in readers if other is reader and self.tree.is_open(number)]
 
-    def release(self, handle: int) -> None:
+    def release(self, handle: int, unique: int = 0) -> None:
         """A file was closed for the last time by those who share this open of it."""
         number, direct = handle >> 1, bool(handle & 1)
         node = self.tree.node(number)
-        self.tree.count_open(node, -1, direct=direct)
+        self.tree.count_open(node, -1, direct=direct, unique=unique)
         reader = self._readers.get(number)
         if reader is None:
             return
-        if direct:
+        if direct and self._inherited.get(number):
+            self._inherited[number] -= 1
+        elif direct:
             reader.cached.release_whole()
         if not node.opens and not node.direct_opens:
             del self._readers[number]
+            self._inherited.pop(number, None)
         self.engine.release(reader)
 
     # the whole

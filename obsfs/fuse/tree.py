@@ -16,6 +16,7 @@ import hashlib
 import json
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -26,6 +27,7 @@ from obsfs.remote.objects import ObjectInfo, ObjectVersion, Page
 
 ROOT = 1
 _MAX_LISTINGS = 4096
+_MAX_COUNTED = 4096
 
 
 class Source(Protocol):
@@ -84,6 +86,8 @@ class Node:
     lookups: int = 0
     opens: int = 0
     direct_opens: int = 0
+    backing: int = 0
+    """By which the kernel knows the file that it reads by itself, while `direct_opens`."""
 
     @property
     def is_dir(self) -> bool:
@@ -154,6 +158,8 @@ class Tree:
         started = time.time()
         self._nodes = {ROOT: Node(ROOT, ROOT, "", prefix, None, started, lookups=1)}
         self._current: dict[tuple[int, str], int] = {}
+        # Opens and releases by the kernel's numbers, the newest last, and whether each was direct.
+        self._counted: OrderedDict[int, bool] = OrderedDict()
 
     # nodes
 
@@ -212,15 +218,36 @@ class Tree:
         if self._current.get((node.parent, node.name)) == node.id:
             del self._current[node.parent, node.name]
 
-    def count_open(self, node: Node, change: int, *, direct: bool) -> None:
-        """Note that a node was opened (`change` 1) or released (-1), by passthrough if `direct`."""
+    def count_open(self, node: Node, change: int, *, direct: bool, unique: int = 0) -> None:
+        """Note that a node was opened (`change` 1) or released (-1), by passthrough if `direct`.
+
+        `unique` is the number of the request, by which :meth:`counted` knows it when it is sent again.
+        """
         with self._guard:
             if direct:
                 node.direct_opens += change
             else:
                 node.opens += change
-            self._record(["open", node.id, node.opens, node.direct_opens])
+            self._remember(unique, direct)
+            self._record(["open", node.id, node.opens, node.direct_opens, unique, direct])
             self._drop_if_unused(node)
+
+    def _remember(self, unique: int, direct: bool) -> None:
+        if unique:
+            self._counted[unique] = direct
+            if len(self._counted) > _MAX_COUNTED:
+                self._counted.popitem(last=False)
+
+    def counted(self, unique: int) -> bool | None:
+        """Whether the open or release with this number was direct; None when it was not counted yet."""
+        with self._guard:
+            return self._counted.get(unique)
+
+    def set_backing(self, node: Node, backing: int) -> None:
+        """Note by which id the kernel reads the file of a node."""
+        with self._guard:
+            node.backing = backing
+            self._record(["backing", node.id, backing])
 
     def is_open(self, node_id: int) -> bool:
         """Whether somebody has a node open, other than by passthrough."""
@@ -241,7 +268,10 @@ class Tree:
                 etag = node.version.etag if node.version else None
                 yield ["node", node.id, node.parent, node.name, node.key, etag, node.size, node.mtime]
                 if node.opens or node.direct_opens:
-                    yield ["open", node.id, node.opens, node.direct_opens]
+                    yield ["open", node.id, node.opens, node.direct_opens, 0, False]
+                    yield ["backing", node.id, node.backing]
+            for unique, direct in self._counted.items():
+                yield ["counted", unique, direct]
 
     def restore(self, records: Iterable[list[object]]) -> None:
         """Take over what a predecessor recorded: the same node ids, versions and open counts.
@@ -256,9 +286,19 @@ class Tree:
                 self._current[parent, name] = number
                 self._next_id = max(self._next_id, number + 1)
             elif kind == "open" and number in self._nodes:
-                self._nodes[number].opens, self._nodes[number].direct_opens = rest
+                self._nodes[number].opens, self._nodes[number].direct_opens, unique, direct = rest
+                self._remember(unique, direct)
+            elif kind == "counted":
+                self._remember(number, *rest)
+            elif kind == "backing" and number in self._nodes:
+                (self._nodes[number].backing,) = rest
             elif kind == "forget" and (node := self._nodes.pop(number, None)):
                 self._drop_name(node)
+
+    def opened(self) -> list[Node]:
+        """The nodes that somebody has open."""
+        with self._guard:
+            return [node for node in self._nodes.values() if node.opens or node.direct_opens]
 
     # listings
 

@@ -226,7 +226,7 @@ def test_the_python_face(bucket: Store, mountpoint: Path, tmp_path: Path) -> Non
     bucket.put("a", b"data")
     with package.mount(str(bucket), mountpoint, cache_dir=tmp_path / "c") as mount:
         assert (mount.path / "a").read_bytes() == b"data"
-        assert mount.status()["pid"] == mount.pid
+        assert mount.status()["supervisor"] == mount.pid
     assert channel.mounted_at(mountpoint) is None
     with pytest.raises(package.ObsfsError, match="no-such-bucket"):
         package.mount("obs://no-such-bucket", mountpoint)

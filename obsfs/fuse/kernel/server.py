@@ -19,6 +19,7 @@ from itertools import takewhile
 from obsfs.blocks.layout import BLOCK, block_count
 from obsfs.blocks.reader import Reader
 from obsfs.errors import NotFoundError, ObsfsError
+from obsfs.fuse.keeper import Keeper
 from obsfs.fuse.kernel import channel, wire
 from obsfs.fuse.kernel.pages import GONE, Pipe, Storer
 from obsfs.fuse.kernel.wire import FileOpen, Init, Opcode, Request
@@ -42,11 +43,15 @@ _Call = Callable[[Request, memoryview, bool], bytes | list[bytes] | None]
 class Server:
     """Serves one connection until it is unmounted, then calls `on_end`.
 
-    `fd` is the mount's own descriptor, not yet initialised.
+    `fd` is the mount's own descriptor, not yet initialised. What `keeper` keeps lets another server take over.
     """
 
-    def __init__(self, fd: int, operations: Operations, *, passthrough: bool, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, fd: int, operations: Operations, *, passthrough: bool, on_end: Callable[[], None], keeper: Keeper
+    ) -> None:
         self._fd = fd
+        self._keeper = keeper
+        self.can_be_followed = False
         self._operations = operations
         self._passthrough = passthrough
         self._pool = ThreadPoolExecutor(_POOL, thread_name_prefix="obsfs-names")
@@ -74,13 +79,35 @@ class Server:
             Opcode.LISTXATTR: self._listxattr,
         }
 
-    def start(self) -> None:
-        """Answer INIT and start serving in threads. Raises OSError when the kernel is too old to talk to."""
+    def start(self) -> list[int]:
+        """Answer INIT and start serving in threads. Returns all descriptors of the connection.
+
+        Raises OSError when the kernel is too old to talk to.
+        """
         self._initialise()
+        fds = [self._fd, *(channel.clone(self._fd) for _ in range(_THREADS - 1))]
+        self._begin(fds)
+        return fds
+
+    def take_over(self, fds: list[int], *, direct: bool) -> None:
+        """Go on where a predecessor ended, on its descriptors; `direct` is what it found out about passthrough.
+
+        The operations have inherited already.
+        """
+        self._operations.can_be_direct = direct
+        self.can_be_followed = True
+        for node in self._operations.tree.opened():
+            if node.backing and node.direct_opens:
+                self._backings[node.id] = node.backing, node.direct_opens
+        # Before anything is read: what is read and not answered would come twice.
+        os.write(self._fd, wire.resend())
+        self._begin(fds)
+
+    def _begin(self, fds: list[int]) -> None:
         self._operations.engine.on_complete = self._on_complete
         self._storer = Storer(self._fd, self._operations)
         self._operations.engine.on_ahead = self._storer.put
-        self._fds = [self._fd, *(channel.clone(self._fd) for _ in range(_THREADS - 1))]
+        self._fds = fds
         for number, fd in enumerate(self._fds):
             thread = threading.Thread(target=self._serve, args=(fd,), name=f"obsfs-fuse-{number}", daemon=True)
             self._threads.append(thread)
@@ -120,6 +147,7 @@ class Server:
             minor=min(minor, wire.MINOR), flags=flags, max_pages=max_pages, max_background=_MAX_BACKGROUND
         )
         self._reply(self._fd, request.unique, out)
+        self.can_be_followed = Init.HAS_RESEND in flags
         if Init.PASSTHROUGH in flags:
             self._operations.can_be_direct = self._try_passthrough()
 
@@ -349,36 +377,53 @@ class Server:
     def _open(self, request: Request, view: memoryview, wait: bool) -> bytes:
         flags, _ = wire.OPEN_IN.unpack_from(view, request.body)
         with self._guard:
-            opened = self._operations.open(request.node, flags)
+            unique = request.unique & ~wire.UNIQUE_RESEND
+            before = self._operations.tree.counted(unique)
+            if before is None:
+                opened = self._operations.open(request.node, flags, unique)
+            else:
+                opened = self._operations.opened_before(request.node, direct=before)
             backing = 0
-            if opened.direct_fd is not None:
+            if opened.handle & 1:
                 try:
-                    backing = self._hold_backing(request.node, opened.direct_fd)
+                    backing = self._hold_backing(request.node, opened.direct_fd, 1 if before is None else 0)
                 except OSError as error:
                     log.warning("passthrough failed: %s", error.strerror)
-                    opened = self._operations.reopen_indirect(opened.handle)
+                    opened = self._operations.reopen_indirect(opened.handle, unique)
         flags_out = FileOpen.KEEP_CACHE | FileOpen.NOFLUSH
-        if opened.direct_fd is not None:
+        if opened.handle & 1:
             flags_out = FileOpen.PASSTHROUGH | FileOpen.NOFLUSH
         return wire.OPEN_OUT.pack(opened.handle, flags_out, backing)
 
-    def _hold_backing(self, node: int, file_fd: int) -> int:
-        backing, users = self._backings.get(node, (0, 0))
-        if not users:
+    def _hold_backing(self, number: int, file_fd: int | None, more: int) -> int:
+        """The id of a node's file for passthrough, with so many users more."""
+        backing, users = self._backings.get(number, (0, 0))
+        if not backing:
+            assert file_fd is not None
+            node = self._operations.tree.node(number)
+            # The lock lives on when this process does not: nobody punches a hole under who reads without us.
+            self._keeper.keep(f"node {number}", [self._operations.lock_fd(number)])
             backing = channel.open_backing(self._fd, file_fd)
-        self._backings[node] = backing, users + 1
+            self._operations.tree.set_backing(node, backing)
+            users = node.direct_opens - more
+        self._backings[number] = backing, users + more
         return backing
 
     def _release(self, request: Request, view: memoryview, wait: bool) -> bytes:
         handle, *_ = wire.RELEASE_IN.unpack_from(view, request.body)
         with self._guard:
-            self._operations.release(handle)
+            unique = request.unique & ~wire.UNIQUE_RESEND
+            if self._operations.tree.counted(unique) is not None:
+                return b""
             if handle & 1:
                 backing, users = self._backings.pop(request.node, (0, 0))
                 if users > 1:
                     self._backings[request.node] = backing, users - 1
                 elif users:
+                    self._operations.tree.set_backing(self._operations.tree.node(request.node), 0)
                     channel.close_backing(self._fd, backing)
+                    self._keeper.drop(f"node {request.node}")
+            self._operations.release(handle, unique)
         return b""
 
     def _on_complete(self, version: ObjectVersion) -> None:

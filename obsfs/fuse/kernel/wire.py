@@ -45,6 +45,7 @@ DEV_IOC_BACKING_CLOSE = 0x4004E502
 NOTIFY_INVAL_ENTRY = 3
 NOTIFY_STORE = 4
 NOTIFY_RESEND = 7
+UNIQUE_RESEND = 1 << 63  # set in the number of a request that is sent again
 EXPIRE_ONLY = 1
 
 DT_DIR = 4
@@ -161,6 +162,11 @@ def inval_entry(parent: int, name: bytes) -> bytes:
     """A notification, header and all, that a name's lifetime is over."""
     body = NOTIFY_INVAL_ENTRY_OUT.pack(parent, len(name), EXPIRE_ONLY) + name + b"\0"
     return OUT_HEADER.pack(OUT_HEADER.size + len(body), NOTIFY_INVAL_ENTRY, 0) + body
+
+
+def resend() -> bytes:
+    """A notification that asks for every request again that was read and not answered."""
+    return OUT_HEADER.pack(OUT_HEADER.size, NOTIFY_RESEND, 0)
 
 
 def store(node: int, offset: int, size: int) -> bytes:

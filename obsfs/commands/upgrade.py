@@ -1,0 +1,21 @@
+"""``obsfs upgrade``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from obsfs.fuse import mounts
+
+
+@click.command(epilog="Example: pip install --upgrade obsfs-mount && obsfs upgrade /mnt/models")
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+def upgrade(mountpoint: Path) -> None:
+    """Serve a mount by the version of obsfs that is installed now, without unmounting it.
+
+    Whoever reads waits for a second, and reads on.
+    """
+    path = mounts.resolve(mountpoint)
+    before, after = mounts.replace_server(path)
+    click.echo(f"{path}: obsfs {before['version']} (pid {before['pid']}) -> {after['version']} (pid {after['pid']})")

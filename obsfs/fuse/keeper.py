@@ -1,0 +1,48 @@
+"""A server's side of its supervisor (:mod:`obsfs.fuse.supervisor`): what it gives to keep, and what it inherits."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from obsfs.fuse.supervisor import CONTROL
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+class Keeper:
+    """Speaks to the supervisor of this process; to nobody, when it has none. Safe to use from many threads."""
+
+    def __init__(self) -> None:
+        number = os.environ.pop(CONTROL, None)
+        self._control = socket.socket(fileno=int(number)) if number else None
+        if self._control is not None:
+            self._control.set_inheritable(False)
+            # Without it nobody would follow us, and nobody could tell that the mount is served.
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is a supervisor."""
+        return self._control is not None
+
+    def keep(self, name: str, fds: Sequence[int], state: dict[str, Any] | None = None) -> None:
+        """Have descriptors kept open under a name, in place of those that it had; `state` is for a successor."""
+        message: dict[str, Any] = {"keep": name, **({"state": state} if state is not None else {})}
+        self._send(message, fds)
+
+    def drop(self, name: str) -> None:
+        """What is kept under a name may close."""
+        self._send({"keep": name}, [])
+
+    def _send(self, message: dict[str, Any], fds: Sequence[int]) -> None:
+        if self._control is not None:
+            try:
+                socket.send_fds(self._control, [json.dumps(message).encode()], list(fds))
+            except OSError:
+                pass  # it is gone, and so are we in a moment
