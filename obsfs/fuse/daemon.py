@@ -12,7 +12,6 @@ import json
 import logging
 import logging.handlers
 import os
-import resource
 import signal
 import sys
 import threading
@@ -229,8 +228,6 @@ def main() -> int:
     source, mountpoint = sys.argv[1], Path(sys.argv[2])
     request = json.loads(sys.stdin.buffer.readline())
     settings = Settings(**request["settings"])
-    # The memory of this process holds keys: it is not to be written to a core file.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     takeover = Takeover.parse(request["takeover"]) if "takeover" in request else None
     stop = Stop()
     signal.signal(signal.SIGTERM, stop)

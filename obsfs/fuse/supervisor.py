@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -36,6 +37,8 @@ _MOST_MESSAGE = 64 << 10
 _MOST_FDS = 16
 _PATIENCE_SECONDS = 60.0
 _PAUSE_SECONDS = 0.5
+_QUICK_SECONDS = 0.5
+_MOST_QUICK = 300
 
 
 class Supervisor:
@@ -47,6 +50,7 @@ class Supervisor:
         self._kept: dict[str, list[int]] = {}
         self._state: dict[str, Any] | None = None
         self._restarts = 0
+        self._quick = 0
         self._is_ending = False
         self._since = time.monotonic()
         self._selector = selectors.DefaultSelector()
@@ -85,6 +89,7 @@ class Supervisor:
             server.stdin.close()
         except OSError:
             pass  # it is dead already; its end will be seen
+        ours.setblocking(False)
         self._control = ours
         self._pidfd = os.pidfd_open(server.pid)
         self._selector.register(ours, selectors.EVENT_READ, self._hear)
@@ -116,13 +121,22 @@ class Supervisor:
             self._on_signal(signal.SIGTERM)
 
     def _hear(self) -> None:
+        while self._hear_one():
+            pass
+
+    def _hear_one(self) -> bool:
+        """Take one message, if there is one."""
+        if self._control not in self._selector.get_map():
+            return False
         try:
             data, fds, *_ = socket.recv_fds(self._control, _MOST_MESSAGE, _MOST_FDS)
+        except BlockingIOError:
+            return False
         except OSError:
             data, fds = b"", []
         if not data:
             self._selector.unregister(self._control)
-            return
+            return False
         message = json.loads(data)
         name = message["keep"]
         for old in self._kept.pop(name, []):
@@ -132,17 +146,23 @@ class Supervisor:
         if "state" in message:
             self._state = message["state"]
             self._since = time.monotonic()
+        return True
 
     def _on_end(self) -> int | None:
         status = self._server.wait()
-        while self._control in self._selector.get_map():
-            self._hear()  # what it said last
+        self._hear()  # what it said last
+        if self._control in self._selector.get_map():
+            self._selector.unregister(self._control)
         self._selector.unregister(self._pidfd)
         os.close(self._pidfd)
         self._control.close()
         is_accident = status < 0 or status == RETRY
         if not is_accident or self._is_ending or self._state is None:
             return max(status, 0) if status >= 0 else 1
+        # One that dies of what the kernel sends it would do so for ever, and keep its readers waiting.
+        self._quick = self._quick + 1 if status < 0 and time.monotonic() - self._since < _QUICK_SECONDS else 0
+        if self._quick >= _MOST_QUICK:
+            return 1
         if status == RETRY:
             if time.monotonic() - self._since > _PATIENCE_SECONDS:
                 return 1
@@ -154,6 +174,8 @@ class Supervisor:
 
 def main() -> int:
     """Run as a child of :func:`obsfs.fuse.mounts.start`."""
+    # The environment holds keys: neither this process nor its servers write it to a core file.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     request = json.loads(io.FileIO(_STDIN, closefd=False).readline())  # unbuffered: what follows is the lifeline
     if request["settings"].get("snapshot") == "now":
         # Every server of this mount shows the same moment.
