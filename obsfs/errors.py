@@ -70,3 +70,8 @@ class CacheError(ObsfsError):
     """The cache directory cannot be used."""
 
     errno = errno.EIO
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, cut to the line that an error of ours may quote."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

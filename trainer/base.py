@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import obsfs
-from obsfs.errors import UsageError
+from obsfs.errors import UsageError, first_line
 
 _CHUNK = 8 << 20
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
@@ -155,7 +155,7 @@ def load_tokenizer(path: Path, **options: Any) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UsageError(
             f"the tokenizer of {path} cannot be loaded ({reason})", "the model needs its tokenizer files"
         ) from None

@@ -17,7 +17,7 @@ import yaml
 
 from obsfs import ObsfsError, Settings
 from obsfs.commands.options import BUCKET, CACHE
-from obsfs.errors import UsageError
+from obsfs.errors import UsageError, first_line
 
 
 class Task(NamedTuple):
@@ -290,7 +290,7 @@ def _arguments(kind: Any, given: Mapping[str, Any]) -> Any:
         parser.set_defaults_with_config(**listed)
         return parser.parse_args_into_dataclasses(args=[])[0]
     except (ValueError, TypeError, ImportError) as error:
-        raise UsageError(f"{kind.__name__}: {_first_line(error)}", "change that key") from None
+        raise UsageError(f"{kind.__name__}: {first_line(error)}", "change that key") from None
 
 
 def _is_list(hint: Any) -> bool:
@@ -302,11 +302,7 @@ def _made(kind: Any, given: Mapping[str, Any]) -> Any:
     try:
         return kind(**given)
     except (ValueError, TypeError, AttributeError, ImportError) as error:
-        raise UsageError(f"{kind.__name__}: {_first_line(error)}", "change that key") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UsageError(f"{kind.__name__}: {first_line(error)}", "change that key") from None
 
 
 def _trackers() -> list[str]:

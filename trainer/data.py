@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import obsfs
-from obsfs.errors import UsageError
+from obsfs.errors import UsageError, first_line
 
 BUILTIN = {
     "alpaca-en": "yahma/alpaca-cleaned",
@@ -207,11 +207,11 @@ def _read(place: str, split: str, streaming: bool, settings: dict[str, Any]) -> 
         first = next(iter(raw), None)
     except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError) as error:
         cause = error.__cause__ or error
-        raise UsageError(f"data {place} cannot be read ({_first_line(cause)})", "correct it, or name another") from None
+        raise UsageError(f"data {place} cannot be read ({first_line(cause)})", "correct it, or name another") from None
     except StopIteration:
         first = None
     except (OSError, ValueError) as error:
-        raise UsageError(f"data {place} cannot be read ({_first_line(error)})", "correct it, or name another") from None
+        raise UsageError(f"data {place} cannot be read ({first_line(error)})", "correct it, or name another") from None
     if first is None:
         raise UsageError(f"data {place} is empty", "name another")
     return raw, first
@@ -251,7 +251,7 @@ def _in_bucket(url: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]
         files = [f"obs://{one}" for one in fs.find(url)] if fs.isdir(url) else [url]
     except (OSError, obsfs.ObsfsError) as error:
         raise UsageError(
-            f"data {url} cannot be read ({_first_line(error)})", "see the README on endpoints and keys"
+            f"data {url} cannot be read ({first_line(error)})", "see the README on endpoints and keys"
         ) from None
     return _builder(url, files, {"storage_options": settings} if settings else {})
 
@@ -261,7 +261,3 @@ def _builder(place: str, files: list[str], options: dict[str, Any]) -> tuple[str
         if chosen := [file for file in files if file.removesuffix(".gz").endswith(suffix) and "/.obsfs/" not in file]:
             return builder, {"data_files": chosen, **options}
     raise UsageError(f"{place} has no data that can be read", f"it takes {', '.join(_BUILDERS)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

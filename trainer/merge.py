@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import obsfs
-from obsfs.errors import UsageError
+from obsfs.errors import UsageError, first_line
 from trainer.base import Base, load_tokenizer, open_base
 from trainer.place import place_of
 from trainer.progress import quiet
@@ -130,7 +130,7 @@ def _merge(adapter: Path, base: Path, directory: Path, dequantize: bool) -> tupl
     try:
         tuned = PeftModel.from_pretrained(model, str(adapter))
     except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UsageError(f"{adapter} does not fit {base}", reason) from None
     probe = tokenizer(_PROBE, return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -166,7 +166,7 @@ def _quantize(directory: Path, name: str) -> None:
             directory, dtype=torch.bfloat16, quantization_config=config
         )
     except (ValueError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UsageError(f"transformers cannot quantise to {name} here", reason) from None
     with tempfile.TemporaryDirectory(dir=directory) as new:
         model.save_pretrained(new, max_shard_size=_SHARD)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from botocore.exceptions import BotoCoreError
 
 import obsfs
-from obsfs.errors import UnavailableError
+from obsfs.errors import UnavailableError, first_line
 
 STEP = re.compile(r"checkpoint-(\d+)")
 
@@ -69,7 +69,7 @@ class Place(NamedTuple):
             fs.invalidate_cache()
             yield fs, str(fs._strip_protocol(self.url))
         except (OSError, ValueError, BotoCoreError) as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             raise UnavailableError(
                 f"{self.url} cannot be {doing} ({reason})", "see the README on endpoints and keys"
             ) from None

@@ -196,7 +196,7 @@ class _Run:
             ) from None
         with arguments.main_process_first(desc="output"):
             if self._config.resume:
-                if _is_first_here() and self._place and self._is_main:
+                if self._place and self._is_main:
                     self._place.check()
                 return checkpoints.newest(self._output_dir, self._place)
             if self._is_main:

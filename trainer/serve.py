@@ -53,8 +53,7 @@ def command_of(
     if backend == "sglang":
         lora = ["--lora-paths", f"adapter={adapter}"] if adapter else []
         return [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), *where, *lora, *extra]
-    program = shutil.which("transformers") or str(Path(sys.executable).with_name("transformers"))
-    return [program, "serve", str(model), *where, *extra]
+    return [_transformers(), "serve", str(model), *where, *extra]
 
 
 @contextmanager
@@ -136,6 +135,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def chat(server: Server, extra: Sequence[str]) -> int:
     """Talk to a server in the terminal, by ``transformers chat``. Returns its exit status."""
-    program = shutil.which("transformers") or str(Path(sys.executable).with_name("transformers"))
-    command = [program, "chat", server.model, server.url, *extra]
+    command = [_transformers(), "chat", server.model, server.url, *extra]
     return subprocess.run(command, check=False).returncode
+
+
+def _transformers() -> str:
+    """Its program: on the PATH, or beside this Python."""
+    return shutil.which("transformers") or str(Path(sys.executable).with_name("transformers"))
