@@ -56,6 +56,7 @@ def load_file(path: str) -> Work:
 
 def tensor(path: str, name: str) -> Work:
     """One tensor by ``safe_open``."""
+    import torch  # noqa: F401  (safe_open imports it where it is first needed, which is not what is measured)
     from safetensors import safe_open
 
     from obsfs.demo.model import touch_tensors

@@ -145,7 +145,9 @@ class Settings(BaseSettings):
         True, description="Let the kernel read fully cached files by itself (Linux 6.9 or later, root)."
     )
     kernel_read_ahead: ByteSize = Field(
-        ByteSize(512 << 10), description="The kernel's own read-ahead on the mount (set where permitted)."
+        ByteSize(1 << 20),
+        description="The kernel's own read-ahead on the mount (set where permitted). Behind a read that is longer it "
+        "asks for half as much again.",
     )
     snapshot: str | None = Field(
         None,
