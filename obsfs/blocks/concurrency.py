@@ -1,4 +1,6 @@
-"""How many connections to use: as many as still make it faster. Pure: the caller tells the time, in seconds.
+"""How many connections to use, as many as still make it faster, and how long to wait for one of them.
+
+Pure: the caller tells the time, in seconds.
 
 What one connection gives is set by the server's limits and the distance, what all give together by the link: only
 trying tells which of them binds. While all connections are busy, what arrives is measured; then twice as many are
@@ -16,6 +18,9 @@ _LEAST_BYTES = 64 << 20
 """Fewer say nothing: they come in blocks of 1 MiB."""
 _FRESH = 10.0
 _HOLD = 60.0
+_LEAST_PATIENCE = 1.0
+_TIMES_AS_LONG = 4
+_FADING = 0.98
 
 
 class Concurrency:
@@ -59,3 +64,23 @@ class Concurrency:
         if self.current < self.most and now >= self._hold_until:
             self._before = self.current, rate, now
             self.current = min(2 * self.current, self.most)
+
+
+class Patience:
+    """How long a connection may be silent before another one is tried beside it: `seconds`.
+
+    Four times as long as the slowest block took of late, which was here a moment ago or fades by 2 % with each block;
+    at least a second. Before anything has come, without end: nobody knows yet how slow this link is.
+    """
+
+    def __init__(self) -> None:
+        self._slowest = 0.0
+
+    def on_block(self, seconds: float) -> None:
+        """A block has come, so long after the one before it, or after it was asked for."""
+        self._slowest = max(seconds, self._slowest * _FADING)
+
+    @property
+    def seconds(self) -> float:
+        """The patience now; infinite before the first block."""
+        return max(_LEAST_PATIENCE, _TIMES_AS_LONG * self._slowest) if self._slowest else float("inf")

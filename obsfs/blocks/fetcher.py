@@ -6,7 +6,9 @@ waits for it is answered, the moment its own bytes have arrived. A block has one
 moment it is wanted until it has landed, so it is never in flight twice; among processes the cache's locks see to it.
 
 Failures are tried again with growing, jittered pauses until the reader's patience (``--retry-timeout``) is over.
-Read-ahead that fails is dropped: whoever needs the block will demand it.
+Read-ahead that fails is dropped: whoever needs the block will demand it. A connection that has been silent for much
+longer than the others take is *hedged*: what somebody waits for is asked for once more beside it, and whichever
+brings a block first has brought it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from obsfs.blocks.cache import CachedObject
-from obsfs.blocks.concurrency import Concurrency
+from obsfs.blocks.concurrency import Concurrency, Patience
 from obsfs.blocks.layout import BLOCK
 from obsfs.blocks.readahead import runs
 from obsfs.errors import ObsfsError, UnavailableError
@@ -37,6 +39,8 @@ MAX_RANGE = 8
 MIN_RANGE = 4
 """Blocks that are not worth a request each: one of 4 MiB takes as long as two round trips of 25 ms at 80 MB/s."""
 _ELSEWHERE_POLL = 0.02
+_WATCH_SECONDS = 0.25
+_HEDGES = 4
 _BACKOFF = (0.1, 5.0)
 
 
@@ -96,11 +100,28 @@ class Waiter:
 @dataclass(slots=True)
 class _Want:
     waiters: list[Waiter] = field(default_factory=list)
-    running: bool = False
+    flight: _Flight | None = None
+    """Who answers for it: the newest of those that are at it, or who is storing it; None while it is queued."""
+    landing: bool = False
+    hedged: bool = False
     paused: bool = False
     demanded: bool = False
     attempts: int = 0
     failing_since: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """One range that a worker is at. Nothing of it has come since `since` (monotonic seconds)."""
+
+    target: Target
+    blocks: range
+    since: float
+    left: range
+    is_hedge: bool = False
+    """Whether it was begun beside another one."""
+    is_given_up: bool = False
+    """Whether another one was begun beside it."""
 
 
 class Target:
@@ -130,12 +151,14 @@ class Target:
 
 @dataclass
 class FetchStats:
-    """Counts since the start. `retries` are requests that failed and that no reader has heard of."""
+    """Counts since the start. `retries` are requests that failed and that no reader has heard of; `hedges` those that
+    were sent beside a silent one."""
 
     bytes_fetched: int = 0
     requests: int = 0
     requests_in_flight: int = 0
     retries: int = 0
+    hedges: int = 0
     errors: int = 0
     last_error: str = ""
 
@@ -160,6 +183,11 @@ class Fetcher:
         self._idle = 0
         self._busy = 0
         self._workers: list[threading.Thread] = []
+        self._patience = Patience()
+        self._flights: set[_Flight] = set()
+        self._given_up = 0
+        self._flying = threading.Event()
+        self._watcher: threading.Thread | None = None
         self._stopping = False
         self._recent: deque[tuple[float, int]] = deque(maxlen=4096)
         self._chores: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -191,7 +219,7 @@ class Fetcher:
                     want.waiters.append(waiter)
                     if not want.demanded:
                         want.demanded = True
-                        if not want.running and not want.paused:
+                        if _is_queued(want):
                             self._demand.append((target, block))
                 self._wake()
         if landed is None:
@@ -215,7 +243,7 @@ class Fetcher:
         """Forget what is wanted of a target that nobody has open, and is not yet in flight."""
         with self._changed:
             for block, want in list(target.wants.items()):
-                if not want.running and not want.waiters:
+                if want.flight is None and not want.waiters:
                     del target.wants[block]
                     self._queued -= 0 if want.paused else 1
 
@@ -238,6 +266,7 @@ class Fetcher:
             self._changed.notify_all()
         for waiter in waiting:
             waiter.failed(UnavailableError("the mount is shutting down"))
+        self._flying.set()
         self._chores.put(None)
         self._chore_thread.join(timeout=10)
         for worker in self._workers:
@@ -253,7 +282,7 @@ class Fetcher:
     def _wake(self) -> None:
         most = self._concurrency.most if self._demand else self.connections
         useful = min(self._queued, most - self._busy)
-        for _ in range(min(useful - self._idle, most - len(self._workers))):
+        for _ in range(min(useful - self._idle, most + self._given_up - len(self._workers))):
             worker = threading.Thread(target=self._work, name=f"obsfs-fetch-{len(self._workers)}", daemon=True)
             self._workers.append(worker)
             worker.start()
@@ -265,23 +294,28 @@ class Fetcher:
         buffer = memoryview(bytearray(BLOCK))
         while True:
             with self._changed:
-                while (task := self._next()) is None:
+                while (flight := self._next()) is None:
                     if self._stopping:
                         return
                     self._idle += 1
                     self._changed.wait(self._paused[0][0] - time.monotonic() if self._paused else None)
                     self._idle -= 1
+            target = flight.target
             try:
-                self._fetch(*task, buffer)
+                self._fetch(flight, buffer)
             except Exception:
-                log.exception("fetch worker failed on %s", task[0].cached.version.key)
-                self._fail(task[0], task[1], UnavailableError("internal error, see the log"), final=True)
-            _tell(task[0].on_idle)
+                log.exception("fetch worker failed on %s", target.cached.version.key)
+                self._fail(flight, UnavailableError("internal error, see the log"), final=True)
+            _tell(target.on_idle)
             with self._changed:
-                self._busy -= 1
-                task[0].workers -= 1
+                self._flights.discard(flight)
+                if not self._flights:
+                    self._flying.clear()
+                self._busy -= not flight.is_given_up
+                self._given_up -= flight.is_given_up
+                target.workers -= 1
 
-    def _next(self) -> tuple[Target, range] | None:
+    def _next(self) -> _Flight | None:
         if self._stopping:
             return None
         now = time.monotonic()
@@ -302,21 +336,25 @@ class Fetcher:
                 return self._take(target, block)
         return None
 
-    def _take(self, target: Target, start: int) -> tuple[Target, range]:
+    def _take(self, target: Target, start: int) -> _Flight:
         longest = range_length(self._queued, self.connections)
         stop = start
+        flight = _Flight(target, range(0), time.monotonic(), range(0), is_hedge=target.wants[start].hedged)
         while stop - start < longest and _is_waiting(target, stop):
-            target.wants[stop].running = True
+            target.wants[stop].flight = flight
             stop += 1
+        flight.blocks = flight.left = range(start, stop)
         self._queued -= stop - start
         self._busy += 1
         target.workers += 1
-        return target, range(start, stop)
+        self._flights.add(flight)
+        self._watch()
+        return flight
 
-    def _fetch(self, target: Target, blocks: range, buffer: memoryview) -> None:
-        cached = target.cached
+    def _fetch(self, flight: _Flight, buffer: memoryview) -> None:
+        target, blocks, cached = flight.target, flight.blocks, flight.target.cached
         if not cached.lock(blocks):
-            self._pause(target, blocks, _ELSEWHERE_POLL)
+            self._pause(flight, blocks, _ELSEWHERE_POLL)
             return
         try:
             # Another process may have fetched some of them.
@@ -325,12 +363,18 @@ class Fetcher:
                 if block not in missing:
                     self._landed(target, block, 0)
             for run in runs(missing):
-                self._fetch_range(target, run, buffer)
+                self._fetch_range(flight, run, buffer)
+        except ObsfsError as error:
+            self._fail(flight, error, final=not isinstance(error, UnavailableError))
         finally:
-            cached.unlock(blocks)
+            with self._changed:
+                wants = {block: target.wants.get(block) for block in blocks}
+            # A lock is the process's: it stays while another flight is at the block.
+            for run in runs(block for block, want in wants.items() if not (want and want.flight not in (None, flight))):
+                cached.unlock(run)
 
-    def _fetch_range(self, target: Target, blocks: range, buffer: memoryview) -> None:
-        cached, left = target.cached, blocks
+    def _fetch_range(self, flight: _Flight, blocks: range, buffer: memoryview) -> None:
+        target, cached = flight.target, flight.target.cached
         body = None
         with self._changed:
             self.stats.requests += 1
@@ -340,16 +384,29 @@ class Fetcher:
             for block in blocks:
                 view = buffer[: cached.length_of(block)]
                 body.readinto(view)
-                cached.put(block, view)
-                left = range(block + 1, blocks.stop)
-                self._landed(target, block, len(view))
-        except ObsfsError as error:
-            self._fail(target, left, error, final=not isinstance(error, UnavailableError))
+                if self._arrived(flight, block):
+                    cached.put(block, view)
+                    self._landed(target, block, len(view))
+                elif flight.is_given_up:
+                    return
         finally:
             with self._changed:
                 self.stats.requests_in_flight -= 1
             if body is not None:
                 body.close()
+
+    def _arrived(self, flight: _Flight, block: int) -> bool:
+        """Whether a block that has come is to be stored: not when another flight has brought it."""
+        with self._changed:
+            now = time.monotonic()
+            self._patience.on_block(now - flight.since)
+            flight.since, flight.left = now, range(block, flight.left.stop)
+            want = flight.target.wants.get(block)
+            if want is None or want.landing:
+                return False
+            self._queued -= _is_queued(want)
+            want.flight, want.landing = flight, True
+            return True
 
     def _landed(self, target: Target, block: int, size: int) -> None:
         with self._changed:
@@ -371,24 +428,61 @@ class Fetcher:
             log.debug("trying %d connections", self.connections)
             self._wake()
 
-    def _pause(self, target: Target, blocks: range, seconds: float) -> None:
+    def _watch(self) -> None:
+        if self._watcher is None:
+            self._watcher = threading.Thread(target=self._hedge, name="obsfs-hedge", daemon=True)
+            self._watcher.start()
+        self._flying.set()
+
+    def _hedge(self) -> None:
+        """Begin other flights beside silent ones, for what somebody waits for."""
+        while self._flying.wait() and not self._stopping:
+            time.sleep(_WATCH_SECONDS)
+            with self._changed:
+                horizon = time.monotonic() - self._patience.seconds
+                room = max(1, self.connections // _HEDGES) - sum(flight.is_hedge for flight in self._flights)
+                silent = [one for one in self._flights if one.since < horizon and not one.is_given_up]
+                for flight in sorted(silent, key=lambda one: one.since):
+                    if room > 0 and self._begin_beside(flight):
+                        room -= 1
+
+    def _begin_beside(self, flight: _Flight) -> bool:
+        target = flight.target
+        wants = {block: target.wants.get(block) for block in flight.left}
+        again = {block: want for block, want in wants.items() if want and want.flight is flight and not want.landing}
+        if not any(want.waiters for want in again.values()):
+            return False
+        log.info("a connection for %s is silent: asking again beside it", target.cached.version.key)
+        for want in again.values():
+            want.flight, want.hedged = None, True
+        flight.is_given_up = True
+        self._demand.extendleft((target, block) for block in reversed(again))
+        self._queued += len(again)
+        self._busy -= 1
+        self._given_up += 1
+        self.stats.hedges += 1
+        self._wake()
+        return True
+
+    def _pause(self, flight: _Flight, blocks: Iterable[int], seconds: float) -> None:
         due = time.monotonic() + seconds
         with self._changed:
             for block in blocks:
-                want = target.wants[block]
-                want.running, want.paused = False, True
-                heapq.heappush(self._paused, (due, next(self._order), target, block))
+                want = flight.target.wants.get(block)
+                if want is not None and want.flight is flight:
+                    want.flight, want.landing, want.paused = None, False, True
+                    heapq.heappush(self._paused, (due, next(self._order), flight.target, block))
             self._changed.notify(1)
 
-    def _fail(self, target: Target, blocks: range, error: ObsfsError, *, final: bool) -> None:
-        now = time.monotonic()
+    def _fail(self, flight: _Flight, error: ObsfsError, *, final: bool) -> None:
+        target, now = flight.target, time.monotonic()
         told: list[Waiter] = []
         retried: list[int] = []
         with self._changed:
             self.stats.last_error = str(error)
-            for block in blocks:
+            for block in flight.left:
                 want = target.wants.get(block)
-                if want is None:
+                if want is None or want.flight is not flight:
                     continue
                 want.attempts += 1
                 want.failing_since = want.failing_since or now
@@ -401,7 +495,7 @@ class Fetcher:
             self.stats.errors += bool(told)
         for block in retried:
             want_now = target.wants.get(block)
-            self._pause(target, range(block, block + 1), backoff(want_now.attempts if want_now else 1))
+            self._pause(flight, [block], backoff(want_now.attempts if want_now else 1))
         if retried:
             log.warning("trying again: %s", error)
         if told:
@@ -416,7 +510,11 @@ class Fetcher:
 
 def _is_waiting(target: Target, block: int) -> bool:
     want = target.wants.get(block)
-    return want is not None and not want.running and not want.paused
+    return want is not None and _is_queued(want)
+
+
+def _is_queued(want: _Want) -> bool:
+    return want.flight is None and not want.paused
 
 
 def _tell(call: Callable[..., None], *arguments: object) -> None:

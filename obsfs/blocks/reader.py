@@ -406,6 +406,7 @@ class Engine:
             "requests_in_flight": stats.requests_in_flight,
             "connections": self.fetcher.connections,
             "retries": stats.retries,
+            "hedges": stats.hedges,
             "errors": stats.errors,
             "last_error": stats.last_error,
             "cache_dir": str(cache.directory),

@@ -97,7 +97,7 @@ def _rows(mount: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory", f"{human(mount['memory_bytes'])}"),
         ("files open", str(mount["open_files"])),
         *([("restarts", f"{mount['restarts']}: the server died, and another took over")] if mount["restarts"] else []),
-        ("retries", f"{mount['retries']}, errors {mount['errors']}"),
+        ("retries", f"{mount['retries']}, hedges {mount['hedges']}, errors {mount['errors']}"),
     ]
     if mount["last_error"]:
         rows.append(("last error", mount["last_error"]))

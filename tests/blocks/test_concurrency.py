@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from obsfs.blocks.concurrency import Concurrency
+from obsfs.blocks.concurrency import Concurrency, Patience
 
 MB = 10**6
 BLOCK = 1 << 20
@@ -88,3 +88,21 @@ def test_what_was_measured_long_ago_is_not_compared_with() -> None:
     link.per_connection = 5 * MB
     link.run(30)
     assert policy.current == 64, "the slower link needs them all the more"
+
+
+def test_nobody_is_impatient_before_anything_has_come() -> None:
+    patience = Patience()
+    assert patience.seconds == float("inf")
+    patience.on_block(0.05)
+    assert patience.seconds == 1.0
+
+
+@given(st.lists(st.floats(0.001, 100), min_size=1))
+def test_patience_is_longer_than_what_blocks_take(seconds: list[float]) -> None:
+    patience = Patience()
+    for one in seconds:
+        patience.on_block(one)
+    assert patience.seconds >= max(1.0, 4 * seconds[-1])
+    for _ in range(1000):
+        patience.on_block(0.001)
+    assert patience.seconds == 1.0

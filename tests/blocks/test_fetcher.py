@@ -37,6 +37,8 @@ class HeldBucket:
         self.asked: list[tuple[int, int]] = []
         self.allow = threading.Semaphore(0)
         self.failures: list[ObsfsError] = []
+        self.silences: dict[int, threading.Event] = {}
+        """Requests, by their numbers, that get nothing before that."""
         self._guard = threading.Lock()
 
     def open_range(self, version: ObjectVersion, start: int, stop: int) -> HeldBody:
@@ -44,14 +46,17 @@ class HeldBucket:
             self.asked.append((start // BLOCK, -(-stop // BLOCK)))
             if self.failures:
                 raise self.failures.pop(0)
-        return HeldBody(self.allow)
+            return HeldBody(self.allow, self.silences.get(len(self.asked) - 1))
 
 
 class HeldBody:
-    def __init__(self, allow: threading.Semaphore) -> None:
+    def __init__(self, allow: threading.Semaphore, silence: threading.Event | None = None) -> None:
         self._allow = allow
+        self._silence = silence
 
     def readinto(self, buffer: memoryview) -> None:
+        if self._silence is not None:
+            assert self._silence.wait(timeout=20)
         assert self._allow.acquire(timeout=20)
         buffer[:] = bytes(len(buffer))
 
@@ -156,6 +161,56 @@ def test_patience_ends(tmp_path: Path) -> None:
     wait_for(lambda: len(setup.told) == 1)
     assert isinstance(setup.told[0], UnavailableError)
     assert time.monotonic() - started < 5
+    setup.fetcher.close()
+
+
+def test_what_waits_on_a_silent_connection_is_asked_for_again_beside_it(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, connections=2)
+    fetcher, bucket = setup.fetcher, setup.bucket
+    bucket.allow.release(1000)
+    setup.demand(0)
+    wait_for(lambda: setup.told == [None])
+    silences = bucket.silences = {1: threading.Event(), 2: threading.Event()}
+    setup.prefetch(20)
+    wait_for(lambda: len(bucket.asked) == 2)
+    setup.demand(10, 11, 12)
+    # Both connections are silent. Others bring what is waited for, and what the silent ones bring later is not stored.
+    wait_for(lambda: setup.told == [None] * 2)
+    assert fetcher.stats.hedges == 1
+    assert bucket.asked[1:] == [(20, 21), (10, 13), (10, 13)]
+    setup.demand(20)
+    wait_for(lambda: setup.told == [None] * 3)
+    assert fetcher.stats.hedges == 2
+    assert bucket.asked[4:] == [(20, 21)]
+    for silence in silences.values():
+        silence.set()
+    wait_for(lambda: not setup.target.is_busy)
+    assert fetcher.stats.bytes_fetched == 5 * BLOCK
+    assert (fetcher.stats.retries, fetcher.stats.errors) == (0, 0)
+    # Everybody is back: nothing of it was counted twice.
+    setup.demand(30)
+    setup.demand(40)
+    wait_for(lambda: setup.told == [None] * 5 and not setup.target.is_busy)
+    assert fetcher._busy == fetcher._queued == fetcher._given_up == 0
+    fetcher.close()
+
+
+def test_a_silent_connection_that_comes_back_first_has_brought_it(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, connections=2)
+    bucket = setup.bucket
+    bucket.allow.release(1000)
+    setup.demand(0)
+    wait_for(lambda: setup.told == [None])
+    first, second = threading.Event(), threading.Event()
+    bucket.silences = {1: first, 2: second}
+    setup.demand(10, 11)
+    wait_for(lambda: len(bucket.asked) == 3)
+    first.set()
+    wait_for(lambda: setup.told == [None] * 2)
+    second.set()
+    wait_for(lambda: not setup.target.is_busy)
+    assert setup.fetcher.stats.bytes_fetched == 3 * BLOCK
+    assert setup.fetcher._busy == setup.fetcher._queued == setup.fetcher._given_up == 0
     setup.fetcher.close()
 
 

@@ -62,6 +62,18 @@ def test_all_faults_at_random(seed: int, bucket: Store, mount: Mounter, data: by
         assert len(faulty.faults) > 1
 
 
+def test_a_silent_connection_is_not_waited_for(bucket: Store, mount: Mounter, data: bytes) -> None:
+    """With a request timeout of a minute, only another request beside the silent one can bring it sooner."""
+    with FaultyServer(bucket.server.port, lambda number, _: "stall" if number in (2, 3) else None) as faulty:
+        path = mount(bucket, endpoint_url=faulty.endpoint, connections=4, request_timeout="60s")
+        started = time.monotonic()
+        assert read(path / "file.bin") == hashlib.sha256(data).hexdigest()
+        assert time.monotonic() - started < 25  # the silence ends after 30
+        shown = status(path)
+        assert shown["hedges"] >= 1
+        assert (shown["retries"], shown["errors"]) == (0, 0)
+
+
 def test_an_answer_of_another_version_is_never_served(bucket: Store, mount: Mounter, data: bytes) -> None:
     with FaultyServer(bucket.server.port, lambda number, _: "etag") as faulty:
         path = mount(bucket, endpoint_url=faulty.endpoint)
