@@ -138,6 +138,12 @@ class Settings(BaseSettings):
     metadata_ttl: Seconds = Field(
         60.0, description="How long names, sizes and listings are believed before the bucket is asked again."
     )
+    max_entries: int = Field(
+        250_000,
+        ge=1000,
+        description="Names to remember, of listings and in the kernel, beyond the directory that is being listed "
+        "(about 1 KiB of memory each).",
+    )
     engine: Literal["native", "fusepy"] = Field(
         "native", description="native speaks to /dev/fuse itself; fusepy goes through libfuse (extra: fusepy)."
     )

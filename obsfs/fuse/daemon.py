@@ -107,7 +107,7 @@ def serve(
         place = state.path(mountpoint, "journal")
         journal = Journal(place, keep=takeover is not None)
         cleanup.callback(journal.close)
-        tree = Tree(names, address.prefix, settings.metadata_ttl, journal.record)
+        tree = Tree(names, address.prefix, settings.metadata_ttl, journal.record, max_entries=settings.max_entries)
         journal.snapshot = tree.snapshot
         if takeover is not None:
             tree.restore(read_journal(place))

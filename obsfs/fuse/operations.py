@@ -338,6 +338,8 @@ class Operations:
             "memory_bytes": _memory(),
             "open_files": open_files,
             "nodes": self.tree.node_count,
+            "listed": self.tree.listed_count,
+            "max_entries": self.tree.max_entries,
             "hidden_keys": self.tree.hidden,
             **self.engine.statistics(),
         }

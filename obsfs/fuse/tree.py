@@ -19,6 +19,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 from obsfs.errors import NotFoundError
@@ -26,8 +27,9 @@ from obsfs.remote.address import is_valid_name
 from obsfs.remote.objects import ObjectInfo, ObjectVersion, Page
 
 ROOT = 1
-_MAX_LISTINGS = 4096
 _MAX_COUNTED = 4096
+_MAX_PROBED = 4096
+_RESTORED = 1 << 62
 
 
 class Source(Protocol):
@@ -135,8 +137,9 @@ def read_page(page: Page, prefix: str, entries: dict[str, Entry]) -> int:
 class Tree:
     """The directory tree under `prefix`. Listings and absences are believed for `ttl` seconds.
 
-    `record` is given every change that a successor must know, as a JSON-serialisable list. Safe to use from many
-    threads; only one of them asks the bucket about a directory at a time.
+    Beyond `max_entries` names the oldest listings are forgotten, all but the newest, and :meth:`spare` names what the
+    kernel should forget. `record` is given every change that a successor must know, as a JSON-serialisable list. Safe
+    to use from many threads; only one of them asks the bucket about a directory at a time.
     """
 
     def __init__(
@@ -145,15 +148,19 @@ class Tree:
         prefix: str,
         ttl: float,
         record: Callable[[list[object]], None] = lambda change: None,
+        *,
         now: Callable[[], float] = time.monotonic,
+        max_entries: int = 250_000,
     ) -> None:
         self.ttl = ttl
+        self.max_entries = max_entries
         self._source = source
         self._record = record
         self._now = now
         self._guard = threading.RLock()
         self._asking = [threading.Lock() for _ in range(64)]
         self._listings: dict[str, Listing] = {}
+        self._listed = 0
         self._next_id = ROOT + 1
         started = time.time()
         self._nodes = {ROOT: Node(ROOT, ROOT, "", prefix, None, started, lookups=1)}
@@ -282,7 +289,7 @@ class Tree:
             if kind == "node":
                 parent, name, key, etag, size, mtime = rest
                 version = None if etag is None else self._source.version(ObjectInfo(key, size, mtime, etag))
-                self._nodes[number] = Node(number, parent, name, key, version, mtime, lookups=1 << 62)
+                self._nodes[number] = Node(number, parent, name, key, version, mtime, lookups=_RESTORED)
                 self._current[parent, name] = number
                 self._next_id = max(self._next_id, number + 1)
             elif kind == "open" and number in self._nodes:
@@ -294,6 +301,28 @@ class Tree:
                 (self._nodes[number].backing,) = rest
             elif kind == "forget" and (node := self._nodes.pop(number, None)):
                 self._drop_name(node)
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether the kernel may know more nodes than it should."""
+        return len(self._nodes) > self.max_entries
+
+    def spare(self) -> list[tuple[int, str]]:
+        """``(parent id, name)`` of the files that the kernel has known for longest and nobody has open: as many as make
+        room for a tenth of `max_entries`, and none while it is not crowded.
+
+        Directories stay: one of them may be somebody's working directory.
+        """
+        with self._guard:
+            if not self.is_crowded:
+                return []
+            excess = len(self._nodes) - self.max_entries + self.max_entries // 10
+            idle = (
+                (node.parent, node.name)
+                for node in self._nodes.values()
+                if not (node.is_dir or node.opens or node.direct_opens) and node.lookups < _RESTORED
+            )
+            return list(islice(idle, excess))
 
     def opened(self) -> list[Node]:
         """The nodes that somebody has open."""
@@ -317,6 +346,11 @@ class Tree:
         """Keys that the listings now held could not show."""
         with self._guard:
             return sum(listing.hidden for listing in self._listings.values())
+
+    @property
+    def listed_count(self) -> int:
+        """Names in the listings now held, with the listings themselves."""
+        return self._listed
 
     @property
     def node_count(self) -> int:
@@ -388,6 +422,8 @@ class Tree:
             listing = self._listings.get(parent.key)
             if listing is not None:
                 listing.probed[name] = (self._now(), entry)
+                if len(listing.probed) > _MAX_PROBED:
+                    del listing.probed[next(iter(listing.probed))]
         return entry
 
     def _fresh(self, prefix: str) -> Listing | None:
@@ -408,11 +444,18 @@ class Tree:
                     listing.known_to = max(*(info.key for info in page.objects[-1:]), *page.prefixes[-1:], "")
                 break
         with self._guard:
-            if len(self._listings) >= _MAX_LISTINGS:
-                for old in [key for key in self._listings if self._fresh(key) is None] or list(self._listings)[:1]:
-                    del self._listings[old]
+            self._drop_listing(prefix)
             self._listings[prefix] = listing
+            self._listed += 1 + len(listing.entries)
+            # In the order in which they were loaded.
+            for oldest in list(islice(self._listings, 64)):
+                if self._listed > self.max_entries and oldest != prefix:
+                    self._drop_listing(oldest)
         return listing
+
+    def _drop_listing(self, prefix: str) -> None:
+        if (old := self._listings.pop(prefix, None)) is not None:
+            self._listed -= 1 + len(old.entries)
 
     def _only(self, prefix: str) -> threading.Lock:
         return self._asking[hash(prefix) % len(self._asking)]

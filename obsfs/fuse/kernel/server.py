@@ -36,6 +36,7 @@ _MAX_BACKGROUND = 128
 _SPLICE_FROM = 32 << 10
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _FINISH_SECONDS = 10.0
+_TRIM_SECONDS = 0.5
 
 _Call = Callable[[Request, memoryview, bool], bytes | list[bytes] | None]
 
@@ -63,6 +64,7 @@ class Server:
         self._threads: list[threading.Thread] = []
         self._fds: list[int] = []
         self._storer: Storer | None = None
+        self._crowded = threading.Event()
         self.ended = threading.Event()
         self._on_end = on_end
         self._calls: dict[int, _Call] = {
@@ -112,6 +114,7 @@ class Server:
             thread = threading.Thread(target=self._serve, args=(fd,), name=f"obsfs-fuse-{number}", daemon=True)
             self._threads.append(thread)
             thread.start()
+        threading.Thread(target=self._trim, name="obsfs-trim", daemon=True).start()
 
     def join(self) -> None:
         """After an unmount: wait for the threads, then close the connection."""
@@ -180,6 +183,7 @@ class Server:
                 if error.errno not in (errno.ENODEV, errno.ECONNABORTED):
                     log.error("reading from /dev/fuse: %s", error)
                 self.ended.set()
+                self._crowded.set()
                 self._on_end()
                 return
             try:
@@ -342,7 +346,12 @@ class Server:
             found = self._operations.lookup(request.node, name, wait=wait)
         except NotFoundError:
             return wire.entry_out(0, self._operations.absence_ttl(request.node, name), bytes(wire.ATTR.size))
+        self._check_room()
         return _entry(found)
+
+    def _check_room(self) -> None:
+        if self._operations.tree.is_crowded:
+            self._crowded.set()
 
     def _getattr(self, request: Request, view: memoryview, wait: bool) -> bytes:
         return wire.attr_out(_attr(self._operations.getattr(request.node)))
@@ -432,6 +441,14 @@ class Server:
             for parent, name in self._operations.tree.current_names(version):
                 self._notify(wire.inval_entry(parent, name.encode()))
 
+    def _trim(self) -> None:
+        """Have the kernel forget names beyond the bound. On a thread of its own: it waits for whoever lists them."""
+        while self._crowded.wait() and not self.ended.is_set():
+            self._crowded.clear()
+            for parent, name in self._operations.tree.spare():
+                self._notify(wire.inval_entry(parent, name.encode(), drop=True))
+            self.ended.wait(_TRIM_SECONDS)
+
     def _notify(self, message: bytes) -> None:
         try:
             os.write(self._fd, message)
@@ -472,6 +489,7 @@ class Server:
                 parts.append(_entry(found))
                 ino = found.ino
             parts.append(wire.dirent(ino, following, kind, name.encode()))
+        self._check_room()
         return [b"".join(parts)]
 
     def _releasedir(self, request: Request, view: memoryview, wait: bool) -> bytes:

@@ -158,9 +158,9 @@ def dirent(ino: int, offset: int, kind: int, name: bytes) -> bytes:
     return DIRENT.pack(ino, offset, len(name), kind) + name + bytes(-len(name) % 8)
 
 
-def inval_entry(parent: int, name: bytes) -> bytes:
-    """A notification, header and all, that a name's lifetime is over."""
-    body = NOTIFY_INVAL_ENTRY_OUT.pack(parent, len(name), EXPIRE_ONLY) + name + b"\0"
+def inval_entry(parent: int, name: bytes, *, drop: bool = False) -> bytes:
+    """A notification, header and all, that a name's lifetime is over; `drop`: the kernel should forget its node too."""
+    body = NOTIFY_INVAL_ENTRY_OUT.pack(parent, len(name), 0 if drop else EXPIRE_ONLY) + name + b"\0"
     return OUT_HEADER.pack(OUT_HEADER.size + len(body), NOTIFY_INVAL_ENTRY, 0) + body
 
 
