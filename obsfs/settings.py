@@ -201,7 +201,7 @@ class Settings(BaseSettings):
                 raise UsageError(f"unknown setting {name!r}", f"known are {', '.join(cls.model_fields)}") from None
             reason = first["msg"].removeprefix("Value error, ")
             raise UsageError(f"--{name.replace('_', '-')} {first['input']}", reason) from None
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{config_path()} is not valid TOML", str(error)) from None
         except OSError as error:
             raise UsageError(f"cannot read {config_path()}", error.strerror or str(error)) from None

@@ -12,15 +12,17 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 _HEAD = re.compile(rb"GET (\S+) HTTP/1\.1\r\n(.*?)\r\n\r\n", re.DOTALL)
 _HEAD_BYTES = 128 << 10
+_LAST = "\U0010ffff"
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _RANGE = re.compile(rb"\r?\n?range: bytes=(\d+)-(\d+)", re.IGNORECASE)
 
@@ -248,33 +250,47 @@ class FaultyServer:
 
 
 class ListedBucket:
-    """A bucket that lists the given keys, as S3 does; for keys that SeaweedFS, itself a file system, does not take."""
+    """A bucket that lists the given keys in pages, as S3 does; each object is one byte long.
 
-    def __init__(self, keys: list[str]) -> None:
+    For keys that SeaweedFS, itself a file system, does not take, and for more of them than it takes in a minute.
+    `asked` has the prefix of each page that was asked for.
+    """
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        listed = self
+        self.asked: list[str] = []
+        self._keys = sorted(keys)
+
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                prefix = parse_qs(urlsplit(self.path).query, keep_blank_values=True).get("prefix", [""])[0]
-                shown, common = [], set()
-                for key in keys:
-                    if key.startswith(prefix):
-                        name, slash, _ = key[len(prefix) :].partition("/")
-                        if slash:
-                            common.add(f"{prefix}{name}/")
-                        else:
-                            shown.append(key)
+                given = parse_qs(urlsplit(self.path).query, keep_blank_values=True)
+                prefix, after = given.get("prefix", [""])[0], given.get("start-after", [""])[0]
+                listed.asked.append(prefix)
+                after = given.get("continuation-token", [after])[0]
+                shown, following = listed._page(prefix, after, int(given.get("max-keys", ["1000"])[0]))
                 entry = "<Contents><Key>{}</Key><Size>1</Size><ETag>&quot;e&quot;</ETag></Contents>"
                 below = "<CommonPrefixes><Prefix>{}</Prefix></CommonPrefixes>"
-                body = "".join(map(entry.format, map(escape, shown))) + "".join(
-                    map(below.format, map(escape, sorted(common)))
-                )
-                answer = f"<ListBucketResult><IsTruncated>false</IsTruncated>{body}</ListBucketResult>".encode()
-                self.send_response(200)
+                body = "".join((below if is_dir else entry).format(escape(name)) for name, is_dir in shown)
+                if following:
+                    body += f"<NextContinuationToken>{escape(following)}</NextContinuationToken>"
+                state = f"<IsTruncated>{'true' if following else 'false'}</IsTruncated>"
+                self._answer(200, f"<ListBucketResult>{state}{body}</ListBucketResult>".encode())
+
+            def do_HEAD(self) -> None:
+                key = unquote(urlsplit(self.path).path).split("/", 2)[2]
+                at = bisect_left(listed._keys, key)
+                self._answer(200 if listed._keys[at : at + 1] == [key] else 404, b"1")
+
+            def _answer(self, status: int, body: bytes) -> None:
+                self.send_response(status)
                 self.send_header("Content-Type", "application/xml")
-                self.send_header("Content-Length", str(len(answer)))
+                self.send_header("Content-Length", str(len(body)))
+                self.send_header("ETag", '"e"')
                 self.end_headers()
-                self.wfile.write(answer)
+                if self.command == "GET":
+                    self.wfile.write(body)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -282,6 +298,19 @@ class ListedBucket:
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def _page(self, prefix: str, after: str, most: int) -> tuple[list[tuple[str, bool]], str]:
+        """At most so many keys and common prefixes after a name, and the last of them if there are more."""
+        keys, shown = self._keys, list[tuple[str, bool]]()
+        at = bisect_left(keys, after + _LAST if after.endswith("/") else after + "\0") if after else 0
+        at = max(at, bisect_left(keys, prefix))
+        while at < len(keys) and keys[at].startswith(prefix):
+            if len(shown) == most:
+                return shown, shown[-1][0]
+            name, slash, _ = keys[at][len(prefix) :].partition("/")
+            shown.append((prefix + name + slash, bool(slash)))
+            at = bisect_left(keys, prefix + name + slash + _LAST, at) if slash else at + 1
+        return shown, ""
 
     def __enter__(self) -> ListedBucket:
         return self

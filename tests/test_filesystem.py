@@ -7,7 +7,10 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import socket
+import time
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pandas
@@ -16,6 +19,7 @@ import pytest
 
 import obsfs
 from tests.conftest import MIB, Mounter, Store, random_bytes, status
+from tests.faulty import FaultyLink
 
 
 def test_importing_obsfs_is_enough(bucket: Store) -> None:
@@ -103,6 +107,32 @@ def test_it_can_be_pickled_and_forked(bucket: Store) -> None:
 def _digest(filesystem: obsfs.OBSFileSystem, path: str) -> bytes:
     with filesystem.open(path) as file:
         return hashlib.sha256(file.read()).digest()
+
+
+@pytest.mark.parametrize("seconds", [1.5, 60.0])
+def test_a_name_that_does_not_resolve(bucket: Store, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """For a while, which nobody notices, or longer than anybody waits. None fails on demand, but this."""
+    bucket.put("a.bin", data := random_bytes(3 * MIB))
+    resolve, asked = socket.getaddrinfo, list[float]()
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        asked.append(time.monotonic())
+        if asked[-1] < asked[0] + seconds:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return resolve(*arguments, **options)
+
+    with FaultyLink(bucket.server.port) as link:
+        filesystem = obsfs.OBSFileSystem(endpoint_url=link.endpoint, retry_timeout="5s", skip_instance_cache=True)
+        with filesystem.open(f"{bucket.name}/a.bin") as file:
+            link.break_all()
+            monkeypatch.setattr(socket, "getaddrinfo", fail)
+            if seconds < 5:
+                assert file.read() == data
+            else:
+                with pytest.raises(OSError, match="cannot reach"):
+                    file.read()
+                assert asked[-1] - asked[0] < 15
+    assert len(asked) > 1
 
 
 def test_keys_given_as_s3fs_takes_them(bucket: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,11 +61,11 @@ def _install_torch() -> None:
 
 
 def ensure_system() -> None:
-    """libfuse for the fusepy engine, and the kernel's header for the wire format: installed where we may."""
-    present = (shutil.which("fusermount3"), shutil.which("gcc"), Path("/usr/include/linux/fuse.h").exists())
+    """libfuse for the fusepy engine, the kernel's header for the wire format, and fio: installed where we may."""
+    present = (*map(shutil.which, ("fusermount3", "gcc", "fio")), Path("/usr/include/linux/fuse.h").exists())
     if all(present):
         return
-    packages = ["fuse3", "gcc", "libc6-dev", "linux-libc-dev"]
+    packages = ["fio", "fuse3", "gcc", "libc6-dev", "linux-libc-dev"]
     if os.geteuid() == 0 and shutil.which("apt-get"):
         subprocess.run(["apt-get", "-qq", "update"], check=False)
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}

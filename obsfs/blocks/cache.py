@@ -45,6 +45,7 @@ from obsfs.blocks.layout import (
     read_blocks,
     read_entry,
     seal_of,
+    takes_holes,
     unlink,
 )
 from obsfs.errors import CacheError
@@ -182,18 +183,23 @@ class CachedObject:
 
     def put(self, block: int, data: memoryview) -> None:
         """Store a block that was fetched under a claim. A disk that takes no more makes it stay in memory."""
+        if self.store(block, data):
+            self._cache.relieve()
+        else:
+            self._cache.hold(self, block, bytes(data))
+
+    def store(self, block: int, data: memoryview) -> bool:
+        """Write a block that was claimed to the file; False when there is no room for it."""
         digest = checksum(data)
         if not self._cache.reserve(len(data)):
-            self._cache.hold(self, block, bytes(data))
-            return
+            return False
         try:
             written = os.pwrite(self.data_fd, data, block * BLOCK)
         except OSError:
             written = 0
         if written != len(data):
             self._cache.settle(len(data), stored=False)
-            self._cache.hold(self, block, bytes(data))
-            return
+            return False
         base = 3 * block
         self._words[base] = digest
         self._words[base + 1] = time.time_ns()
@@ -201,6 +207,7 @@ class CachedObject:
         self._words[base + 2] = word
         self._trusted[block] = word
         self._cache.settle(len(data), stored=True)
+        return True
 
     def seal(self) -> None:
         """If every block is verified, sync the data and note it, so that a later process need not verify again."""
@@ -300,6 +307,7 @@ class Cache:
         self._root = directory / FORMAT
         self._guard = threading.Lock()
         self._evicting = threading.Lock()
+        self._relieving = threading.Lock()
         self._held: OrderedDict[tuple[CachedObject, int], int] = OrderedDict()
         self._held_bytes = 0
         self._used = 0
@@ -314,6 +322,11 @@ class Cache:
             self._root.mkdir(mode=0o700, exist_ok=True)
             self._lock_fd = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             os.pwrite(self._lock_fd, b"\n", 0)
+            if not takes_holes(self._lock_fd):
+                raise CacheError(
+                    f"cache directory {directory} lies on a file system that takes no holes in files",
+                    "choose a --cache-dir on ext4, xfs, btrfs or tmpfs",
+                )
             self.exclusive = DirectoryLock(self._lock_fd)
         except OSError as error:
             raise CacheError(
@@ -417,9 +430,31 @@ class Cache:
                 old._overflow.pop(index, None)
                 self._held_bytes -= size
 
+    def relieve(self) -> None:
+        """The disk takes blocks, perhaps again: write one that is held in memory."""
+        if not self._held or not self._relieving.acquire(blocking=False):
+            return
+        try:
+            with self._guard:
+                owner, block = next(iter(self._held), (None, 0))
+                data = owner._overflow.get(block) if owner else None
+            if owner is None or data is None or not owner.lock(claim := range(block, block + 1)):
+                return
+            try:
+                is_stored = owner.store(block, memoryview(data))
+            finally:
+                owner.unlock(claim)
+            if is_stored:
+                with self._guard:
+                    owner._overflow.pop(block, None)
+                    self._held_bytes -= self._held.pop((owner, block), 0)
+        finally:
+            self._relieving.release()
+
     def forget_held(self, owner: CachedObject) -> None:
         """Drop what is held in memory for an object that is closed."""
-        with self._guard:
+        # Nobody writes to its file any more when this returns.
+        with self._relieving, self._guard:
             for block in list(owner._overflow):
                 self._held_bytes -= self._held.pop((owner, block), 0)
             owner._overflow.clear()

@@ -152,7 +152,7 @@ def read_entry(path: Path) -> CacheEntry | None:
         blocks = list(read_blocks(path))
         used = max((block.used for block in blocks), default=0) or path.stat().st_mtime_ns
         return CacheEntry(version, sum(block.size for block in blocks), used / 1e9, path.with_suffix(".data"))
-    except (OSError, ValueError, TypeError, struct.error):
+    except (OSError, ValueError, TypeError, RecursionError, struct.error):
         return None
 
 
@@ -210,6 +210,11 @@ def _punch(map_fd: int, data_fd: int, block: StoredBlock) -> int:
     if _libc.fallocate(data_fd, _FALLOC_PUNCH, block.number * BLOCK, BLOCK) != 0:
         raise OSError(ctypes.get_errno(), "cannot punch a hole into the cache file")
     return block.size
+
+
+def takes_holes(fd: int) -> bool:
+    """Whether the file system of an open file can give room back inside of files, as eviction does."""
+    return bool(_libc.fallocate(fd, _FALLOC_PUNCH, 0, HEADER) == 0 or ctypes.get_errno() != errno.EOPNOTSUPP)
 
 
 def pin_path(path: Path) -> Path:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 SUFFIX = ".safetensors"
 _LENGTH = 8
+_DIGITS = frozenset("0123456789")
 LEAST = _LENGTH
 """Bytes that a file has at least, if it is one."""
 _MAX_HEADER = 100_000_000
@@ -49,7 +50,7 @@ def header(size: int, read: Read) -> tuple[int, dict[str, Any]] | None:
         return None
     try:
         entries = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return base, {}
     if not isinstance(entries, dict):
         return base, {}
@@ -70,7 +71,7 @@ def extents(size: int, read: Read) -> list[Extent] | None:
             Extent(name, base + int(entry["data_offsets"][0]), base + int(entry["data_offsets"][1]))
             for name, entry in entries.items()
         ]
-    except (ValueError, TypeError, KeyError, IndexError):
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError):
         return []
     found.sort(key=lambda extent: extent.start)
     if any(not base <= extent.start <= extent.stop <= size for extent in found):
@@ -83,16 +84,25 @@ def parameters(entries: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
     dtypes: dict[str, int] = {}
     for entry in entries.values():
         try:
-            count = math.prod(int(length) for length in entry["shape"])
+            lengths = [int(length) for length in entry["shape"]]
+            if min(lengths, default=0) < 0:
+                continue
+            count = math.prod(lengths)
             dtypes[str(entry["dtype"])] = dtypes.get(str(entry["dtype"]), 0) + count
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             continue
     return sum(dtypes.values()), dtypes
 
 
-def natural(name: str) -> list[tuple[int, int | str]]:
+def natural(name: str) -> list[tuple[int, int, str]]:
     """A sort key by which ``layers.2`` comes before ``layers.10``, as loaders visit tensors."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
+    parts = [part for part in re.split(r"([0-9]+)", name) if part]
+    numbers = [part.lstrip("0") if part[0] in _DIGITS else None for part in parts]
+    # By their lengths and then their digits, since int() takes no more than a few thousand of them.
+    return [
+        (1, 0, part) if number is None else (0, len(number), number)
+        for part, number in zip(parts, numbers, strict=True)
+    ]
 
 
 def file_fences(found: list[Extent], block: int) -> list[int]:

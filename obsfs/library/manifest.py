@@ -150,6 +150,6 @@ def describe(config: bytes | None, adapter: bytes | None, headers: Mapping[str, 
 def _object(data: bytes | None) -> dict[str, Any]:
     try:
         found = json.loads(data or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

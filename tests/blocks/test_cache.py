@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
+import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
@@ -172,6 +175,24 @@ def test_a_directory_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheError, match="cannot be used"):
         Cache(tmp_path / "file", GIB)
+
+
+def test_a_file_system_that_cannot_hold_it_is_refused(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "ramfs", "ramfs", tmp_path], check=True)
+    try:
+        with pytest.raises(CacheError, match="takes no holes"):
+            Cache(tmp_path / "c", 1 << 30)
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+@given(st.text(), st.text(), st.integers(0, 1 << 50))
+def test_no_key_leads_out_of_the_directory(key: str, etag: str, size: int) -> None:
+    with tempfile.TemporaryDirectory() as home:
+        cache = Cache(Path(home), 1 << 30)
+        path = cache._map_path(ObjectVersion("e", "b", f"../{key}", etag, size))
+        assert re.fullmatch(rf"{re.escape(home)}/v1/[0-9a-f]{{2}}/[0-9a-f]{{40}}\.map", str(path))
+        cache.close()
 
 
 def test_the_checksum_is_of_the_bytes() -> None:

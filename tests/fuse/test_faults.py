@@ -6,6 +6,7 @@ import errno
 import hashlib
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -236,10 +237,42 @@ def test_a_full_disk_does_not_fail_a_read(bucket: Store, mount: Mounter, tmp_pat
     try:
         path = mount(bucket, cache_dir=small / "blocks")
         assert hashlib.sha256((path / "file.bin").read_bytes()).digest() == hashlib.sha256(data).digest()
-        assert status(path)["cache_write_errors"] > 0
+        failed = status(path)["cache_write_errors"]
+        assert failed > 0
+        # There is room again: what comes from now on is kept, and what had to stay in memory goes to the disk.
+        subprocess.run(["mount", "-o", "remount,size=200m", small], check=True)
+        bucket.put("other.bin", other := random_bytes(64 * MIB))
+        wait_for(lambda: (path / "other.bin").exists())
+        assert hashlib.sha256((path / "other.bin").read_bytes()).digest() == hashlib.sha256(other).digest()
+        shown = status(path)
+        assert shown["cache_write_errors"] == failed
+        assert shown["cache_bytes"] == len(data) + len(other)
         mount.close()
     finally:
         subprocess.run(["umount", "-l", small], check=True)
+
+
+@pytest.mark.slow
+def test_the_host_sleeps_and_wakes(bucket: Store, mount: Mounter, link: FaultyLink) -> None:
+    """What a suspended host is to its programs: they stop, and when they go on all their connections are gone."""
+    data = random_bytes(24 * MIB)
+    bucket.put("file.bin", data)
+    path = mount(bucket, endpoint_url=link.endpoint, connections=4)
+    assert (path / "file.bin").stat().st_size == len(data)
+    link.bytes_per_second = 2 * MIB
+    reading = subprocess.Popen(["sha256sum", path / "file.bin"], stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: link.passed > 4 * MIB)
+    shown = status(path)
+    for pid in (shown["supervisor"], shown["pid"]):
+        os.kill(pid, signal.SIGSTOP)
+    link.break_all()
+    time.sleep(3)
+    link.bytes_per_second = None
+    for pid in (shown["supervisor"], shown["pid"]):
+        os.kill(pid, signal.SIGCONT)
+    assert reading.communicate(timeout=60)[0].split()[0] == hashlib.sha256(data).hexdigest()
+    after = status(path)
+    assert (after["pid"], after["errors"], after["restarts"]) == (shown["pid"], 0, 0)
 
 
 def test_two_mounts_share_a_cache(bucket: Store, mount: Mounter) -> None:

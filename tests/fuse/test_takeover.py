@@ -118,7 +118,7 @@ def test_a_direct_reader_keeps_its_bytes_while_nobody_serves(bucket: Store, moun
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(300 + 10 * _KILLS)
 def test_killed_over_and_over_under_load(bucket: Store, mount: Mounter, tmp_path: Path) -> None:
     files = {f"dir{i % 3}/f{i}.bin": random_bytes(5 * MIB + i * 1000, i) for i in range(9)}
     hashes = {key: hashlib.sha256(data).hexdigest() for key, data in files.items()}

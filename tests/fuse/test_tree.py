@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obsfs.errors import NotFoundError
-from obsfs.fuse.tree import ROOT, Tree, WouldBlockError
+from obsfs.fuse.tree import ROOT, Entry, Tree, WouldBlockError, read_page
 from obsfs.remote.address import is_valid_name
 from obsfs.remote.objects import ObjectInfo, ObjectVersion, Page
 
@@ -78,6 +78,42 @@ def test_it_shows_what_the_rules_say(keys: dict[str, str], page: int) -> None:
         else:
             with pytest.raises(NotFoundError):
                 fresh.lookup(fresh.node(ROOT), name)
+
+
+_HOSTILE = st.text(st.one_of(st.sampled_from("./\\\0\n\x1b~\u202e\ud800"), st.characters()), max_size=300)
+
+
+@given(st.lists(_HOSTILE), st.lists(_HOSTILE), _HOSTILE)
+def test_no_key_leads_out_of_the_mount(keys: list[str], prefixes: list[str], prefix: str) -> None:
+    entries: dict[str, Entry] = {}
+    page = Page([ObjectInfo(prefix + key, 1, 1.0, '"e"') for key in keys], [f"{prefix}{one}/" for one in prefixes])
+    read_page(page, prefix, entries)
+    for name in entries:
+        assert name not in {"", ".", ".."}
+        assert not set(name) & set("/\0")
+        assert len(name.encode()) <= 255
+
+
+def test_beyond_the_bound_the_oldest_listings_go_and_the_kernel_is_to_forget_files() -> None:
+    bucket = MemoryBucket({f"d{n:02}/{m:03}": "1" for n in range(20) for m in range(100)})
+    tree = Tree(bucket, "", 60, now=Clock(), max_entries=1000)
+    root = tree.node(1)
+    for n in range(20):
+        directory = tree.lookup(root, f"d{n:02}")
+        for entry in tree.listing(directory).entries.values():
+            tree.enter(directory, entry)
+            assert tree.listed_count <= 1000 + 101
+    assert tree.is_crowded
+    opened = tree.lookup(tree.lookup(root, "d00"), "000")
+    tree.count_open(opened, 1, direct=False)
+    spare = tree.spare()
+    nodes = {(node.parent, node.name): node for node in tree._nodes.values()}
+    assert not any(nodes[place].is_dir for place in spare)
+    assert (opened.parent, opened.name) not in spare
+    for place in spare:
+        tree.forget(nodes[place].id, 1)
+    assert tree.node_count == 900
+    assert tree.spare() == []
 
 
 def test_a_directory_of_a_hundred_thousand_lists_and_looks_up() -> None:

@@ -362,8 +362,8 @@ class Server:
             return
         count, _ = wire.BATCH_FORGET_IN.unpack_from(view, request.body)
         start = request.body + wire.BATCH_FORGET_IN.size
-        end = min(request.end, start + count * wire.FORGET_ONE.size)
-        for node, lookups in wire.FORGET_ONE.iter_unpack(view[start:end]):
+        count = min(count, max(0, request.end - start) // wire.FORGET_ONE.size)
+        for node, lookups in wire.FORGET_ONE.iter_unpack(view[start : start + count * wire.FORGET_ONE.size]):
             self._operations.forget(node, lookups)
 
     def _statfs(self, request: Request, view: memoryview, wait: bool) -> bytes:
