@@ -411,6 +411,7 @@ class Fetcher:
     def _landed(self, target: Target, block: int, size: int) -> None:
         with self._changed:
             want = target.wants.pop(block, None)
+            self._queued -= want is not None and _is_queued(want)
             if size:
                 self.stats.bytes_fetched += size
                 self._recent.append((time.monotonic(), size))
