@@ -17,7 +17,8 @@ _SECONDS = int(os.environ.get("OBSFS_TEST_FUZZ", "5"))
 @pytest.mark.timeout(2 * _SECONDS + 120)
 @pytest.mark.parametrize("target", ["kernel", "cache", "text", "formats"])
 def test_hostile_input_is_refused(target: str, tmp_path: Path) -> None:
-    options = [f"-max_total_time={_SECONDS}", "-seed=1", "-rss_limit_mb=2048", f"-artifact_prefix={tmp_path}/"]
+    # No limit of memory: libFuzzer counts what the process that started it had at most, which is pytest's.
+    options = [f"-max_total_time={_SECONDS}", "-seed=1", "-rss_limit_mb=0", f"-artifact_prefix={tmp_path}/"]
     done = subprocess.run(
         [sys.executable, "-m", "tests.fuzz", target, *options],
         capture_output=True,
