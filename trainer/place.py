@@ -43,8 +43,9 @@ class Place(NamedTuple):
     def is_taken(self) -> bool:
         """Whether something lies there already."""
         with self._files("read") as (fs, path):
-            # An empty directory, as some servers leave them, is nothing.
-            return bool(fs.find(path)) or bool(self.steps())
+            # An empty directory, as some servers leave them and show as an empty object, is nothing.
+            found = fs.find(path, detail=True).items()
+            return any(name != path or one["size"] for name, one in found) or bool(self.steps())
 
     def check(self) -> None:
         """Write something, and take it away."""

@@ -13,6 +13,7 @@ import obsfs
 from obsfs import ObsfsError
 from tests.conftest import Mounter, Store
 from tests.trainer.conftest import CHOICES, JUDGED, QUICK, ROWS, Losses, write_lines
+from trainer.place import Place
 
 Train = Callable[..., Any]
 _DATA = {"sft": ROWS, "kto": JUDGED}
@@ -209,6 +210,10 @@ def test_a_check_trains_nothing(run: Train, rows: Path, bucket: Store, capsys: p
     assert (outcome.steps, outcome.published) == (0, [])
     assert "all is well" in capsys.readouterr().err
     assert "Contents" not in bucket.client.list_objects_v2(Bucket=bucket.name, Prefix="adapters/a")
+    # The server keeps the directory that was written to on trial.
+    assert not Place(f"{bucket}/adapters/a", {}).is_taken()
+    bucket.put("adapters/b", b"somebody's")
+    assert Place(f"{bucket}/adapters/b", {}).is_taken()
 
 
 @pytest.mark.slow
