@@ -181,7 +181,6 @@ class Fetcher:
         self._order = itertools.count()
         self._queued = 0
         self._idle = 0
-        self._busy = 0
         self._workers: list[threading.Thread] = []
         self._patience = Patience()
         self._flights: set[_Flight] = set()
@@ -193,6 +192,11 @@ class Fetcher:
         self._chores: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._chore_thread = threading.Thread(target=self._do_chores, name="obsfs-chores", daemon=True)
         self._chore_thread.start()
+
+    @property
+    def _busy(self) -> int:
+        """Flights that count against the connections: one that was given up has another one in its place."""
+        return len(self._flights) - self._given_up
 
     @property
     def connections(self) -> int:
@@ -311,7 +315,6 @@ class Fetcher:
                 self._flights.discard(flight)
                 if not self._flights:
                     self._flying.clear()
-                self._busy -= not flight.is_given_up
                 self._given_up -= flight.is_given_up
                 target.workers -= 1
 
@@ -345,7 +348,6 @@ class Fetcher:
             stop += 1
         flight.blocks = flight.left = range(start, stop)
         self._queued -= stop - start
-        self._busy += 1
         target.workers += 1
         self._flights.add(flight)
         self._watch()
@@ -368,9 +370,9 @@ class Fetcher:
             self._fail(flight, error, final=not isinstance(error, UnavailableError))
         finally:
             with self._changed:
-                wants = {block: target.wants.get(block) for block in blocks}
+                wants = [(block, target.wants.get(block)) for block in blocks]
             # A lock is the process's: it stays while another flight is at the block.
-            for run in runs(block for block, want in wants.items() if not (want and want.flight not in (None, flight))):
+            for run in runs(block for block, want in wants if want is None or want.flight in (None, flight)):
                 cached.unlock(run)
 
     def _fetch_range(self, flight: _Flight, blocks: range, buffer: memoryview) -> None:
@@ -459,7 +461,6 @@ class Fetcher:
         flight.is_given_up = True
         self._demand.extendleft((target, block) for block in reversed(again))
         self._queued += len(again)
-        self._busy -= 1
         self._given_up += 1
         self.stats.hedges += 1
         self._wake()

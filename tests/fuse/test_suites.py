@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import Mounter, Store, status
 
-_BLOCK = ["--bs=64k", "--size=24m", "--verify=crc32c", "--verify_fatal=1", "--output-format=terse"]
+_BLOCK = ["--bs=64k", "--size=24m", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0"]
 
 
 def fio(*options: object) -> None:
