@@ -60,6 +60,10 @@ class UnavailableError(ObsfsError):
     errno = errno.EIO
 
 
+class CorruptError(UnavailableError):
+    """The server sent other bytes than those of its own checksum."""
+
+
 class ExpiredError(UnavailableError):
     """The token that a request was signed with is over; the next one is signed with another, if there is one."""
 

@@ -111,6 +111,11 @@ class Settings(BaseSettings):
     addressing_style: Literal["auto", "path", "virtual"] = Field(
         "auto", description="Bucket in the path or in the host name; auto knows OBS, AWS and other clouds."
     )
+    md5_etags: bool = Field(
+        True,
+        description="Take an ETag of 32 digits for the MD5 of an object that was put whole, and check against it what "
+        "is read whole.",
+    )
     library: str | None = Field(
         None, description="Where the models are: obs://BUCKET/PREFIX, so that a model can be given by its name alone."
     )

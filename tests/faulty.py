@@ -134,12 +134,12 @@ class FaultyLink:
 
 
 class FaultyServer:
-    """An HTTP proxy before a real server: `choose` says, of each ranged GET by its number, what is wrong with it.
+    """An HTTP proxy before a real server: `choose` says, of each read by its number, what is wrong with it.
 
     ``500``, ``503``: refused so. ``reset``: the connection breaks off inside the body. ``short``: the body ends early.
     ``trailing``: something follows the body. ``shifted``: other bytes than were asked for, and says so. ``etag``: of
-    another version. ``long``: more bytes than were asked for. ``stall``: silence inside the body. ``expired``: the
-    token is over. With a `certificate` (and its key, in one PEM file) it speaks TLS.
+    another version. ``long``: more bytes than were asked for. ``flipped``: a bit of the body. ``stall``: silence inside
+    the body. ``expired``: the token is over. With a `certificate` (and its key, in one PEM file) it speaks TLS.
     """
 
     def __init__(
@@ -158,10 +158,11 @@ class FaultyServer:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
+                is_read = self.command == "GET" and bool({"Range", "x-amz-checksum-mode"} & set(self.headers))
                 with faulty._counting:
                     number = faulty._count
-                    faulty._count += 1 if "Range" in self.headers else 0
-                fault = choose(number, self.headers) if "Range" in self.headers else None
+                    faulty._count += is_read
+                fault = choose(number, self.headers) if is_read else None
                 if fault is None and "expired" in (choose(-1, self.headers) or ""):
                     fault = "expired"
                 if fault:
@@ -201,6 +202,9 @@ class FaultyServer:
                 if fault == "long":
                     body += b"more"
                     headers["content-length"] = str(len(body))
+                if fault == "flipped":
+                    middle = len(body) // 2
+                    body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
                 self.send_response(answer.status)
                 for name, value in headers.items():
                     if name not in ("connection", "transfer-encoding", "date", "server"):

@@ -172,8 +172,7 @@ class _Run:
             reference=config.task in ("dpo", "kto") and lora is None,
         )
         there, where = bases.memory_available()
-        is_sharded = arguments.world_size > 1 and (arguments.fsdp or arguments.deepspeed)
-        if config.check_memory and not is_sharded and needed > there * _MARGIN:
+        if config.check_memory and not _is_sharded(arguments) and needed > there * _MARGIN:
             raise UsageError(
                 f"training needs about {human(needed)} of memory, and {where} has {human(there)} free",
                 "method qlora, or a smaller per_device_train_batch_size or max_length, needs less; "
@@ -336,9 +335,9 @@ class _Run:
         except ValueError as error:
             # What TRL and PEFT refuse: a template that cannot be masked, modules that the model does not have.
             raise UsageError(f"{self._config.task} cannot be set up", str(error)) from None
-        if self._parts.lora is not None and not self._parts.arguments.fsdp:
+        if self._parts.lora is not None and not _is_sharded(self._parts.arguments):
             # TRL makes the adapter of a quantised base bfloat16, and PEFT float32 when it resumes: float32 at once, so
-            # that a run that was cut off goes on as if it had not been. FSDP wants one kind for all.
+            # that a run that was cut off goes on as if it had not been. What shards a model wants one kind for all.
             for parameter in trainer.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
@@ -356,6 +355,12 @@ def _bits(config: TrainConfig) -> int | None:
     if not config.is_quantized:
         return None
     return 8 if config.options.get("load_in_8bit") else 4
+
+
+def _is_sharded(arguments: Any) -> bool:
+    """Whether FSDP or DeepSpeed divides the model among processes (accelerate's configuration tells by a variable)."""
+    given = arguments.fsdp or arguments.deepspeed_plugin or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    return bool(given) and arguments.world_size > 1
 
 
 def _trusts(arguments: Any) -> bool:

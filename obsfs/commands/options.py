@@ -15,7 +15,7 @@ from obsfs.settings import UMASK, Settings, parse_seconds
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 
 CACHE = ("cache_dir",)
-BUCKET = ("endpoint_url", "region", "profile", "no_sign_request", "insecure_tls", "addressing_style")
+BUCKET = ("endpoint_url", "region", "profile", "no_sign_request", "insecure_tls", "addressing_style", "md5_etags")
 PUBLISH = (*BUCKET, "library", "connections")
 LIBRARY = (*PUBLISH, *CACHE, "cache_size")
 _SEVERAL = ("endpoint_url",)

@@ -1,7 +1,7 @@
 """A model from the bucket into a local directory, through the block cache, verified.
 
 Files are written under ``.obsfs/incomplete/`` and renamed when they are right: by SHA-256 where the manifest has it,
-else by what the bucket offers (the MD5 that is the ETag of an object put whole; size and pinned ETag for others).
+else by the checksum that the bucket has of the whole object, if it has one (size and pinned ETag for others).
 ``.obsfs/manifest.json`` is written last. A pull that was cut off finds what it had in the block cache, and, where the
 cache is smaller than the model, in the incomplete files, which are hashed again from their start.
 """
@@ -14,10 +14,10 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,7 @@ from obsfs.library import catalog
 from obsfs.library.manifest import File, Manifest, parse_manifest
 from obsfs.library.names import MANIFEST, OWN, ModelName, is_chosen
 from obsfs.library.transfer import Advance, Crew, OrderedHash
+from obsfs.remote.checksums import Checksum
 from obsfs.remote.client import Bucket
 from obsfs.remote.objects import ObjectVersion
 from obsfs.settings import Settings
@@ -41,7 +42,6 @@ _LOCK = f"{OWN}lock"
 SNAPSHOTS = "snapshots"
 """Where models go, in the cache directory, when no place is given."""
 _INCOMPLETE = f"{OWN}incomplete"
-_MD5 = re.compile(r"[0-9a-f]{32}")
 _MARGIN = 64 << 20
 _of_thread = threading.local()
 
@@ -120,7 +120,8 @@ class Pull:
             for file in files:
                 version = self.model.version_of(file, self._bucket.endpoint)
                 is_linked = _STEP <= file.size <= largest
-                arrivals.append(_Arrival(file, version, engine, local, crew, is_linked=is_linked))
+                vouching = partial(crew.retried, partial(self._bucket.checksum, version))
+                arrivals.append(_Arrival(file, version, engine, local, crew, vouching=vouching, is_linked=is_linked))
             crew.run(tasks())
             return engine.fetcher.stats.bytes_fetched
         except VersionChangedError as error:
@@ -142,8 +143,18 @@ class _Arrival:
     """One file on its way: its pieces are read and written by several threads at the same time, and hashed in order."""
 
     def __init__(
-        self, file: File, version: ObjectVersion, engine: Engine, local: Local, crew: Crew, *, is_linked: bool
+        self,
+        file: File,
+        version: ObjectVersion,
+        engine: Engine,
+        local: Local,
+        crew: Crew,
+        *,
+        vouching: Callable[[], Checksum | None],
+        is_linked: bool,
     ) -> None:
+        self._vouching = vouching
+        self._crew = crew
         self._is_linked = is_linked
         self._file = file
         self._version = version
@@ -153,8 +164,8 @@ class _Arrival:
         self._left = self.pieces
         self._guard = threading.Lock()
         self._opened: tuple[Reader, int, int] | None = None
-        algorithm = _algorithm_of(file)
-        self._digest = OrderedHash(crew, algorithm) if algorithm else None
+        self._checksum: Checksum | None = None
+        self._digest: OrderedHash | None = None
 
     def _blocks(self, index: int) -> range:
         first = index * (_STEP // BLOCK)
@@ -196,17 +207,20 @@ class _Arrival:
     def _open(self) -> tuple[Reader, int, int]:
         with self._guard:
             if self._opened is None:
+                self._checksum = Checksum("sha256", self._file.sha256) if self._file.sha256 else self._vouching()
+                self._digest = OrderedHash(self._crew, self._checksum.hasher()) if self._checksum else None
                 reader = self._engine.open(self._version)
                 self._opened = (reader, -1, 0) if self._is_linked else (reader, *self._local.begin(self._file))
             return self._opened
 
     def _finish(self) -> None:
         file = self._file
-        if self._digest and self._digest.hexdigest() != (file.sha256 or file.etag.strip('"')):
+        if self._digest and self._checksum and self._digest.hexdigest() != self._checksum.hexdigest:
             self._local.drop(file)
+            self._engine.cache.drop(self._version)
             raise UnavailableError(
-                f"{file.path} is not what its {'manifest' if file.sha256 else 'ETag'} says",
-                "`obsfs verify` shows where it is wrong; then pull again",
+                f"{file.path} is not what its {'manifest' if file.sha256 else self._checksum.algorithm} says",
+                "pull again; if that does not help, the bucket has other bytes",
             )
         reader, *_ = self._open()
         if self._is_linked and not self._local.link(file, reader.cached):
@@ -216,7 +230,7 @@ class _Arrival:
 
     def _copy(self, reader: Reader) -> None:
         """Some of it has left the cache, or links cannot be: then it is read again, and written."""
-        digest = hashlib.new(_algorithm_of(self._file) or "sha256", usedforsecurity=False)
+        digest = self._checksum.hasher() if self._checksum else hashlib.sha256()
         target, _ = self._local.begin(self._file)
         try:
             for offset in range(0, self._file.size, _STEP):
@@ -225,7 +239,7 @@ class _Arrival:
                 digest.update(data)
         finally:
             os.close(target)
-        if self._digest and digest.hexdigest() != self._digest.hexdigest():
+        if self._checksum and digest.hexdigest() != self._checksum.hexdigest:
             raise UnavailableError(f"{self._file.path} changed while it was copied", "pull again")
 
     def close(self) -> None:
@@ -393,20 +407,13 @@ def _identity(file: File) -> str:
     return file.sha256 or file.etag
 
 
-def _algorithm_of(file: File) -> str | None:
-    """By what it is known whether a file is right: the manifest's hash, or an ETag that is one."""
-    if file.sha256:
-        return "sha256"
-    return "md5" if _MD5.fullmatch(file.etag.strip('"')) else None
-
-
 def _holds(path: Path, file: File) -> bool:
-    """Whether a file that is there has the right bytes."""
-    algorithm = _algorithm_of(file)
-    if algorithm is None or not path.is_file() or path.stat().st_size != file.size:
+    """Whether a file that is there has the right bytes: by the manifest, or an ETag that is their MD5."""
+    if not path.is_file() or path.stat().st_size != file.size:
         return False
     with path.open("rb") as source:
-        return hashlib.file_digest(source, algorithm).hexdigest() == (file.sha256 or file.etag.strip('"'))
+        digest = hashlib.file_digest(source, "sha256" if file.sha256 else "md5").hexdigest()
+    return digest == (file.sha256 or file.etag.strip('"'))
 
 
 def _state(path: Path) -> tuple[int, int] | None:

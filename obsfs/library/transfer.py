@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from obsfs.blocks.fetcher import backoff
 from obsfs.errors import UnavailableError
+from obsfs.remote.checksums import Hasher
 
 _T = TypeVar("_T")
 _WAIT_SECONDS = 0.2
@@ -87,11 +88,11 @@ class Crew:
 
 
 class OrderedHash:
-    """The hash of pieces that are read by several threads: each waits until it is its turn."""
+    """The hash (SHA-256, or another) of pieces that are read by several threads: each waits until it is its turn."""
 
-    def __init__(self, crew: Crew, algorithm: str = "sha256") -> None:
+    def __init__(self, crew: Crew, hasher: Hasher | None = None) -> None:
         self._crew = crew
-        self._hash = hashlib.new(algorithm, usedforsecurity=False)
+        self._hash = hasher or hashlib.sha256()
         self._next = 0
         self._turn = threading.Condition()
 

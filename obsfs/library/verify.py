@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from obsfs.blocks.cache import Cache
-from obsfs.errors import NotFoundError, VersionChangedError
+from obsfs.errors import CorruptError, NotFoundError, VersionChangedError
 from obsfs.library.catalog import Model
 from obsfs.library.manifest import File, Manifest
 from obsfs.library.names import is_safe_path
@@ -54,6 +54,8 @@ def in_bucket(bucket: Bucket, model: Model, retry_timeout: float, advance: Advan
                 broken[file.path] = "it is gone"
             except VersionChangedError:
                 broken[file.path] = "it was replaced or deleted since (another ETag)"
+            except CorruptError:
+                broken[file.path] = "other bytes (not even those of the bucket's own checksum)"
         digests[file.path].update(index, data)
         advance(size)
 

@@ -34,10 +34,11 @@ from obsfs.errors import (
 )
 from obsfs.remote import address as addresses
 from obsfs.remote.address import Address
+from obsfs.remote.checksums import Checksum, offered
 from obsfs.remote.credentials import Keys, explicit_keys
 from obsfs.remote.failures import translated
 from obsfs.remote.objects import Content, ObjectInfo, ObjectVersion, Page, quoted
-from obsfs.remote.ranges import RangeAnswer, RangeBody, RangeSender
+from obsfs.remote.ranges import CheckedBody, RangeAnswer, RangeBody, RangeSender, wrong_bytes
 from obsfs.remote.replicas import Replicas
 from obsfs.settings import Settings
 
@@ -45,6 +46,9 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _RENEW_SECONDS = 1.0
+_CHECKED_BYTES = 4 << 20
+"""Largest object that is held back until all of it is checked: so much memory for each connection."""
+_CHECKSUM_MODE = "x-amz-checksum-mode"
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
@@ -139,6 +143,8 @@ class _Site:
         except ValueError as error:
             raise UsageError(f"endpoint {connection.endpoint!r} cannot be used", str(error)) from None
         self.endpoint = connection.endpoint
+        # OBS has no such checksums, and refuses botocore's other ways with them.
+        self.mode = {} if addresses.is_obs(self.endpoint) else {"ChecksumMode": "ENABLED"}
         if settings.no_sign_request:
             credentials = None
         elif keys:
@@ -287,8 +293,9 @@ class Bucket:
         """A small object, whole and as it is now. Raises NotFoundError, and UsageError for one above `most` bytes."""
 
         def ask(number: int) -> Content:
+            site = self._sites[number]
             with translated(self._what(key)):
-                answer = self._sites[number].client.get_object(Bucket=self.name, Key=key)
+                answer = site.client.get_object(Bucket=self.name, Key=key, **site.mode)
                 size = answer["ContentLength"]
                 with closing(answer["Body"]) as body:
                     if size > most:
@@ -296,7 +303,10 @@ class Bucket:
                     data = body.read()
             if len(data) != size:
                 raise UnavailableError(f"the server closed the body of {key} early")
-            now = answer["ResponseMetadata"]["HTTPHeaders"].get("date", "")
+            headers = answer["ResponseMetadata"]["HTTPHeaders"]
+            if (checksum := self._offered(headers)) and not checksum.is_of(data):
+                raise wrong_bytes(self._what(key), checksum)
+            now = headers.get("date", "")
             age = parsedate_to_datetime(now).timestamp() - _epoch(answer.get("LastModified")) if now else 0.0
             return Content(data, answer.get("ETag", ""), max(0.0, age))
 
@@ -315,8 +325,9 @@ class Bucket:
     def _what(self, key: str) -> str:
         return f"{self.address.scheme}://{self.name}/{key}"
 
-    def open_range(self, version: ObjectVersion, start: int, stop: int) -> RangeBody:
-        """Bytes ``[start, stop)`` of exactly this version.
+    def open_range(self, version: ObjectVersion, start: int, stop: int) -> RangeBody | CheckedBody:
+        """Bytes ``[start, stop)`` of exactly this version; of a small object that is wanted whole, none before all are
+        checked against what the server has of its bytes.
 
         Raises VersionChangedError when the object was replaced or deleted, and UnavailableError when what the
         server says it sends (Content-Range, length, ETag) is not what was asked for, whatever its status.
@@ -335,16 +346,17 @@ class Bucket:
         finally:
             body.close()
 
-    def _open_range(self, number: int, version: ObjectVersion, start: int, stop: int) -> RangeBody:
+    def _open_range(self, number: int, version: ObjectVersion, start: int, stop: int) -> RangeBody | CheckedBody:
         what = f"{self.address.scheme}://{version.bucket}/{version.key}"
-        span = f"bytes={start}-{stop - 1}"
         site = self._sites[number]
+        # S3 tells no checksum with a range, whatever it covers.
+        is_whole = (start, stop) == (0, version.size) and stop <= _CHECKED_BYTES
+        span = {} if is_whole else {"Range": f"bytes={start}-{stop - 1}"}
         with translated(what, pinned=True):
-            answer = site.ranges.send(version.bucket, version.key, span, version.etag, version.version_id)
+            headers = span or ({_CHECKSUM_MODE: "ENABLED"} if site.mode else {})
+            answer = site.ranges.send(version.bucket, version.key, headers, version.etag, version.version_id)
             if answer is None:
-                pins = {"IfMatch": version.etag, "VersionId": version.version_id}
-                pins = {name: value for name, value in pins.items() if value}
-                got = site.client.get_object(Bucket=version.bucket, Key=version.key, Range=span, **pins)
+                got = site.client.get_object(**_pinned(version), **(span or site.mode))
                 answer = RangeAnswer(got["ResponseMetadata"]["HTTPHeaders"], got["Body"]._raw_stream)
             body = RangeBody(answer.stream, stop - start, lambda: self.replicas.failed(number))
             try:
@@ -352,7 +364,29 @@ class Bucket:
             except ObsfsError:
                 body.close()
                 raise
-        return body
+        checksum = self._offered(answer.headers) if is_whole else None
+        return CheckedBody(body, stop, checksum, what) if checksum else body
+
+    def checksum(self, version: ObjectVersion) -> Checksum | None:
+        """By what the server vouches for all bytes of this version, if it does. Raises as :meth:`open_range`."""
+
+        def ask(number: int) -> Mapping[str, str]:
+            site = self._sites[number]
+            with translated(f"{self.address.scheme}://{version.bucket}/{version.key}", pinned=True):
+                answer = site.client.head_object(**_pinned(version), **site.mode)
+            headers: Mapping[str, str] = answer["ResponseMetadata"]["HTTPHeaders"]
+            return headers
+
+        return self._offered(self._ask(ask, may_lag=True))
+
+    def _offered(self, headers: Mapping[str, str]) -> Checksum | None:
+        return offered(headers, md5_etags=self._settings.md5_etags)
+
+
+def _pinned(version: ObjectVersion) -> dict[str, str]:
+    """Keyword arguments of botocore that mean exactly this version."""
+    pins = {"IfMatch": version.etag, "VersionId": version.version_id}
+    return {"Bucket": version.bucket, "Key": version.key, **{name: value for name, value in pins.items() if value}}
 
 
 def _check_range(headers: Mapping[str, str], version: ObjectVersion, start: int, stop: int) -> None:

@@ -16,7 +16,8 @@ from botocore import UNSIGNED
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 
-from obsfs.errors import UnavailableError
+from obsfs.errors import CorruptError, UnavailableError
+from obsfs.remote.checksums import Checksum
 from obsfs.remote.failures import translated
 
 _WAKE_BYTES = 256 << 10
@@ -66,6 +67,42 @@ class RangeBody:
         else:
             self._response.release_conn()
 
+    def fail(self, error: UnavailableError) -> UnavailableError:
+        """What was read is not what it should be: `error`, to be raised."""
+        self._on_failure()
+        return error
+
+
+class CheckedBody:
+    """The body of a whole object of `size` bytes: read and checked before any of it is given out. `what` names it."""
+
+    def __init__(self, body: RangeBody, size: int, checksum: Checksum, what: str) -> None:
+        self._body = body
+        self._checksum = checksum
+        self._what = what
+        self._data = memoryview(bytearray(size))
+        self._offset = -1
+
+    def readinto(self, buffer: memoryview) -> None:
+        """As :meth:`RangeBody.readinto`. Raises CorruptError too."""
+        if self._offset < 0:
+            self._body.readinto(self._data)
+            if not self._checksum.is_of(self._data):
+                raise self._body.fail(wrong_bytes(self._what, self._checksum))
+            self._offset = 0
+        buffer[:] = self._data[self._offset : self._offset + len(buffer)]
+        self._offset += len(buffer)
+
+    def close(self) -> None:
+        """As :meth:`RangeBody.close`."""
+        self._body.close()
+
+
+def wrong_bytes(what: str, checksum: Checksum) -> CorruptError:
+    """An object came whole, with the right length, and is something else."""
+    remedy = "give --no-md5-etags if ETags of this server are no MD5" if checksum.algorithm == "md5" else ""
+    return CorruptError(f"the server sent other bytes of {what} than its {checksum.algorithm} is of", remedy)
+
 
 class RangeAnswer(NamedTuple):
     """Headers (to be asked for by their names in lower case) and the urllib3 response to read the body from."""
@@ -87,15 +124,18 @@ class RangeSender:
         self._user_agent = config.user_agent
         self._urls: dict[tuple[str, str], str] = {}
 
-    def send(self, bucket: str, key: str, span: str, etag: str, version_id: str = "") -> RangeAnswer | None:
-        """Ask for ``bytes=FIRST-LAST`` of a key, pinned to an ETag (and the bucket's version id) if there is one.
+    def send(
+        self, bucket: str, key: str, span: Mapping[str, str], etag: str, version_id: str = ""
+    ) -> RangeAnswer | None:
+        """Ask for a span of a key (the headers that say which), pinned to an ETag (and the bucket's version id) if
+        there is one.
 
         None when the client has to ask: it is not a plain request, or the server did not just say yes. Raises
         UnavailableError for what the server could not do, and botocore's exceptions.
         """
         if self._session is None or ":" in bucket or bucket.endswith("--x-s3"):
             return None
-        headers = {"Range": span, "User-Agent": self._user_agent}
+        headers = {**span, "User-Agent": self._user_agent}
         if etag:
             headers["If-Match"] = etag
         parameters = {"versionId": version_id} if version_id else {}

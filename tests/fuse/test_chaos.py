@@ -83,6 +83,30 @@ def test_an_answer_of_another_version_is_never_served(bucket: Store, mount: Moun
         assert os.listdir(path) == ["file.bin"]
 
 
+def test_a_flipped_bit_of_a_small_object_is_never_served(bucket: Store, mount: Mounter) -> None:
+    sizes = {"config.json": 700, "tokenizer.json": 3 * MIB + 5}
+    for key, size in sizes.items():
+        bucket.put(key, random_bytes(size))
+    with FaultyServer(bucket.server.port, lambda number, _: "flipped" if number % 3 else None) as faulty:
+        path = mount(bucket, endpoint_url=faulty.endpoint)
+        for key, size in sizes.items():
+            assert (path / key).read_bytes() == random_bytes(size)
+        assert faulty.faults["flipped"] >= 1
+        shown = status(path)
+        assert shown["retries"] >= 1
+        assert shown["errors"] == 0
+
+
+def test_a_small_object_that_comes_wrong_for_ever_is_an_error(bucket: Store, mount: Mounter) -> None:
+    bucket.put("config.json", b"{}")
+    with FaultyServer(bucket.server.port, lambda number, _: "flipped") as faulty:
+        path = mount(bucket, endpoint_url=faulty.endpoint, retry_timeout="1s")
+        with pytest.raises(OSError) as caught:
+            (path / "config.json").read_bytes()
+        assert caught.value.errno == errno.EIO
+        assert "crc32" in status(path)["last_error"]
+
+
 def test_a_storm_that_does_not_end_is_an_error_in_time(bucket: Store, mount: Mounter, data: bytes) -> None:
     with FaultyServer(bucket.server.port, lambda number, _: "503") as faulty:
         path = mount(bucket, endpoint_url=faulty.endpoint, retry_timeout="2s")

@@ -15,7 +15,7 @@ import pytest
 import obsfs as package
 from obsfs.errors import NotFoundError, UsageError
 from tests.conftest import MIB, Mounter, Store, contents, random_bytes, status, stop_group, write_model
-from tests.faulty import FaultyLink
+from tests.faulty import FaultyLink, FaultyServer
 from tests.library.test_push import Run, start
 
 
@@ -103,6 +103,28 @@ def test_without_a_manifest_what_the_bucket_offers_is_checked(bucket: Store, obs
     assert done.code == 0
     assert "no manifest" in done.err
     assert contents(tmp_path / "a") == {"config.json": b"{}", "x/weights.bin": data}
+
+
+def test_without_a_manifest_a_flipped_bit_of_a_large_object_is_found(bucket: Store, obsfs: Run, tmp_path: Path) -> None:
+    """The server has one checksum of all parts; each range by itself looks right."""
+    data = random_bytes(12 * MIB)
+    place = {"Bucket": bucket.name, "Key": "raw/weights.bin"}
+    kind = {"ChecksumAlgorithm": "CRC64NVME"}
+    upload = bucket.client.create_multipart_upload(**place, **kind, ChecksumType="FULL_OBJECT")["UploadId"]
+    parts = []
+    for number in (1, 2):
+        body = data[(number - 1) * 6 * MIB : number * 6 * MIB]
+        part = bucket.client.upload_part(**place, **kind, UploadId=upload, PartNumber=number, Body=body)
+        parts.append({"PartNumber": number, "ETag": part["ETag"]})
+    bucket.client.complete_multipart_upload(**place, UploadId=upload, MultipartUpload={"Parts": parts})
+    with FaultyServer(bucket.server.port, lambda number, _: "flipped" if number == 1 else None) as faulty:
+        given = ("pull", f"{bucket}/raw", tmp_path / "a", "--endpoint-url", faulty.endpoint)
+        done = obsfs(*given)
+        assert (done.code, done.err.count("\n")) == (2, 2), done.err
+        assert "weights.bin is not what its crc64nvme says" in done.err
+        assert not (tmp_path / "a" / "weights.bin").exists()
+        assert obsfs(*given).code == 0  # and nothing of it was left in the cache
+    assert contents(tmp_path / "a") == {"weights.bin": data}
 
 
 def test_other_bytes_than_the_manifest_says_are_never_given(

@@ -15,13 +15,14 @@ from botocore.config import Config
 from botocore.credentials import ReadOnlyCredentials
 
 from obsfs.demo.server import find_program
-from obsfs.errors import ForbiddenError, NotFoundError, UnavailableError, VersionChangedError
+from obsfs.errors import CorruptError, ForbiddenError, NotFoundError, UnavailableError, VersionChangedError
 from obsfs.remote.address import parse_address
 from obsfs.remote.client import Bucket
 from obsfs.remote.objects import ObjectVersion
 from obsfs.remote.ranges import RangeSender
 from obsfs.settings import Settings
 from tests.conftest import MIB, Mounter, Store, random_bytes
+from tests.faulty import FaultyServer
 
 
 @pytest.fixture
@@ -48,6 +49,32 @@ def test_a_connection_is_used_again_after_a_whole_body(bucket: Store, ours: Buck
     bucket.put("key", random_bytes(2 * MIB))
     for _ in range(30):
         assert len(read(ours, "key", 0, 2 * MIB)) == 2 * MIB
+
+
+@pytest.mark.parametrize("algorithm", ["", "SHA256", "SHA1", "CRC32", "CRC32C", "CRC64NVME"])
+def test_a_whole_object_has_the_checksum_that_the_server_keeps(bucket: Store, algorithm: str) -> None:
+    data = random_bytes(3 * MIB + 1)
+    given = {"ChecksumAlgorithm": algorithm} if algorithm else {}
+    bucket.client.put_object(Bucket=bucket.name, Key="key", Body=data, **given)
+    with FaultyServer(bucket.server.port, lambda number, _: "flipped" if number == 0 else None) as faulty:
+        ours = Bucket(parse_address(str(bucket)), Settings.load(endpoint_url=faulty.endpoint))
+        version = ours.version(ours.head("key"))
+        with pytest.raises(CorruptError, match=algorithm.lower() or "crc32"):
+            ours.read_range(version, 0, len(data))
+        assert ours.read_range(version, 0, len(data)) == data
+        checksum = ours.checksum(version)
+        assert checksum is not None and checksum.is_of(data)
+        # Of a part of it, nobody knows.
+        assert ours.read_range(version, 0, len(data) - 1) == data[:-1]
+
+
+def test_a_small_object_has_its_checksum(bucket: Store) -> None:
+    bucket.put("key", b"a manifest, say")
+    with FaultyServer(bucket.server.port, lambda number, _: "flipped" if number == 0 else None) as faulty:
+        ours = Bucket(parse_address(str(bucket)), Settings.load(endpoint_url=faulty.endpoint))
+        with pytest.raises(CorruptError):
+            ours.get("key")
+        assert ours.get("key").data == b"a manifest, say"
 
 
 def test_a_replaced_object_is_not_read(bucket: Store, ours: Bucket) -> None:
@@ -136,6 +163,9 @@ def test_keys_reach_the_server_as_they_are(bucket: Store, ours: Bucket, key: str
     assert buffer == data[1000:2000]
 
 
+SPAN = {"Range": "bytes=0-9"}
+
+
 class Recorder:
     """Stands in for botocore's HTTP session: a server does not tell what it was sent."""
 
@@ -163,7 +193,7 @@ def test_a_range_is_signed_with_the_credentials_of_now(ours: Bucket) -> None:
     client._endpoint.http_session = recorder = Recorder()
     sender = RangeSender(client, Rotating())
     for _ in range(2):
-        answer = sender.send("bucket", "key", "bytes=0-9", '"tag"')
+        answer = sender.send("bucket", "key", SPAN, '"tag"')
         assert answer is not None
         assert answer.headers["content-range"] == "bytes 0-9/10"
     first, second = (request.headers for request in recorder.sent)
@@ -171,14 +201,14 @@ def test_a_range_is_signed_with_the_credentials_of_now(ours: Bucket) -> None:
     assert first["If-Match"] == '"tag"'
     assert "AWS4-HMAC-SHA256 Credential=AK/" in first["Authorization"]
     assert all("?" not in request.url for request in recorder.sent), "no credentials in the URL"
-    RangeSender(client, None).send("bucket", "key", "bytes=0-9", "")
+    RangeSender(client, None).send("bucket", "key", SPAN, "")
     assert "Authorization" not in recorder.sent[2].headers
 
 
 def test_what_is_no_plain_request_is_left_to_the_client() -> None:
     client = botocore.session.Session().create_client("s3", "us-east-1", endpoint_url="http://127.0.0.1:1")
-    assert RangeSender(client, Rotating()).send("name--usw2-az1--x-s3", "key", "bytes=0-9", "") is None
+    assert RangeSender(client, Rotating()).send("name--usw2-az1--x-s3", "key", SPAN, "") is None
     client = botocore.session.Session().create_client(
         "s3", "us-east-1", endpoint_url="http://127.0.0.1:1", config=Config(signature_version="s3")
     )
-    assert RangeSender(client, Rotating()).send("bucket", "key", "bytes=0-9", "") is None
+    assert RangeSender(client, Rotating()).send("bucket", "key", SPAN, "") is None

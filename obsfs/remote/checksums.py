@@ -1,0 +1,96 @@
+"""By what a bucket vouches for a whole object: ``x-amz-checksum-*``, or an ETag that is its MD5. No I/O.
+
+Names and encodings are those of S3: "Checking object integrity" in its user guide, and ``GetObject`` in its reference.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+_BYTES = {"sha256": 32, "sha1": 20, "crc64nvme": 8, "crc32c": 4, "crc32": 4}
+"""Length of each checksum that S3 knows; the first that an object has is taken."""
+_MD5 = re.compile(r"[0-9a-f]{32}")
+_ENCRYPTION = ("x-amz-server-side-encryption", "x-obs-server-side-encryption")
+
+
+class Hasher(Protocol):
+    """As those of :mod:`hashlib`."""
+
+    def update(self, data: bytes | memoryview, /) -> None: ...
+    def hexdigest(self) -> str: ...
+
+
+class _Crc:
+    def __init__(self, function: Callable[[bytes | memoryview, int], int], size: int) -> None:
+        self._function, self._digits = function, 2 * size
+        self._value = 0
+
+    def update(self, data: bytes | memoryview, /) -> None:
+        self._value = self._function(data, self._value)
+
+    def hexdigest(self) -> str:
+        return f"{self._value:0{self._digits}x}"
+
+
+class Checksum(NamedTuple):
+    """What a whole object has by an algorithm that :meth:`hasher` knows, in hexadecimal digits."""
+
+    algorithm: str
+    hexdigest: str
+
+    def hasher(self) -> Hasher:
+        """For the bytes that are to be checked."""
+        found = _hasher(self.algorithm)
+        assert found is not None
+        return found
+
+    def is_of(self, data: bytes | memoryview) -> bool:
+        """Whether these bytes, all of the object, have it."""
+        hasher = self.hasher()
+        hasher.update(data)
+        return hasher.hexdigest() == self.hexdigest
+
+
+def _hasher(algorithm: str) -> Hasher | None:
+    """None for what needs a library that is not installed (botocore's own extra, ``botocore[crt]``)."""
+    if algorithm == "crc32":
+        return _Crc(zlib.crc32, _BYTES[algorithm])
+    if algorithm in ("crc32c", "crc64nvme"):
+        try:
+            from awscrt import checksums
+        except ImportError:
+            return None
+        return _Crc(getattr(checksums, algorithm), _BYTES[algorithm])
+    return hashlib.new(algorithm, usedforsecurity=False)
+
+
+def offered(headers: Mapping[str, str], *, md5_etags: bool) -> Checksum | None:
+    """What the headers of a whole object (names in lower case; never those of a range of it) promise of its bytes.
+
+    Checksums of checksums, which multipart uploads have, are none of the bytes. An ETag of 32 digits is the MD5 of an
+    object that was put whole, if it was not encrypted with a key of KMS or of the client; with `md5_etags`, it is
+    taken where the server offers nothing better.
+    """
+    if headers.get("x-amz-checksum-type", "FULL_OBJECT") == "FULL_OBJECT":
+        for algorithm, size in _BYTES.items():
+            value = _decoded(headers.get(f"x-amz-checksum-{algorithm}", ""))
+            if len(value) == size and _hasher(algorithm):
+                return Checksum(algorithm, value.hex())
+    etag = headers.get("etag", "").strip('"')
+    is_encrypted = any(
+        headers.get(name, "AES256") != "AES256" or f"{name}-customer-algorithm" in headers for name in _ENCRYPTION
+    )
+    return Checksum("md5", etag) if md5_etags and _MD5.fullmatch(etag) and not is_encrypted else None
+
+
+def _decoded(value: str) -> bytes:
+    try:
+        return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        return b""
