@@ -22,7 +22,7 @@ import atheris
 with atheris.instrument_imports(include=["obsfs"]):
     from obsfs.blocks import safetensors
     from obsfs.blocks.cache import Cache
-    from obsfs.blocks.layout import BLOCK, read_entry
+    from obsfs.blocks.layout import BLOCK, FORMAT, map_path, read_entry
     from obsfs.blocks.reader import Engine
     from obsfs.errors import ObsfsError, UnavailableError
     from obsfs.fuse.keeper import Keeper
@@ -125,9 +125,9 @@ def cache() -> Callable[[bytes], None]:
     whole = store.open(version)
     for block in range(whole.blocks):
         whole.put(block, memoryview(content)[block * BLOCK :][: whole.length_of(block)])
-    map_path = store._map_path(version)
-    data_path = map_path.with_suffix(".data")
-    good_map = map_path.read_bytes()
+    map_file = map_path(store.directory / FORMAT, version)
+    data_path = map_file.with_suffix(".data")
+    good_map = map_file.read_bytes()
     whole.close()
 
     def test(data: bytes) -> None:
@@ -137,11 +137,11 @@ def cache() -> Callable[[bytes], None]:
             at = take.ConsumeIntInRange(0, len(damaged))
             junk = take.ConsumeBytes(16)
             damaged[at : at + len(junk)] = junk
-        for path, text in ((map_path, bytes(damaged[: take.ConsumeIntInRange(0, len(damaged))])), (data_path, content)):
+        for path, text in ((map_file, bytes(damaged[: take.ConsumeIntInRange(0, len(damaged))])), (data_path, content)):
             path.write_bytes(text)
         if take.ConsumeBool():
             os.truncate(data_path, take.ConsumeIntInRange(0, version.size))
-        read_entry(map_path)
+        read_entry(map_file)
         list(store.entries())
         opened = store.open(version)
         for block in range(opened.blocks):

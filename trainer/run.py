@@ -202,10 +202,15 @@ class _Run:
                 is_taken = (
                     self._place.is_taken() if self._place else (self._output_dir / "adapter_config.json").exists()
                 )
-                if is_taken or checkpoints.local_steps(self._output_dir):
+                if is_taken:
                     raise UsageError(
                         f"there is a run at {self._config.output} already",
                         "--resume goes on with it, or choose another output",
+                    )
+                if checkpoints.local_steps(self._output_dir):
+                    raise UsageError(
+                        f"{self._output_dir} has checkpoints of a run to {self._config.output}",
+                        "--resume goes on with it; or delete them, or choose another output",
                     )
                 if self._place:
                     self._place.check()

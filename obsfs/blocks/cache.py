@@ -1,4 +1,4 @@
-"""The block cache: which blocks of an object version are here, room for more, and which go first.
+"""The block cache: which object versions are here, room for more blocks, and which go first.
 
 :mod:`obsfs.blocks.layout` says how it looks on disk, and what keeps it right.
 """
@@ -7,295 +7,47 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
-import mmap
 import os
 import threading
 import time
-from array import array
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
+from obsfs.blocks.held import HeldBlocks
 from obsfs.blocks.layout import (
     BLOCK,
     ENTRY,
     FORMAT,
     HEADER,
     LOCK_OPEN,
-    LOCK_WHOLE,
-    PRESENT,
-    SEAL,
-    SEAL_AT,
     CacheEntry,
     DirectoryLock,
     StoredBlock,
     block_count,
-    checksum,
-    entry_at,
     evict_blocks,
     header,
+    identity_bytes,
     is_at,
     is_linked,
     is_pinned,
     lock_range,
-    pin_path,
+    map_path,
     read_blocks,
     read_entry,
-    seal_of,
     takes_holes,
     unlink,
 )
+from obsfs.blocks.object import CachedObject
+from obsfs.blocks.pins import Pins
 from obsfs.errors import CacheError
 from obsfs.remote.objects import ObjectVersion
-
-_OVERFLOW_BYTES = 64 << 20
-_MOST_PINNED = 0.9
-
-
-class CachedObject:
-    """The blocks of one object version. Safe to use from many threads; made by :meth:`Cache.open`."""
-
-    def __init__(self, cache: Cache, version: ObjectVersion, path: Path, data_fd: int, map_fd: int) -> None:
-        self.version = version
-        self.size = version.size
-        self.blocks = block_count(version.size)
-        self.data_fd = data_fd
-        self._cache = cache
-        self._path = path
-        self._map_fd = map_fd
-        self._map = mmap.mmap(map_fd, HEADER + ENTRY * self.blocks)
-        self._words = memoryview(self._map)[HEADER:].cast("Q")
-        # The state word at which a block was verified or written by us; 0 means not yet.
-        self._trusted = array("Q", bytes(8 * self.blocks))
-        self._overflow: dict[int, bytes] = {}
-        self._whole_users = 0
-        self._guard = threading.Lock()
-        if self._is_sealed():
-            for block in range(self.blocks):
-                self._trusted[block] = self._present_word(block)
-
-    def _present_word(self, block: int) -> int:
-        word = self._words[3 * block + 2]
-        return word if word & PRESENT else 0
-
-    def _is_sealed(self) -> bool:
-        seal = SEAL.unpack_from(self._map, SEAL_AT)
-        return any(seal) and seal == seal_of(self.data_fd)
-
-    # reading
-
-    def is_present(self, block: int) -> bool:
-        """Whether the map says that the block is in the file; says nothing about its being right."""
-        return bool(self._present_word(block))
-
-    def is_trusted(self, block: int) -> bool:
-        """Whether the block is in the file and was verified by this process, or sealed."""
-        return 0 != self._trusted[block] == self._words[3 * block + 2]
-
-    def has(self, block: int) -> bool:
-        """Whether the block can be served now; a present block not yet verified is verified first (reads it)."""
-        return self.is_trusted(block) or block in self._overflow or self._verify(block)
-
-    def _verify(self, block: int) -> bool:
-        return self.read_checked(block) is not None
-
-    def read_checked(self, block: int) -> bytes | None:
-        """A block that is in the file, if it matches its checksum; one that does not is gone afterwards."""
-        word = self._present_word(block)
-        if not word:
-            return None
-        length = self.length_of(block)
-        data = os.pread(self.data_fd, length, block * BLOCK)
-        if len(data) == length and checksum(data) == self._words[3 * block]:
-            self._trusted[block] = word
-            return data
-        if self._words[3 * block + 2] == word:
-            self._cache.count_corrupt()
-            self._words[3 * block + 2] = word + 1  # absent, next generation
-        return None
-
-    def check(self, advance: Callable[[int], None] = lambda size: None) -> int:
-        """Read every block that is in the file, sealed or not, and tell `advance` of each. Returns how many were
-        damaged: they are gone then, and will be fetched again."""
-        damaged = 0
-        for block in range(self.blocks):
-            if self.is_present(block):
-                damaged += self.read_checked(block) is None and not self.is_present(block)
-                advance(self.length_of(block))
-        return damaged
-
-    def length_of(self, block: int) -> int:
-        """Bytes in this block: BLOCK, or less for the last."""
-        return min(BLOCK, self.size - block * BLOCK)
-
-    def read(self, offset: int, size: int) -> bytes | None:
-        """Bytes ``[offset, offset + size)``, which lie in the file, or None when a block of them is not there."""
-        blocks = range(offset // BLOCK, block_count(offset + size))
-        if self.in_file(blocks):
-            data = os.pread(self.data_fd, size, offset)
-            if self.in_file(blocks) and len(data) == size:
-                return data
-        parts = []
-        for block in blocks:
-            held = self._overflow.get(block)
-            start = max(offset - block * BLOCK, 0)
-            stop = min(offset + size - block * BLOCK, BLOCK)
-            if held is not None:
-                parts.append(held[start:stop])
-            elif self.has(block):
-                part = os.pread(self.data_fd, stop - start, block * BLOCK + start)
-                if not self.is_trusted(block):
-                    return None
-                parts.append(part)
-            else:
-                return None
-        return b"".join(parts)
-
-    def readinto(self, offset: int, buffer: memoryview) -> bool:
-        """Fill `buffer` with the bytes from `offset` on, if their blocks are all in the file."""
-        blocks = range(offset // BLOCK, block_count(offset + len(buffer)))
-        if not self.in_file(blocks):
-            return False
-        return os.preadv(self.data_fd, [buffer], offset) == len(buffer) and self.in_file(blocks)
-
-    def in_file(self, blocks: range) -> bool:
-        """Whether all these blocks lie verified in the data file. Ask again after the bytes were taken."""
-        return all(0 != self._trusted[block] == self._words[3 * block + 2] for block in blocks)
-
-    def touch(self, blocks: range) -> None:
-        """Note that these blocks were used now."""
-        now = time.time_ns()
-        for block in blocks:
-            self._words[3 * block + 1] = now
-
-    # writing
-
-    def lock(self, blocks: range) -> bool:
-        """Claim blocks for fetching, among processes; False when another process fetches one of them."""
-        return lock_range(self._map_fd, entry_at(blocks.start), ENTRY * len(blocks), fcntl.F_WRLCK)
-
-    def unlock(self, blocks: range) -> None:
-        """Give up a claim."""
-        lock_range(self._map_fd, entry_at(blocks.start), ENTRY * len(blocks), fcntl.F_UNLCK)
-
-    def put(self, block: int, data: memoryview) -> None:
-        """Store a block that was fetched under a claim. A disk that takes no more makes it stay in memory."""
-        if self.store(block, data):
-            self._cache.relieve()
-        else:
-            self._cache.hold(self, block, bytes(data))
-
-    def store(self, block: int, data: memoryview) -> bool:
-        """Write a block that was claimed to the file; False when there is no room for it."""
-        digest = checksum(data)
-        if not self._cache.reserve(len(data)):
-            return False
-        try:
-            written = os.pwrite(self.data_fd, data, block * BLOCK)
-        except OSError:
-            written = 0
-        if written != len(data):
-            self._cache.settle(len(data), stored=False)
-            return False
-        base = 3 * block
-        self._words[base] = digest
-        self._words[base + 1] = time.time_ns()
-        word = (self._words[base + 2] | PRESENT) + 2
-        self._words[base + 2] = word
-        self._trusted[block] = word
-        self._cache.settle(len(data), stored=True)
-        return True
-
-    def seal(self) -> None:
-        """If every block is verified, sync the data and note it, so that a later process need not verify again."""
-        if not self.is_complete() or self._is_sealed():
-            return
-        os.fsync(self.data_fd)
-        seal = seal_of(self.data_fd)
-        if self.is_complete():
-            SEAL.pack_into(self._map, SEAL_AT, *seal)
-
-    def link(self, path: Path) -> bool:
-        """Give the data file a second name, if every block is verified and in it; says whether it has one.
-
-        From then on it is kept, and no longer counted. Raises OSError when the name cannot be given.
-        """
-        with self._cache.exclusive:
-            if not self.is_complete() or not is_at(self._map_fd, self._path):
-                return False
-            was_sealed = self._is_sealed()
-            os.link(self._path.with_suffix(".data"), path)
-            if was_sealed:
-                # The link has changed the inode's ctime, and nothing else.
-                SEAL.pack_into(self._map, SEAL_AT, *seal_of(self.data_fd))
-        self._cache.discount(self.size)
-        return True
-
-    def is_complete(self) -> bool:
-        """Whether all blocks are verified and in the file."""
-        return self.in_file(range(self.blocks))
-
-    @property
-    def cached_bytes(self) -> int:
-        """Bytes of this version that are in the file."""
-        blocks = sum(1 for block in range(self.blocks) if self.is_present(block))
-        if blocks and self.is_present(self.blocks - 1):
-            return (blocks - 1) * BLOCK + self.length_of(self.blocks - 1)
-        return blocks * BLOCK
-
-    def hold_whole(self) -> bool:
-        """Keep the data file as it is while the kernel reads it by itself; False when it is not complete."""
-        with self._guard:
-            if not self._whole_users and not lock_range(self._map_fd, LOCK_WHOLE, 1, fcntl.F_RDLCK):
-                return False
-            self._whole_users += 1
-        if self.is_complete():
-            self.touch(range(self.blocks))
-            return True
-        self.release_whole()
-        return False
-
-    @property
-    def lock_fd(self) -> int:
-        """The descriptor that holds the locks of this object; a duplicate keeps them when this process dies."""
-        return self._map_fd
-
-    def warm(self, blocks: range) -> None:
-        """Have the kernel read these blocks of the data file into its page cache; waits only to ask."""
-        for block in blocks:
-            # Block by block: a longer piece would be cut to the disk's own read-ahead.
-            os.posix_fadvise(self.data_fd, block * BLOCK, BLOCK, os.POSIX_FADV_WILLNEED)
-
-    def release_whole(self) -> None:
-        """The end of one :meth:`hold_whole`."""
-        with self._guard:
-            self._whole_users -= 1
-            if not self._whole_users:
-                self.touch(range(self.blocks))
-                lock_range(self._map_fd, LOCK_WHOLE, 1, fcntl.F_UNLCK)
-
-    def close(self) -> None:
-        """Close the files, and remove them if nothing is in them; the object must not be used afterwards."""
-        self._cache.forget_held(self)
-        is_alone = lock_range(self._map_fd, LOCK_OPEN, 1, fcntl.F_WRLCK)
-        if is_alone and not any(map(self.is_present, range(self.blocks))):
-            # Litter on a disk that takes no changes is no reason to fail, and files that took our place are not ours.
-            with suppress(OSError), self._cache.exclusive:
-                if is_at(self._map_fd, self._path):
-                    unlink(self._path)
-        self._words.release()
-        self._map.close()
-        os.close(self._map_fd)
-        os.close(self.data_fd)
 
 
 class Cache:
     """The cache directory: opens objects, counts bytes, and evicts the least recently used blocks.
 
-    `limit` is the most bytes of blocks to keep. Raises CacheError when the directory cannot be used.
+    `limit` is the most bytes of blocks to keep; `held` has what the disk does not take, `pins` what is never evicted.
+    Raises CacheError when the directory cannot be used.
     """
 
     def __init__(self, directory: Path, limit: int) -> None:
@@ -303,13 +55,10 @@ class Cache:
         self.limit = limit
         self.corrupt_blocks = 0
         self.evicted_bytes = 0
-        self.write_errors = 0
+        self.held = HeldBlocks()
         self._root = directory / FORMAT
         self._guard = threading.Lock()
         self._evicting = threading.Lock()
-        self._relieving = threading.Lock()
-        self._held: OrderedDict[tuple[CachedObject, int], int] = OrderedDict()
-        self._held_bytes = 0
         self._used = 0
         self._reserved = 0
         self._stored = 0
@@ -328,6 +77,7 @@ class Cache:
                     "choose a --cache-dir on ext4, xfs, btrfs or tmpfs",
                 )
             self.exclusive = DirectoryLock(self._lock_fd)
+            self.pins = Pins(self._root, limit, self.exclusive)
         except OSError as error:
             raise CacheError(
                 f"cache directory {directory} cannot be used ({error.strerror})", "choose another --cache-dir"
@@ -336,7 +86,7 @@ class Cache:
     @property
     def is_strained(self) -> bool:
         """Whether blocks stay in memory at present, because the disk or the limit takes no more."""
-        return bool(self._held)
+        return len(self.held) > 0
 
     @property
     def used_bytes(self) -> int:
@@ -345,13 +95,12 @@ class Cache:
 
     def open(self, version: ObjectVersion) -> CachedObject:
         """The blocks of `version`, with its files made if they are not there. Raises CacheError."""
-        identity = _identity_bytes(version)
-        path = self._map_path(version)
+        path = map_path(self._root, version)
         size = HEADER + ENTRY * block_count(version.size)
         try:
             path.parent.mkdir(mode=0o700, exist_ok=True)
             while True:
-                data_fd, map_fd = self._open_files(path, version.size, size, identity)
+                data_fd, map_fd = self._open_files(path, version.size, size, identity_bytes(version))
                 # Whoever evicts takes this lock alone before it unlinks; then the files are no longer at their names.
                 if lock_range(map_fd, LOCK_OPEN, 1, fcntl.F_RDLCK) and is_at(map_fd, path):
                     break
@@ -418,47 +167,6 @@ class Cache:
         with self._guard:
             self._used = max(0, self._used - size)
 
-    def hold(self, owner: CachedObject, block: int, data: bytes) -> None:
-        """Keep a block in memory that the disk did not take (64 MiB of them at most, oldest go first)."""
-        with self._guard:
-            self.write_errors += 1
-            owner._overflow[block] = data
-            self._held[owner, block] = len(data)
-            self._held_bytes += len(data)
-            while self._held_bytes > _OVERFLOW_BYTES:
-                (old, index), size = self._held.popitem(last=False)
-                old._overflow.pop(index, None)
-                self._held_bytes -= size
-
-    def relieve(self) -> None:
-        """The disk takes blocks, perhaps again: write one that is held in memory."""
-        if not self._held or not self._relieving.acquire(blocking=False):
-            return
-        try:
-            with self._guard:
-                owner, block = next(iter(self._held), (None, 0))
-                data = owner._overflow.get(block) if owner else None
-            if owner is None or data is None or not owner.lock(claim := range(block, block + 1)):
-                return
-            try:
-                is_stored = owner.store(block, memoryview(data))
-            finally:
-                owner.unlock(claim)
-            if is_stored:
-                with self._guard:
-                    owner._overflow.pop(block, None)
-                    self._held_bytes -= self._held.pop((owner, block), 0)
-        finally:
-            self._relieving.release()
-
-    def forget_held(self, owner: CachedObject) -> None:
-        """Drop what is held in memory for an object that is closed."""
-        # Nobody writes to its file any more when this returns.
-        with self._relieving, self._guard:
-            for block in list(owner._overflow):
-                self._held_bytes -= self._held.pop((owner, block), 0)
-            owner._overflow.clear()
-
     # evicting
 
     def reserve(self, size: int) -> bool:
@@ -499,7 +207,7 @@ class Cache:
             stored = self._stored
             evictable = (path for path in self._maps() if not (is_pinned(path) or is_linked(path)))
             blocks = sorted(block for path in evictable for block in read_blocks(path))
-            total = sum(block.size for block in blocks) + self.pinned_bytes()
+            total = sum(block.size for block in blocks) + self.pins.cached_bytes()
             excess = total - target + target // 20 if total > target else 0
             oldest, freed = iter(blocks), 0
             # In rounds: what is in use by passthrough frees nothing, so that more must be chosen.
@@ -556,7 +264,7 @@ class Cache:
 
     def drop(self, version: ObjectVersion) -> None:
         """Forget all that is cached of a version."""
-        path = self._map_path(version)
+        path = map_path(self._root, version)
         with self.exclusive:
             if is_linked(path):
                 unlink(path)
@@ -565,62 +273,13 @@ class Cache:
 
     def present_blocks(self, version: ObjectVersion) -> list[int]:
         """The numbers of the blocks that the cache has of a version, ascending."""
-        return [block.number for block in read_blocks(self._map_path(version))]
+        return [block.number for block in read_blocks(map_path(self._root, version))]
 
     def entries(self) -> Iterator[CacheEntry]:
         """Everything in the cache."""
         for path in self._maps():
             if (entry := read_entry(path)) is not None:
                 yield entry
-
-    def pin(self, version: ObjectVersion) -> None:
-        """Keep what is cached of a version, now and later, until it is unpinned. Raises CacheError.
-
-        Pins that would leave no room for anything else are refused.
-        """
-        with self.exclusive:
-            path = self._map_path(version)
-            if not is_pinned(path) and self.pinned_size() + version.size > self.limit * _MOST_PINNED:
-                raise CacheError(
-                    f"pins would fill more than {_MOST_PINNED:.0%} of the cache", "unpin others, or --cache-size"
-                )
-            try:
-                path.parent.mkdir(mode=0o700, exist_ok=True)
-                pin_path(path).write_text(json.dumps(_identity(version)))
-            except OSError as error:
-                raise CacheError(
-                    f"cache directory {self.directory} cannot be used ({error.strerror})", "make room"
-                ) from None
-
-    def unpin(self, is_meant: Callable[[ObjectVersion], bool]) -> int:
-        """Undo the pins of these objects; how many there were."""
-        count = 0
-        with self.exclusive:
-            for version, path in self._pins():
-                if is_meant(version):
-                    path.unlink(missing_ok=True)
-                    count += 1
-        return count
-
-    def pinned_size(self) -> int:
-        """Bytes of all pinned objects, once they are wholly cached."""
-        return sum(version.size for version, _ in self._pins())
-
-    def pinned_bytes(self) -> int:
-        """Bytes of them that are cached."""
-        maps = (path.with_suffix(".map") for _, path in self._pins())
-        return sum(block.size for path in maps if not is_linked(path) for block in read_blocks(path))
-
-    def _pins(self) -> Iterator[tuple[ObjectVersion, Path]]:
-        for path in list(self._root.glob("??/*.pin")):
-            try:
-                yield ObjectVersion(**json.loads(path.read_bytes())), path
-            except (OSError, ValueError, TypeError):
-                path.unlink(missing_ok=True)
-
-    def _map_path(self, version: ObjectVersion) -> Path:
-        name = hashlib.sha256(_identity_bytes(version)).hexdigest()[:40]
-        return self._root / name[:2] / f"{name}.map"
 
     def _maps(self) -> Iterator[Path]:
         return self._root.glob("??/*.map")
@@ -638,15 +297,6 @@ def cached_sizes(directory: Path, endpoint: str, bucket: str) -> dict[tuple[str,
         if entry and (entry.version.endpoint, entry.version.bucket) == (endpoint, bucket):
             found[entry.version.key, entry.version.etag] = entry.cached_bytes
     return found
-
-
-def _identity(version: ObjectVersion) -> dict[str, object]:
-    """What tells a version from all others; its bytes are the same under whatever version id."""
-    return {name: value for name, value in asdict(version).items() if name != "version_id"}
-
-
-def _identity_bytes(version: ObjectVersion) -> bytes:
-    return json.dumps(_identity(version), sort_keys=True).encode()
 
 
 def _take_bytes(blocks: Iterator[StoredBlock], size: int) -> dict[Path, list[StoredBlock]]:

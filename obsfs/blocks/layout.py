@@ -14,7 +14,7 @@ Five rules keep it right without a journal:
   takes bytes from the data file checks that word before *and after*: equal words mean that the bytes were whole.
 * Who fetches or evicts a block holds an open-file-description lock on its entry's bytes in the map file, so no
   block is fetched twice or punched out while it arrives, whichever processes are at it; a lock ends with its owner.
-* A complete data file may have a second name outside (a hard link, :meth:`~obsfs.blocks.cache.CachedObject.link`).
+* A complete data file may have a second name outside (a hard link, :meth:`~obsfs.blocks.object.CachedObject.link`).
   Whoever reads it by that name is not disturbed: no block of it is evicted, and it is never truncated.
 * A file that the kernel reads by itself (passthrough) is locked against eviction in parts; it can only be unlinked
   whole, which leaves its readers undisturbed.
@@ -25,12 +25,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import struct
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +59,22 @@ _FALLOC_PUNCH = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, <linu
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def identity(version: ObjectVersion) -> dict[str, object]:
+    """What tells a version from all others; its bytes are the same under whatever version id."""
+    return {name: value for name, value in asdict(version).items() if name != "version_id"}
+
+
+def identity_bytes(version: ObjectVersion) -> bytes:
+    """As it is written into the map file."""
+    return json.dumps(identity(version), sort_keys=True).encode()
+
+
+def map_path(root: Path, version: ObjectVersion) -> Path:
+    """The map file of a version, under ``CACHE_DIR/v1/``."""
+    name = hashlib.sha256(identity_bytes(version)).hexdigest()[:40]
+    return root / name[:2] / f"{name}.map"
 
 
 def block_count(size: int) -> int:

@@ -12,9 +12,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from obsfs.blocks import safetensors
-from obsfs.blocks.cache import Cache, CachedObject
+from obsfs.blocks.cache import Cache
 from obsfs.blocks.fetcher import Fetcher, Target, Waiter
 from obsfs.blocks.layout import BLOCK, block_count
+from obsfs.blocks.object import CachedObject
 from obsfs.blocks.readahead import Credit, LoadOrder, ReadAhead, runs
 from obsfs.errors import CacheError, ObsfsError, UnavailableError
 from obsfs.remote.client import Bucket
@@ -414,7 +415,7 @@ class Engine:
             "cache_limit": cache.limit,
             "evicted_bytes": cache.evicted_bytes,
             "corrupt_blocks": cache.corrupt_blocks,
-            "cache_write_errors": cache.write_errors,
+            "cache_write_errors": cache.held.count,
         }
 
     def close(self) -> None:

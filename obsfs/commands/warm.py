@@ -99,7 +99,7 @@ def _warm(
     try:
         if pin:
             for one in wanted:
-                engine.cache.pin(one.version)
+                engine.cache.pins.add(one.version)
         with progress(f"warming {url}", size, quiet=quiet) as advance:
             warming.warm(engine, wanted, settings.retry_timeout, advance)
     finally:
@@ -141,5 +141,5 @@ def unpin(targets: tuple[str, ...], *, everything: bool, **given: Any) -> None:
             not start or version.key == start or version.key.startswith((f"{start}/", f"{start}@")) for start in starts
         )
 
-    count = Cache(settings.cache_dir, int(settings.cache_size)).unpin(is_meant)
+    count = Cache(settings.cache_dir, int(settings.cache_size)).pins.remove(is_meant)
     click.echo(f"{count} objects unpinned in {settings.cache_dir}")

@@ -22,8 +22,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from obsfs.blocks.cache import CachedObject
 from obsfs.blocks.layout import BLOCK, block_count
+from obsfs.blocks.object import CachedObject
 from obsfs.blocks.reader import Engine, Reader
 from obsfs.errors import ObsfsError, UnavailableError, UsageError, VersionChangedError
 from obsfs.library import catalog

@@ -17,6 +17,7 @@ _BYTES = {"sha256": 32, "sha1": 20, "crc64nvme": 8, "crc32c": 4, "crc32": 4}
 """Length of each checksum that S3 knows; the first that an object has is taken."""
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _ENCRYPTION = ("x-amz-server-side-encryption", "x-obs-server-side-encryption")
+_KIND = ("x-obs-object-type", "x-oss-object-type")
 
 
 class Hasher(Protocol):
@@ -74,8 +75,8 @@ def offered(headers: Mapping[str, str], *, md5_etags: bool) -> Checksum | None:
     """What the headers of a whole object (names in lower case; never those of a range of it) promise of its bytes.
 
     Checksums of checksums, which multipart uploads have, are none of the bytes. An ETag of 32 digits is the MD5 of an
-    object that was put whole, if it was not encrypted with a key of KMS or of the client; with `md5_etags`, it is
-    taken where the server offers nothing better.
+    object that was put whole (not of one that was appended to), if it was not encrypted with a key of KMS or of the
+    client; with `md5_etags`, it is taken where the server offers nothing better.
     """
     if headers.get("x-amz-checksum-type", "FULL_OBJECT") == "FULL_OBJECT":
         for algorithm, size in _BYTES.items():
@@ -86,7 +87,8 @@ def offered(headers: Mapping[str, str], *, md5_etags: bool) -> Checksum | None:
     is_encrypted = any(
         headers.get(name, "AES256") != "AES256" or f"{name}-customer-algorithm" in headers for name in _ENCRYPTION
     )
-    return Checksum("md5", etag) if md5_etags and _MD5.fullmatch(etag) and not is_encrypted else None
+    is_put = all(headers.get(name, "Normal") == "Normal" for name in _KIND)
+    return Checksum("md5", etag) if md5_etags and is_put and not is_encrypted and _MD5.fullmatch(etag) else None
 
 
 def _decoded(value: str) -> bytes:

@@ -37,7 +37,7 @@ from obsfs.remote.address import Address
 from obsfs.remote.checksums import Checksum, offered
 from obsfs.remote.credentials import Keys, explicit_keys
 from obsfs.remote.failures import translated
-from obsfs.remote.objects import Content, ObjectInfo, ObjectVersion, Page, quoted
+from obsfs.remote.objects import WHOLE_BYTES, Content, ObjectInfo, ObjectVersion, Page, quoted
 from obsfs.remote.ranges import CheckedBody, RangeAnswer, RangeBody, RangeSender, wrong_bytes
 from obsfs.remote.replicas import Replicas
 from obsfs.settings import Settings
@@ -46,8 +46,6 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _RENEW_SECONDS = 1.0
-_CHECKED_BYTES = 4 << 20
-"""Largest object that is held back until all of it is checked: so much memory for each connection."""
 _CHECKSUM_MODE = "x-amz-checksum-mode"
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
@@ -350,7 +348,7 @@ class Bucket:
         what = f"{self.address.scheme}://{version.bucket}/{version.key}"
         site = self._sites[number]
         # S3 tells no checksum with a range, whatever it covers.
-        is_whole = (start, stop) == (0, version.size) and stop <= _CHECKED_BYTES
+        is_whole = (start, stop) == (0, version.size) and stop <= WHOLE_BYTES
         span = {} if is_whole else {"Range": f"bytes={start}-{stop - 1}"}
         with translated(what, pinned=True):
             headers = span or ({_CHECKSUM_MODE: "ENABLED"} if site.mode else {})

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+WHOLE_BYTES = 4 << 20
+"""An object of up to so many bytes is read whole, since a bucket has no checksum of a part. Each connection may hold
+so much in memory until all of it is there and checked."""
+
 
 @dataclass(frozen=True, slots=True)
 class ObjectVersion:

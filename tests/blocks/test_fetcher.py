@@ -21,7 +21,7 @@ from obsfs.blocks.fetcher import (
     Waiter,
     backoff,
     demand_reserve,
-    range_length,
+    range_stop,
     runs,
 )
 from obsfs.blocks.layout import BLOCK
@@ -173,11 +173,11 @@ def test_what_waits_on_a_silent_connection_is_asked_for_again_beside_it(tmp_path
     silences = bucket.silences = {1: threading.Event(), 2: threading.Event()}
     setup.prefetch(20)
     wait_for(lambda: len(bucket.asked) == 2)
-    setup.demand(10, 11, 12)
+    setup.demand(12, 13, 14)
     # Both connections are silent. Others bring what is waited for, and what the silent ones bring later is not stored.
     wait_for(lambda: setup.told == [None] * 2)
     assert fetcher.stats.hedges == 1
-    assert bucket.asked[1:] == [(20, 21), (10, 13), (10, 13)]
+    assert bucket.asked[1:] == [(20, 21), (12, 15), (12, 15)]
     setup.demand(20)
     wait_for(lambda: setup.told == [None] * 3)
     assert fetcher.stats.hedges == 2
@@ -253,10 +253,12 @@ def test_closing_tells_who_waits(tmp_path: Path) -> None:
     wait_for(lambda: len(setup.told) == 2)
 
 
-@given(queued=st.integers(1, 10_000), connections=st.integers(1, 256))
-def test_ranges_are_long_when_much_is_wanted(queued: int, connections: int) -> None:
-    length = range_length(queued, connections)
-    assert MIN_RANGE <= length <= MAX_RANGE
+@given(start=st.integers(0, 10_000), queued=st.integers(1, 10_000), connections=st.integers(1, 256))
+def test_ranges_are_aligned_and_long_when_much_is_wanted(start: int, queued: int, connections: int) -> None:
+    stop = range_stop(start, queued, connections)
+    length = MAX_RANGE if queued >= 2 * connections else MIN_RANGE
+    assert start < stop <= start + length
+    assert stop % length == 0
     assert demand_reserve(connections) < connections
 
 

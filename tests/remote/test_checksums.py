@@ -47,6 +47,7 @@ def test_an_etag_is_an_md5_only_where_s3_says_so() -> None:
         ("x-amz-server-side-encryption", "aws:kms"),
         ("x-amz-server-side-encryption-customer-algorithm", "AES256"),
         ("x-obs-server-side-encryption", "kms"),
+        ("x-obs-object-type", "Appendable"),
     ):
         assert offered({**etag, name: value}, md5_etags=True) is None
 

@@ -1,0 +1,70 @@
+"""Blocks that stay in memory for as long as the disk does not take them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from obsfs.blocks.object import CachedObject
+
+_MOST_BYTES = 64 << 20
+
+
+class HeldBlocks:
+    """64 MiB of them at most; the oldest go first. Safe to use from many threads."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        """How many blocks the disk did not take so far."""
+        self._guard = threading.Lock()
+        self._relieving = threading.Lock()
+        self._blocks: OrderedDict[tuple[CachedObject, int], bytes] = OrderedDict()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def get(self, owner: CachedObject, block: int) -> bytes | None:
+        """A block, if it is held."""
+        return self._blocks.get((owner, block)) if self._blocks else None
+
+    def add(self, owner: CachedObject, block: int, data: bytes) -> None:
+        """Keep a block that the disk did not take."""
+        with self._guard:
+            self.count += 1
+            self._drop(owner, block)
+            self._blocks[owner, block] = data
+            self._bytes += len(data)
+            while self._bytes > _MOST_BYTES:
+                self._drop(*next(iter(self._blocks)))
+
+    def relieve(self) -> None:
+        """The disk takes blocks, perhaps again: write one to it."""
+        if not self._blocks or not self._relieving.acquire(blocking=False):
+            return
+        try:
+            with self._guard:
+                (owner, block), data = next(iter(self._blocks.items()), ((None, 0), b""))
+            if owner is None or not owner.lock(claim := range(block, block + 1)):
+                return
+            try:
+                is_stored = owner.store(block, memoryview(data))
+            finally:
+                owner.unlock(claim)
+            if is_stored:
+                with self._guard:
+                    self._drop(owner, block)
+        finally:
+            self._relieving.release()
+
+    def forget(self, owner: CachedObject) -> None:
+        """Drop what is held for an object that is closed. Nobody writes to its file any more when this returns."""
+        with self._relieving, self._guard:
+            for one, block in list(self._blocks):
+                if one is owner:
+                    self._drop(one, block)
+
+    def _drop(self, owner: CachedObject, block: int) -> None:
+        self._bytes -= len(self._blocks.pop((owner, block), b""))
