@@ -361,9 +361,10 @@ class Fetcher:
             blocks = range(start, stop)
         flight = _Flight(target, blocks, time.monotonic(), blocks, is_hedge=target.wants[start].hedged)
         for block in blocks:
-            if _is_waiting(target, block):
-                target.wants[block].flight = flight
-                self._queued -= 1
+            want = target.wants.get(block)
+            if want is not None and want.flight is None:
+                self._queued -= _is_queued(want)
+                want.flight, want.paused = flight, False
         target.workers += 1
         self._flights.add(flight)
         self._watch()
@@ -423,7 +424,7 @@ class Fetcher:
             if want is None or want.landing:
                 return False
             self._queued -= _is_queued(want)
-            want.flight, want.landing = flight, True
+            want.flight, want.landing, want.paused = flight, True, False
             return True
 
     def _landed(self, target: Target, block: int, size: int) -> None:

@@ -24,7 +24,7 @@ from obsfs.blocks.fetcher import (
     range_stop,
     runs,
 )
-from obsfs.blocks.layout import BLOCK
+from obsfs.blocks.layout import BLOCK, evict_blocks, read_blocks
 from obsfs.errors import ObsfsError, UnavailableError, VersionChangedError
 from obsfs.remote.objects import ObjectVersion
 from tests.conftest import wait_for
@@ -65,10 +65,10 @@ class HeldBody:
 
 
 class Setup:
-    def __init__(self, place: Path, connections: int, retry_timeout: float = 20.0) -> None:
+    def __init__(self, place: Path, connections: int, retry_timeout: float = 20.0, size: int = 64 * BLOCK) -> None:
         self.bucket = HeldBucket()
         self.fetcher = Fetcher(self.bucket.open_range, connections=connections, retry_timeout=retry_timeout)
-        self.cached = Cache(place / "c", 1 << 30).open(ObjectVersion("e", "b", "k", '"t"', 64 * BLOCK))
+        self.cached = Cache(place / "c", 1 << 30).open(ObjectVersion("e", "b", "k", '"t"', size))
         self.target = Target(self.cached)
         self.told: list[ObsfsError | None] = []
 
@@ -143,6 +143,27 @@ def test_failures_are_tried_again(one: Setup) -> None:
     wait_for(lambda: one.told == [None])
     assert one.fetcher.stats.retries == 2
     assert one.fetcher.stats.errors == 0
+
+
+def test_a_small_object_is_always_fetched_whole(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, connections=2, size=3 * BLOCK + 1)
+    setup.bucket.failures = [UnavailableError("other bytes than its checksum")]
+    setup.bucket.allow.release(1000)
+    setup.demand(1)
+    setup.demand(3)
+    wait_for(lambda: setup.told == [None] * 2 and not setup.target.is_busy)
+    assert set(setup.bucket.asked) == {(0, 4)}
+    assert len(setup.bucket.asked) in (2, 3)  # the second demand may have come before or after the failure
+    assert all(map(setup.cached.is_trusted, range(4)))
+    # A part of it that was evicted comes with all of it, and is all that is stored.
+    evict_blocks(setup.cached._path, [block for block in read_blocks(setup.cached._path) if block.number == 2])
+    fetched = setup.fetcher.stats.bytes_fetched
+    setup.demand(2)
+    wait_for(lambda: setup.told == [None] * 3 and not setup.target.is_busy)
+    assert setup.bucket.asked[-1] == (0, 4)
+    assert setup.fetcher.stats.bytes_fetched == fetched + BLOCK
+    assert setup.fetcher._busy == setup.fetcher._queued == 0
+    setup.fetcher.close()
 
 
 def test_a_version_that_is_gone_is_not_tried_again(one: Setup) -> None:
