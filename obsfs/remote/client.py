@@ -294,17 +294,11 @@ class Bucket:
             site = self._sites[number]
             with translated(self._what(key)):
                 answer = site.client.get_object(Bucket=self.name, Key=key, **site.mode)
-                size = answer["ContentLength"]
-                with closing(answer["Body"]) as body:
-                    if size > most:
-                        raise UsageError(f"{self._what(key)} is too large to be what it should be", "look at it")
-                    data = body.read()
-            if len(data) != size:
-                raise UnavailableError(f"the server closed the body of {key} early")
-            headers = answer["ResponseMetadata"]["HTTPHeaders"]
-            if (checksum := self._offered(headers)) and not checksum.is_of(data):
-                raise wrong_bytes(self._what(key), checksum)
-            now = headers.get("date", "")
+                if answer["ContentLength"] > most:
+                    answer["Body"].close()
+                    raise UsageError(f"{self._what(key)} is too large to be what it should be", "look at it")
+                data = self._body(answer, key)
+            now = answer["ResponseMetadata"]["HTTPHeaders"].get("date", "")
             age = parsedate_to_datetime(now).timestamp() - _epoch(answer.get("LastModified")) if now else 0.0
             return Content(data, answer.get("ETag", ""), max(0.0, age))
 
@@ -317,11 +311,23 @@ class Bucket:
             found = [one for one in answer.get("Versions", ()) if one["Key"] == key]
             for one in sorted(found, key=lambda one: _epoch(one["LastModified"]), reverse=True):
                 if (one.get("VersionId") or "null") != "null":
-                    got = self.client.get_object(Bucket=self.name, Key=key, VersionId=one["VersionId"])
-                    yield Content(got["Body"].read(), got["ETag"], 0.0)
+                    site = self._sites[0]
+                    got = site.client.get_object(Bucket=self.name, Key=key, VersionId=one["VersionId"], **site.mode)
+                    yield Content(self._body(got, key), got["ETag"], 0.0)
 
-    def _what(self, key: str) -> str:
-        return f"{self.address.scheme}://{self.name}/{key}"
+    def _body(self, answer: Mapping[str, Any], key: str) -> bytes:
+        """The body of a whole object, checked: here and not by botocore, which knows nothing of MD5 ETags."""
+        with closing(answer["Body"]) as body:
+            data: bytes = body._raw_stream.read()
+        if len(data) != answer["ContentLength"]:
+            raise UnavailableError(f"the server closed the body of {key} early")
+        checksum = self._offered(answer["ResponseMetadata"]["HTTPHeaders"])
+        if checksum and not checksum.is_of(data):
+            raise wrong_bytes(self._what(key), checksum)
+        return data
+
+    def _what(self, key: str, bucket: str = "") -> str:
+        return f"{self.address.scheme}://{bucket or self.name}/{key}"
 
     def open_range(self, version: ObjectVersion, start: int, stop: int) -> RangeBody | CheckedBody:
         """Bytes ``[start, stop)`` of exactly this version; of a small object that is wanted whole, none before all are
@@ -345,7 +351,7 @@ class Bucket:
             body.close()
 
     def _open_range(self, number: int, version: ObjectVersion, start: int, stop: int) -> RangeBody | CheckedBody:
-        what = f"{self.address.scheme}://{version.bucket}/{version.key}"
+        what = self._what(version.key, version.bucket)
         site = self._sites[number]
         # S3 tells no checksum with a range, whatever it covers.
         is_whole = (start, stop) == (0, version.size) and stop <= WHOLE_BYTES
@@ -370,7 +376,7 @@ class Bucket:
 
         def ask(number: int) -> Mapping[str, str]:
             site = self._sites[number]
-            with translated(f"{self.address.scheme}://{version.bucket}/{version.key}", pinned=True):
+            with translated(self._what(version.key, version.bucket), pinned=True):
                 answer = site.client.head_object(**_pinned(version), **site.mode)
             headers: Mapping[str, str] = answer["ResponseMetadata"]["HTTPHeaders"]
             return headers

@@ -6,18 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    FlexibleChecksumError,
-    NoCredentialsError,
-    PartialCredentialsError,
-)
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from botocore.exceptions import ConnectionError as BotoConnectionError
 from urllib3.exceptions import HTTPError
 
 from obsfs.errors import (
-    CorruptError,
     ExpiredError,
     ForbiddenError,
     NotFoundError,
@@ -47,8 +40,6 @@ def translated(what: str, *, pinned: bool = False) -> Iterator[None]:
         raise _from_response(error, what, pinned) from None
     except BotoConnectionError as error:
         raise UnavailableError(f"cannot reach the server for {what}", _reason(error)) from None
-    except FlexibleChecksumError:
-        raise CorruptError(f"the server sent other bytes of {what} than its checksum is of") from None
     except (BotoCoreError, HTTPError, HTTPException, OSError) as error:
         raise UnavailableError(f"request for {what} failed", _reason(error)) from None
 
