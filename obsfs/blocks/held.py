@@ -41,10 +41,10 @@ class HeldBlocks:
                 self._drop(*next(iter(self._blocks)))
 
     def relieve(self) -> None:
-        """The disk takes blocks, perhaps again: write one to it."""
-        if not self._blocks or not self._relieving.acquire(blocking=False):
+        """The disk takes blocks again: write one to it. Called for each that it takes, it ends with none held."""
+        if not self._blocks:
             return
-        try:
+        with self._relieving:
             with self._guard:
                 (owner, block), data = next(iter(self._blocks.items()), ((None, 0), b""))
             if owner is None or not owner.lock(claim := range(block, block + 1)):
@@ -56,8 +56,6 @@ class HeldBlocks:
             if is_stored:
                 with self._guard:
                     self._drop(owner, block)
-        finally:
-            self._relieving.release()
 
     def forget(self, owner: CachedObject) -> None:
         """Drop what is held for an object that is closed. Nobody writes to its file any more when this returns."""

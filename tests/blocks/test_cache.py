@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -261,6 +262,21 @@ def _evict(home: Path, block: int) -> None:
     """Evict one block, as a process that needs room does."""
     (path,) = home.rglob("*.map")
     evict_blocks(path, [one for one in read_blocks(path) if one.number == block])
+
+
+def test_what_the_disk_did_not_take_is_written_later(tmp_path: Path) -> None:
+    """One block for each that the disk takes, also when many threads have it take some at once."""
+    cache = Cache(tmp_path / "c", GIB)
+    cached = cache.open(version(16 * BLOCK))
+    held = {block: random_bytes(BLOCK, block) for block in range(8)}
+    for block, data in held.items():
+        cache.held.add(cached, block, data)
+    assert cache.is_strained
+    with ThreadPoolExecutor(8) as threads:
+        put_bytes = list(threads.map(lambda block: put(cached, block), range(8, 16)))
+    assert not cache.is_strained
+    assert cached.in_file(range(16))
+    assert cached.read(0, 16 * BLOCK) == b"".join([*held.values(), *put_bytes])
 
 
 @pytest.mark.parametrize("sealed", [True, False])
