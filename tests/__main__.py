@@ -1,4 +1,7 @@
-"""``python3 -m tests [PYTEST ARGUMENTS]``: set up, then ruff, mypy and pytest; with arguments, pytest alone."""
+"""``python3 -m tests [PYTEST ARGUMENTS]``: set up, then ruff, mypy and pytest; with arguments, pytest alone.
+
+All tests run in as many processes as the machine has threads, at most four; pytest with arguments in one.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ _GATES = (
     ("ruff", "format", "--check", "."),
     ("mypy",),
 )
+_ALL_TESTS = ("--numprocesses", "logical", "--maxprocesses", "4", "--dist", "worksteal")
 
 
 def main() -> int:
@@ -20,8 +24,8 @@ def main() -> int:
     venv.ensure_system()
     venv.ensure()
     environment = {**os.environ, "PATH": os.pathsep.join([str(venv.HOME / "bin"), os.environ.get("PATH", "")])}
-    gates = () if sys.argv[1:] else _GATES
-    for gate in (*gates, ("pytest", *sys.argv[1:])):
+    gates = [("pytest", *sys.argv[1:])] if sys.argv[1:] else [*_GATES, ("pytest", *_ALL_TESTS)]
+    for gate in gates:
         print(f"== {' '.join(gate)}", flush=True)
         status = subprocess.run([venv.PYTHON, "-m", *gate], cwd=venv.ROOT, env=environment, check=False).returncode
         if status:

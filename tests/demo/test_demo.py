@@ -15,13 +15,22 @@ from tests.conftest import stop_group, wait_for
 _DEMO = [sys.executable, "-m", "obsfs", "demo"]
 
 
-def remains() -> list[str]:
-    mounts = [str(entry.mountpoint) for entry in channel.mounts() if "obsfs-demo-" in str(entry.mountpoint)]
-    return mounts + [str(path) for path in Path("/tmp").glob("obsfs-demo-*")]
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the demo has its bucket, its cache and its mountpoint."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("TMPDIR", str(home))
+    return home
+
+
+def remains(home: Path) -> list[str]:
+    mounts = [str(entry.mountpoint) for entry in channel.mounts() if entry.mountpoint.is_relative_to(home)]
+    return mounts + [str(path) for path in home.glob("obsfs-demo-*")]
 
 
 @pytest.mark.slow
-def test_the_demo_runs_and_leaves_nothing() -> None:
+def test_the_demo_runs_and_leaves_nothing(home: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "obsfs", "demo"], capture_output=True, text=True, timeout=110, check=False
     )
@@ -29,18 +38,18 @@ def test_the_demo_runs_and_leaves_nothing() -> None:
     fetched = re.search(r"fetched from the bucket\s+([\d.]+) MiB\s+0 B", done.stdout)
     assert fetched and float(fetched[1]) > 50, done.stdout
     assert "the same text both times" in done.stdout
-    assert remains() == []
+    assert remains(home) == []
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_nothing() -> None:
+def test_ctrl_c_leaves_nothing(home: Path) -> None:
     process = subprocess.Popen(_DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     try:
-        wait_for(lambda: any("mnt" in path for path in remains()), 100)
+        wait_for(lambda: any("mnt" in path for path in remains(home)), 100)
         os.kill(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=30)
         assert process.returncode == 130
         assert b"Traceback" not in err
     finally:
         stop_group(process)
-    wait_for(lambda: remains() == [], 10)
+    wait_for(lambda: remains(home) == [], 10)

@@ -20,7 +20,6 @@ _QUESTION: Any = [{"role": "user", "content": "name 3"}]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_an_adapter_answers_the_openai_client(run: Callable[..., Any], rows: Path, bucket: Store) -> None:
     adapter = run(data=str(rows), method="lora", max_steps=60, learning_rate=1e-2, output=f"{bucket}/adapters/a").output
     command = [sys.executable, "-m", "obsfs", "serve", f"{bucket}/models/tiny", "--adapter", adapter, "--port", "0"]
@@ -54,7 +53,6 @@ def test_an_adapter_answers_the_openai_client(run: Callable[..., Any], rows: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_chat_in_the_terminal(model: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "obsfs", "chat", model, "--backend", "transformers", "--", "max_new_tokens=4"],
