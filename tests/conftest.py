@@ -183,6 +183,19 @@ def status(path: Path) -> dict[str, Any]:
     return mounts.status(path)
 
 
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate that nobody has signed, with its key, in one file."""
+    key, cert, both = (tmp_path / name for name in ("key.pem", "cert.pem", "both.pem"))
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    both.write_bytes(key.read_bytes() + cert.read_bytes())
+    return both
+
+
 @dataclass
 class Result:
     code: int

@@ -69,19 +69,6 @@ def test_keys_are_no_settings(tmp_path: Path) -> None:
         assert "No such option" in done.stderr
 
 
-@pytest.fixture
-def certificate(tmp_path: Path) -> Path:
-    """A certificate that nobody has signed, with its key, in one file."""
-    key, cert, both = (tmp_path / name for name in ("key.pem", "cert.pem", "both.pem"))
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1",
-         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    both.write_bytes(key.read_bytes() + cert.read_bytes())
-    return both
-
-
 def test_a_certificate_is_verified_unless_somebody_says_insecure(
     bucket: Store, mount: Mounter, certificate: Path, obsfs: Callable[..., Any], tmp_path: Path
 ) -> None:

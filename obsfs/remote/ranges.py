@@ -20,7 +20,9 @@ from obsfs.errors import CorruptError, UnavailableError
 from obsfs.remote.checksums import Checksum
 from obsfs.remote.failures import translated
 
-_WAKE_BYTES = 256 << 10
+_WAKE_BYTES = 768 << 10
+_TLS_BYTES = 32 << 10
+"""More than the record that a TLS library holds back while the rest of it is on its way (16 KiB, RFC 8446 5.1)."""
 _URLS = 4096
 
 
@@ -39,8 +41,8 @@ class RangeBody:
     def readinto(self, buffer: memoryview) -> None:
         """Fill `buffer` whole. Raises UnavailableError when the body stalls, breaks off or ends early."""
         filled, wanted = 0, len(buffer)
-        # Fewer, larger wake-ups, as long as more is to come than they wait for.
-        self._wake_at(_WAKE_BYTES if self._left - wanted >= _WAKE_BYTES else 1)
+        # Fewer, larger wake-ups, as long as more is to come through the socket than they wait for.
+        self._wake_at(_WAKE_BYTES if self._left - wanted >= _WAKE_BYTES + _TLS_BYTES else 1)
         try:
             with translated("read"):
                 while filled < wanted:

@@ -1,0 +1,96 @@
+"""The body of a range request on its way out of the socket."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPResponse
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from obsfs.remote.ranges import RangeBody
+from tests.conftest import MIB, random_bytes
+
+KIB = 1 << 10
+_RECORD = 16 * KIB
+_SO_RCVBUFFORCE = 33
+
+
+class TornTLS:
+    """A TLS server on one connection: sends an HTTP answer in records of its own choice, and stops within one."""
+
+    def __init__(self, certificate: Path) -> None:
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(certificate)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = self._listener.getsockname()
+        self.go_on = threading.Event()
+
+    def answer(self, records: list[bytes], torn: int, missing: int) -> None:
+        """Send the records up to number `torn`, but the last `missing` bytes of that; and the rest when told to."""
+        peer, _ = self._listener.accept()
+        came, going = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = self._context.wrap_bio(came, going, server_side=True)
+        with peer:
+            while True:
+                try:
+                    tls.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    peer.sendall(going.read())
+                    came.write(peer.recv(1 << 16))
+            for record in records[: torn + 1]:
+                tls.write(record)
+            start = going.read()
+            for record in records[torn + 1 :]:
+                tls.write(record)
+            peer.sendall(start[:-missing])
+            assert self.go_on.wait(20)
+            peer.sendall(start[-missing:] + going.read())
+            peer.recv(1)
+
+    def close(self) -> None:
+        self.go_on.set()
+        self._listener.close()
+
+
+@pytest.fixture
+def torn(certificate: Path) -> Iterator[TornTLS]:
+    with closing(TornTLS(certificate)) as server:
+        yield server
+
+
+@pytest.mark.parametrize("tail", [_RECORD, 256 * KIB, 768 * KIB, 780 * KIB, MIB, 2 * MIB])
+def test_no_wake_up_waits_for_bytes_that_tls_holds_back(torn: TornTLS, tail: int) -> None:
+    """A record across the end of a block is torn on its way: most of what is behind the block has left the socket."""
+    data = random_bytes(MIB + tail)
+    first = MIB + _RECORD - 1 * KIB  # the record that ends here begins 1 KiB before the end of the block
+    head = b"HTTP/1.1 206 Partial Content\r\nContent-Length: %d\r\n\r\n" % len(data)
+    starts = [0, *range(first % _RECORD, len(data), _RECORD), len(data)]
+    records = [head, *(data[start:stop] for start, stop in pairwise(starts) if stop > start)]
+    torn_one = next(n for n in range(len(records)) if sum(map(len, records[1 : n + 1])) > MIB)
+    threading.Thread(target=torn.answer, args=(records, torn_one, 100), daemon=True).start()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    plain = socket.create_connection(torn.address)
+    # A window that is nearly full wakes a reader too, and with a small buffer it soon is.
+    plain.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 8 * MIB)
+    with context.wrap_socket(plain) as connection:
+        connection.settimeout(5)
+        answer = HTTPResponse(connection)
+        answer.begin()
+        stream = SimpleNamespace(_fp=answer, connection=SimpleNamespace(sock=connection), close=answer.close)
+        body = RangeBody(stream, len(data))
+        buffer = memoryview(bytearray(MIB))
+        threading.Timer(0.3, torn.go_on.set).start()
+        body.readinto(buffer)
+        assert buffer == data[:MIB]
+        rest = memoryview(bytearray(tail))
+        body.readinto(rest)
+        assert rest == data[MIB:]
