@@ -7,6 +7,7 @@ Those layers (validation, endpoint rules, events, response parsing) cost 1.9 ms 
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Mapping
 from http.client import HTTPResponse
 from typing import Any, NamedTuple
@@ -21,8 +22,11 @@ from obsfs.remote.checksums import Checksum
 from obsfs.remote.failures import translated
 
 _WAKE_BYTES = 768 << 10
+"""How much must have come before a reader is woken: nearly a block, so that there are few wake-ups."""
 _TLS_BYTES = 32 << 10
 """More than the record that a TLS library holds back while the rest of it is on its way (16 KiB, RFC 8446 5.1)."""
+_FAST = 8 << 20
+"""Bytes per second from which on that saves much. A slow connection would look silent while it fills the buffer."""
 _URLS = 4096
 
 
@@ -37,12 +41,13 @@ class RangeBody:
         inner = getattr(self._response, "_fp", None)
         self._readinto = inner.readinto if isinstance(inner, HTTPResponse) else self._response.readinto
         self._socket = getattr(self._response.connection, "sock", None)
+        self._is_fast = False
 
     def readinto(self, buffer: memoryview) -> None:
         """Fill `buffer` whole. Raises UnavailableError when the body stalls, breaks off or ends early."""
-        filled, wanted = 0, len(buffer)
-        # Fewer, larger wake-ups, as long as more is to come through the socket than they wait for.
-        self._wake_at(_WAKE_BYTES if self._left - wanted >= _WAKE_BYTES + _TLS_BYTES else 1)
+        filled, wanted, began = 0, len(buffer), time.monotonic()
+        # Not for more than is sure to come through the socket.
+        self._wake_at(_WAKE_BYTES if self._is_fast and self._left - wanted >= _WAKE_BYTES + _TLS_BYTES else 1)
         try:
             with translated("read"):
                 while filled < wanted:
@@ -54,6 +59,7 @@ class RangeBody:
             self._on_failure()
             raise
         self._left -= filled
+        self._is_fast = filled >= _FAST * (time.monotonic() - began)
 
     def _wake_at(self, size: int) -> None:
         if self._socket is not None:

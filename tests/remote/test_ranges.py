@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from http.client import HTTPResponse
@@ -69,12 +70,10 @@ def torn(certificate: Path) -> Iterator[TornTLS]:
 @pytest.mark.parametrize("tail", [_RECORD, 256 * KIB, 768 * KIB, 780 * KIB, MIB, 2 * MIB])
 def test_no_wake_up_waits_for_bytes_that_tls_holds_back(torn: TornTLS, tail: int) -> None:
     """A record across the end of a block is torn on its way: most of what is behind the block has left the socket."""
-    data = random_bytes(MIB + tail)
-    first = MIB + _RECORD - 1 * KIB  # the record that ends here begins 1 KiB before the end of the block
-    head = b"HTTP/1.1 206 Partial Content\r\nContent-Length: %d\r\n\r\n" % len(data)
-    starts = [0, *range(first % _RECORD, len(data), _RECORD), len(data)]
-    records = [head, *(data[start:stop] for start, stop in pairwise(starts) if stop > start)]
-    torn_one = next(n for n in range(len(records)) if sum(map(len, records[1 : n + 1])) > MIB)
+    data = random_bytes(2 * MIB + tail)
+    starts = [0, *range(_RECORD - 1 * KIB, len(data), _RECORD), len(data)]  # one begins 1 KiB before each block's end
+    records = [_head(data), *(data[start:stop] for start, stop in pairwise(starts) if stop > start)]
+    torn_one = next(n for n in range(len(records)) if sum(map(len, records[1 : n + 1])) > 2 * MIB)
     threading.Thread(target=torn.answer, args=(records, torn_one, 100), daemon=True).start()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -83,14 +82,45 @@ def test_no_wake_up_waits_for_bytes_that_tls_holds_back(torn: TornTLS, tail: int
     plain.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 8 * MIB)
     with context.wrap_socket(plain) as connection:
         connection.settimeout(5)
-        answer = HTTPResponse(connection)
-        answer.begin()
-        stream = SimpleNamespace(_fp=answer, connection=SimpleNamespace(sock=connection), close=answer.close)
-        body = RangeBody(stream, len(data))
-        buffer = memoryview(bytearray(MIB))
+        body = _body(connection, len(data))
+        assert _take(body, MIB) == data[:MIB]
         threading.Timer(0.3, torn.go_on.set).start()
-        body.readinto(buffer)
-        assert buffer == data[:MIB]
-        rest = memoryview(bytearray(tail))
-        body.readinto(rest)
-        assert rest == data[MIB:]
+        assert _take(body, MIB) == data[MIB : 2 * MIB]
+        assert _take(body, tail) == data[2 * MIB :]
+
+
+def test_a_slow_connection_is_not_taken_for_a_silent_one() -> None:
+    """It brings far less than a wake-up's worth within the timeout, but never nothing."""
+    data = random_bytes(2 * MIB)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+    with ours, theirs:
+        ours.settimeout(0.5)
+
+        def trickle() -> None:
+            theirs.sendall(_head(data))
+            for start in range(0, len(data), 20 * KIB):
+                theirs.sendall(data[start : start + 20 * KIB])
+                time.sleep(0.02)
+
+        threading.Thread(target=trickle, daemon=True).start()
+        body = _body(ours, len(data))
+        for start in range(0, MIB, 512 * KIB):
+            assert _take(body, 512 * KIB) == data[start : start + 512 * KIB]
+
+
+def _head(data: bytes) -> bytes:
+    return b"HTTP/1.1 206 Partial Content\r\nContent-Length: %d\r\n\r\n" % len(data)
+
+
+def _body(connection: socket.socket, length: int) -> RangeBody:
+    answer = HTTPResponse(connection)
+    answer.begin()
+    return RangeBody(SimpleNamespace(_fp=answer, connection=SimpleNamespace(sock=connection)), length)
+
+
+def _take(body: RangeBody, size: int) -> bytes:
+    buffer = bytearray(size)
+    body.readinto(memoryview(buffer))
+    return bytes(buffer)
