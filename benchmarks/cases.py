@@ -211,7 +211,8 @@ def library(bench: Bench) -> None:
     s5cmd = next((system for system in bench.downloaders() if system.name == "s5cmd"), None)
     options = ["--endpoint-url", bench.endpoint, "cp", "--concurrency", "16", "--part-size", "8"]
     for run in range(bench.runs):
-        place, name = bench.place(), f"obs://{BUCKET}/library/large@v{run}"
+        # Under a name of its own each time: of another version, what is the same is copied inside the server.
+        place, name = bench.place(), f"obs://{BUCKET}/library/large-{run}@v1"
         pull = [*obsfs, "pull", name, "--cache-dir", place.cache]
         bench.record("obsfs", "seconds", timed(*obsfs, "push", source, name), case="push")
         bench.record("obsfs", "seconds", timed(*pull), case="pull")

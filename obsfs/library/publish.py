@@ -1,6 +1,7 @@
 """Publishing a model: its files, from wherever they are, into the bucket, and its manifest last.
 
-Large files are sent in parts of an upload that nobody sees (*staged*); small ones wait. When everything is staged,
+Large files are sent in parts of an upload that nobody sees (*staged*), or copied in parts from another version that has
+them; small ones wait. When everything is staged,
 the publisher takes the claim, an object that only one can create, makes all files appear, writes the manifest and
 gives the claim back. So a version exists whole or not at all, and of two who publish the same one, one wins whole.
 
@@ -16,8 +17,9 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -28,8 +30,8 @@ from obsfs.library.catalog import Model
 from obsfs.library.manifest import About, File, Manifest, now, parse_manifest
 from obsfs.library.names import OWN, ModelName
 from obsfs.library.transfer import Advance, Crew, OrderedHash, each
-from obsfs.remote.objects import ObjectInfo
-from obsfs.remote.writer import PART, Part, Writer, Written, part_size, parts_etag
+from obsfs.remote.objects import ObjectInfo, ObjectVersion
+from obsfs.remote.writer import COPY_PART, PART, Part, Writer, Written, part_size, parts_etag
 
 _CLAIM = f"{OWN}claim.json"
 _CLAIM_SECONDS = 900.0
@@ -225,8 +227,10 @@ class Publication:
                         item.kept = Written(file.etag, file.version_id)
                     else:
                         item.copied = item.copied or (model, file)
-            if item.kept or item.copied:
+            if item.kept:
                 self._advance(item.size)
+            elif item.copied:
+                item.part = max(COPY_PART, item.part)
 
         crew = Crew(_HASHERS, self._retry_timeout)
         crew.run(each(self._items, compare))
@@ -235,8 +239,9 @@ class Publication:
 
     def _stage(self) -> None:
         crew = self._crew()
-        large = [item for item in self._items if item.size > PART and not (item.kept or item.copied)]
-        for item in large:
+        large = [item for item in self._items if item.size > PART and not item.kept]
+        sent = [item for item in large if not item.copied]
+        for item in sent:
             item.digest = OrderedHash(crew)
 
         def begin(item: _Item) -> None:
@@ -255,11 +260,12 @@ class Publication:
 
         def tasks() -> Iterator[Callable[[], None]]:
             for item in large:
+                bring = self._copy if item.copied else self._send
                 for index, offset, size in item.pieces():
-                    yield lambda i=item, n=index, o=offset, s=size: self._send(crew, i, n, o, s)  # type: ignore[misc]
+                    yield partial(bring, crew, item, index, offset, size)
 
         crew.run(tasks())
-        for item in large:
+        for item in sent:
             assert item.digest is not None
             self._check(item, item.digest.hexdigest())
 
@@ -275,6 +281,21 @@ class Publication:
             item.etags[index + 1] = etag
             self._count(size)
         self._advance(size)
+
+    def _copy(self, crew: Crew, item: _Item, index: int, offset: int, size: int) -> None:
+        version = self._original(item)
+        number, span = index + 1, range(offset, offset + size)
+        with _replaced(version):
+            item.etags[number] = crew.retried(
+                lambda: self._writer.copy_part(item.key, item.upload, number, version, span)
+            )
+        self._advance(size)
+
+    def _original(self, item: _Item) -> ObjectVersion:
+        """What an item is to be a copy of."""
+        assert item.copied is not None
+        model, file = item.copied
+        return model.version_of(file, self._writer.bucket.endpoint)
 
     def _check(self, item: _Item, sha256: str) -> None:
         said = item.sha256 or item.source.sha256
@@ -330,15 +351,14 @@ class Publication:
     def _appear(self, crew: Crew, item: _Item) -> Written:
         if item.kept:
             return item.kept
-        if item.copied:
-            model, file = item.copied
-            version = model.version_of(file, self._writer.bucket.endpoint)
-            try:
-                return crew.retried(lambda: self._writer.copy(version, item.key))
-            except (VersionChangedError, NotFoundError):
-                raise UsageError(f"{version.key} was replaced just now", "push again") from None
         if item.upload:
             return self._complete(crew, item)
+        if item.copied:
+            version = self._original(item)
+            with _replaced(version):
+                written = crew.retried(lambda: self._writer.copy(version, item.key))
+            self._advance(item.size)
+            return written
         data = crew.retried(lambda: item.source.read(0, item.size))
         self._check(item, hashlib.sha256(data).hexdigest())
         written = crew.retried(lambda: self._writer.put(item.key, data))
@@ -377,6 +397,14 @@ class Publication:
             files=tuple(files),
         )
         return parse_manifest(manifest.to_json(), str(self._name))
+
+
+@contextmanager
+def _replaced(version: ObjectVersion) -> Iterator[None]:
+    try:
+        yield
+    except (VersionChangedError, NotFoundError):
+        raise UsageError(f"{version.key} was replaced just now", "push again") from None
 
 
 def _hashes(item: _Item, crew: Crew) -> tuple[str, str]:

@@ -20,8 +20,8 @@ PART = 8 << 20
 _MOST_PARTS = 10_000
 """https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html; OBS has the same limit."""
 _MIB = 1 << 20
-_COPY_WHOLE = 5 << 30
-_COPY_PART = 1 << 30
+COPY_PART = 64 << 20
+"""Bytes in a part that is copied inside the server: no more than it copies well within a request's timeout."""
 
 
 class Written(NamedTuple):
@@ -116,35 +116,33 @@ class Writer:
             self._client.abort_multipart_upload(Bucket=self._name, Key=key, UploadId=upload)
 
     def copy(self, source: ObjectVersion, key: str) -> Written:
-        """Copy exactly this version inside the server. Raises VersionChangedError when it is gone."""
-        place = {"Bucket": source.bucket, "Key": source.key}
+        """Copy exactly this version, a small one, inside the server. Raises VersionChangedError when it is gone."""
         with translated(source.key, pinned=True):
-            if source.size <= _COPY_WHOLE:
-                answer = self._client.copy_object(
-                    Bucket=self._name, Key=key, CopySource=place, CopySourceIfMatch=source.etag
-                )
-                return Written(quoted(answer["CopyObjectResult"]["ETag"]), answer.get("VersionId", ""))
-            upload = self.begin(key)
-            etags = {}
-            for number, start in enumerate(range(0, source.size, _COPY_PART), 1):
-                stop = min(start + _COPY_PART, source.size)
-                answer = self._client.upload_part_copy(
-                    Bucket=self._name,
-                    Key=key,
-                    UploadId=upload,
-                    PartNumber=number,
-                    CopySource=place,
-                    CopySourceIfMatch=source.etag,
-                    CopySourceRange=f"bytes={start}-{stop - 1}",
-                )
-                etags[number] = answer["CopyPartResult"]["ETag"]
-            return self.complete(key, upload, etags)
+            answer = self._client.copy_object(Bucket=self._name, Key=key, **_copied(source))
+        return Written(quoted(answer["CopyObjectResult"]["ETag"]), answer.get("VersionId", ""))
+
+    def copy_part(self, key: str, upload: str, number: int, source: ObjectVersion, span: range) -> str:
+        """As :meth:`put_part`, of a span of bytes of exactly this version, inside the server."""
+        with translated(source.key, pinned=True):
+            answer = self._client.upload_part_copy(
+                Bucket=self._name,
+                Key=key,
+                UploadId=upload,
+                PartNumber=number,
+                CopySourceRange=f"bytes={span.start}-{span.stop - 1}",
+                **_copied(source),
+            )
+        return str(answer["CopyPartResult"]["ETag"])
 
     def delete(self, *keys: str) -> None:
         """Delete objects; those that are not there are none the less gone."""
         for key in keys:
             with self._translated(key):
                 self._client.delete_object(Bucket=self._name, Key=key)
+
+
+def _copied(source: ObjectVersion) -> dict[str, Any]:
+    return {"CopySource": {"Bucket": source.bucket, "Key": source.key}, "CopySourceIfMatch": source.etag}
 
 
 def _written(answer: Mapping[str, Any]) -> Written:

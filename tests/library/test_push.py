@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from obsfs.library import catalog, publish
 from obsfs.library.names import parse_model
 from obsfs.library.push import find_files, push
 from obsfs.remote.client import Bucket
+from obsfs.remote.objects import ObjectVersion
 from obsfs.remote.writer import Writer
 from obsfs.settings import Settings
 from tests.conftest import MIB, Result, Store, contents, stop_group, write_model
@@ -83,6 +85,45 @@ def test_what_is_there_is_not_sent_again(bucket: Store, obsfs: Run, tmp_path: Pa
     assert refused.code == 2
     assert "published already" in refused.err
     assert published(bucket, "m@v1")["model"]["architecture"] == "Qwen2ForCausalLM"
+
+
+def test_large_files_of_another_version_are_copied_in_parts(
+    bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No request lasts as long as a whole file takes the server, and all is there before anything appears."""
+    model = write_model(tmp_path / "m")
+
+    def publish_as(version: str, advance: Callable[[int], None] = lambda size: None) -> int:
+        settings = Settings.load(retry_timeout="5s")
+        name = parse_model(f"{bucket}/m@{version}")
+        return push(model, name, settings, files=find_files(model), advance=advance)[1]
+
+    publish_as("v1")
+    spans: list[range] = []
+    copied, visible = Writer.copy_part, set[str]()
+
+    def watched(self: Writer, key: str, upload: str, number: int, source: ObjectVersion, span: range) -> str:
+        spans.append(span)
+        visible.update(keys(bucket, "m@v2/"))
+        return copied(self, key, upload, number, source, span)
+
+    monkeypatch.setattr(Writer, "copy_part", watched)
+    monkeypatch.setattr(publish, "COPY_PART", 5 * MIB)
+    seen: list[int] = []
+    assert publish_as("v2", seen.append) == 0
+    assert len(spans) == 4
+    assert max(map(len, spans)) <= publish.PART
+    assert not visible
+    local = contents(model)
+    assert sum(seen) == sum(map(len, local.values()))
+    for path, data in local.items():
+        assert bucket.client.get_object(Bucket=bucket.name, Key=f"m@v2/{path}")["Body"].read() == data
+    # What it is a copy of is replaced meanwhile: told, and nothing is published.
+    monkeypatch.setattr(Writer, "copy_part", lambda self, key, upload, number, source, span: copied(
+        self, key, upload, number, dataclasses.replace(source, etag='"other"'), span))  # fmt: skip
+    with pytest.raises(UsageError, match="was replaced just now"):
+        publish_as("v3")
+    assert not keys(bucket, "m@v3/")
 
 
 def test_a_name_without_a_version_is_replaced_in_place(bucket: Store, obsfs: Run, tmp_path: Path) -> None:
