@@ -32,6 +32,8 @@ _FIRST_WEIGHTS = 64
 """Blocks that are fetched when a loader gives itself away: what arrives while it builds the model."""
 _MILESTONE = 32
 _FILL_BLOCKS = 8
+_SEALED_FROM = 16 << 20
+"""Bytes. To read and verify a smaller file after a restart takes less time than to sync it now."""
 _SHARD = re.compile(r"-\d+-of-(?=\d+)")
 
 
@@ -172,8 +174,8 @@ class Reader:
             if not all(self.cached.has(block) for block in range(self.cached.blocks)) or not self.is_complete:
                 return
             self._is_complete = True
-            self._engine.on_complete(self.version)
-            if self._engine.seals:
+            self._engine.on_complete(self)
+            if self._engine.seals and self.size >= _SEALED_FROM:
                 self.cached.seal()
 
     def drop_prefetch(self) -> None:
@@ -193,10 +195,12 @@ class Reader:
 class Engine:
     """One cache, one set of connections: what the mount and the fsspec file system both read through.
 
-    Closing it ends its threads. `on_complete` is called with a version that has become wholly cached, and `on_ahead`
-    with each block of a mapped model that has landed before it was read, from a thread that must not be held up.
+    Closing it ends its threads. `on_complete` is called with the reader of a version that has become wholly cached,
+    and `on_ahead` with each block of a mapped model that has landed before it was read, from a thread that must not
+    be held up.
 
-    `seals`: whether complete files are synced and sealed, which whoever is in a hurry leaves to the next one.
+    `seals`: whether large files are synced and sealed when they are complete, which whoever is in a hurry leaves to
+    the next one.
     """
 
     def __init__(self, bucket: Bucket, settings: Settings, *, seals: bool = True) -> None:
@@ -206,7 +210,7 @@ class Engine:
             bucket.open_range, connections=settings.connections, retry_timeout=settings.retry_timeout
         )
         self.window = max(0, min(int(settings.read_ahead), self.cache.limit // 4) // BLOCK)
-        self.on_complete: Callable[[ObjectVersion], None] = lambda version: None
+        self.on_complete: Callable[[Reader], None] = lambda reader: None
         self.on_ahead: Callable[[Reader, int], None] = lambda reader, block: None
         self.bytes_read = 0
         self.blocks_hit = 0

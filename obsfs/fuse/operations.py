@@ -8,6 +8,7 @@ instead of waiting. Everything else that goes wrong is an ObsfsError with its er
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import stat
@@ -110,7 +111,7 @@ class Operations:
         self._readers: dict[int, Reader] = {}
         self._listings: dict[int, Listing] = {}
         # A successor's handles must not be those that its predecessor has given.
-        self._next_listing = time.time_ns()
+        self._handles = itertools.count(time.time_ns())
         self._inherited: dict[int, int] = {}
         self._whole_reads = WholeReads(_available_memory, time.monotonic)
         self._uid = os.getuid() if settings.uid is None else settings.uid
@@ -169,13 +170,16 @@ class Operations:
 
     def opendir(self, node: int, *, wait: bool = True) -> int:
         """A handle on the directory as it is now."""
-        handle = self._next_listing = self._next_listing + 1
+        handle = next(self._handles)
         self._listings[handle] = self.tree.listing(self._directory(node), wait=wait)
         return handle
 
-    def loaded(self, handle: int) -> float:
-        """When what this handle shows was listed, in monotonic seconds."""
-        return self._listings[handle].loaded
+    def note_shown(self, number: int, handle: int) -> bool:
+        """The kernel is about to be shown this directory, and may keep it. Whether it was shown the same before."""
+        node, loaded = self.tree.node(number), self._listings[handle].loaded
+        is_same = node.shown == loaded
+        node.shown = loaded
+        return is_same
 
     def readdir(self, node: int, handle: int, offset: int, *, wait: bool = True) -> Iterator[tuple[str, bool, int]]:
         """``(name, is directory, next offset)`` from `offset` on, in the order of names."""

@@ -59,6 +59,8 @@ class Listing:
     loaded: float
     hidden: int = 0
     known_to: str | None = None
+    pages: int = 1
+    """How many pages the whole of it has, as far as that is known."""
     is_hint: bool = False
     """Whether it was made before anybody had looked: then only what it shows is believed."""
     probed: dict[str, tuple[float, Entry | None]] = field(default_factory=dict)
@@ -90,6 +92,8 @@ class Node:
     direct_opens: int = 0
     backing: int = 0
     """By which the kernel knows the file that it reads by itself, while `direct_opens`."""
+    shown: float = 0.0
+    """When the listing of this directory was loaded that the kernel was shown last (monotonic seconds)."""
 
     @property
     def is_dir(self) -> bool:
@@ -261,10 +265,11 @@ class Tree:
         node = self._nodes.get(node_id)
         return node is not None and node.opens > 0
 
-    def current_names(self, version: ObjectVersion) -> list[tuple[int, str]]:
-        """``(parent id, name)`` of each path that shows this version now."""
+    def current_name(self, node_id: int) -> tuple[int, str] | None:
+        """``(parent id, name)`` of the path of a node; None when that shows another one now."""
         with self._guard:
-            return [place for place, node in self._current.items() if self._nodes[node].version == version]
+            node = self._nodes.get(node_id)
+            return (node.parent, node.name) if node and self._current.get((node.parent, node.name)) == node_id else None
 
     def snapshot(self) -> Iterator[list[object]]:
         """The records that restore the tree as it is now: a journal made anew."""
@@ -393,7 +398,10 @@ class Tree:
                     self._load(parent.key, self._source.list(parent.key), whole=False)
                 found = self._known(parent, name, key)
             if found is WouldBlockError:
-                found = self._probe(parent, name, key)
+                if self._is_listing_cheaper(parent.key):
+                    found = self.listing(parent).entries.get(name)
+                else:
+                    found = self._probe(parent, name, key)
         if not isinstance(found, Entry):
             raise NotFoundError(f"{key} does not exist")
         return found
@@ -406,6 +414,11 @@ class Tree:
             return listing.entries.get(name)
         when, probed = listing.probed.get(name, (-self.ttl, None))
         return probed if self._now() - when < self.ttl else WouldBlockError
+
+    def _is_listing_cheaper(self, prefix: str) -> bool:
+        """Whether asking name by name has cost as much as a listing of all names would: somebody walks through them."""
+        listing = self._listings.get(prefix)
+        return listing is not None and 1 < listing.pages <= len(listing.probed)
 
     def _probe(self, parent: Node, name: str, key: str) -> Entry | None:
         """Ask for one name of a directory that is too long for one page."""
@@ -437,11 +450,14 @@ class Tree:
     def _load(self, prefix: str, pages: Iterable[Page], *, whole: bool) -> Listing:
         """What the bucket says of a directory: its first page, or all pages."""
         listing = Listing({}, self._now())
-        for page in pages:
+        before = self._listings.get(prefix)
+        for number, page in enumerate(pages, 1):
             listing.hidden += read_page(page, prefix, listing.entries)
+            listing.pages = number
             if not whole:
                 if not page.is_last:
                     listing.known_to = max(*(info.key for info in page.objects[-1:]), *page.prefixes[-1:], "")
+                    listing.pages = before.pages if before else 1
                 break
         with self._guard:
             self._drop_listing(prefix)

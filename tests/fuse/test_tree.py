@@ -130,6 +130,35 @@ def test_a_directory_of_a_hundred_thousand_lists_and_looks_up() -> None:
     assert bucket.requests - before <= 103
 
 
+def test_who_walks_through_a_long_directory_for_longer_than_names_are_believed_does_not_ask_for_each() -> None:
+    """Of a directory that was listed before, some names are asked for one by one; then it is listed again."""
+    bucket, clock = MemoryBucket({f"{number:04}": "1" for number in range(500)}, page=10), Clock()
+    tree = Tree(bucket, "", 60, now=clock)
+    root = tree.node(ROOT)
+    names_of = list(tree.listing(root).names)
+    for _ in range(3):
+        clock.now += 61
+        before = bucket.requests
+        for name in reversed(names_of):
+            assert tree.lookup(root, name).key == name
+        assert bucket.requests - before <= 1 + 3 * 50  # the first page, a list and a head for each of 50, 50 pages
+    clock.now += 61
+    before = bucket.requests
+    tree.lookup(root, "0400")
+    assert bucket.requests - before == 3  # one name does not cost a listing
+    bucket.keys["0401"] = "2"
+    del bucket.keys["0402"]
+    clock.now += 61
+    for name in reversed(names_of):
+        if name == "0402":
+            with pytest.raises(NotFoundError):
+                tree.lookup(root, name)
+        else:
+            version = tree.lookup(root, name).version
+            assert version is not None
+            assert version.etag == ('"2"' if name == "0401" else '"1"')
+
+
 def test_absence_is_remembered_until_the_lifetime_is_over() -> None:
     bucket, clock = MemoryBucket({"a": "1"}), Clock()
     tree = Tree(bucket, "", 10, now=clock)

@@ -25,7 +25,6 @@ from obsfs.fuse.kernel.pages import GONE, Pipe, Storer
 from obsfs.fuse.kernel.wire import FileOpen, Init, Opcode, Request
 from obsfs.fuse.operations import UNKNOWN_INO, Attributes, Operations
 from obsfs.fuse.tree import WouldBlockError
-from obsfs.remote.objects import ObjectVersion
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +59,6 @@ class Server:
         self._pending: set[int] = set()
         self._guard = threading.Lock()
         self._backings: dict[int, tuple[int, int]] = {}
-        self._served_listings: dict[int, float] = {}
         self._threads: list[threading.Thread] = []
         self._fds: list[int] = []
         self._storer: Storer | None = None
@@ -435,11 +433,12 @@ class Server:
             self._operations.release(handle, unique)
         return b""
 
-    def _on_complete(self, version: ObjectVersion) -> None:
-        """End the lifetime of names whose file can be opened in passthrough from now on."""
+    def _on_complete(self, reader: Reader) -> None:
+        """End the lifetime of names whose file is open through us, and could be opened in passthrough from now on."""
         if self._operations.can_be_direct:
-            for parent, name in self._operations.tree.current_names(version):
-                self._notify(wire.inval_entry(parent, name.encode()))
+            for node in self._operations.open_nodes(reader):
+                if place := self._operations.tree.current_name(node):
+                    self._notify(wire.inval_entry(place[0], place[1].encode()))
 
     def _trim(self) -> None:
         """Have the kernel forget names beyond the bound. On a thread of its own: it waits for whoever lists them."""
@@ -460,11 +459,9 @@ class Server:
 
     def _opendir(self, request: Request, view: memoryview, wait: bool) -> bytes:
         handle = self._operations.opendir(request.node, wait=wait)
-        loaded = self._operations.loaded(handle)
         flags = FileOpen.CACHE_DIR
-        if self._served_listings.get(request.node) == loaded:
+        if self._operations.note_shown(request.node, handle):
             flags |= FileOpen.KEEP_CACHE
-        self._served_listings[request.node] = loaded
         return wire.OPEN_OUT.pack(handle, flags, 0)
 
     def _readdir(self, request: Request, view: memoryview, wait: bool) -> list[bytes]:
