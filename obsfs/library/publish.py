@@ -1,9 +1,9 @@
 """Publishing a model: its files, from wherever they are, into the bucket, and its manifest last.
 
-Large files are sent in parts of an upload that nobody sees (*staged*), or copied in parts from another version that has
-them; small ones wait. When everything is staged,
-the publisher takes the claim, an object that only one can create, makes all files appear, writes the manifest and
-gives the claim back. So a version exists whole or not at all, and of two who publish the same one, one wins whole.
+Large files are sent in parts of an upload that nobody sees (*staged*), or copied in parts from another version that
+has them; small ones wait. When everything is staged, the publisher takes the claim, an object that only one can
+create, makes all files appear, writes the manifest and gives the claim back. So a version exists whole or not at all,
+and of two who publish the same one, one wins whole.
 
 What was staged outlives its process: the ids of its uploads are noted on this machine, and the parts that the server
 has are compared, by their MD5, with what would be sent.
