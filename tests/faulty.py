@@ -28,7 +28,8 @@ _RANGE = re.compile(rb"\r?\n?range: bytes=(\d+)-(\d+)", re.IGNORECASE)
 
 
 class FaultyLink:
-    """Forwards to `port` of this machine. Set `stalled` or `refusing` at any time, and have answers cut off.
+    """Forwards to `port` of this machine. Set `stalled`, `stalled_listings` or `refusing` at any time, and have answers
+    cut off.
 
     `bytes_per_second` is for each connection and direction, `delay` seconds for each piece of a
     request; `passed` counts the bytes of all answers.
@@ -39,6 +40,7 @@ class FaultyLink:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.stalled = False
+        self.stalled_listings = False
         self.refusing = False
         self.cut = threading.Event()
         self._left: int | None = None
@@ -68,7 +70,7 @@ class FaultyLink:
         seen = b""
         with suppress(OSError):
             while data := near.recv(65536):
-                while self.stalled:
+                while self.stalled or (self.stalled_listings and b"list-type=2" in data):
                     time.sleep(0.02)
                 if self.bytes_per_second:
                     time.sleep(len(data) / self.bytes_per_second)
@@ -128,7 +130,7 @@ class FaultyLink:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stalled = False
+        self.stalled = self.stalled_listings = False
         self._listener.close()
         self.break_all()
 

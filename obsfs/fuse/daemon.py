@@ -92,7 +92,7 @@ def serve(
     address = parse_address(source)
     keeper = Keeper()
     with ExitStack() as cleanup, _retried(takeover) as is_serving:
-        lock = state.lock(mountpoint) if takeover is None else takeover.lock
+        lock = takeover.lock if takeover else state.lock(mountpoint, os.getppid() if keeper.is_there else os.getpid())
         cleanup.callback(os.close, lock)
         bucket = Bucket(address, settings)
         names: Source = bucket

@@ -167,7 +167,7 @@ def prepare(mountpoint: Path) -> None:
     """
     entry = channel.mounted_at(mountpoint)
     if entry is not None and entry.fs_type == channel.FS_TYPE and _is_dead(mountpoint):
-        channel.unmount(mountpoint, lazy=True)
+        channel.unmount(mountpoint, lazy=True, force=True)
         state.wait_until_free(mountpoint, _END_SECONDS)
         entry = channel.mounted_at(mountpoint)
     if entry is not None:
@@ -196,7 +196,7 @@ def _is_dead(mountpoint: Path) -> bool:
                 continue
             return error.errno == errno.ENOTCONN
         except UsageError:
-            return False
+            return state.is_abandoned(mountpoint)
         if supervisor is None or Path(f"/proc/{supervisor}").exists():
             return False
         time.sleep(_PAUSE_SECONDS)
@@ -237,7 +237,7 @@ def find() -> list[dict[str, Any] | Stale]:
             except OSError as error:
                 found.append(Stale(entry.mountpoint, entry.source, error.errno == errno.ENOTCONN))
             except UsageError:
-                found.append(Stale(entry.mountpoint, entry.source, False))
+                found.append(Stale(entry.mountpoint, entry.source, state.is_abandoned(entry.mountpoint)))
     return found
 
 
@@ -289,7 +289,7 @@ def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
     if entry.fs_type != channel.FS_TYPE:
         raise UsageError(f"what is mounted on {mountpoint} is no obsfs ({entry.fs_type})", "use umount(8)")
     if lazy:
-        channel.unmount(mountpoint, lazy=True)
+        channel.unmount(mountpoint, lazy=True, force=state.is_abandoned(mountpoint))
         return
     channel.unmount(mountpoint)
     state.wait_until_free(mountpoint, _END_SECONDS)

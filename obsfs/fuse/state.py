@@ -19,8 +19,9 @@ def path(mountpoint: Path, suffix: str) -> Path:
     return state_dir() / f"{mountpoint.name[:100]}-{digest}.{suffix}"
 
 
-def lock(mountpoint: Path) -> int:
-    """The descriptor that makes this process the only one at a mountpoint; the lock ends with it.
+def lock(mountpoint: Path, keeper: int) -> int:
+    """The descriptor that makes this process the only one at a mountpoint; the lock ends with it. `keeper` is the pid
+    of the process with which the mount ends.
 
     Raises UsageError when another process has it.
     """
@@ -32,7 +33,18 @@ def lock(mountpoint: Path) -> int:
     if not _flock(fd, fcntl.LOCK_EX):
         os.close(fd)
         raise UsageError(f"{mountpoint} is being mounted or served by another obsfs", "see `obsfs status`")
+    os.ftruncate(fd, 0)
+    os.write(fd, str(keeper).encode())
     return fd
+
+
+def is_abandoned(mountpoint: Path) -> bool:
+    """Whether the process is gone with which the mount there should have ended; False where that is not known."""
+    try:
+        keeper = int(path(mountpoint, "lock").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return not Path(f"/proc/{keeper}").exists()
 
 
 def wait_until_free(mountpoint: Path, timeout: float) -> bool:

@@ -25,7 +25,9 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 CONTROL = "OBSFS_SUPERVISOR_FD"
@@ -39,6 +41,9 @@ _PATIENCE_SECONDS = 60.0
 _PAUSE_SECONDS = 0.5
 _QUICK_SECONDS = 0.5
 _MOST_QUICK = 300
+_STUCK_SECONDS = 0.3
+_LOOK_SECONDS = 0.005
+_WATCH_SECONDS = 1.0
 
 
 class Supervisor:
@@ -102,8 +107,11 @@ class Supervisor:
     def run(self) -> int:
         """Until the mount is over. Returns the exit status of its last server."""
         while True:
-            for key, _ in self._selector.select():
-                status = key.data()
+            events = [key.data for key, _ in self._selector.select(_WATCH_SECONDS)]
+            if not events and _is_stuck(self._server.pid):
+                events = [self._on_end]  # of which nothing tells
+            for event in events:
+                status = event()
                 if status is not None:
                     return int(status)
 
@@ -149,7 +157,7 @@ class Supervisor:
         return True
 
     def _on_end(self) -> int | None:
-        status = self._server.wait()
+        status = self._status()
         self._hear()  # what it said last
         if self._control in self._selector.get_map():
             self._selector.unregister(self._control)
@@ -170,6 +178,31 @@ class Supervisor:
         self._restarts += 1
         self._server = self._start()
         return None
+
+    def _status(self) -> int:
+        """The exit status of the server, which has ended; negative, a signal, when it was killed.
+
+        A thread that was telling the kernel something when it was killed may wait in there for a lock that a reader
+        holds, who waits for an answer: that thread ends when the next server has given it, and is not waited for.
+        """
+        stuck_since = time.monotonic()
+        while (status := self._server.poll()) is None:
+            time.sleep(_LOOK_SECONDS)
+            if not _is_stuck(self._server.pid):
+                stuck_since = time.monotonic()
+            elif time.monotonic() - stuck_since > _STUCK_SECONDS:
+                return -signal.SIGKILL
+        return status
+
+
+def _is_stuck(pid: int) -> bool:
+    """Whether the main thread of a process has ended, and all others that it has left sleep inside the kernel, where
+    no signal reaches them."""
+    states = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(OSError):  # it may end meanwhile
+            states[int(task.name)] = (task / "stat").read_bytes().rpartition(b") ")[2][:1]
+    return states.pop(pid, b"") == b"Z" and set(states.values()) == {b"D"}
 
 
 def main() -> int:

@@ -6,7 +6,8 @@ create, makes all files appear, writes the manifest and gives the claim back. So
 and of two who publish the same one, one wins whole.
 
 What was staged outlives its process: the ids of its uploads are noted on this machine, and the parts that the server
-has are compared, by their MD5, with what would be sent.
+has are compared, by their MD5, with what would be sent. What nobody goes on with any more is dropped when the model is
+published.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ class Publication:
             self._refuse()
         self._compare(crew.retried(self._relatives), there)
         if before and self._is_same(before.manifest):
-            self._notes.clear()
+            self._abort()
             return before.manifest
         if before and self._name.version:
             self._refuse()
@@ -277,7 +278,8 @@ class Publication:
         if had and had.size == size and had.etag.strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest():
             item.etags[index + 1] = had.etag
         else:
-            etag = crew.retried(lambda: self._writer.put_part(item.key, item.upload, index + 1, data))
+            with self._gone(item):
+                etag = crew.retried(lambda: self._writer.put_part(item.key, item.upload, index + 1, data))
             item.etags[index + 1] = etag
             self._count(size)
         self._advance(size)
@@ -285,7 +287,7 @@ class Publication:
     def _copy(self, crew: Crew, item: _Item, index: int, offset: int, size: int) -> None:
         version = self._original(item)
         number, span = index + 1, range(offset, offset + size)
-        with _replaced(version):
+        with _replaced(version), self._gone(item):
             item.etags[number] = crew.retried(
                 lambda: self._writer.copy_part(item.key, item.upload, number, version, span)
             )
@@ -296,6 +298,17 @@ class Publication:
         assert item.copied is not None
         model, file = item.copied
         return model.version_of(file, self._writer.bucket.endpoint)
+
+    @contextmanager
+    def _gone(self, item: _Item) -> Iterator[None]:
+        try:
+            yield
+        except NotFoundError:
+            raise UsageError(
+                f"the upload of {item.path} of {self._name} is gone: "
+                "somebody else published it just now, or a rule of the bucket ended it",
+                "push again",
+            ) from None
 
     def _check(self, item: _Item, sha256: str) -> None:
         said = item.sha256 or item.source.sha256
@@ -308,6 +321,7 @@ class Publication:
             self.sent_bytes += size
 
     def _abort(self) -> None:
+        """Drop what is still noted, and forget about it."""
         for key, upload in list(self._notes.uploads.items()):
             with suppress(ObsfsError):
                 self._writer.abort(key, upload)
@@ -331,13 +345,23 @@ class Publication:
 
         crew.run(each(self._items, appear))
         claim.check()
+        self._sweep()
         manifest = self._manifest()
         self._put_manifest(crew, manifest)
         if before:
             gone = {file.path for file in before.manifest.files} - {file.path for file in manifest.files}
             crew.run(each(sorted(gone), lambda path: self._writer.delete(f"{self._name.prefix}{path}")))
-        self._notes.clear()
+        self._abort()
         return manifest
+
+    def _sweep(self) -> None:
+        """Drop the uploads of others, and of runs that were killed before they could note them: who staged before this
+        manifest is refused after it. Where the server does not let us look, they stay."""
+        with suppress(ObsfsError):
+            wanted = {item.key for item in self._items}
+            for key, upload in self._writer.uploads(self._name.prefix):
+                if key in wanted:
+                    self._writer.abort(key, upload)
 
     def _put_manifest(self, crew: Crew, manifest: Manifest) -> None:
         text, is_new = manifest.to_json(), bool(self._name.version)
@@ -367,15 +391,15 @@ class Publication:
         return written
 
     def _complete(self, crew: Crew, item: _Item) -> Written:
-        try:
-            written = crew.retried(lambda: self._writer.complete(item.key, item.upload, item.etags))
-        except NotFoundError:
-            # Done already, if the answer to it was lost.
-            written = Written(crew.retried(lambda: self._writer.bucket.head(item.key)).etag, "")
-            if written.etag.strip('"') != parts_etag(
-                bytes.fromhex(item.etags[n].strip('"')) for n in sorted(item.etags)
-            ):
-                raise UsageError(f"the upload of {item.path} is gone", "push again") from None
+        with self._gone(item):
+            try:
+                written = crew.retried(lambda: self._writer.complete(item.key, item.upload, item.etags))
+            except NotFoundError:
+                # Done already, if the answer to it was lost.
+                written = Written(crew.retried(lambda: self._writer.bucket.head(item.key)).etag, "")
+                digests = (bytes.fromhex(item.etags[n].strip('"')) for n in sorted(item.etags))
+                if written.etag.strip('"') != parts_etag(digests):
+                    raise
         self._notes.note(item.key, None)
         return written
 
@@ -403,7 +427,7 @@ class Publication:
 def _replaced(version: ObjectVersion) -> Iterator[None]:
     try:
         yield
-    except (VersionChangedError, NotFoundError):
+    except VersionChangedError:
         raise UsageError(f"{version.key} was replaced just now", "push again") from None
 
 

@@ -51,6 +51,8 @@ def _reason(error: Exception) -> str:
 def _from_response(error: ClientError, what: str, pinned: bool) -> ObsfsError:
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     code = error.response.get("Error", {}).get("Code", "")
+    if code == "NoSuchUpload":
+        return NotFoundError(f"the upload of {what} is gone", "begin anew")
     # 416 for a range inside the size we know means that the object is shorter now.
     if status in (412, 416) or (pinned and status == 404 and code != "NoSuchBucket"):
         return VersionChangedError(f"{what} was replaced or deleted while it was open", "open it again")

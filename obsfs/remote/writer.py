@@ -88,6 +88,15 @@ class Writer:
             answer = self._client.upload_part(Bucket=self._name, Key=key, UploadId=upload, PartNumber=number, Body=data)
         return str(answer["ETag"])
 
+    def uploads(self, prefix: str) -> list[tuple[str, str]]:
+        """Key and id of each upload that is under way under a prefix, whoever began it."""
+        found: list[tuple[str, str]] = []
+        pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self._name, Prefix=prefix)
+        with self._translated(prefix):
+            for page in pages:
+                found += ((upload["Key"], upload["UploadId"]) for upload in page.get("Uploads", ()))
+        return found
+
     def parts(self, key: str, upload: str) -> dict[int, Part]:
         """The parts that an upload has. Raises NotFoundError when it is gone."""
         found: dict[int, Part] = {}

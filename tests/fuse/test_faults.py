@@ -126,6 +126,24 @@ def test_a_stalled_read_can_be_interrupted(bucket: Store, mount: Mounter, link: 
     assert (path / "file.bin").read_bytes() == random_bytes(MIB)
 
 
+def test_lookups_that_wait_can_be_interrupted(bucket: Store, mount: Mounter, link: FaultyLink) -> None:
+    """The kernel sends interrupts over any clone of its descriptor, and takes the answer over the request's own."""
+    names = [f"dir{number}/file" for number in range(6)]
+    for name in names:
+        bucket.put(name, b"text")
+    path = mount(bucket, endpoint_url=link.endpoint)
+    link.stalled = True
+    waiting = [subprocess.Popen(["cat", path / name], stdout=subprocess.DEVNULL) for name in names]
+    time.sleep(0.5)
+    for process in waiting:
+        process.kill()
+    try:
+        assert [process.wait(5) for process in waiting] == [-9] * len(names)
+    finally:
+        link.stalled = False
+    assert [(path / name).read_bytes() for name in names] == [b"text"] * len(names)
+
+
 def test_a_waiting_reader_is_answered_before_its_range_is_whole(
     bucket: Store, mount: Mounter, link: FaultyLink
 ) -> None:

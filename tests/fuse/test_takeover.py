@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from obsfs.fuse.kernel import channel
 from tests.conftest import MIB, Mounter, Store, is_running, random_bytes, status, wait_for
 from tests.faulty import FaultyLink
 
+_LONG = 24 * MIB
 _KILLS = int(os.environ.get("OBSFS_TEST_KILLS", "25"))
 
 
@@ -174,6 +176,62 @@ def test_killed_over_and_over_under_load(bucket: Store, mount: Mounter, tmp_path
     assert all(rounds), rounds
     assert status(path)["restarts"] == _KILLS
     wait_for(lambda: status(path)["open_files"] == 0)
+
+
+@pytest.fixture
+def held_up(bucket: Store, mount: Mounter) -> Iterator[tuple[Path, FaultyLink, subprocess.Popen[bytes]]]:
+    """A mount of which a thread waits in the kernel for the lock of a directory, which a reader holds until it gets an
+    answer: the path, the link that keeps the answer back, and the reader."""
+    data = random_bytes(_LONG)
+    bucket.put("dir/file.bin", data)
+    with FaultyLink(bucket.server.port) as link:
+        path = mount(bucket, endpoint_url=link.endpoint, metadata_ttl="1s", read_ahead=0)
+        with (path / "dir" / "file.bin").open("rb", buffering=0) as file:
+            assert file.read(MIB) == data[:MIB]
+            directory = os.open(path / "dir", os.O_RDONLY)
+            time.sleep(1.0)
+            link.stalled_listings = True
+            absent = f"/proc/self/fd/{directory}/absent"
+            looking = subprocess.Popen(["cat", absent], stderr=subprocess.DEVNULL, pass_fds=[directory])
+            os.close(directory)
+            time.sleep(0.5)
+            # Now it is complete, and the kernel is told to ask for its name again.
+            assert b"".join(iter(partial(file.read, MIB), b"")) == data[MIB:]
+            server = int(status(path)["pid"])
+            wait_for(lambda: is_held_up(server))
+            yield path, link, looking
+    looking.kill()
+    looking.wait(10)
+
+
+def is_held_up(pid: int) -> bool:
+    stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    return any(stat.rpartition(")")[2].split()[0] == "D" for stat in stats)
+
+
+def test_killed_while_it_waits_for_the_kernel(held_up: tuple[Path, FaultyLink, subprocess.Popen[bytes]]) -> None:
+    """Its thread cannot end before the successor has answered the reader."""
+    path, link, looking = held_up
+    old = kill(path)
+    time.sleep(0.2)
+    assert is_held_up(old)
+    successor(path, old)
+    assert looking.poll() is None
+    link.stalled_listings = False
+    assert looking.wait(10) == 1
+    wait_for(lambda: not Path(f"/proc/{old}").exists() or not is_held_up(old))
+    assert (path / "dir" / "file.bin").read_bytes() == random_bytes(_LONG)
+
+
+def test_both_killed_while_they_wait_for_the_kernel(
+    bucket: Store, mount: Mounter, held_up: tuple[Path, FaultyLink, subprocess.Popen[bytes]]
+) -> None:
+    path, _, looking = held_up
+    mount.process(path).kill()
+    mount.process(path).wait(10)
+    assert looking.poll() is None
+    assert (mount(bucket, at=path) / "dir" / "file.bin").read_bytes() == random_bytes(_LONG)
+    assert looking.wait(10) == 1
 
 
 @pytest.mark.slow

@@ -19,12 +19,12 @@ import pytest
 from obsfs.errors import ExistsError, UsageError
 from obsfs.library import catalog, publish
 from obsfs.library.names import parse_model
-from obsfs.library.push import find_files, push
+from obsfs.library.push import find_files, notes_file, push
 from obsfs.remote.client import Bucket
 from obsfs.remote.objects import ObjectVersion
 from obsfs.remote.writer import Writer
 from obsfs.settings import Settings
-from tests.conftest import MIB, Result, Store, contents, stop_group, write_model
+from tests.conftest import MIB, Result, Store, contents, stop_group, wait_for, write_model
 from tests.faulty import FaultyLink
 
 Run = Callable[..., Result]
@@ -243,6 +243,34 @@ def test_of_two_who_publish_one_version_one_wins_whole(bucket: Store, tmp_path: 
         assert errors[codes.index(2)].count("\n") == 1
         assert f"m@v{round_}" in errors[codes.index(2)]
         assert f"m@v{round_}/.obsfs/claim.json" not in keys(bucket)
+    assert not bucket.client.list_multipart_uploads(Bucket=bucket.name).get("Uploads")
+
+
+def test_uploads_that_nobody_goes_on_with_are_dropped(bucket: Store, tmp_path: Path) -> None:
+    """Of a run that was killed before it could note them, and of one with other files; those of other models stay."""
+    killed, noted, other = "m@v1/model-00001-of-00002.safetensors", "m@v1/else.bin", "m/model.safetensors"
+    uploads = {key: bucket.client.create_multipart_upload(Bucket=bucket.name, Key=key)["UploadId"]
+               for key in (killed, noted, other)}  # fmt: skip
+    model, name, settings = write_model(tmp_path / "m", mib=20), parse_model(f"{bucket}/m@v1"), Settings.load()
+    with notes_file(f"{Bucket(name.address, settings).endpoint} {name} {model}", str(name)) as notes:
+        publish.Notes(notes).note(noted, uploads[noted])
+    push(model, name, settings, files=find_files(model))
+    left = bucket.client.list_multipart_uploads(Bucket=bucket.name)["Uploads"]
+    assert [upload["Key"] for upload in left] == [other]
+
+
+@pytest.mark.slow
+def test_who_stages_while_another_publishes_is_told(bucket: Store, tmp_path: Path) -> None:
+    models = [write_model(tmp_path / f"m{n}", mib=40, seed=n) for n in range(2)]
+    with FaultyLink(bucket.server.port) as link:
+        link.bytes_per_second = 4e6
+        slow = start("push", models[0], f"{bucket}/m@v1", "--connections", "2", AWS_ENDPOINT_URL=link.endpoint)
+        wait_for(lambda: bool(bucket.client.list_multipart_uploads(Bucket=bucket.name).get("Uploads")))
+        push(models[1], parse_model(f"{bucket}/m@v1"), Settings.load(), files=find_files(models[1]))
+        error = slow.communicate(timeout=60)[1]
+    assert (slow.returncode, error.count("\n")) == (2, 1)
+    assert "m@v1" in error
+    verify_whole(bucket, models[1], "m@v1")
     assert not bucket.client.list_multipart_uploads(Bucket=bucket.name).get("Uploads")
 
 

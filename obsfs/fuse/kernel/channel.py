@@ -12,6 +12,7 @@ import socket
 import stat
 import struct
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,17 +23,18 @@ DEVICE = Path("/dev/fuse")
 FS_TYPE = "fuse.obsfs"
 
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4  # <sys/mount.h>
-_MNT_DETACH = 2
+_MNT_FORCE, _MNT_DETACH = 1, 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class MountEntry(NamedTuple):
-    """One line of ``/proc/self/mountinfo``."""
+    """One line of ``/proc/self/mountinfo``. `minor` is the number of the device, and of a FUSE connection."""
 
     mountpoint: Path
     fs_type: str
     source: str
+    minor: int
 
 
 def mounts() -> list[MountEntry]:
@@ -41,7 +43,9 @@ def mounts() -> list[MountEntry]:
     for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
         left, _, right = line.partition(" - ")
         fs_type, source, *_ = right.split(" ")
-        found.append(MountEntry(Path(_unescape(left.split(" ")[4])), fs_type, _unescape(source)))
+        _, _, device, _, mountpoint, *_ = left.split(" ")
+        minor = int(device.partition(":")[2])
+        found.append(MountEntry(Path(_unescape(mountpoint)), fs_type, _unescape(source), minor))
     return found
 
 
@@ -111,10 +115,13 @@ def _escape(text: str) -> str:
     return text.replace("\\", "\\\\").replace(",", "\\,")
 
 
-def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
-    """Unmount. Raises UsageError, with EBUSY told apart."""
+def unmount(mountpoint: Path, *, lazy: bool = False, force: bool = False) -> None:
+    """Unmount. Raises UsageError, with EBUSY told apart. With `force` whoever waits for an answer gets an error."""
+    if force:
+        _abort(mountpoint)
     if os.geteuid() == 0:
-        if _libc.umount2(os.fsencode(mountpoint), _MNT_DETACH if lazy else 0) == 0:
+        flags = (_MNT_DETACH if lazy else 0) | (_MNT_FORCE if force else 0)
+        if _libc.umount2(os.fsencode(mountpoint), flags) == 0:
             return
         failure = ctypes.get_errno()
         reason, busy = os.strerror(failure), failure == errno.EBUSY
@@ -129,6 +136,14 @@ def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
     if busy:
         raise UsageError(f"{mountpoint} is in use", "close what has it open (see `fuser -vm`), or add --lazy")
     raise UsageError(f"cannot unmount {mountpoint}", reason)
+
+
+def _abort(mountpoint: Path) -> None:
+    """End the connection, where the file system is mounted by which that can be done without being root."""
+    entry = mounted_at(mountpoint)
+    if entry is not None:
+        with suppress(OSError):
+            Path(f"/sys/fs/fuse/connections/{entry.minor}/abort").write_text("1")
 
 
 def clone(fd: int) -> int:

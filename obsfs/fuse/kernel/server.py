@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
@@ -36,6 +37,7 @@ _SPLICE_FROM = 32 << 10
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _FINISH_SECONDS = 10.0
 _TRIM_SECONDS = 0.5
+_MOST_INTERRUPTED = 64
 
 _Call = Callable[[Request, memoryview, bool], bytes | list[bytes] | None]
 
@@ -56,7 +58,8 @@ class Server:
         self._passthrough = passthrough
         self._pool = ThreadPoolExecutor(_POOL, thread_name_prefix="obsfs-names")
         self._local = threading.local()
-        self._pending: set[int] = set()
+        self._pending: dict[int, int] = {}
+        self._interrupted: deque[int] = deque(maxlen=_MOST_INTERRUPTED)
         self._guard = threading.Lock()
         self._backings: dict[int, tuple[int, int]] = {}
         self._threads: list[threading.Thread] = []
@@ -197,14 +200,14 @@ class Server:
         elif opcode in (Opcode.FORGET, Opcode.BATCH_FORGET):
             self._forget(request, view)
         elif opcode == Opcode.INTERRUPT:
-            self._interrupt(fd, *wire.INTERRUPT_IN.unpack_from(view, request.body))
+            self._interrupt(*wire.INTERRUPT_IN.unpack_from(view, request.body))
         elif (call := self._calls.get(opcode)) is not None:
             try:
                 self._call(fd, request, view, call, wait=False)
             except WouldBlockError:
                 body = memoryview(bytes(view[: request.end]))
-                self._expect(request.unique)
-                self._pool.submit(self._call_later, fd, request, body, call)
+                if self._expect(fd, request.unique):
+                    self._pool.submit(self._call_later, fd, request, body, call)
         elif opcode == Opcode.DESTROY:
             self._reply(fd, request.unique)
         else:
@@ -235,20 +238,27 @@ class Server:
 
     # a request that is not answered at once can be interrupted: whoever claims its number answers it
 
-    def _expect(self, unique: int) -> None:
+    def _expect(self, fd: int, unique: int) -> bool:
+        """Note a request that came over `fd`; False when its interrupt came before it, and it is answered."""
         with self._guard:
-            self._pending.add(unique)
+            if unique not in self._interrupted:
+                self._pending[unique] = fd
+                return True
+        self._reply_error(fd, unique, errno.EINTR)
+        return False
 
     def _claim(self, unique: int) -> bool:
         with self._guard:
-            if unique not in self._pending:
-                return False
-            self._pending.remove(unique)
-            return True
+            return self._pending.pop(unique, None) is not None
 
-    def _interrupt(self, fd: int, unique: int) -> None:
-        # Requests and their interrupts come over the same clone, in order: an unknown number was answered already.
-        if self._claim(unique):
+    def _interrupt(self, unique: int) -> None:
+        # It comes over any of the clones, but the request's own takes the answer.
+        with self._guard:
+            fd = self._pending.pop(unique, None)
+            if fd is None:
+                # Answered already, or another thread is just reading it.
+                self._interrupted.append(unique)
+        if fd is not None:
             self._reply_error(fd, unique, errno.EINTR)
 
     # replies
@@ -281,8 +291,8 @@ class Server:
         if not size:
             self._reply(fd, unique)
             return
-        self._expect(unique)
-        self._try_read(fd, unique, reader, offset, size)
+        if self._expect(fd, unique):
+            self._try_read(fd, unique, reader, offset, size)
 
     def _try_read(self, fd: int, unique: int, reader: Reader, offset: int, size: int, *, again: bool = False) -> None:
         def done(error: ObsfsError | None) -> None:
