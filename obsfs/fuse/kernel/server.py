@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
+from queue import SimpleQueue
 
 from obsfs.blocks.layout import BLOCK, block_count
 from obsfs.blocks.reader import Reader
@@ -66,6 +67,7 @@ class Server:
         self._fds: list[int] = []
         self._storer: Storer | None = None
         self._crowded = threading.Event()
+        self._notices: SimpleQueue[bytes | None] = SimpleQueue()
         self.ended = threading.Event()
         self._on_end = on_end
         self._calls: dict[int, _Call] = {
@@ -116,6 +118,7 @@ class Server:
             self._threads.append(thread)
             thread.start()
         threading.Thread(target=self._trim, name="obsfs-trim", daemon=True).start()
+        threading.Thread(target=self._tell, name="obsfs-notices", daemon=True).start()
 
     def join(self) -> None:
         """After an unmount: wait for the threads, then close the connection."""
@@ -123,6 +126,7 @@ class Server:
         for thread in self._threads:
             thread.join(timeout=max(0.1, deadline - time.monotonic()))
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._notices.put(None)
         if self._storer is not None:
             self._storer.close()
         for fd in self._fds:
@@ -448,7 +452,12 @@ class Server:
         if self._operations.can_be_direct:
             for node in self._operations.open_nodes(reader):
                 if place := self._operations.tree.current_name(node):
-                    self._notify(wire.inval_entry(place[0], place[1].encode()))
+                    self._notices.put(wire.inval_entry(place[0], place[1].encode()))
+
+    def _tell(self) -> None:
+        """Send what is to be told. On its own thread: the kernel may wait for whoever looks up a name beside it."""
+        while (message := self._notices.get()) is not None:
+            self._notify(message)
 
     def _trim(self) -> None:
         """Have the kernel forget names beyond the bound. On a thread of its own: it waits for whoever lists them."""
