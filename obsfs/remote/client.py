@@ -14,15 +14,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import botocore.session
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.credentials import Credentials
 from botocore.exceptions import ProfileNotFound
+from botocore.utils import parse_timestamp
 
 from obsfs.errors import (
     ExpiredError,
@@ -75,6 +76,7 @@ def connect(
         try:
             session = botocore.session.Session(profile=settings.profile)
             session.get_scoped_config()
+            session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_parse_time)
         except ProfileNotFound:
             raise UsageError(f"profile {session.profile!r} not found", "see `aws configure list-profiles`") from None
         region = settings.region or os.environ.get("AWS_REGION") or session.get_config_variable("region")
@@ -408,6 +410,15 @@ def _check_range(headers: Mapping[str, str], version: ObjectVersion, start: int,
         fits = (start, stop) == (0, version.size)
     if not fits or headers.get("content-length") != str(stop - start):
         raise UnavailableError(f"the server sent another range of {version.key} than was asked for")
+
+
+def _parse_time(value: Any) -> datetime:
+    """A time as botocore reads it, whose own way to do so takes four fifths of the computing for a page of names."""
+    try:
+        found = datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return cast(datetime, parse_timestamp(value))
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def _epoch(value: datetime | None) -> float:

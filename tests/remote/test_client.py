@@ -13,11 +13,12 @@ import pytest
 from botocore.awsrequest import AWSPreparedRequest, AWSResponse, HeadersDict
 from botocore.config import Config
 from botocore.credentials import ReadOnlyCredentials
+from botocore.utils import parse_timestamp
 
 from obsfs.demo.server import find_program
 from obsfs.errors import CorruptError, ForbiddenError, NotFoundError, UnavailableError, VersionChangedError
 from obsfs.remote.address import parse_address
-from obsfs.remote.client import Bucket
+from obsfs.remote.client import Bucket, _parse_time
 from obsfs.remote.objects import ObjectVersion
 from obsfs.remote.ranges import RangeSender
 from obsfs.settings import Settings
@@ -212,3 +213,12 @@ def test_what_is_no_plain_request_is_left_to_the_client() -> None:
         "s3", "us-east-1", endpoint_url="http://127.0.0.1:1", config=Config(signature_version="s3")
     )
     assert RangeSender(client, Rotating()).send("bucket", "key", SPAN, "") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2026-11-26T08:00:00.123Z", "2026-11-26T08:00:00Z", "2026-11-26T08:00:00+05:30", "Thu, 26 Nov 2026 08:00:00 GMT",
+     "2026-11-26T08:00:00", "20261126T080000Z", "1795680000", 1795680000],
+)  # fmt: skip
+def test_times_are_read_as_botocore_reads_them(text: str | int) -> None:
+    assert _parse_time(text).timestamp() == parse_timestamp(text).timestamp()
