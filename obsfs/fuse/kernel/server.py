@@ -177,7 +177,9 @@ class Server:
     # the loop
 
     def _serve(self, fd: int) -> None:
-        buffer = bytearray(_BUFFER)
+        # Written to, so that its pages are there: the kernel fails a request with EIO when it has to find a page for it
+        # and this process is killed meanwhile.
+        buffer = bytearray(b"\xff" * _BUFFER)
         view = memoryview(buffer)
         while True:
             try:
