@@ -226,8 +226,11 @@ class Tree:
         self._record(["forget", node.id])
 
     def _drop_name(self, node: Node) -> None:
-        if self._current.get((node.parent, node.name)) == node.id:
+        if self._is_current(node):
             del self._current[node.parent, node.name]
+
+    def _is_current(self, node: Node) -> bool:
+        return self._current.get((node.parent, node.name)) == node.id
 
     def count_open(self, node: Node, change: int, *, direct: bool, unique: int = 0) -> None:
         """Note that a node was opened (`change` 1) or released (-1), by passthrough if `direct`.
@@ -269,7 +272,7 @@ class Tree:
         """``(parent id, name)`` of the path of a node; None when that shows another one now."""
         with self._guard:
             node = self._nodes.get(node_id)
-            return (node.parent, node.name) if node and self._current.get((node.parent, node.name)) == node_id else None
+            return (node.parent, node.name) if node and self._is_current(node) else None
 
     def snapshot(self) -> Iterator[list[object]]:
         """The records that restore the tree as it is now: a journal made anew."""
