@@ -218,6 +218,10 @@ class CachedObject:
         """Whether all blocks are verified and in the file."""
         return self.in_file(range(self.blocks))
 
+    def is_full(self) -> bool:
+        """Whether all blocks are in the file, verified or not."""
+        return all(map(self.is_present, range(self.blocks)))
+
     @property
     def cached_bytes(self) -> int:
         """Bytes of this version that are in the file."""
@@ -226,13 +230,17 @@ class CachedObject:
             return (blocks - 1) * BLOCK + self.length_of(self.blocks - 1)
         return blocks * BLOCK
 
-    def hold_whole(self) -> bool:
-        """Keep the data file as it is while the kernel reads it by itself; False when it is not complete."""
+    def hold_whole(self, *, again: bool = False) -> bool:
+        """Keep the data file as it is while the kernel reads it by itself; False when it is not complete.
+
+        `again`: somebody holds it already, maybe for a process that has died. Then its blocks were verified, and only
+        those that were found damaged since are none.
+        """
         with self._guard:
             if not self._whole_users and not lock_range(self._map_fd, LOCK_WHOLE, 1, fcntl.F_RDLCK):
                 return False
             self._whole_users += 1
-        if self.is_complete():
+        if self.is_full() if again else self.is_complete():
             self.touch(range(self.blocks))
             return True
         self.release_whole()

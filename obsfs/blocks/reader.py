@@ -68,7 +68,7 @@ class Reader:
         fences = (0,) if self._has_tensors else ()
         self._policy = ReadAhead(cached.blocks, engine.window, self.load.credit, fences)
         self._is_complete = cached.is_complete()
-        if not self._is_complete and all(map(cached.is_present, range(cached.blocks))):
+        if not self._is_complete and cached.is_full():
             engine.fetcher.later(self._settle)
 
     @property

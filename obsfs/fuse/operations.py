@@ -88,6 +88,12 @@ class _BadHandleError(ObsfsError):
     errno = errno.EBADF
 
 
+class _OtherModeError(ObsfsError):
+    """Has the kernel look up the name once more (open(2) does so by itself), which gives it another node."""
+
+    errno = errno.ESTALE
+
+
 class Operations:
     """The calls, over a tree and an engine. Handles are derived from node ids, so that a successor knows them too.
 
@@ -142,11 +148,12 @@ class Operations:
 
     def _should_renew(self, node: Node) -> bool:
         # The kernel keeps an inode in one mode while it is open. A file that has become complete meanwhile gets a
-        # second node, which opens in passthrough from the start.
-        if not (self.can_be_direct and node.opens):
-            return False
+        # second node, which opens in passthrough from the start; one that was found damaged, a node to be read through
+        # us.
         reader = self._readers.get(node.id)
-        return reader is not None and reader.is_complete
+        if not self.can_be_direct or reader is None:
+            return False
+        return not reader.cached.is_full() if node.direct_opens else node.opens > 0 and reader.is_complete
 
     def forget(self, node: int, count: int) -> None:
         """`count` lookups of a node are over."""
@@ -210,11 +217,14 @@ class Operations:
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise _ReadOnlyError("the mount is read-only")
         reader = self.engine.open(node.version)
+        # An inode is in one mode at a time: what is open through us stays so, what is direct stays direct.
+        direct = self.can_be_direct and not node.opens and reader.cached.hold_whole(again=node.backing > 0)
+        if node.backing and not direct:
+            self.engine.release(reader)
+            raise _OtherModeError(f"{node.key} was found damaged in the cache")
         if number not in self._readers:
             self._readers[number] = reader
             self._expect_load(node, node.version)
-        # An inode is in one mode at a time: what is open through us stays so, what is direct stays direct.
-        direct = self.can_be_direct and not node.opens and reader.cached.hold_whole()
         if direct and not node.direct_opens:
             self._warm(node)
         self.tree.count_open(node, 1, direct=direct, unique=unique)
@@ -232,13 +242,16 @@ class Operations:
         if size := self._whole_reads.on_open(node.parent, node.name, node.size):
             self.engine.warm(node.version, size)
 
-    def opened_before(self, number: int, *, direct: bool) -> Opened:
+    def opened_before(self, number: int, unique: int, *, direct: bool) -> Opened:
         """An open that a predecessor has counted, and the kernel has no answer to."""
-        node = self.tree.node(number)
-        if direct and node.version is not None and not node.backing:
-            with self.engine.held(node.version) as reader:
-                return Opened(number << 1 | 1, reader.cached.data_fd)
-        return Opened(number << 1 | direct, None)
+        if not direct or self.tree.node(number).backing:
+            return Opened(number << 1 | direct, None)
+        # Nobody kept the file as it was, nor was the kernel told how it is open.
+        cached = self._readers[number].cached
+        if self.tree.node(number).opens or not cached.hold_whole():
+            return self.reopen_indirect(number << 1 | 1, unique)
+        self._inherited[number] -= 1
+        return Opened(number << 1 | 1, cached.data_fd)
 
     def lock_fd(self, number: int) -> int:
         """The descriptor that holds the lock of a file which is open directly."""
@@ -249,7 +262,7 @@ class Operations:
         number = handle >> 1
         node = self.tree.node(number)
         self.tree.count_open(node, -1, direct=True)
-        self._readers[number].cached.release_whole()
+        self._release_whole(number)
         self.tree.count_open(node, 1, direct=False, unique=unique)
         return Opened(number << 1, None)
 
@@ -277,14 +290,18 @@ class Operations:
         reader = self._readers.get(number)
         if reader is None:
             return
-        if direct and self._inherited.get(number):
-            self._inherited[number] -= 1
-        elif direct:
-            reader.cached.release_whole()
+        if direct:
+            self._release_whole(number)
         if not node.opens and not node.direct_opens:
             del self._readers[number]
             self._inherited.pop(number, None)
         self.engine.release(reader)
+
+    def _release_whole(self, number: int) -> None:
+        if self._inherited.get(number):
+            self._inherited[number] -= 1
+        else:
+            self._readers[number].cached.release_whole()
 
     # the whole
 

@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,46 @@ def test_what_is_open_stays_open_and_is_counted_right(bucket: Store, mount: Moun
     assert (path / "through.bin").read_bytes() == data
     wait_for(lambda: served("through.bin") == b"passthrough")
     subprocess.run(["umount", path], check=True, timeout=10)
+
+
+@pytest.mark.slow
+def test_what_is_open_directly_is_opened_directly_at_once(bucket: Store, mount: Mounter) -> None:
+    """Also before the successor has verified what its predecessor had: the kernel fails an open of another mode."""
+    names = [f"{number}.bin" for number in range(16)]
+    datas = {name: random_bytes(12 * MIB, number) for number, name in enumerate(names)}
+    for name, data in datas.items():
+        bucket.put(name, data)
+    path = mount(bucket)
+    for name in names:
+        (path / name).read_bytes()
+    wait_for(lambda: all(os.getxattr(path / name, "user.obsfs.served_by") == b"passthrough" for name in names))
+    with ExitStack() as files:
+        for name in names:
+            files.enter_context((path / name).open("rb"))
+        old = kill(path)
+        with ThreadPoolExecutor(len(names)) as pool:
+            assert all(pool.map(lambda name: (path / name).read_bytes() == datas[name], names))
+        successor(path, old)
+    wait_for(lambda: status(path)["open_files"] == 0)
+
+
+@pytest.mark.slow
+def test_a_file_that_is_damaged_under_a_direct_reader_can_be_opened(
+    bucket: Store, mount: Mounter, tmp_path: Path
+) -> None:
+    data = random_bytes(12 * MIB)
+    bucket.put("file.bin", data)
+    path = mount(bucket, cache_dir=tmp_path)
+    (path / "file.bin").read_bytes()
+    wait_for(lambda: os.getxattr(path / "file.bin", "user.obsfs.served_by") == b"passthrough")
+    with (path / "file.bin").open("rb", buffering=0):
+        (stored,) = tmp_path.glob("v1/??/*.data")
+        with stored.open("r+b") as file:
+            file.seek(5 * MIB)
+            file.write(b"damage")
+        successor(path, kill(path))
+        wait_for(lambda: status(path)["corrupt_blocks"] == 1)
+        assert (path / "file.bin").read_bytes() == data
 
 
 @pytest.mark.slow

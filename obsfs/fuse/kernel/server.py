@@ -405,7 +405,7 @@ class Server:
             if before is None:
                 opened = self._operations.open(request.node, flags, unique)
             else:
-                opened = self._operations.opened_before(request.node, direct=before)
+                opened = self._operations.opened_before(request.node, unique, direct=before)
             backing = 0
             if opened.handle & 1:
                 try:
