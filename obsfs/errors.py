@@ -60,6 +60,10 @@ class UnavailableError(ObsfsError):
     errno = errno.EIO
 
 
+class BusyError(UnavailableError):
+    """The server answered that it cannot do it now (SlowDown, 5xx)."""
+
+
 class CorruptError(UnavailableError):
     """The server sent other bytes than those of its own checksum."""
 

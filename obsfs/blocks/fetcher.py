@@ -18,7 +18,6 @@ import heapq
 import itertools
 import logging
 import queue
-import random
 import threading
 import time
 from collections import deque
@@ -32,6 +31,7 @@ from obsfs.blocks.object import CachedObject
 from obsfs.blocks.readahead import runs
 from obsfs.errors import ObsfsError, UnavailableError
 from obsfs.remote.objects import WHOLE_BYTES, ObjectVersion
+from obsfs.remote.retries import backoff
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,6 @@ MIN_RANGE = 4
 _ELSEWHERE_POLL = 0.02
 _WATCH_SECONDS = 0.25
 _HEDGES = 4
-_BACKOFF = (0.1, 5.0)
 
 
 class Body(Protocol):
@@ -68,12 +67,6 @@ def range_stop(start: int, queued: int, connections: int) -> int:
 def demand_reserve(connections: int) -> int:
     """Connections of all that read-ahead leaves free: whoever waits does not wait for a whole range first."""
     return connections // 8
-
-
-def backoff(attempt: int) -> float:
-    """Seconds to pause after failure number `attempt` (from 1): doubling from 0.1 to 5, with full jitter."""
-    low, high = _BACKOFF
-    return random.uniform(0.5, 1.0) * min(high, low * 2.0 ** (attempt - 1))
 
 
 class Waiter:

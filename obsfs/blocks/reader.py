@@ -205,6 +205,7 @@ class Engine:
 
     def __init__(self, bucket: Bucket, settings: Settings, *, seals: bool = True) -> None:
         self.seals = seals
+        self._bucket = bucket
         self.cache = Cache(settings.cache_dir, int(settings.cache_size))
         self.fetcher = Fetcher(
             bucket.open_range, connections=settings.connections, retry_timeout=settings.retry_timeout
@@ -410,7 +411,7 @@ class Engine:
             "requests": stats.requests,
             "requests_in_flight": stats.requests_in_flight,
             "connections": self.fetcher.connections,
-            "retries": stats.retries,
+            "retries": stats.retries + self._bucket.retries.count,
             "hedges": stats.hedges,
             "errors": stats.errors,
             "last_error": stats.last_error,

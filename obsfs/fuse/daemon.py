@@ -94,7 +94,7 @@ def serve(
     with ExitStack() as cleanup, _retried(takeover) as is_serving:
         lock = takeover.lock if takeover else state.lock(mountpoint, os.getppid() if keeper.is_there else os.getpid())
         cleanup.callback(os.close, lock)
-        bucket = Bucket(address, settings)
+        bucket = Bucket(address, settings, is_known=takeover is not None)
         names: Source = bucket
         page: Page | None = None
         if settings.snapshot:

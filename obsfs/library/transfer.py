@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from obsfs.blocks.fetcher import backoff
 from obsfs.errors import UnavailableError
 from obsfs.remote.checksums import Hasher
+from obsfs.remote.retries import backoff
 
 _T = TypeVar("_T")
 _WAIT_SECONDS = 0.2

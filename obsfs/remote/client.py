@@ -1,7 +1,8 @@
 """The requests we make to a bucket, through botocore: list, head, and ranges read into buffers that we own.
 
-Every failure becomes one of :mod:`obsfs.errors`, so that nobody above knows botocore. Nothing is retried here:
-the fetch engine decides that, because it knows who is waiting.
+Every failure becomes one of :mod:`obsfs.errors`, so that nobody above knows botocore. Names and small objects are
+asked for again here while the server is away (:mod:`obsfs.remote.retries`); ranges are not: the fetch engine decides
+that, because it knows who is waiting.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from botocore.exceptions import ProfileNotFound
 from botocore.utils import parse_timestamp
 
 from obsfs.errors import (
+    BusyError,
     ExpiredError,
     NotFoundError,
     ObsfsError,
@@ -41,6 +43,7 @@ from obsfs.remote.failures import translated
 from obsfs.remote.objects import WHOLE_BYTES, Content, ObjectInfo, ObjectVersion, Page, quoted
 from obsfs.remote.ranges import CheckedBody, RangeAnswer, RangeBody, RangeSender, wrong_bytes
 from obsfs.remote.replicas import Replicas
+from obsfs.remote.retries import Retries
 from obsfs.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -159,10 +162,12 @@ class Bucket:
 
     Its clients reach every bucket of their endpoints: :meth:`open_range` reads the bucket that a version names. With
     several endpoints, each is taken to hold the same objects (:mod:`obsfs.remote.replicas`); versions are known by the
-    first, whichever serves them.
+    first, whichever serves them. `is_known`: the bucket was reached before, so that it is worth waiting for.
     """
 
-    def __init__(self, address: Address, settings: Settings, *, keys: Keys | None = None) -> None:
+    def __init__(
+        self, address: Address, settings: Settings, *, keys: Keys | None = None, is_known: bool = False
+    ) -> None:
         self.address = address
         self.name = address.bucket
         self._settings, self._keys = settings, keys
@@ -171,6 +176,7 @@ class Bucket:
         self._renewing = threading.Lock()
         self._renewed = float("-inf")
         self.replicas = Replicas(len(self._sites))
+        self.retries = Retries(settings.retry_timeout, has_answered=is_known)
         self.endpoint: str = self._sites[0].endpoint
 
     def _site(self, url: str | None) -> _Site:
@@ -221,6 +227,7 @@ class Bucket:
                 late.append(number)
                 error = changed
             else:
+                self.retries.succeeded()
                 self.replicas.answered(number, time.monotonic() - started if may_lag else None)
                 for other in late:
                     self.replicas.lagged(other)
@@ -228,6 +235,21 @@ class Bucket:
                 return answer
         assert error is not None
         raise error
+
+    def _ask_again(self, work: Callable[[int], _T], *, may_lag: bool = False) -> _T:
+        """As :meth:`_ask`, again and again while no endpoint can answer."""
+        began, attempt = time.monotonic(), 0
+        while True:
+            try:
+                return self._ask(work, may_lag=may_lag)
+            except UnavailableError as error:
+                attempt += 1
+                if isinstance(error, BusyError):
+                    self.retries.answered()
+                if (pause := self.retries.failed(attempt, began)) is None:
+                    raise
+                log.warning("trying again: %s", error)
+            time.sleep(pause)
 
     def check(self) -> Page:
         """The first page of the place. Raises what is wrong when the bucket is not there or may not be listed."""
@@ -256,7 +278,7 @@ class Bucket:
                 return number, self._sites[number].client.list_objects_v2(**request, **on)
 
         while True:
-            number, answer = self._ask(ask)
+            number, answer = self._ask_again(ask)
             objects = [
                 ObjectInfo(
                     entry["Key"], entry["Size"], _epoch(entry.get("LastModified")), quoted(entry.get("ETag", ""))
@@ -284,7 +306,7 @@ class Bucket:
                 answer: dict[str, Any] = self._sites[number].client.head_object(Bucket=self.name, Key=key)
             return answer
 
-        answer = self._ask(ask)
+        answer = self._ask_again(ask)
         return ObjectInfo(
             key, answer["ContentLength"], _epoch(answer.get("LastModified")), quoted(answer.get("ETag", ""))
         )
@@ -304,7 +326,7 @@ class Bucket:
             age = parsedate_to_datetime(now).timestamp() - _epoch(answer.get("LastModified")) if now else 0.0
             return Content(data, answer.get("ETag", ""), max(0.0, age))
 
-        return self._ask(ask, may_lag=True)
+        return self._ask_again(ask, may_lag=True)
 
     def older(self, key: str) -> Iterator[Content]:
         """The versions of an object that the bucket keeps, the newest first; none where it keeps none."""
@@ -344,13 +366,14 @@ class Bucket:
         """As :meth:`open_range`, all at once."""
         if stop <= start:
             return b""
-        body = self.open_range(version, start, stop)
-        try:
+
+        def ask(number: int) -> bytes:
             buffer = bytearray(stop - start)
-            body.readinto(memoryview(buffer))
+            with closing(self._open_range(number, version, start, stop)) as body:
+                body.readinto(memoryview(buffer))
             return bytes(buffer)
-        finally:
-            body.close()
+
+        return self._ask_again(ask, may_lag=True)
 
     def _open_range(self, number: int, version: ObjectVersion, start: int, stop: int) -> RangeBody | CheckedBody:
         what = self._what(version.key, version.bucket)
@@ -383,7 +406,7 @@ class Bucket:
             headers: Mapping[str, str] = answer["ResponseMetadata"]["HTTPHeaders"]
             return headers
 
-        return self._offered(self._ask(ask, may_lag=True))
+        return self._offered(self._ask_again(ask, may_lag=True))
 
     def _offered(self, headers: Mapping[str, str]) -> Checksum | None:
         return offered(headers, md5_etags=self._settings.md5_etags)

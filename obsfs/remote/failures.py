@@ -11,6 +11,7 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 from urllib3.exceptions import HTTPError
 
 from obsfs.errors import (
+    BusyError,
     ExpiredError,
     ForbiddenError,
     NotFoundError,
@@ -66,4 +67,5 @@ def _from_response(error: ClientError, what: str, pinned: bool) -> ObsfsError:
         return ForbiddenError(f"access to {what} denied ({code})", "check the credentials and what they allow")
     if status in (301, 307, 400) and code in ("PermanentRedirect", "AuthorizationHeaderMalformed"):
         return UsageError(f"{what} lives in another region ({code})", "give its --region")
-    return UnavailableError(f"server answered {status} {code} for {what}")
+    kind = BusyError if status >= 500 or status == 429 else UnavailableError
+    return kind(f"server answered {status} {code} for {what}")

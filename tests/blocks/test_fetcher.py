@@ -19,7 +19,6 @@ from obsfs.blocks.fetcher import (
     Fetcher,
     Target,
     Waiter,
-    backoff,
     demand_reserve,
     range_stop,
     runs,
@@ -281,8 +280,3 @@ def test_ranges_are_aligned_and_long_when_much_is_wanted(start: int, queued: int
     assert start < stop <= start + length
     assert stop % length == 0
     assert demand_reserve(connections) < connections
-
-
-@given(st.integers(1, 60))
-def test_pauses_grow_and_end(attempt: int) -> None:
-    assert 0.05 <= backoff(attempt) <= 5.0

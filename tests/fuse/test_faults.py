@@ -67,6 +67,35 @@ def test_a_read_waits_for_a_server_that_comes_back(
         assert status(path)["retries"] > 0
 
 
+def test_a_name_waits_for_a_server_that_comes_back(
+    bucket: Store, mount: Mounter, link: FaultyLink, engine: str
+) -> None:
+    bucket.put("dir/file.bin", b"text")
+    path = mount(bucket, endpoint_url=link.endpoint, engine=engine)
+    link.refusing = True
+    link.break_all()
+    reading = subprocess.Popen(["cat", path / "dir" / "file.bin"], stdout=subprocess.PIPE, text=True)
+    time.sleep(1.5)
+    assert reading.poll() is None
+    link.refusing = False
+    assert reading.communicate(timeout=60)[0] == "text"
+    assert status(path)["retries"] > 0
+
+
+def test_names_fail_together_when_patience_is_over(bucket: Store, mount: Mounter, link: FaultyLink) -> None:
+    bucket.put("dir/file.bin", b"text")
+    path = mount(bucket, endpoint_url=link.endpoint, retry_timeout="2s")
+    link.refusing = True
+    link.break_all()
+    started = time.monotonic()
+    waiting = [subprocess.Popen(["ls", path / "dir"], stderr=subprocess.PIPE, text=True) for _ in range(12)]
+    for process in waiting:
+        assert "Input/output error" in process.communicate(timeout=20)[1]
+    assert 1.0 < time.monotonic() - started < 10
+    link.refusing = False
+    assert os.listdir(path / "dir") == ["file.bin"]
+
+
 def test_a_read_fails_when_patience_is_over_and_the_mount_survives(
     bucket: Store, mount: Mounter, link: FaultyLink, engine: str
 ) -> None:
