@@ -16,7 +16,7 @@ from obsfs.version import __version__
 if TYPE_CHECKING:
     from obsfs.errors import ObsfsError
     from obsfs.filesystem import OBSFileSystem
-    from obsfs.fuse.mounts import Mount, mount, on_mount, status
+    from obsfs.fuse.mounts import Mount, mount, on_mount, refresh, status
     from obsfs.library.download import resolve, snapshot_download
     from obsfs.library.push import push_directory as push
     from obsfs.settings import Settings
@@ -30,6 +30,7 @@ __all__ = [
     "mount",
     "on_mount",
     "push",
+    "refresh",
     "resolve",
     "snapshot_download",
     "status",
@@ -46,6 +47,7 @@ _HOMES = {
     "mount": "obsfs.fuse.mounts:mount",
     "on_mount": "obsfs.fuse.mounts:on_mount",
     "push": "obsfs.library.push:push_directory",
+    "refresh": "obsfs.fuse.mounts:refresh",
     "resolve": "obsfs.library.download:resolve",
     "snapshot_download": "obsfs.library.download:snapshot_download",
     "status": "obsfs.fuse.mounts:status",

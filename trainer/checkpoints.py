@@ -125,6 +125,7 @@ class Publisher:
             try:
                 url = self._place.url if step is None else self._place.version(step)
                 obsfs.push(directory, url, any_files=True, source=self._source, **self._place.settings)
+                obsfs.refresh(url)
                 self.published.append(url)
                 self._error = None
                 if step is not None:

@@ -107,6 +107,7 @@ def merge(
             _quantize(work, quantize)
         if place is not None:
             obsfs.push(work, place.url, source=f"{found.name} + {tuned.name}", **place.settings)
+            obsfs.refresh(place.url)
         else:
             work.replace(target)
         return Merged(place.url if place else output, found.name, largest, mean)

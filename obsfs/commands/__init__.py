@@ -17,6 +17,7 @@ _VERBS = {
     "mount": "mount",
     "umount": "umount",
     "status": "status",
+    "refresh": "refresh",
     "upgrade": "upgrade",
     "models": "models",
     "push": "push",

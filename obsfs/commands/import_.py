@@ -9,6 +9,7 @@ import click
 
 from obsfs.commands.options import PUBLISH, settings_options
 from obsfs.commands.output import human, progress, spinner, terminate_like_interrupt
+from obsfs.fuse import mounts
 from obsfs.settings import Settings
 
 _EPILOG = """\b
@@ -54,6 +55,7 @@ def import_(
         manifest, sent = publish(
             model, found.files, details, settings, origin=f"{wanted}@{found.revision}", advance=advance
         )
+    mounts.refresh(str(model))
     if as_json:
         click.echo(json.dumps({**manifest.model_dump(mode="json"), "bytes_sent": sent, "url": str(model)}, indent=1))
     else:

@@ -10,6 +10,7 @@ import click
 
 from obsfs.commands.options import PUBLISH, settings_options
 from obsfs.commands.output import human, progress, terminate_like_interrupt
+from obsfs.fuse import mounts
 from obsfs.settings import Settings
 
 _EPILOG = """\b
@@ -63,6 +64,7 @@ def push(
             revision=revision or "",
             advance=advance,
         )
+    mounts.refresh(str(model))
     if as_json:
         click.echo(json.dumps({**manifest.model_dump(mode="json"), "bytes_sent": sent, "url": str(model)}, indent=1))
     else:

@@ -11,9 +11,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from obsfs.errors import UsageError
 from obsfs.fuse import state
@@ -21,6 +24,7 @@ from obsfs.fuse.kernel import channel
 from obsfs.remote.address import parse_address
 from obsfs.settings import Settings
 
+_T = TypeVar("_T")
 _START_SECONDS = 120.0
 _STATUS_SECONDS = 5.0
 _END_SECONDS = 10.0
@@ -208,23 +212,69 @@ def status(mountpoint: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises UsageError when it does not answer within 5 seconds, and OSError (ENOTCONN) when it died.
     """
-    result: list[bytes | OSError] = []
+    answer: dict[str, Any] = json.loads(_asked(mountpoint, lambda: os.getxattr(mountpoint, "user.obsfs.status")))
+    return answer
 
-    def ask() -> None:
+
+def refresh(place: str | os.PathLike[str]) -> list[Path]:
+    """Have mounts ask the bucket again for what they show of a place, whatever --metadata-ttl says.
+
+    A path means the mount that it is on, ``obs://BUCKET/...`` every mount of this machine that shows it; it need not be
+    there (yet). What is open stays as it is. Returns what was refreshed: the nearest paths that the mounts know. A
+    mount that is dead, or does not answer within 5 seconds, is left out.
+    """
+    found = []
+    for entry in channel.mounts():
+        path = _path_on(entry, place) if entry.fs_type == channel.FS_TYPE else None
+        if path is not None:
+            with suppress(OSError, UsageError):
+                found.append(_asked(entry.mountpoint, partial(_refresh, path, entry.mountpoint)))
+    return found
+
+
+def _path_on(mount: channel.MountEntry, place: str | os.PathLike[str]) -> Path | None:
+    """What a mount shows of a place, if anything."""
+    text = os.fspath(place)
+    if "://" not in text:
+        path = Path(text).absolute()
+        return path if path.is_relative_to(mount.mountpoint) else None
+    wanted, shown = parse_address(text), parse_address(mount.source)
+    if wanted.bucket != shown.bucket:
+        return None
+    if shown.prefix.startswith(wanted.prefix):
+        return mount.mountpoint
+    return mount.mountpoint / wanted.prefix[len(shown.prefix) :] if wanted.prefix.startswith(shown.prefix) else None
+
+
+def _refresh(path: Path, mountpoint: Path) -> Path:
+    while True:
         try:
-            result.append(os.getxattr(mountpoint, "user.obsfs.status"))
+            os.getxattr(path, "user.obsfs.refresh")
+            return path
+        except (FileNotFoundError, NotADirectoryError):
+            if path == mountpoint:
+                raise
+            path = path.parent
+
+
+def _asked(mountpoint: str | os.PathLike[str], ask: Callable[[], _T]) -> _T:
+    """What a call on a mount returns or raises; UsageError when it does not answer within 5 seconds."""
+    result: list[_T | OSError] = []
+
+    def work() -> None:
+        try:
+            result.append(ask())
         except OSError as error:
             result.append(error)
 
-    asking = threading.Thread(target=ask, daemon=True)
+    asking = threading.Thread(target=work, daemon=True)
     asking.start()
     asking.join(_STATUS_SECONDS)
     if not result:
         raise UsageError(f"the server of {mountpoint} does not answer", f"obsfs umount --lazy {mountpoint}")
     if isinstance(result[0], OSError):
         raise result[0]
-    answer: dict[str, Any] = json.loads(result[0])
-    return answer
+    return result[0]
 
 
 def find() -> list[dict[str, Any] | Stale]:

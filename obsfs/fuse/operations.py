@@ -30,6 +30,8 @@ __all__ = ["ROOT", "UNKNOWN_INO", "Attributes", "Opened", "Operations", "StatFs"
 UNKNOWN_INO = 0xFFFFFFFF
 """Stands in a directory for an inode number that has not been looked up, as libfuse has it; 0 would hide the name."""
 XATTR_PREFIX = "user.obsfs."
+REFRESH = f"{XATTR_PREFIX}refresh"
+"""Who reads this attribute has :meth:`Operations.refresh` done: a mount that cannot be written takes no other order."""
 
 
 class Attributes(NamedTuple):
@@ -144,7 +146,15 @@ class Operations:
 
     def absence_ttl(self, parent: int, name: str) -> float:
         """For how many seconds a name that `lookup` did not find is known to be absent."""
-        return self.tree.lifetime(self.tree.node(parent), name)
+        return self.tree.absence(self.tree.node(parent), name)
+
+    def refresh(self, number: int) -> list[tuple[int, str]]:
+        """Ask the bucket again for all that is shown under a directory, or under that of a file.
+
+        Returns ``(parent, name)`` of what the engine has to have looked up anew.
+        """
+        node = self.tree.node(number)
+        return self.tree.refresh(node if node.is_dir else self.tree.node(node.parent))
 
     def _should_renew(self, node: Node) -> bool:
         # The kernel keeps an inode in one mode while it is open. A file that has become complete meanwhile gets a
@@ -318,6 +328,9 @@ class Operations:
         if not name.startswith("user."):
             raise _NoNamespaceError(f"no attributes like {name} here")
         node = self.tree.node(number)
+        if name == REFRESH:
+            self.refresh(number)
+            return b""
         if name == f"{XATTR_PREFIX}status" and number == ROOT:
             return json.dumps(self.status()).encode()
         values: dict[str, Callable[[], object]] = {}

@@ -29,6 +29,7 @@ from obsfs.remote.objects import ObjectInfo, ObjectVersion, Page
 ROOT = 1
 _MAX_COUNTED = 4096
 _MAX_PROBED = 4096
+_MAX_ABSENT = 4096
 _RESTORED = 1 << 62
 
 
@@ -171,6 +172,9 @@ class Tree:
         self._current: dict[tuple[int, str], int] = {}
         # Opens and releases by the kernel's numbers, the newest last, and whether each was direct.
         self._counted: OrderedDict[int, bool] = OrderedDict()
+        # (parent id, name) of what the kernel was told is not there, the newest last.
+        self._absent: OrderedDict[tuple[int, str], None] = OrderedDict()
+        self._refreshed = 0
 
     # nodes
 
@@ -349,6 +353,24 @@ class Tree:
             loaded, _ = listing.probed.get(name, (loaded, None))
         return max(0.0, self.ttl - (self._now() - loaded))
 
+    def absence(self, directory: Node, name: str) -> float:
+        """The `lifetime` of a name that is not there, of which the kernel is told now."""
+        with self._guard:
+            self._absent[directory.id, name] = None
+            if len(self._absent) > _MAX_ABSENT:
+                self._absent.popitem(last=False)
+        return self.lifetime(directory, name)
+
+    def refresh(self, directory: Node) -> list[tuple[int, str]]:
+        """Believe nothing of what was known of a directory and those under it. Returns ``(parent id, name)`` of what
+        the kernel may know there: names that it should ask for again."""
+        with self._guard:
+            self._refreshed += 1
+            for prefix in [prefix for prefix in self._listings if prefix.startswith(directory.key)]:
+                self._drop_listing(prefix)
+            under = {node.id for node in self._nodes.values() if node.key.startswith(directory.key)}
+            return [place for place in (*self._current, *self._absent) if place[0] in under]
+
     @property
     def hidden(self) -> int:
         """Keys that the listings now held could not show."""
@@ -453,7 +475,7 @@ class Tree:
     def _load(self, prefix: str, pages: Iterable[Page], *, whole: bool) -> Listing:
         """What the bucket says of a directory: its first page, or all pages."""
         listing = Listing({}, self._now())
-        before = self._listings.get(prefix)
+        refreshed, before = self._refreshed, self._listings.get(prefix)
         for number, page in enumerate(pages, 1):
             listing.hidden += read_page(page, prefix, listing.entries)
             listing.pages = number
@@ -463,6 +485,8 @@ class Tree:
                     listing.pages = before.pages if before else 1
                 break
         with self._guard:
+            if self._refreshed != refreshed:
+                listing.loaded -= self.ttl
             self._drop_listing(prefix)
             self._listings[prefix] = listing
             self._listed += 1 + len(listing.entries)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from obsfs.fuse import mounts
 from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for
 from tests.faulty import ListedBucket
 
@@ -197,6 +198,34 @@ def test_new_and_deleted_objects_are_seen_when_the_lifetime_is_over(bucket: Stor
     bucket.client.delete_object(Bucket=bucket.name, Key="a.txt")
     wait_for(lambda: os.listdir(path) == ["b.txt"], 10)
     wait_for(lambda: (path / "b.txt").exists() and not (path / "a.txt").exists(), 10)
+
+
+def test_refresh_shows_at_once_what_has_changed(bucket: Store, mount: Mounter, engine: str) -> None:
+    for name in ("a/old.txt", "a/same/file.txt", "a/new.txt"):
+        bucket.put(name, b"1")
+    path = mount(bucket, engine=engine)
+    inside = mount(f"{bucket}/a", engine=engine)
+
+    def look() -> tuple[list[str], bytes, bool]:
+        absent = (path / "a" / "more" / "file.txt").exists()
+        return sorted(os.listdir(path / "a")), (path / "a" / "new.txt").read_bytes(), absent
+
+    assert look() == (["new.txt", "old.txt", "same"], b"1", False)
+    with (path / "a" / "new.txt").open("rb") as file:
+        bucket.client.delete_object(Bucket=bucket.name, Key="a/old.txt")
+        bucket.put("a/new.txt", b"22")
+        bucket.put("a/more/file.txt", b"1")
+        assert look() == (["new.txt", "old.txt", "same"], b"1", False)
+        assert mounts.refresh(path / "a" / "more" / "file.txt") == [path / "a"]
+        # By way of libfuse the kernel keeps names for another second.
+        wait_for(lambda: look() == (["more", "new.txt", "same"], b"22", True), 0.1 if engine == "native" else 3)
+        assert file.read() == b"1"
+    bucket.put("a/more/again.txt", b"1")
+    assert mounts.refresh(f"{bucket}/a/more") == [path / "a" / "more", inside / "more"]
+    assert mounts.refresh(f"{bucket}/b") == [path]
+    assert mounts.refresh(str(bucket)) == [path, inside]
+    assert mounts.refresh(path.parent) == mounts.refresh("obs://another") == []
+    wait_for(lambda: (path / "a" / "more" / "again.txt").exists(), 3)
 
 
 def test_which_way_a_file_is_served(bucket: Store, mount: Mounter, engine: str) -> None:

@@ -249,3 +249,40 @@ def test_what_came_with_the_mount_hides_nothing_that_came_since() -> None:
     tree.prime(next(bucket.list("")))
     bucket.keys["newer/a"] = "1"
     assert "newer" in tree.listing(root).names
+
+
+def test_after_a_refresh_the_bucket_is_asked_again() -> None:
+    bucket = MemoryBucket({"a/b/1": "x", "c": "x"})
+    tree = Tree(bucket, "", 60, now=Clock())
+    root = tree.node(ROOT)
+    a = tree.lookup(root, "a")
+    b = tree.lookup(a, "b")
+    tree.lookup(b, "1")
+    for parent, name in ((root, "d"), (b, "2")):
+        with pytest.raises(NotFoundError):
+            tree.lookup(parent, name)
+        assert tree.absence(parent, name) == 60
+    bucket.keys |= {"d": "x", "a/b/1": "y", "a/b/2": "x"}
+    assert set(tree.refresh(a)) == {(a.id, "b"), (b.id, "1"), (b.id, "2")}
+    tree.lookup(b, "2")
+    found = tree.lookup(b, "1")
+    assert found.version is not None
+    assert found.version.etag == '"y"'
+    with pytest.raises(NotFoundError):
+        tree.lookup(root, "d")
+    assert (ROOT, "d") in tree.refresh(root)
+    tree.lookup(root, "d")
+
+
+def test_a_listing_that_was_asked_for_before_a_refresh_is_not_kept() -> None:
+    class Slow(MemoryBucket):
+        def list(self, prefix: str) -> Iterator[Page]:
+            found = list(super().list(prefix))
+            if not tree.listed_count:
+                self.keys["b"] = "x"
+                tree.refresh(tree.node(ROOT))
+            yield from found
+
+    tree = Tree(Slow({"a": "x"}), "", 60, now=Clock())
+    assert set(tree.listing(tree.node(ROOT)).entries) == {"a"}
+    assert set(tree.listing(tree.node(ROOT)).entries) == {"a", "b"}

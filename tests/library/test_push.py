@@ -24,7 +24,7 @@ from obsfs.remote.client import Bucket
 from obsfs.remote.objects import ObjectVersion
 from obsfs.remote.writer import Writer
 from obsfs.settings import Settings
-from tests.conftest import MIB, Result, Store, contents, stop_group, wait_for, write_model
+from tests.conftest import MIB, Mounter, Result, Store, contents, stop_group, wait_for, write_model
 from tests.faulty import FaultyLink
 
 Run = Callable[..., Result]
@@ -70,6 +70,25 @@ def test_push_publishes_all_files_and_says_what_they_are(bucket: Store, obsfs: R
         assert answer["Body"].read() == data
         assert answer["ETag"] == next(file["etag"] for file in manifest["files"] if file["path"] == path)
     assert set(keys(bucket)) == {f"models/tuned@v1/{path}" for path in [*local, ".obsfs/manifest.json"]}
+
+
+def test_what_is_pushed_is_seen_on_the_mounts_of_the_machine(
+    bucket: Store, obsfs: Run, mount: Mounter, tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "tuned")
+    bucket.put("models/other/file", b"")
+    bucket.put("models/other/kept", b"")
+    path = mount(bucket)
+    assert not (path / "models" / "tuned@v1").exists()
+    assert obsfs("push", model, f"{bucket}/models/tuned@v1").code == 0
+    assert {file.name for file in (path / "models" / "tuned@v1").iterdir()} >= {file.name for file in model.iterdir()}
+    bucket.client.delete_object(Bucket=bucket.name, Key="models/other/file")
+    assert (path / "models" / "other" / "file").exists()
+    done = obsfs("refresh", path / "models")
+    assert (done.code, done.out) == (0, f"{path}/models: asks the bucket again\n")
+    assert os.listdir(path / "models" / "other") == ["kept"]
+    wrong = obsfs("refresh", tmp_path)
+    assert (wrong.code, wrong.out, wrong.err.count("\n")) == (2, "", 1)
 
 
 def test_what_is_there_is_not_sent_again(bucket: Store, obsfs: Run, tmp_path: Path) -> None:

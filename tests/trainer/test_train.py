@@ -140,6 +140,7 @@ def test_a_path_on_a_mount_is_a_place_in_the_bucket(
     bucket: Store, mount: Mounter, model: str, rows: Path, run: Train
 ) -> None:
     mounted = mount(bucket)
+    assert not (mounted / "adapters").exists()
     outcome = run(
         model=str(mounted / "models" / "tiny@v1"), data=str(rows), max_steps=2, output=str(mounted / "adapters" / "a")
     )

@@ -25,7 +25,7 @@ from obsfs.fuse.keeper import Keeper
 from obsfs.fuse.kernel import channel, wire
 from obsfs.fuse.kernel.pages import GONE, Pipe, Storer
 from obsfs.fuse.kernel.wire import FileOpen, Init, Opcode, Request
-from obsfs.fuse.operations import UNKNOWN_INO, Attributes, Operations
+from obsfs.fuse.operations import REFRESH, UNKNOWN_INO, Attributes, Operations
 from obsfs.fuse.tree import WouldBlockError
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ _SPLICE_FROM = 32 << 10
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _FINISH_SECONDS = 10.0
 _TRIM_SECONDS = 0.5
+_TELL_SECONDS = 2.0
 _MOST_INTERRUPTED = 64
 
 _Call = Callable[[Request, memoryview, bool], bytes | list[bytes] | None]
@@ -67,7 +68,7 @@ class Server:
         self._fds: list[int] = []
         self._storer: Storer | None = None
         self._crowded = threading.Event()
-        self._notices: SimpleQueue[bytes | None] = SimpleQueue()
+        self._notices: SimpleQueue[bytes | Callable[[], None] | None] = SimpleQueue()
         self.ended = threading.Event()
         self._on_end = on_end
         self._calls: dict[int, _Call] = {
@@ -389,7 +390,20 @@ class Server:
     def _getxattr(self, request: Request, view: memoryview, wait: bool) -> bytes:
         size, _ = wire.GETXATTR_IN.unpack_from(view, request.body)
         name = wire.text(view, request.body + wire.GETXATTR_IN.size, request.end)
+        if name == REFRESH:
+            if not wait:
+                raise WouldBlockError
+            self._refresh(request.node)
+            return _sized(b"", size)
         return _sized(self._operations.getxattr(request.node, name), size)
+
+    def _refresh(self, node: int) -> None:
+        for parent, name in self._operations.refresh(node):
+            self._notices.put(wire.inval_entry(parent, name.encode()))
+        told = threading.Event()
+        self._notices.put(told.set)
+        # Whoever asked may look at once, unless the kernel waits for a reader that waits for the bucket.
+        told.wait(_TELL_SECONDS)
 
     def _listxattr(self, request: Request, view: memoryview, wait: bool) -> bytes:
         size, _ = wire.GETXATTR_IN.unpack_from(view, request.body)
@@ -458,8 +472,11 @@ class Server:
 
     def _tell(self) -> None:
         """Send what is to be told. On its own thread: the kernel may wait for whoever looks up a name beside it."""
-        while (message := self._notices.get()) is not None:
-            self._notify(message)
+        while (notice := self._notices.get()) is not None:
+            if callable(notice):
+                notice()
+            else:
+                self._notify(notice)
 
     def _trim(self) -> None:
         """Have the kernel forget names beyond the bound. On a thread of its own: it waits for whoever lists them."""
