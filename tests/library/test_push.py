@@ -82,8 +82,8 @@ def test_what_is_pushed_is_seen_on_the_mounts_of_the_machine(
     assert not (path / "models" / "tuned@v1").exists()
     assert obsfs("push", model, f"{bucket}/models/tuned@v1").code == 0
     assert {file.name for file in (path / "models" / "tuned@v1").iterdir()} >= {file.name for file in model.iterdir()}
-    bucket.client.delete_object(Bucket=bucket.name, Key="models/other/file")
     assert (path / "models" / "other" / "file").exists()
+    bucket.client.delete_object(Bucket=bucket.name, Key="models/other/file")
     done = obsfs("refresh", path / "models")
     assert (done.code, done.out) == (0, f"{path}/models: asks the bucket again\n")
     assert os.listdir(path / "models" / "other") == ["kept"]
