@@ -17,6 +17,7 @@ from typing import Any
 
 from obsfs.errors import UsageError
 from obsfs.library import manifest as manifests
+from obsfs.library import shelf
 from obsfs.library.manifest import ADAPTER, CONFIG, Manifest
 from obsfs.library.names import ModelName, is_safe_path, parse_model
 from obsfs.library.publish import Details, Publication, Source
@@ -154,7 +155,9 @@ def publish(
             retry_timeout=settings.retry_timeout,
             advance=advance,
         )
-        return publication.run(), publication.sent_bytes
+        manifest = publication.run()
+        shelf.clear(settings)
+        return manifest, publication.sent_bytes
 
 
 @contextmanager

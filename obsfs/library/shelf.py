@@ -46,3 +46,9 @@ def keep(settings: Settings, library: str, document: dict[str, Any]) -> None:
         new.replace(path)
     except OSError:
         pass
+
+
+def clear(settings: Settings) -> None:
+    """Forget all libraries: one of them has changed."""
+    for path in (settings.cache_dir / _DIRECTORY).glob("*.json"):
+        path.unlink(missing_ok=True)

@@ -39,11 +39,14 @@ def test_what_was_just_asked_is_not_asked_again(bucket: Store, obsfs: Run, tmp_p
     model = write_model(tmp_path / "m", mib=1)
     assert obsfs("push", model, f"{bucket}/one").code == 0
     assert "1 model in" in obsfs("models", bucket).out
-    assert obsfs("push", model, f"{bucket}/two").code == 0
+    elsewhere = {"OBSFS_CACHE_DIR": str(tmp_path / "elsewhere")}
+    assert obsfs("push", model, f"{bucket}/two", **elsewhere).code == 0
     assert "1 model in" in obsfs("models", bucket).out
     assert "2 models" in obsfs("models", bucket, "--fresh").out
     assert obsfs("push", model, f"{bucket}/three").code == 0
-    assert "3 models" in obsfs("models", bucket, "--metadata-ttl", "0").out
+    assert "3 models" in obsfs("models", bucket).out
+    assert obsfs("push", model, f"{bucket}/four", **elsewhere).code == 0
+    assert "4 models" in obsfs("models", bucket, "--metadata-ttl", "0").out
     away = obsfs("models", bucket, AWS_ENDPOINT_URL="http://127.0.0.1:1")
     assert away.code == 2  # another endpoint, another library
 
