@@ -37,6 +37,28 @@ class Timeline:
         finally:
             self.parts[name] = self.parts.get(name, 0.0) + time.time() - began
 
+    @contextmanager
+    def quantising(self) -> Iterator[None]:
+        """Count to ``quantise`` what bitsandbytes does inside, weight by weight: in the middle of loading, where
+        transformers has nobody look on."""
+        from bitsandbytes import functional
+
+        def timed(quantise: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **options: Any) -> Any:
+                with self.part("quantise"):
+                    return quantise(*arguments, **options)
+
+            return call
+
+        originals = {name: getattr(functional, name) for name in ("quantize_4bit", "int8_vectorwise_quant")}
+        try:
+            for name, quantise in originals.items():
+                setattr(functional, name, timed(quantise))
+            yield
+        finally:
+            for name, quantise in originals.items():
+                setattr(functional, name, quantise)
+
     def mark(self, name: str) -> None:
         """`name` is what all took together until now."""
         self.parts.setdefault(name, time.time() - self._started)

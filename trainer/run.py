@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,7 +230,7 @@ class _Run:
             options["device_map"] = None
         if _trusts(arguments):
             options["trust_remote_code"] = True
-        with self._timeline.part("load"):
+        with self._timeline.part("load"), self._timeline.quantising() if config.is_quantized else nullcontext():
             return create_model_from_path(str(self._base.path), **options)
 
     def _load_data(self, tokenizer: Any) -> tuple[Any, Any]:
