@@ -28,6 +28,7 @@ from botocore.utils import parse_timestamp
 
 from obsfs.errors import (
     BusyError,
+    CorruptError,
     ExpiredError,
     NotFoundError,
     ObsfsError,
@@ -244,7 +245,7 @@ class Bucket:
                 return self._ask(work, may_lag=may_lag)
             except UnavailableError as error:
                 attempt += 1
-                if isinstance(error, BusyError):
+                if isinstance(error, BusyError | CorruptError):
                     self.retries.answered()
                 if (pause := self.retries.failed(attempt, began)) is None:
                     raise

@@ -58,7 +58,7 @@ def test_a_whole_object_has_the_checksum_that_the_server_keeps(bucket: Store, al
     given = {"ChecksumAlgorithm": algorithm} if algorithm else {}
     bucket.client.put_object(Bucket=bucket.name, Key="key", Body=data, **given)
     with FaultyServer(bucket.server.port, lambda number, _: "flipped" if number == 0 else None) as faulty:
-        ours = Bucket(parse_address(str(bucket)), Settings.load(endpoint_url=faulty.endpoint))
+        ours = Bucket(parse_address(str(bucket)), Settings.load(endpoint_url=faulty.endpoint, retry_timeout=0))
         version = ours.version(ours.head("key"))
         with pytest.raises(CorruptError, match=algorithm.lower() or "crc32"):
             ours.read_range(version, 0, len(data))
@@ -72,10 +72,18 @@ def test_a_whole_object_has_the_checksum_that_the_server_keeps(bucket: Store, al
 def test_a_small_object_has_its_checksum(bucket: Store) -> None:
     bucket.put("key", b"a manifest, say")
     with FaultyServer(bucket.server.port, lambda number, _: "flipped" if number == 0 else None) as faulty:
-        ours = Bucket(parse_address(str(bucket)), Settings.load(endpoint_url=faulty.endpoint))
+        place, endpoint = parse_address(str(bucket)), faulty.endpoint
         with pytest.raises(CorruptError):
-            ours.get("key")
+            Bucket(place, Settings.load(endpoint_url=endpoint, retry_timeout=0)).get("key")
+        assert Bucket(place, Settings.load(endpoint_url=endpoint)).get("key").data == b"a manifest, say"
+
+
+def test_bytes_that_are_wrong_are_asked_for_again(bucket: Store) -> None:
+    bucket.put("key", b"a manifest, say")
+    with FaultyServer(bucket.server.port, lambda number, _: "flipped" if number < 2 else None) as faulty:
+        ours = Bucket(parse_address(str(bucket)), Settings.load(endpoint_url=faulty.endpoint))
         assert ours.get("key").data == b"a manifest, say"
+        assert ours.retries.count == 2
 
 
 def test_a_replaced_object_is_not_read(bucket: Store, ours: Bucket) -> None:
