@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import data, worker
-from benchmarks.link import PROFILES, Link
+from benchmarks.link import PROFILES, Link, SentFile
 from benchmarks.peers import DOWNLOADERS, OBSFS, PEERS, Downloader, Mounted, Peer, Place, System
 from obsfs.demo.server import EmbeddedServer
 from obsfs.errors import ObsfsError
@@ -22,6 +22,8 @@ from obsfs.library.manifest import About, File, Manifest, now
 from obsfs.library.names import MANIFEST
 
 BUCKET = "bench"
+_SENT_FROM = 16 << 20
+"""Bytes."""
 
 
 class Key(NamedTuple):
@@ -49,6 +51,7 @@ class Bench:
         self._server = stack.enter_context(EmbeddedServer(home))
         os.environ.update(self._server.environment, BENCH_BUCKET=BUCKET, XDG_STATE_HOME=str(home / "state"))
         self._link: Link | None = None
+        self._sent: list[SentFile] = []
         self.local = home / "local"
         self.local.mkdir()
         self._make_data()
@@ -70,8 +73,11 @@ class Bench:
         client.create_bucket(Bucket=BUCKET)
 
         def upload(path: Path) -> None:
+            key = path.relative_to(self.local).as_posix()
             with path.open("rb") as file:
-                client.put_object(Bucket=BUCKET, Key=path.relative_to(self.local).as_posix(), Body=file)
+                etag = client.put_object(Bucket=BUCKET, Key=key, Body=file)["ETag"]
+            if path.stat().st_size >= _SENT_FROM:
+                self._sent.append(SentFile(f"/{BUCKET}/{key}", etag, path))
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(upload, sorted(path for path in self.local.rglob("*") if path.is_file())))
@@ -109,7 +115,7 @@ class Bench:
         self.profile = profile
         with ExitStack() as stack:
             if profile != "lan":
-                self._link = stack.enter_context(Link(self._server, PROFILES[profile]))
+                self._link = stack.enter_context(Link(self._server, PROFILES[profile], self._sent))
             os.environ["AWS_ENDPOINT_URL"] = self.endpoint
             try:
                 yield
