@@ -41,6 +41,10 @@ _LEAST = 32
 _MOST_CREDIT = 256
 _LOADER = 2
 _HOP = 2
+_FAR = 32
+_GROUP = 8
+"""A window far ahead grows by so many positions at a time: block by block, each would become a request of its own
+wherever a connection is idle."""
 _SPARSE = 2
 _SKIPS = 8
 _MOST_BLOCKS = 1 << 16
@@ -121,6 +125,8 @@ class ReadAhead:
         stream.last_read = self._reads
         start = max(stream.tail, stream.ahead)
         stop = min(self.blocks, stream.tail + self._window(stream))
+        if start - stream.tail >= _FAR and stop < self.blocks:
+            stop -= stop % _GROUP
         if start >= stop:
             return []
         stream.ahead = stop
