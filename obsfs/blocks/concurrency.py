@@ -3,13 +3,15 @@
 Pure: the caller tells the time, in seconds.
 
 What one connection gives is set by the server's limits and the distance, what all give together by the link: only
-trying tells which of them binds. While all connections are busy, what arrives is measured; then twice as many are
-tried, and kept when they bring a sixth more.
+trying tells which of them binds. It begins with 16, and with more the longer the first answers take beyond 60 ms: a
+distant server sends less at a time over each. While all connections are busy, what arrives is measured; then twice as
+many are tried, and kept when they bring a sixth more.
 """
 
 from __future__ import annotations
 
 _FIRST = 16
+_NEAR = 0.06
 _GAIN = 7 / 6
 _SETTLE = 0.2
 """Seconds that a change takes to show: a round trip, and the first block over each new connection."""
@@ -29,10 +31,18 @@ class Concurrency:
     def __init__(self, most: int) -> None:
         self.most = most
         self.current = min(_FIRST, most)
+        self._latency: float | None = float("inf")
         self._measured_from: float | None = None
         self._bytes = 0
         self._before: tuple[int, float, float] | None = None  # connections, bytes per second, when
         self._hold_until = float("-inf")
+
+    def on_answer(self, latency: float) -> None:
+        """A request was answered so many seconds after it was sent; counts until the first measurement is over."""
+        if self._latency is not None:
+            # The first request over a connection waits for its handshakes, too.
+            self._latency = min(self._latency, latency)
+            self.current = min(max(_FIRST, int(_FIRST * self._latency / _NEAR)), self.most)
 
     def on_arrival(self, now: float, size: int, *, is_busy: bool) -> None:
         """`size` bytes have arrived; `is_busy` tells whether more connections would have had something to do."""
@@ -51,7 +61,7 @@ class Concurrency:
             self._decide(now, self._bytes / seconds)
 
     def _decide(self, now: float, rate: float) -> None:
-        before, self._before = self._before, None
+        before, self._before, self._latency = self._before, None, None
         if before is not None:
             connections, old_rate, when = before
             if now - when > _FRESH:

@@ -392,7 +392,10 @@ class Fetcher:
             self.stats.requests += 1
             self.stats.requests_in_flight += 1
         try:
+            sent = time.monotonic()
             body = self._open_range(cached.version, blocks.start * BLOCK, min(blocks.stop * BLOCK, cached.size))
+            with self._changed:
+                self._concurrency.on_answer(time.monotonic() - sent)
             for block in blocks:
                 view = buffer[: cached.length_of(block)]
                 body.readinto(view)

@@ -66,6 +66,21 @@ def test_a_far_server_gets_more_within_two_seconds() -> None:
     assert policy.current == 32
 
 
+def test_a_server_that_answers_late_gets_more_from_the_start() -> None:
+    policy = Concurrency(64)
+    for latency, connections in ((0.5, 64), (0.12, 32), (0.3, 32), (0.03, 16), (0.2, 16)):
+        policy.on_answer(latency)
+        assert policy.current == connections
+    link = Link(policy, 80 * MB, 400 * MB)
+    link.run(3)
+    policy.on_answer(0.001)
+    assert policy.current == 16
+    assert Concurrency(5).current == 5
+    few = Concurrency(5)
+    few.on_answer(1.0)
+    assert few.current == 5
+
+
 def test_one_who_reads_little_at_a_time_changes_nothing() -> None:
     policy = Concurrency(64)
     Link(policy, 10 * MB, 400 * MB).run(20, is_busy=False)

@@ -46,8 +46,19 @@ def test_one_sequential_reader_gets_the_whole_window_and_each_block_once(blocks:
         seen += wanted(policy, first, last)
         furthest = max(furthest, max(seen, default=0) - last)
     assert len(seen) == len(set(seen))
-    assert furthest >= WINDOW - step
+    assert furthest >= WINDOW - step - 8
     assert set(range(2 * step, blocks)) <= set(seen)
+
+
+@given(first=st.integers(0, 7))
+def test_far_ahead_a_window_grows_by_groups(first: int) -> None:
+    """Block by block, each would be a request of its own wherever a connection is idle."""
+    policy = ReadAhead(4000, WINDOW)
+    for block in range(first, 300):
+        policy.on_read(block, block)
+    found = [wanted(policy, block, block) for block in range(300, 380)]
+    assert {len(positions) for positions in found} == {0, 8}
+    assert all(min(positions) % 8 == 0 for positions in found if positions)
 
 
 def test_random_readers_get_little() -> None:
