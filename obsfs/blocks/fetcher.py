@@ -41,6 +41,7 @@ MIN_RANGE = 4
 """Blocks that are not worth a request each: one of 4 MiB takes as long as two round trips of 25 ms at 80 MB/s."""
 _ELSEWHERE_POLL = 0.02
 _WATCH_SECONDS = 0.25
+_QUIET_SECONDS = 0.5
 _HEDGES = 4
 
 
@@ -191,6 +192,7 @@ class Fetcher:
         self._stopping = False
         self._recent: deque[tuple[float, int]] = deque(maxlen=4096)
         self._chores: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._quiet_chores: deque[Callable[[], None]] = deque()
         self._chore_thread = threading.Thread(target=self._do_chores, name="obsfs-chores", daemon=True)
         self._chore_thread.start()
 
@@ -255,6 +257,12 @@ class Fetcher:
     def later(self, chore: Callable[[], None]) -> None:
         """Run something slow on the chore thread, in order."""
         self._chores.put(chore)
+
+    def when_quiet(self, chore: Callable[[], None]) -> None:
+        """Run something that holds up the disk on the chore thread, when nothing has been fetched for half a second, or
+        at the end."""
+        self._quiet_chores.append(chore)
+        self._chores.put(lambda: None)
 
     def throughput(self, seconds: float = 5.0) -> float:
         """Bytes per second that arrived in the last `seconds`."""
@@ -519,8 +527,21 @@ class Fetcher:
             _tell(waiter.failed, error)
 
     def _do_chores(self) -> None:
-        while (chore := self._chores.get()) is not None:
+        last_busy = 0.0
+        while True:
+            try:
+                chore = self._chores.get(timeout=_QUIET_SECONDS if self._quiet_chores else None)
+            except queue.Empty:
+                now = time.monotonic()
+                last_busy = now if self._flights else last_busy
+                if now - last_busy >= _QUIET_SECONDS:
+                    _tell(self._quiet_chores.popleft())
+                continue
+            if chore is None:
+                break
             _tell(chore)
+        for quiet_chore in self._quiet_chores:
+            _tell(quiet_chore)
 
 
 def _is_waiting(target: Target, block: int) -> bool:

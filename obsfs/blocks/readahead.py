@@ -133,11 +133,13 @@ class ReadAhead:
         wanted = [(position - last, position) for position in range(start, stop)]
         if self._crossed(stream) >= _LOADER:
             if stream.own * _SPARSE < stream.tail - stream.begin:
-                # It looks at the start of each extent, to come back for the rest.
+                # It looks at the start of each extent, to come back for the rest in the order in which it went.
                 self.is_mapped = True
-                wanted = [(distance // _SKIPS if self._is_start(p) else distance, p) for distance, p in wanted]
+                wanted = [
+                    (distance // _SKIPS if self._is_start(position) else position - stream.begin, position)
+                    for distance, position in wanted
+                ]
             if not stream.is_filled:
-                # It comes back in the order in which it went.
                 wanted += [(position - stream.begin, position) for position in range(stream.begin, start)]
                 stream.is_filled = True
         return wanted

@@ -167,7 +167,7 @@ class Reader:
             self._engine.fetcher.later(self._settle)
 
     def _settle(self) -> None:
-        """If the file has become complete: seal it and tell who wants to know."""
+        """If the file has become complete, tell who wants to know; it is sealed when there is time."""
         with self._engine.borrowed(self) as alive:
             if not alive or self._is_complete:
                 return
@@ -176,6 +176,12 @@ class Reader:
             self._is_complete = True
             self._engine.on_complete(self)
             if self._engine.seals and self.size >= _SEALED_FROM:
+                # To sync it now would hold up what is being stored of others.
+                self._engine.fetcher.when_quiet(self._seal)
+
+    def _seal(self) -> None:
+        with self._engine.borrowed(self) as alive:
+            if alive:
                 self.cached.seal()
 
     def drop_prefetch(self) -> None:

@@ -95,6 +95,24 @@ def test_demand_comes_before_read_ahead(one: Setup) -> None:
     assert one.bucket.asked[1] == (50, 51)
 
 
+def test_what_holds_up_the_disk_waits_until_nothing_is_fetched(one: Setup) -> None:
+    done: list[str] = []
+    one.prefetch(*range(0, 8))
+    wait_for(lambda: len(one.bucket.asked) == 1)
+    one.fetcher.when_quiet(lambda: done.append("quiet"))
+    one.fetcher.later(lambda: done.append("soon"))
+    time.sleep(1.2)
+    assert done == ["soon"]
+    one.bucket.allow.release(8)
+    wait_for(lambda: done == ["soon", "quiet"])
+    one.prefetch(*range(8, 16))
+    wait_for(lambda: len(one.bucket.asked) == 2)
+    one.fetcher.when_quiet(lambda: done.append("at the end"))
+    one.bucket.allow.release(8)
+    one.fetcher.close()
+    assert done[-1] == "at the end"
+
+
 def test_a_waiter_is_told_when_its_block_has_landed_not_its_range(one: Setup) -> None:
     one.prefetch(*range(0, 8))
     wait_for(lambda: len(one.bucket.asked) == 1)
