@@ -225,9 +225,9 @@ def refresh(place: str | os.PathLike[str]) -> list[Path]:
     """
     found = []
     for entry in channel.mounts():
-        path = _path_on(entry, place) if entry.fs_type == channel.FS_TYPE else None
-        if path is not None:
-            with suppress(OSError, UsageError):
+        with suppress(OSError, UsageError):
+            path = _path_on(entry, place) if entry.fs_type == channel.FS_TYPE else None
+            if path is not None:
                 found.append(_asked(entry.mountpoint, partial(_refresh, path, entry.mountpoint)))
     return found
 
