@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def keep(settings: Settings, library: str, document: dict[str, Any]) -> None:
 
 
 def clear(settings: Settings) -> None:
-    """Forget all libraries: one of them has changed."""
+    """Forget all libraries: one of them has changed. A disk that takes no changes is no reason to fail."""
     for path in (settings.cache_dir / _DIRECTORY).glob("*.json"):
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
