@@ -43,17 +43,10 @@ class Timeline:
         transformers has nobody look on."""
         from bitsandbytes import functional
 
-        def timed(quantise: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*arguments: Any, **options: Any) -> Any:
-                with self.part("quantise"):
-                    return quantise(*arguments, **options)
-
-            return call
-
         originals = {name: getattr(functional, name) for name in ("quantize_4bit", "int8_vectorwise_quant")}
         try:
             for name, quantise in originals.items():
-                setattr(functional, name, timed(quantise))
+                setattr(functional, name, self.part("quantise")(quantise))
             yield
         finally:
             for name, quantise in originals.items():

@@ -259,8 +259,8 @@ class Fetcher:
         self._chores.put(chore)
 
     def when_quiet(self, chore: Callable[[], None]) -> None:
-        """Run something that holds up the disk on the chore thread, when nothing has been fetched for half a second, or
-        at the end."""
+        """Run something that holds up the disk on the chore thread, when nothing is being fetched (looked at twice per
+        second), or at the end."""
         self._quiet_chores.append(chore)
         self._chores.put(lambda: None)
 
@@ -527,14 +527,11 @@ class Fetcher:
             _tell(waiter.failed, error)
 
     def _do_chores(self) -> None:
-        last_busy = 0.0
         while True:
             try:
                 chore = self._chores.get(timeout=_QUIET_SECONDS if self._quiet_chores else None)
             except queue.Empty:
-                now = time.monotonic()
-                last_busy = now if self._flights else last_busy
-                if now - last_busy >= _QUIET_SECONDS:
+                if not self._flights:
                     _tell(self._quiet_chores.popleft())
                 continue
             if chore is None:

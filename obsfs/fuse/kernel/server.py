@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import takewhile
 from queue import SimpleQueue
 
@@ -68,7 +69,7 @@ class Server:
         self._fds: list[int] = []
         self._storer: Storer | None = None
         self._crowded = threading.Event()
-        self._notices: SimpleQueue[bytes | Callable[[], None] | None] = SimpleQueue()
+        self._notices: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self.ended = threading.Event()
         self._on_end = on_end
         self._calls: dict[int, _Call] = {
@@ -399,7 +400,7 @@ class Server:
 
     def _refresh(self, node: int) -> None:
         for parent, name in self._operations.refresh(node):
-            self._notices.put(wire.inval_entry(parent, name.encode()))
+            self._notices.put(partial(self._notify, wire.inval_entry(parent, name.encode())))
         told = threading.Event()
         self._notices.put(told.set)
         # Whoever asked may look at once, unless the kernel waits for a reader that waits for the bucket.
@@ -468,15 +469,12 @@ class Server:
         if self._operations.can_be_direct:
             for node in self._operations.open_nodes(reader):
                 if place := self._operations.tree.current_name(node):
-                    self._notices.put(wire.inval_entry(place[0], place[1].encode()))
+                    self._notices.put(partial(self._notify, wire.inval_entry(place[0], place[1].encode())))
 
     def _tell(self) -> None:
         """Send what is to be told. On its own thread: the kernel may wait for whoever looks up a name beside it."""
         while (notice := self._notices.get()) is not None:
-            if callable(notice):
-                notice()
-            else:
-                self._notify(notice)
+            notice()
 
     def _trim(self) -> None:
         """Have the kernel forget names beyond the bound. On a thread of its own: it waits for whoever lists them."""
