@@ -219,7 +219,8 @@ def test_refresh_shows_at_once_what_has_changed(bucket: Store, mount: Mounter, e
         assert mounts.refresh(path / "a" / "more" / "file.txt") == [path / "a"]
         # By way of libfuse the kernel keeps names for another second.
         wait_for(lambda: look() == (["more", "new.txt", "same"], b"22", True), 0.1 if engine == "native" else 3)
-        assert file.read() == b"1"
+        if engine == "native":  # libfuse refuses the old version while the new one is open: its close is not waited for
+            assert file.read() == b"1"
     bucket.put("a/more/again.txt", b"1")
     assert mounts.refresh(f"{bucket}/a/more") == [path / "a" / "more", inside / "more"]
     assert mounts.refresh(f"{bucket}/b") == [path]
