@@ -69,7 +69,7 @@ def _verify_model(url: str, settings: Settings, where: str, as_json: bool) -> No
         raise UsageError(f"{model.name} has no manifest", "it was not published by obsfs push")
     with progress(f"verifying {model.name.label}", model.manifest.size, quiet=as_json) as advance:
         if where == "bucket":
-            result = verifying.in_bucket(bucket, model, settings.retry_timeout, advance)
+            result = verifying.in_bucket(bucket, model, advance)
         else:
             cache = Cache(settings.cache_dir, int(settings.cache_size))
             result = verifying.in_cache(cache, model, bucket.endpoint, advance)

@@ -101,7 +101,7 @@ def _warm(
             for one in wanted:
                 engine.cache.pins.add(one.version)
         with progress(f"warming {url}", size, quiet=quiet) as advance:
-            warming.warm(engine, wanted, settings.retry_timeout, advance)
+            warming.warm(engine, wanted, advance)
     finally:
         engine.close()
     return {"url": url, "bytes": size, "bytes_fetched": engine.fetcher.stats.bytes_fetched, "pinned": pin}

@@ -164,12 +164,10 @@ class Publication:
     def run(self) -> Manifest:
         """Publish. Returns the manifest: the one that is there, if it says the same files already."""
         self._notes.save()
-        crew = self._crew()
-        before = crew.retried(lambda: catalog.read(self._writer.bucket, self._name))
-        there = crew.retried(lambda: {info.key: info for info in self._writer.bucket.walk(self._name.prefix)})
+        before, there = self._look()
         if before and self._name.version and not self._may_be(before.manifest):
             self._refuse()
-        self._compare(crew.retried(self._relatives), there)
+        self._compare(self._relatives(), there)
         if before and self._is_same(before.manifest):
             self._abort()
             return before.manifest
@@ -191,6 +189,11 @@ class Publication:
         raise ExistsError(
             f"{self._name} is published already, with other files", "a version never changes: choose another"
         )
+
+    def _look(self) -> tuple[Model | None, dict[str, ObjectInfo]]:
+        """What is published under the name now, and the objects that are there, by their keys."""
+        bucket = self._writer.bucket
+        return catalog.read(bucket, self._name), {info.key: info for info in bucket.walk(self._name.prefix)}
 
     def _relatives(self) -> list[Model]:
         """Whatever is published under the name, at all versions and without."""
@@ -330,14 +333,14 @@ class Publication:
     # publishing
 
     def _publish(self, claim: _Claim, before: Model | None, there: dict[str, ObjectInfo]) -> Manifest:
-        crew = self._crew()
-        after = crew.retried(lambda: catalog.read(self._writer.bucket, self._name))
+        after, again = self._look()
         if (after.etag if after else "") != (before.etag if before else ""):
             raise ExistsError(f"{self._name} was published by somebody else just now", "look at it, then push again")
-        again = crew.retried(lambda: {info.key: info for info in self._writer.bucket.walk(self._name.prefix)})
         for item in self._items:
             if item.kept and (item.key not in again or again[item.key].etag != there[item.key].etag):
                 raise ExistsError(f"{item.path} of {self._name} was replaced just now", "push again")
+
+        crew = self._crew()
 
         def appear(item: _Item) -> None:
             claim.check()
@@ -396,7 +399,7 @@ class Publication:
                 written = crew.retried(lambda: self._writer.complete(item.key, item.upload, item.etags))
             except NotFoundError:
                 # Done already, if the answer to it was lost.
-                written = Written(crew.retried(lambda: self._writer.bucket.head(item.key)).etag, "")
+                written = Written(self._writer.bucket.head(item.key).etag, "")
                 digests = (bytes.fromhex(item.etags[n].strip('"')) for n in sorted(item.etags))
                 if written.etag.strip('"') != parts_etag(digests):
                     raise

@@ -106,7 +106,7 @@ class Pull:
         largest = engine.cache.limit // 2 if local.directory.is_relative_to(shared) else 0
         # What is under way at the same time must fit into a part of the cache.
         width = max(1, engine.window * BLOCK // _STEP)
-        crew = Crew(min(_WORKERS, width), self._settings.retry_timeout)
+        crew = Crew(min(_WORKERS, width))
         arrivals: list[_Arrival] = []
 
         def tasks() -> Iterator[Callable[[], None]]:
@@ -120,7 +120,7 @@ class Pull:
             for file in files:
                 version = self.model.version_of(file, self._bucket.endpoint)
                 is_linked = _STEP <= file.size <= largest
-                vouching = partial(crew.retried, partial(self._bucket.checksum, version))
+                vouching = partial(self._bucket.checksum, version)
                 arrivals.append(_Arrival(file, version, engine, local, crew, vouching=vouching, is_linked=is_linked))
             crew.run(tasks())
             return engine.fetcher.stats.bytes_fetched

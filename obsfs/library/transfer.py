@@ -1,4 +1,4 @@
-"""Many pieces of work at the same time, each tried again while the server is away; and hashing in order meanwhile."""
+"""Many pieces of work at the same time, tried again while the server is away; and hashing in order meanwhile."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Stopped(Exception):
 class Crew:
     """Threads that take on tasks in order; the first failure stops them all."""
 
-    def __init__(self, workers: int, retry_timeout: float) -> None:
+    def __init__(self, workers: int, retry_timeout: float = 0.0) -> None:
         self._workers = workers
         self._retry_timeout = retry_timeout
         self._guard = threading.Lock()

@@ -36,9 +36,9 @@ class Verified(NamedTuple):
     unknown: int
 
 
-def in_bucket(bucket: Bucket, model: Model, retry_timeout: float, advance: Advance) -> Verified:
+def in_bucket(bucket: Bucket, model: Model, advance: Advance) -> Verified:
     """Read every file from the bucket, past the cache. Raises ObsfsError when it cannot be read at all."""
-    crew = Crew(_WORKERS, retry_timeout)
+    crew = Crew(_WORKERS)
     files = model.manifest.files
     digests = {file.path: OrderedHash(crew) for file in files}
     broken: dict[str, str] = {}
@@ -47,9 +47,7 @@ def in_bucket(bucket: Bucket, model: Model, retry_timeout: float, advance: Advan
         data = b""
         if file.path not in broken:
             try:
-                data = crew.retried(
-                    lambda: bucket.read_range(model.version_of(file, bucket.endpoint), offset, offset + size)
-                )
+                data = bucket.read_range(model.version_of(file, bucket.endpoint), offset, offset + size)
             except NotFoundError:
                 broken[file.path] = "it is gone"
             except VersionChangedError:
@@ -104,13 +102,13 @@ def in_cache(cache: Cache, model: Model, endpoint: str, advance: Advance) -> Ver
                 cache.drop(version)
                 broken[file.path] = "its bytes in the cache have another SHA-256; dropped"
 
-    Crew(_HASHERS, 0).run(each(model.manifest.files, check))
+    Crew(_HASHERS).run(each(model.manifest.files, check))
     return _compared(checked, found, broken)
 
 
 def in_directory(directory: Path, manifest: Manifest, advance: Advance) -> Verified:
     """Hash the files of a directory."""
-    crew = Crew(_HASHERS, 0)
+    crew = Crew(_HASHERS)
     found: dict[str, str] = {}
     broken: dict[str, str] = {}
 

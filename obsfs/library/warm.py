@@ -89,9 +89,9 @@ def at_most(wanted: Sequence[Wanted], size: int) -> list[Wanted]:
     return kept
 
 
-def warm(engine: Engine, wanted: Sequence[Wanted], retry_timeout: float, advance: Advance) -> None:
+def warm(engine: Engine, wanted: Sequence[Wanted], advance: Advance) -> None:
     """Have these blocks in the cache; `advance` is told of those that were there, too. Raises ObsfsError."""
-    crew = Crew(_FILES, retry_timeout)
+    crew = Crew(_FILES)
     crew.run(each(wanted, lambda one: engine.fill(one.version, one.blocks, advance, crew.check)))
 
 

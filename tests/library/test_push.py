@@ -338,7 +338,8 @@ def test_a_server_that_is_away_for_a_moment_costs_nothing(bucket: Store, tmp_pat
     with FaultyLink(bucket.server.port) as link:
         link.bytes_per_second = 10e6
         process = start("push", model, f"{bucket}/m@v1", "--connections", "4", AWS_ENDPOINT_URL=link.endpoint)
-        time.sleep(1.2)
+        wait_for(lambda: link.passed > 0)  # a server that has never answered is not waited for
+        time.sleep(0.5)
         link.refusing = True
         link.break_all()
         time.sleep(1.5)
