@@ -183,9 +183,12 @@ class _Native:
         finally:
             entry = channel.mounted_at(self._mountpoint)
             if entry is not None and not server.ended.is_set():
+                connection = channel.Connection(self._mountpoint)
                 channel.unmount(self._mountpoint, lazy=True)
-                # Who still has files open keeps being served for a moment, then gets ENOTCONN.
+                # Who still has files open keeps being served for a moment, then gets ENOTCONN. Not by our end: a
+                # thread of ours may be waiting in the kernel for somebody who waits for us.
                 server.ended.wait(_LINGER_SECONDS)
+                connection.abort()
             server.join()
 
     @property

@@ -276,6 +276,18 @@ def test_both_killed_while_they_wait_for_the_kernel(
     assert looking.wait(10) == 1
 
 
+def test_ended_while_it_waits_for_the_kernel(
+    mount: Mounter, held_up: tuple[Path, FaultyLink, subprocess.Popen[bytes]]
+) -> None:
+    path, _, looking = held_up
+    server = int(status(path)["pid"])
+    mount.process(path).terminate()
+    assert mount.process(path).wait(20) == 0
+    assert looking.wait(10) == 1
+    assert os.listdir(path) == []
+    wait_for(lambda: not Path(f"/proc/{server}").exists())
+
+
 @pytest.mark.slow
 def test_upgrade_changes_the_server_under_a_reader(bucket: Store, mount: Mounter, obsfs: Callable[..., Any]) -> None:
     data = random_bytes(8 * MIB)

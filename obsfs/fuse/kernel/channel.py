@@ -24,6 +24,9 @@ FS_TYPE = "fuse.obsfs"
 
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4  # <sys/mount.h>
 _MNT_FORCE, _MNT_DETACH = 1, 2
+_FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # <asm/unistd.h>, of every architecture
+_CLOEXEC, _FSCONFIG_CMD_CREATE = 1, 6  # <linux/mount.h>
+_CONTROL = Path("/sys/fs/fuse/connections")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -118,7 +121,7 @@ def _escape(text: str) -> str:
 def unmount(mountpoint: Path, *, lazy: bool = False, force: bool = False) -> None:
     """Unmount. Raises UsageError, with EBUSY told apart. With `force` whoever waits for an answer gets an error."""
     if force:
-        _abort(mountpoint)
+        Connection(mountpoint).abort()
     if os.geteuid() == 0:
         flags = (_MNT_DETACH if lazy else 0) | (_MNT_FORCE if force else 0)
         if _libc.umount2(os.fsencode(mountpoint), flags) == 0:
@@ -138,12 +141,51 @@ def unmount(mountpoint: Path, *, lazy: bool = False, force: bool = False) -> Non
     raise UsageError(f"cannot unmount {mountpoint}", reason)
 
 
-def _abort(mountpoint: Path) -> None:
-    """End the connection, where the file system is mounted by which that can be done without being root."""
-    entry = mounted_at(mountpoint)
-    if entry is not None:
-        with suppress(OSError):
-            Path(f"/sys/fs/fuse/connections/{entry.minor}/abort").write_text("1")
+class Connection:
+    """The connection behind what is mounted on `mountpoint` now, to be ended also when it is mounted there no more.
+
+    By the file system fusectl: the one in /sys, which lets the owner of the mount do it, or one that nobody else sees,
+    which needs CAP_SYS_ADMIN and Linux 5.2. Where neither is to be had, nothing can be ended.
+    """
+
+    def __init__(self, mountpoint: Path) -> None:
+        self._fd = -1
+        entry = mounted_at(mountpoint)
+        if entry is not None:
+            with suppress(OSError):
+                # Held open, since another mount may get the number once this one is gone.
+                self._fd = _open_control(f"{entry.minor}/abort")
+
+    def abort(self) -> None:
+        """Whoever waits for an answer gets an error. Once."""
+        if self._fd >= 0:
+            with suppress(OSError):
+                os.write(self._fd, b"1")
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _open_control(name: str) -> int:
+    """A file of fusectl, for writing. Raises OSError."""
+    with suppress(FileNotFoundError):
+        return os.open(_CONTROL / name, os.O_WRONLY | os.O_CLOEXEC)
+    context = _call(_FSOPEN, b"fusectl", _CLOEXEC)
+    try:
+        _call(_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        root = _call(_FSMOUNT, context, _CLOEXEC, 0)
+    finally:
+        os.close(context)
+    try:
+        return os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=root)
+    finally:
+        os.close(root)
+
+
+def _call(number: int, *arguments: int | bytes | None) -> int:
+    result = int(_libc.syscall(number, *arguments))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
 
 
 def clone(fd: int) -> int:
