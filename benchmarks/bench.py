@@ -109,6 +109,12 @@ class Bench:
         """The keys of the model's files."""
         return [f"{data.MODEL}/{path.name}" for path in sorted((self.local / data.MODEL).iterdir())]
 
+    def send_by_link(self, key: str, path: Path) -> None:
+        """An object that was pushed is sent by the link itself from now on, as those are that were there before."""
+        etag = self._server.client().head_object(Bucket=BUCKET, Key=key)["ETag"]
+        if self._link is not None:
+            self._link.send(SentFile(f"/{BUCKET}/{key}", etag, path))
+
     @contextmanager
     def linked(self, profile: str) -> Iterator[None]:
         """Everything inside goes over this link."""

@@ -212,9 +212,11 @@ def library(bench: Bench) -> None:
     options = ["--endpoint-url", bench.endpoint, "cp", "--concurrency", "16", "--part-size", "8"]
     for run in range(bench.runs):
         # Under a name of its own each time: of another version, what is the same is copied inside the server.
-        place, name = bench.place(), f"obs://{BUCKET}/library/large-{run}@v1"
+        place, key = bench.place(), f"library/large-{run}@v1"
+        name = f"obs://{BUCKET}/{key}"
         pull = [*obsfs, "pull", name, "--cache-dir", place.cache]
         bench.record("obsfs", "seconds", timed(*obsfs, "push", source, name), case="push")
+        bench.send_by_link(f"{key}/{data.LARGE}", bench.local / data.LARGE)
         bench.record("obsfs", "seconds", timed(*pull), case="pull")
         bench.record("obsfs", "seconds", timed(*pull), case="pull_again")
         shutil.rmtree(place.cache)
@@ -222,10 +224,12 @@ def library(bench: Bench) -> None:
         shutil.rmtree(place.path)
         shutil.rmtree(place.cache)
         if s5cmd is not None:
-            there = f"s3://{BUCKET}/library/s5cmd-{run}/"
+            key = f"library/s5cmd-{run}/"
+            there = f"s3://{BUCKET}/{key}"
             with bench.surviving(s5cmd):
                 command = [program_path("s5cmd"), *options]
                 bench.record("s5cmd", "seconds", timed(*command, f"{source}/", there), case="push")
+                bench.send_by_link(f"{key}{data.LARGE}", bench.local / data.LARGE)
                 seconds = timed(*command, f"{there}*", f"{place.path}/")
                 bench.record("s5cmd", "seconds", seconds, case="pull")
                 seconds += timed("sha256sum", place.path / data.LARGE)

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, NoReturn
@@ -23,6 +25,7 @@ from typing import NamedTuple, NoReturn
 from obsfs.demo.server import EmbeddedServer
 from obsfs.errors import UsageError
 
+_RELOAD_SECONDS = 1.0
 _PACKAGES = "apt-get install iproute2 nginx-light libnginx-mod-http-lua"
 _CONFIG = """
 daemon off;
@@ -106,6 +109,8 @@ class Link:
     What `sent` has is sent by nginx, unsigned and to whichever If-Match: it must not change.
     """
 
+    _nginx: subprocess.Popen[bytes] | None = None
+
     def __init__(self, server: EmbeddedServer, profile: Profile, sent: Iterable[SentFile] = ()) -> None:
         if os.geteuid() != 0:
             raise UsageError("the emulated link needs root", "run as root")
@@ -118,31 +123,35 @@ class Link:
         self._home = Path(tempfile.mkdtemp(prefix="obsfs-link-"))
         address = f"10.213.{third}.2"
         self.endpoint = f"http://{address}:80"
-        etags = []
-        for file in sent:
-            shown = self._home / "files" / file.place.lstrip("/")
-            shown.parent.mkdir(parents=True, exist_ok=True)
-            shown.symlink_to(file.path)
-            etags.append(f"[ [[{file.place}]] ] = [[{file.etag}]],")
-        config = self._home / "nginx.conf"
-        config.write_text(
-            _CONFIG.format(
-                home=self._home,
-                socket=f"/tmp/seaweedfs-s3-{server.port}.sock",
-                address=address,
-                latency=profile.latency,
-                etags=" ".join(etags),
-                limit=f"limit_rate {profile.per_connection * 1000}k;" if profile.per_connection else "",
-            )
+        self._config = partial(
+            _CONFIG.format,
+            home=self._home,
+            socket=f"/tmp/seaweedfs-s3-{server.port}.sock",
+            address=address,
+            latency=profile.latency,
+            limit=f"limit_rate {profile.per_connection * 1000}k;" if profile.per_connection else "",
         )
-        self._nginx: subprocess.Popen[bytes] | None = None
+        self._etags: list[str] = []
+        self.send(*sent)
         try:
-            self._build(profile, f"10.213.{third}", config)
+            self._build(profile, f"10.213.{third}")
         except BaseException:
             self.close()
             raise
 
-    def _build(self, profile: Profile, network: str, config: Path) -> None:
+    def send(self, *files: SentFile) -> None:
+        """Have nginx send these as well."""
+        for file in files:
+            shown = self._home / "files" / file.place.lstrip("/")
+            shown.parent.mkdir(parents=True, exist_ok=True)
+            shown.symlink_to(file.path)
+            self._etags.append(f"[ [[{file.place}]] ] = [[{file.etag}]],")
+        (self._home / "nginx.conf").write_text(self._config(etags=" ".join(self._etags)))
+        if self._nginx is not None:
+            self._nginx.send_signal(signal.SIGHUP)
+            time.sleep(_RELOAD_SECONDS)
+
+    def _build(self, profile: Profile, network: str) -> None:
         _run("ip", "netns", "add", self._name)
         _run("ip", "link", "add", self._near, "type", "veth", "peer", "name", self._far, "netns", self._name)
         _run("ip", "addr", "add", f"{network}.1/24", "dev", self._near)
@@ -155,7 +164,7 @@ class Link:
             shape = ("root", "tbf", "rate", rate, "burst", "4mb", "latency", "50ms")
             _run(*inside, "tc", "qdisc", "replace", "dev", self._far, *shape)
             _run("tc", "qdisc", "replace", "dev", self._near, *shape)
-        self._nginx = subprocess.Popen([*inside, "nginx", "-c", str(config)])
+        self._nginx = subprocess.Popen([*inside, "nginx", "-c", str(self._home / "nginx.conf")])
         deadline = time.monotonic() + 10
         while not (self._home / "nginx.pid").exists():
             if self._nginx.poll() is not None or time.monotonic() > deadline:
