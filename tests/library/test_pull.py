@@ -14,7 +14,7 @@ import pytest
 
 import obsfs as package
 from obsfs.errors import NotFoundError, UsageError
-from tests.conftest import MIB, Mounter, Store, contents, random_bytes, status, stop_group, write_model
+from tests.conftest import MIB, Mounter, Store, contents, random_bytes, status, stop_group, wait_for, write_model
 from tests.faulty import FaultyLink, FaultyServer
 from tests.library.test_push import Run, start
 
@@ -176,7 +176,7 @@ def test_a_disk_that_fills_meanwhile(bucket: Store, obsfs: Run, tmp_path: Path) 
             process = start(
                 "pull", f"{bucket}/big@v1", place / "m", "--connections", "2", AWS_ENDPOINT_URL=link.endpoint
             )
-            time.sleep(2.0)
+            wait_for(lambda: link.passed > 4 * MIB)
             (place / "other").write_bytes(bytes(100 * MIB))
             _, err = process.communicate(timeout=60)
         assert process.returncode == 2

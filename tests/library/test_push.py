@@ -325,7 +325,8 @@ def test_ctrl_c_ends_a_push_and_leaves_nothing_visible(bucket: Store, tmp_path: 
     with FaultyLink(bucket.server.port) as link:
         link.bytes_per_second = 5e6
         process = start("push", model, f"{bucket}/m@v1", AWS_ENDPOINT_URL=link.endpoint)
-        time.sleep(2.5)
+        wait_for(lambda: link.passed > 0)
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err.strip()) == (130, "", "obsfs: interrupted")
