@@ -113,13 +113,15 @@ def test_the_kernels_own_read_ahead_arrives_out_of_order() -> None:
 
 @given(tensor=st.integers(0, 39), size=st.integers(2, 64), around=st.integers(0, 1))
 def test_one_tensor_is_given_whole_and_nothing_beyond(tensor: int, size: int, around: int) -> None:
-    """Also when the kernel reads around the first page, and so begins in the tensor before."""
+    """Also when the kernel reads around the first page, and so begins in the tensor before. Who begins with the first
+    one may be about to copy the file: that comes with as much behind it as the kernel would read ahead."""
     policy = ReadAhead(40 * size, WINDOW, fences=[size * (n + 1) for n in range(40)])
     had: set[int] = set()
     around *= size > 2 and tensor > 0
     for block in range(tensor * size - around, (tensor + 1) * size):
         had |= wanted(policy, block, block) | {block}
-    assert had == set(range(tensor * size - around, (tensor + 1) * size))
+    behind = 3 if tensor == 0 else 0
+    assert had == set(range(tensor * size - around, (tensor + 1) * size + behind))
 
 
 def test_a_tensor_comes_with_its_second_read() -> None:
@@ -135,7 +137,7 @@ def test_who_reads_from_the_first_tensor_on_reads_all() -> None:
     for block in range(400):
         late += block not in had
         had |= wanted(policy, block, block)
-    assert late <= 12
+    assert late <= 2
 
 
 def test_a_loader_that_looks_at_the_start_of_each_tensor_is_one_stream() -> None:
