@@ -5,7 +5,7 @@ from one dies with it), the lock of the mountpoint, and the locks of files that 
 that was killed is followed by one that inherits them, restores names and opens from the journal, and asks the kernel
 to send again what was not answered (FUSE_NOTIFY_RESEND, Linux 6.9). Readers wait for a second, and never know.
 
-It imports nothing but the standard library, so that it is small and has little to die of. When it dies itself, its
+It imports hardly more than the standard library, so that it is small and has little to die of. When it dies itself, its
 server dies too, and the mount with them.
 
 :mod:`obsfs.fuse.mounts` starts it as ``python -m obsfs.fuse.supervisor SOURCE MOUNTPOINT``, with the request to the
@@ -25,10 +25,10 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
+
+from obsfs.processes import is_stuck
 
 CONTROL = "OBSFS_SUPERVISOR_FD"
 RETRY = 75
@@ -108,7 +108,7 @@ class Supervisor:
         """Until the mount is over. Returns the exit status of its last server."""
         while True:
             events = [key.data for key, _ in self._selector.select(_WATCH_SECONDS)]
-            if not events and _is_stuck(self._server.pid):
+            if not events and is_stuck(self._server.pid):
                 events = [self._on_end]  # of which nothing tells
             for event in events:
                 status = event()
@@ -188,21 +188,11 @@ class Supervisor:
         stuck_since = time.monotonic()
         while (status := self._server.poll()) is None:
             time.sleep(_LOOK_SECONDS)
-            if not _is_stuck(self._server.pid):
+            if not is_stuck(self._server.pid):
                 stuck_since = time.monotonic()
             elif time.monotonic() - stuck_since > _STUCK_SECONDS:
                 return -signal.SIGKILL
         return status
-
-
-def _is_stuck(pid: int) -> bool:
-    """Whether the main thread of a process has ended, and all others that it has left sleep inside the kernel, where
-    no signal reaches them."""
-    states = {}
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with suppress(OSError):  # it may end meanwhile
-            states[int(task.name)] = (task / "stat").read_bytes().rpartition(b") ")[2][:1]
-    return states.pop(pid, b"") == b"Z" and set(states.values()) == {b"D"}
 
 
 def main() -> int:

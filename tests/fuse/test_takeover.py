@@ -20,7 +20,11 @@ from typing import Any
 
 import pytest
 
+from obsfs.blocks.cache import Cache
+from obsfs.blocks.layout import FORMAT
 from obsfs.fuse.kernel import channel
+from obsfs.processes import is_stuck
+from obsfs.remote.objects import ObjectVersion
 from tests.conftest import MIB, Mounter, Store, is_running, random_bytes, status, wait_for
 from tests.faulty import FaultyLink
 
@@ -286,6 +290,31 @@ def test_ended_while_it_waits_for_the_kernel(
     assert looking.wait(10) == 1
     assert os.listdir(path) == []
     wait_for(lambda: not Path(f"/proc/{server}").exists())
+
+
+def test_a_lock_that_a_killed_process_keeps_is_not_waited_for(
+    tmp_path: Path, held_up: tuple[Path, FaultyLink, subprocess.Popen[bytes]]
+) -> None:
+    """As a server keeps it, too, that was killed while it waits in the kernel for a reader of its mount."""
+    path, link, looking = held_up
+    cache = Cache(tmp_path / "another", 1 << 30)
+    fds = Path(f"/proc/{looking.pid}/fd")
+    directory = next(fd for fd in fds.iterdir() if fd.readlink() == path / "dir")
+    holder = (
+        "import fcntl, os, sys, threading\n"
+        "fcntl.flock(os.open(sys.argv[1], os.O_RDWR), fcntl.LOCK_EX)\n"
+        "threading.Thread(target=os.open, args=(sys.argv[2], os.O_RDWR | os.O_CREAT)).start()\n"
+    )
+    lock = tmp_path / "another" / FORMAT / "lock"
+    command = [sys.executable, "-c", holder, lock, directory / "new"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: is_held_up(process.pid))
+        process.kill()
+        wait_for(lambda: is_stuck(process.pid))
+        cache.open(ObjectVersion("endpoint", "bucket", "key", '"etag"', 5 * MIB)).close()
+        assert is_stuck(process.pid)
+        link.stalled_listings = False
+    cache.close()
 
 
 @pytest.mark.slow
