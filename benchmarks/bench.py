@@ -111,8 +111,8 @@ class Bench:
 
     def send_by_link(self, key: str, path: Path) -> None:
         """An object that was pushed is sent by the link itself from now on, as those are that were there before."""
-        etag = self._server.client().head_object(Bucket=BUCKET, Key=key)["ETag"]
         if self._link is not None:
+            etag = self._server.client().head_object(Bucket=BUCKET, Key=key)["ETag"]
             self._link.send(SentFile(f"/{BUCKET}/{key}", etag, path))
 
     @contextmanager

@@ -175,10 +175,11 @@ class DirectoryLock:
         return True
 
     def _is_left(self) -> bool:
-        """Whether who has it is stuck. As proc_locks(5): ``1: FLOCK  ADVISORY  WRITE PID MAJOR:MINOR:INODE 0 EOF``."""
+        """Whether who has it is stuck. As proc_locks(5): ``1: FLOCK  ADVISORY  WRITE PID MAJOR:MINOR:INODE 0 EOF``, and
+        ``1: -> FLOCK ...`` for those who wait."""
         inode = str(os.fstat(self._fd).st_ino)
         for line in Path("/proc/locks").read_text().splitlines():
-            _, kind, _, _, pid, place, *_ = line.replace("-> ", "").split()
+            _, kind, _, _, pid, place, *_ = line.split()
             if kind == "FLOCK" and place.rpartition(":")[2] == inode and is_stuck(int(pid)):
                 log.warning("process %s, which was killed, keeps the lock of the cache: going on without it", pid)
                 return True

@@ -183,7 +183,7 @@ class _Native:
         finally:
             entry = channel.mounted_at(self._mountpoint)
             if entry is not None and not server.ended.is_set():
-                connection = channel.Connection(self._mountpoint)
+                connection = channel.Connection(entry)
                 channel.unmount(self._mountpoint, lazy=True)
                 # Who still has files open keeps being served for a moment, then gets ENOTCONN. Not by our end: a
                 # thread of ours may be waiting in the kernel for somebody who waits for us.

@@ -120,8 +120,8 @@ def _escape(text: str) -> str:
 
 def unmount(mountpoint: Path, *, lazy: bool = False, force: bool = False) -> None:
     """Unmount. Raises UsageError, with EBUSY told apart. With `force` whoever waits for an answer gets an error."""
-    if force:
-        Connection(mountpoint).abort()
+    if force and (entry := mounted_at(mountpoint)):
+        Connection(entry).abort()
     if os.geteuid() == 0:
         flags = (_MNT_DETACH if lazy else 0) | (_MNT_FORCE if force else 0)
         if _libc.umount2(os.fsencode(mountpoint), flags) == 0:
@@ -142,19 +142,17 @@ def unmount(mountpoint: Path, *, lazy: bool = False, force: bool = False) -> Non
 
 
 class Connection:
-    """The connection behind what is mounted on `mountpoint` now, to be ended also when it is mounted there no more.
+    """The connection behind a mount, to be ended also when it is mounted no more.
 
     By the file system fusectl: the one in /sys, which lets the owner of the mount do it, or one that nobody else sees,
     which needs CAP_SYS_ADMIN and Linux 5.2. Where neither is to be had, nothing can be ended.
     """
 
-    def __init__(self, mountpoint: Path) -> None:
+    def __init__(self, entry: MountEntry) -> None:
         self._fd = -1
-        entry = mounted_at(mountpoint)
-        if entry is not None:
-            with suppress(OSError):
-                # Held open, since another mount may get the number once this one is gone.
-                self._fd = _open_control(f"{entry.minor}/abort")
+        with suppress(OSError):
+            # Held open, since another mount may get the number once this one is gone.
+            self._fd = _open_control(f"{entry.minor}/abort")
 
     def abort(self) -> None:
         """Whoever waits for an answer gets an error. Once."""
