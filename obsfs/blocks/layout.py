@@ -27,11 +27,9 @@ import errno
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import struct
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,10 +37,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from obsfs.processes import is_stuck
 from obsfs.remote.objects import ObjectVersion
-
-log = logging.getLogger(__name__)
 
 BLOCK = 1 << 20
 """Bytes in a block: the unit of presence, verification and eviction."""
@@ -58,9 +53,6 @@ SEAL_AT = 24
 LOCK_OPEN = 0
 LOCK_WHOLE = 1
 PRESENT = 1
-
-_LEAST_PAUSE, _MOST_PAUSE = 0.0005, 0.02
-_PATIENCE_SECONDS = 0.5
 
 _FLOCK = struct.Struct("hhqqi4x")
 _FALLOC_PUNCH = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, <linux/falloc.h>
@@ -147,11 +139,7 @@ def header(old: bytes, size: int, identity: bytes) -> bytes:
 
 
 class DirectoryLock:
-    """The lock of the whole directory, among threads and processes; held for short times only.
-
-    A server that was killed may keep it for as long as one of its threads waits in the kernel for a reader, who waits
-    for the next server, who waits for this lock. So one that has it and is stuck is taken for gone.
-    """
+    """The lock of the whole directory, among threads and processes; held for short times only."""
 
     _threads = threading.RLock()
 
@@ -160,30 +148,7 @@ class DirectoryLock:
 
     def __enter__(self) -> None:
         self._threads.acquire()
-        began, pause = time.monotonic(), _LEAST_PAUSE
-        while not self._take():
-            if time.monotonic() - began > _PATIENCE_SECONDS and self._is_left():
-                return
-            time.sleep(pause)
-            pause = min(2 * pause, _MOST_PAUSE)
-
-    def _take(self) -> bool:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def _is_left(self) -> bool:
-        """Whether who has it is stuck. As proc_locks(5): ``1: FLOCK  ADVISORY  WRITE PID MAJOR:MINOR:INODE 0 EOF``, and
-        ``1: -> FLOCK ...`` for those who wait."""
-        inode = str(os.fstat(self._fd).st_ino)
-        for line in Path("/proc/locks").read_text().splitlines():
-            _, kind, _, _, pid, place, *_ = line.split()
-            if kind == "FLOCK" and place.rpartition(":")[2] == inode and is_stuck(int(pid)):
-                log.warning("process %s, which was killed, keeps the lock of the cache: going on without it", pid)
-                return True
-        return False
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
 
     def __exit__(self, *_: object) -> None:
         fcntl.flock(self._fd, fcntl.LOCK_UN)

@@ -28,8 +28,6 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from obsfs.processes import is_stuck
-
 CONTROL = "OBSFS_SUPERVISOR_FD"
 RETRY = 75
 """The exit status (EX_TEMPFAIL) of a successor that could not take over yet."""
@@ -41,9 +39,6 @@ _PATIENCE_SECONDS = 60.0
 _PAUSE_SECONDS = 0.5
 _QUICK_SECONDS = 0.5
 _MOST_QUICK = 300
-_STUCK_SECONDS = 0.3
-_LOOK_SECONDS = 0.005
-_WATCH_SECONDS = 1.0
 
 
 class Supervisor:
@@ -107,11 +102,8 @@ class Supervisor:
     def run(self) -> int:
         """Until the mount is over. Returns the exit status of its last server."""
         while True:
-            events = [key.data for key, _ in self._selector.select(_WATCH_SECONDS)]
-            if not events and is_stuck(self._server.pid):
-                events = [self._on_end]  # of which nothing tells
-            for event in events:
-                status = event()
+            for key, _ in self._selector.select():
+                status = key.data()
                 if status is not None:
                     return int(status)
 
@@ -157,7 +149,7 @@ class Supervisor:
         return True
 
     def _on_end(self) -> int | None:
-        status = self._status()
+        status = self._server.wait()
         self._hear()  # what it said last
         if self._control in self._selector.get_map():
             self._selector.unregister(self._control)
@@ -178,21 +170,6 @@ class Supervisor:
         self._restarts += 1
         self._server = self._start()
         return None
-
-    def _status(self) -> int:
-        """The exit status of the server, which has ended; negative, a signal, when it was killed.
-
-        A thread that was telling the kernel something when it was killed may wait in there for a lock that a reader
-        holds, who waits for an answer: that thread ends when the next server has given it, and is not waited for.
-        """
-        stuck_since = time.monotonic()
-        while (status := self._server.poll()) is None:
-            time.sleep(_LOOK_SECONDS)
-            if not is_stuck(self._server.pid):
-                stuck_since = time.monotonic()
-            elif time.monotonic() - stuck_since > _STUCK_SECONDS:
-                return -signal.SIGKILL
-        return status
 
 
 def main() -> int:

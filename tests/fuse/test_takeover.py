@@ -18,13 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from obsfs.blocks.cache import Cache
-from obsfs.blocks.layout import FORMAT
 from obsfs.fuse.kernel import channel
-from obsfs.processes import is_stuck
-from obsfs.remote.objects import ObjectVersion
 from tests.conftest import MIB, Mounter, Store, is_running, random_bytes, status, wait_for
 from tests.faulty import FaultyLink
 
@@ -243,29 +240,29 @@ def held_up(bucket: Store, mount: Mounter) -> Iterator[tuple[Path, FaultyLink, s
             time.sleep(0.5)
             # Now it is complete, and the kernel is told to ask for its name again.
             assert b"".join(iter(partial(file.read, MIB), b"")) == data[MIB:]
-            server = int(status(path)["pid"])
-            wait_for(lambda: is_held_up(server))
+            server = psutil.Process(status(path)["pid"])
+            wait_for(lambda: any(is_held_up(child.pid) for child in server.children()))
             yield path, link, looking
     looking.kill()
     looking.wait(10)
 
 
 def is_held_up(pid: int) -> bool:
-    stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
-    return any(stat.rpartition(")")[2].split()[0] == "D" for stat in stats)
+    return psutil.Process(pid).status() == psutil.STATUS_DISK_SLEEP
 
 
 def test_killed_while_it_waits_for_the_kernel(held_up: tuple[Path, FaultyLink, subprocess.Popen[bytes]]) -> None:
-    """Its thread cannot end before the successor has answered the reader."""
+    """What waits cannot end before the successor has answered the reader, but the server is gone, with its locks."""
     path, link, looking = held_up
+    notifiers = psutil.Process(status(path)["pid"]).children()
     old = kill(path)
-    time.sleep(0.2)
-    assert is_held_up(old)
+    wait_for(lambda: not is_running(old))
+    assert any(is_held_up(notifier.pid) for notifier in notifiers if notifier.is_running())
     successor(path, old)
     assert looking.poll() is None
     link.stalled_listings = False
     assert looking.wait(10) == 1
-    wait_for(lambda: not Path(f"/proc/{old}").exists() or not is_held_up(old))
+    wait_for(lambda: not any(notifier.is_running() for notifier in notifiers))
     assert (path / "dir" / "file.bin").read_bytes() == random_bytes(_LONG)
 
 
@@ -290,31 +287,6 @@ def test_ended_while_it_waits_for_the_kernel(
     assert looking.wait(10) == 1
     assert os.listdir(path) == []
     wait_for(lambda: not Path(f"/proc/{server}").exists())
-
-
-def test_a_lock_that_a_killed_process_keeps_is_not_waited_for(
-    tmp_path: Path, held_up: tuple[Path, FaultyLink, subprocess.Popen[bytes]]
-) -> None:
-    """As a server keeps it, too, that was killed while it waits in the kernel for a reader of its mount."""
-    path, link, looking = held_up
-    cache = Cache(tmp_path / "another", 1 << 30)
-    fds = Path(f"/proc/{looking.pid}/fd")
-    directory = next(fd for fd in fds.iterdir() if fd.readlink() == path / "dir")
-    holder = (
-        "import fcntl, os, sys, threading\n"
-        "fcntl.flock(os.open(sys.argv[1], os.O_RDWR), fcntl.LOCK_EX)\n"
-        "threading.Thread(target=os.open, args=(sys.argv[2], os.O_RDWR | os.O_CREAT)).start()\n"
-    )
-    lock = tmp_path / "another" / FORMAT / "lock"
-    command = [sys.executable, "-c", holder, lock, directory / "new"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        wait_for(lambda: is_held_up(process.pid))
-        process.kill()
-        wait_for(lambda: is_stuck(process.pid))
-        cache.open(ObjectVersion("endpoint", "bucket", "key", '"etag"', 5 * MIB)).close()
-        assert is_stuck(process.pid)
-        link.stalled_listings = False
-    cache.close()
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import threading
 from obsfs.blocks.layout import BLOCK
 from obsfs.blocks.reader import Reader
 from obsfs.fuse.kernel import wire
+from obsfs.fuse.kernel.notifier import Notifier
 from obsfs.fuse.operations import Operations
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ class Pipe:
     """A pipe that takes one whole message: a page for the header, and at most `room` bytes of a file."""
 
     def __init__(self) -> None:
-        self._read_fd, self._write_fd = os.pipe()
+        self.read_fd, self._write_fd = os.pipe()
         capacity = fcntl.fcntl(self._write_fd, fcntl.F_GETPIPE_SZ)
         # More than /proc/sys/fs/pipe-max-size is for the privileged.
         for size in (2 * _MOST, _MOST, _MOST // 4):
@@ -54,7 +55,7 @@ class Pipe:
     def send(self, fd: int, size: int) -> bool:
         """Write the message of `size` bytes to a FUSE descriptor; False when nobody waits for it any more."""
         try:
-            os.splice(self._read_fd, fd, size)
+            os.splice(self.read_fd, fd, size)
         except OSError as error:
             if error.errno in GONE:
                 return False
@@ -63,7 +64,7 @@ class Pipe:
 
     def close(self) -> None:
         """Close it, with what is in it."""
-        os.close(self._read_fd)
+        os.close(self.read_fd)
         os.close(self._write_fd)
 
 
@@ -76,7 +77,7 @@ class Storer:
     """
 
     def __init__(self, fd: int, operations: Operations) -> None:
-        self._fd = fd
+        self._notifier = Notifier(fd)
         self._operations = operations
         self._blocks: queue.Queue[tuple[Reader, int] | None] = queue.Queue(_QUEUE)
         self._pipe = Pipe()
@@ -97,6 +98,7 @@ class Storer:
         except queue.Full:
             return
         self._thread.join(timeout=1)
+        self._notifier.close()
 
     def _run(self) -> None:
         while (task := self._blocks.get()) is not None:
@@ -118,9 +120,17 @@ class Storer:
             message = wire.store(node, offset, size)
             is_whole = pipe.fill(message, cached.data_fd, offset, size)
             # Asked after the bytes were taken: an evicted block reads as zeros.
-            if not is_whole or not cached.is_trusted(block) or not pipe.send(self._fd, len(message) + size):
+            if not is_whole or not cached.is_trusted(block) or not self._tell(len(message) + size):
                 self._renew_pipe()
                 return
+
+    def _tell(self, size: int) -> bool:
+        try:
+            self._notifier.splice(self._pipe.read_fd, size)
+        except OSError as error:
+            log.debug("a block is not stored: %s", error)  # the file was closed, mostly
+            return False
+        return True
 
     def _renew_pipe(self) -> None:
         self._pipe.close()

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import closing
 from itertools import takewhile
 from queue import SimpleQueue
 
@@ -24,6 +24,7 @@ from obsfs.blocks.reader import Reader
 from obsfs.errors import NotFoundError, ObsfsError
 from obsfs.fuse.keeper import Keeper
 from obsfs.fuse.kernel import channel, wire
+from obsfs.fuse.kernel.notifier import Notifier
 from obsfs.fuse.kernel.pages import GONE, Pipe, Storer
 from obsfs.fuse.kernel.wire import FileOpen, Init, Opcode, Request
 from obsfs.fuse.operations import REFRESH, UNKNOWN_INO, Attributes, Operations
@@ -69,7 +70,7 @@ class Server:
         self._fds: list[int] = []
         self._storer: Storer | None = None
         self._crowded = threading.Event()
-        self._notices: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._notices: SimpleQueue[bytes | threading.Event | None] = SimpleQueue()
         self.ended = threading.Event()
         self._on_end = on_end
         self._calls: dict[int, _Call] = {
@@ -400,9 +401,9 @@ class Server:
 
     def _refresh(self, node: int) -> None:
         for parent, name in self._operations.refresh(node):
-            self._notices.put(partial(self._notify, wire.inval_entry(parent, name.encode())))
+            self._notices.put(wire.inval_entry(parent, name.encode()))
         told = threading.Event()
-        self._notices.put(told.set)
+        self._notices.put(told)
         # Whoever asked may look at once, unless the kernel waits for a reader that waits for the bucket.
         told.wait(_TELL_SECONDS)
 
@@ -469,27 +470,25 @@ class Server:
         if self._operations.can_be_direct:
             for node in self._operations.open_nodes(reader):
                 if place := self._operations.tree.current_name(node):
-                    self._notices.put(partial(self._notify, wire.inval_entry(place[0], place[1].encode())))
+                    self._notices.put(wire.inval_entry(place[0], place[1].encode()))
 
     def _tell(self) -> None:
         """Send what is to be told. On its own thread: the kernel may wait for whoever looks up a name beside it."""
-        while (notice := self._notices.get()) is not None:
-            notice()
+        with closing(Notifier(self._fd)) as notifier:
+            while (notice := self._notices.get()) is not None:
+                if isinstance(notice, bytes):
+                    _notify(notifier, notice)
+                else:
+                    notice.set()
 
     def _trim(self) -> None:
         """Have the kernel forget names beyond the bound. On a thread of its own: it waits for whoever lists them."""
-        while self._crowded.wait() and not self.ended.is_set():
-            self._crowded.clear()
-            for parent, name in self._operations.tree.spare():
-                self._notify(wire.inval_entry(parent, name.encode(), drop=True))
-            self.ended.wait(_TRIM_SECONDS)
-
-    def _notify(self, message: bytes) -> None:
-        try:
-            os.write(self._fd, message)
-        except OSError as error:
-            # ENOENT: the kernel does not hold that name.
-            log.debug("notification: %s", error)
+        with closing(Notifier(self._fd)) as notifier:
+            while self._crowded.wait() and not self.ended.is_set():
+                self._crowded.clear()
+                for parent, name in self._operations.tree.spare():
+                    _notify(notifier, wire.inval_entry(parent, name.encode(), drop=True))
+                self.ended.wait(_TRIM_SECONDS)
 
     # directories
 
@@ -529,6 +528,14 @@ class Server:
         handle, *_ = wire.RELEASE_IN.unpack_from(view, request.body)
         self._operations.releasedir(handle)
         return b""
+
+
+def _notify(notifier: Notifier, message: bytes) -> None:
+    try:
+        notifier.write(message)
+    except OSError as error:
+        # ENOENT: the kernel does not hold that name.
+        log.debug("notification: %s", error)
 
 
 def _entry(found: Attributes) -> bytes:
