@@ -10,13 +10,16 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
+from obsfs.fuse.kernel import wire
 from obsfs.fuse.kernel.notifier import Notifier
 from obsfs.fuse.kernel.pages import Pipe
+
+NOTICE = wire.inval_entry(1, b"name")
 
 
 @pytest.fixture
 def ends() -> Iterator[tuple[Notifier, socket.socket]]:
-    near, far = socket.socketpair()
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     near.settimeout(10)
     with near, far:
         notifier = Notifier(far.fileno())
@@ -31,32 +34,33 @@ def the_process() -> psutil.Process:
 
 def test_messages_arrive(ends: tuple[Notifier, socket.socket]) -> None:
     notifier, near = ends
-    notifier.write(b"a message")
-    assert near.recv(100) == b"a message"
+    messages = [wire.inval_entry(1, name) for name in (b"a", b"b" * 255)]
+    notifier.write(messages)
+    assert [near.recv(1000) for _ in messages] == messages
     pipe = Pipe()
     os.write(pipe._write_fd, b"more, by a pipe")
     notifier.splice(pipe.read_fd, 15)
     pipe.close()
-    assert near.recv(100) == b"more, by a pipe"
+    assert near.recv(1000) == b"more, by a pipe"
 
 
 def test_an_error_is_told(ends: tuple[Notifier, socket.socket]) -> None:
     notifier, near = ends
     near.close()
     with pytest.raises(OSError) as raised:
-        notifier.write(b"a message")
+        notifier.write([NOTICE])
     assert raised.value.errno == errno.EPIPE
     assert the_process().is_running()
 
 
 def test_it_is_started_again_when_it_was_killed(ends: tuple[Notifier, socket.socket]) -> None:
     notifier, near = ends
-    notifier.write(b"1")
+    notifier.write([NOTICE])
     the_process().kill()
     with pytest.raises(OSError):
-        notifier.write(b"2")
-    notifier.write(b"3")
-    assert near.recv(100) == b"13"
+        notifier.write([NOTICE])
+    notifier.write([NOTICE])
+    assert [near.recv(1000) for _ in range(2)] == [NOTICE, NOTICE]
 
 
 def test_one_that_cannot_start_is_not_tried_again(
@@ -66,13 +70,13 @@ def test_one_that_cannot_start_is_not_tried_again(
     monkeypatch.setattr("sys.executable", "/bin/false")
     for _ in range(2):
         with pytest.raises(OSError):
-            notifier.write(b"1")
+            notifier.write([NOTICE])
         monkeypatch.undo()
 
 
 def test_it_has_no_environment_and_no_descriptor_of_ours(ends: tuple[Notifier, socket.socket]) -> None:
     notifier, _ = ends
-    notifier.write(b"1")
+    notifier.write([NOTICE])
     process = the_process()
     assert set(process.environ()) <= {"LD_LIBRARY_PATH"}
     assert sorted(os.listdir(f"/proc/{process.pid}/fd")) == ["0", "1", "2"]

@@ -16,11 +16,13 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 _STDIN = 0
-_MOST = 4096
-_SIZE, _ERRNO = 8, 4  # bytes of the numbers in messages
+_MOST = 64 << 10
+_SIZE, _ERRNO = 4, 4
+"""Bytes of the numbers in messages: a size, as the header of a notification has it first, too; an errno."""
 _ENVIRONMENT = ("LD_LIBRARY_PATH",)
 _FINISH_SECONDS = 1.0
 
@@ -39,13 +41,14 @@ class Notifier:
         self._control = socket.socket()
         self._is_useless = False
 
-    def write(self, message: bytes) -> None:
-        """Write a message."""
-        self._ask(message, [self._fd])
+    def write(self, messages: Sequence[bytes]) -> None:
+        """Write messages, one after the other, of 64 KiB together at most; raises what the kernel said of the last
+        that it did not take."""
+        self._ask(b"".join(messages), [self._fd])
 
     def splice(self, pipe_fd: int, size: int) -> None:
         """Write the message of `size` bytes that lies in a pipe."""
-        self._ask(size.to_bytes(_SIZE, "little"), [self._fd, pipe_fd])
+        self._ask(size.to_bytes(_SIZE, sys.byteorder), [self._fd, pipe_fd])
 
     def close(self) -> None:
         """End the process, which may be held up in the kernel."""
@@ -69,7 +72,7 @@ class Notifier:
             self._is_useless = is_new
             self.close()
             raise OSError(errno.EPIPE, "the process that writes notifications has ended")
-        if number := int.from_bytes(answer, "little"):
+        if number := int.from_bytes(answer, sys.byteorder):
             raise OSError(number, os.strerror(number))
 
     def _start(self) -> None:
@@ -89,7 +92,7 @@ class Notifier:
 def main() -> None:
     """Until the other end of stdin, a socket, is closed: take a message with its descriptors, answer with an errno.
 
-    With one descriptor the message is for it; with two it is the size of one that lies in the second, a pipe.
+    With one descriptor it is notifications, for it; with two, the size of one that lies in the second, a pipe.
     """
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -98,18 +101,30 @@ def main() -> None:
             data, fds, *_ = socket.recv_fds(control, _MOST, 2)
             if not data:
                 return
-            failure = 0
-            try:
-                if len(fds) == 1:
-                    os.write(fds[0], data)
-                else:
-                    os.splice(fds[1], fds[0], int.from_bytes(data, "little"))
-            except OSError as error:
-                failure = error.errno or 0
-            finally:
-                for fd in fds:
-                    os.close(fd)
-            control.send(failure.to_bytes(_ERRNO, "little"))
+            if len(fds) == 1:
+                failure = _write(fds[0], data)
+            else:
+                failure = _tried(os.splice, fds[1], fds[0], int.from_bytes(data, sys.byteorder))
+            for fd in fds:
+                os.close(fd)
+            control.send(failure.to_bytes(_ERRNO, sys.byteorder))
+
+
+def _write(fd: int, data: bytes) -> int:
+    failure = start = 0
+    while start < len(data):
+        stop = start + int.from_bytes(data[start : start + _SIZE], sys.byteorder)
+        failure = _tried(os.write, fd, data[start:stop]) or failure
+        start = stop
+    return failure
+
+
+def _tried(call: Callable[..., int], *arguments: object) -> int:
+    try:
+        call(*arguments)
+    except OSError as error:
+        return error.errno or 0
+    return 0
 
 
 if __name__ == "__main__":

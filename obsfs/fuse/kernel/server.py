@@ -42,6 +42,7 @@ _FINISH_SECONDS = 10.0
 _TRIM_SECONDS = 0.5
 _TELL_SECONDS = 2.0
 _MOST_INTERRUPTED = 64
+_NOTICES = 64
 
 _Call = Callable[[Request, memoryview, bool], bytes | list[bytes] | None]
 
@@ -477,7 +478,7 @@ class Server:
         with closing(Notifier(self._fd)) as notifier:
             while (notice := self._notices.get()) is not None:
                 if isinstance(notice, bytes):
-                    _notify(notifier, notice)
+                    _notify(notifier, [notice])
                 else:
                     notice.set()
 
@@ -486,8 +487,10 @@ class Server:
         with closing(Notifier(self._fd)) as notifier:
             while self._crowded.wait() and not self.ended.is_set():
                 self._crowded.clear()
-                for parent, name in self._operations.tree.spare():
-                    _notify(notifier, wire.inval_entry(parent, name.encode(), drop=True))
+                spare = self._operations.tree.spare()
+                notices = [wire.inval_entry(parent, name.encode(), drop=True) for parent, name in spare]
+                for start in range(0, len(notices), _NOTICES):
+                    _notify(notifier, notices[start : start + _NOTICES])
                 self.ended.wait(_TRIM_SECONDS)
 
     # directories
@@ -530,9 +533,9 @@ class Server:
         return b""
 
 
-def _notify(notifier: Notifier, message: bytes) -> None:
+def _notify(notifier: Notifier, messages: list[bytes]) -> None:
     try:
-        notifier.write(message)
+        notifier.write(messages)
     except OSError as error:
         # ENOENT: the kernel does not hold that name.
         log.debug("notification: %s", error)
