@@ -50,6 +50,9 @@ _MAGIC = b"OBSFSMAP"
 _HEAD = struct.Struct("<8sQQ4QQ")
 SEAL = struct.Struct("<4Q")
 SEAL_AT = 24
+STATE_AT = 16
+"""Where in an entry its state word is."""
+
 LOCK_OPEN = 0
 LOCK_WHOLE = 1
 PRESENT = 1
@@ -217,7 +220,7 @@ def evict_blocks(path: Path, victims: list[StoredBlock]) -> int:
 
 def _punch(map_fd: int, data_fd: int, block: StoredBlock) -> int:
     entry = entry_at(block.number)
-    state_at = entry + 16
+    state_at = entry + STATE_AT
     if not lock_range(map_fd, entry, ENTRY, fcntl.F_WRLCK):
         return 0
     if os.pread(map_fd, 8, state_at) != struct.pack("<Q", block.word):

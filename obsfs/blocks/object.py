@@ -22,6 +22,7 @@ from obsfs.blocks.layout import (
     PRESENT,
     SEAL,
     SEAL_AT,
+    STATE_AT,
     block_count,
     checksum,
     entry_at,
@@ -52,6 +53,7 @@ class CachedObject:
         # The state word at which a block was verified or written by us; 0 means not yet.
         self._trusted = array("Q", bytes(8 * self.blocks))
         self._whole_users = 0
+        self._witness_fd = -1
         self._guard = threading.Lock()
         # Else whoever has to wait for the kernel's lock of the file spins: a twentieth of the CPU time was measured.
         self._writing = threading.Lock()
@@ -76,6 +78,20 @@ class CachedObject:
     def is_trusted(self, block: int) -> bool:
         """Whether the block is in the file and was verified by this process, or sealed."""
         return 0 != self._trusted[block] == self._words[3 * block + 2]
+
+    def witness(self, block: int) -> tuple[int, int, int] | None:
+        """By what another process sees that bytes of a block are right, which it has taken from the file.
+
+        A descriptor, without our locks; an offset; and the 64 bits to be found there, which are others once the block
+        is evicted. None for a block that is not trusted.
+        """
+        word = self._trusted[block]
+        if not word:
+            return None
+        with self._guard:
+            if self._witness_fd < 0:
+                self._witness_fd = os.open(f"/proc/self/fd/{self._map_fd}", os.O_RDONLY | os.O_CLOEXEC)
+        return self._witness_fd, entry_at(block) + STATE_AT, word
 
     def has(self, block: int) -> bool:
         """Whether the block can be served now; a present block not yet verified is verified first (reads it)."""
@@ -279,5 +295,7 @@ class CachedObject:
                     unlink(self._path)
         self._words.release()
         self._map.close()
+        if self._witness_fd >= 0:
+            os.close(self._witness_fd)
         os.close(self._map_fd)
         os.close(self.data_fd)
