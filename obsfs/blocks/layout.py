@@ -42,6 +42,11 @@ from obsfs.remote.objects import ObjectVersion
 BLOCK = 1 << 20
 """Bytes in a block: the unit of presence, verification and eviction."""
 
+PIECE = 8
+"""Blocks in a piece: the longest range request, 8 MiB, where requests cost little beside their bytes. Ranges keep to
+the borders of pieces: servers keep objects in parts or chunks of 4 or 8 MiB, and a range that lies across two of them
+costs more on their side (SeaweedFS: a fifth more of its CPU)."""
+
 FORMAT = "v1"
 HEADER = 4096
 ENTRY = 24

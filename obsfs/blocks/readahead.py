@@ -28,7 +28,7 @@ import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from obsfs.blocks.layout import BLOCK
+from obsfs.blocks.layout import BLOCK, PIECE
 from obsfs.blocks.safetensors import Extent, load_order
 
 _STREAMS = 64
@@ -43,9 +43,6 @@ _MOST_CREDIT = 256
 _LOADER = 2
 _HOP = 2
 _FAR = 32
-_GROUP = 8
-"""A window far ahead grows by so many positions at a time: block by block, each would become a request of its own
-wherever a connection is idle."""
 _SPARSE = 2
 _SKIPS = 8
 _MOST_BLOCKS = 1 << 16
@@ -95,14 +92,15 @@ class _Stream:
 class ReadAhead:
     """Streams through `blocks` positions, with a largest window of `max_window` blocks.
 
-    `fences` are the ascending positions where an extent ends, none if that is not known. With `gives_extents`, a
-    young stream is given the rest of its extent.
+    `fences` are the ascending positions where an extent ends, none if that is not known; `borders` those where a piece
+    ends, none if that is every PIECE positions. With `gives_extents`, a young stream is given the rest of its extent.
     """
 
     blocks: int
     max_window: int
     credit: Credit = field(default_factory=Credit)
     fences: Sequence[int] = ()
+    borders: Sequence[int] = ()
     gives_extents: bool = True
     is_mapped: bool = False
     """Whether a stream was seen that looks at the start of each extent: a loader that has mapped the file."""
@@ -127,7 +125,8 @@ class ReadAhead:
         start = max(stream.tail, stream.ahead)
         stop = min(self.blocks, stream.tail + self._window(stream))
         if start - stream.tail >= _FAR and stop < self.blocks:
-            stop -= stop % _GROUP
+            # By whole pieces: block by block, each would become a request wherever a connection is idle.
+            stop = self._border_before(stop)
         if start >= stop:
             return []
         stream.ahead = stop
@@ -236,6 +235,12 @@ class ReadAhead:
     def _crossed(self, stream: _Stream) -> int:
         return max(0, self._fences_behind(stream.tail - 1) - stream.passed)
 
+    def _border_before(self, position: int) -> int:
+        if not self.borders:
+            return position - position % PIECE
+        behind = bisect.bisect_right(self.borders, position)
+        return self.borders[behind - 1] if behind else 0
+
     def _fences_behind(self, position: int) -> int:
         return bisect.bisect_right(self.fences, position)
 
@@ -265,8 +270,10 @@ class LoadOrder:
             return False
         self._tensors = tensors_of
         self._order, fences = load_order(tensors_of, BLOCK)
+        pieces = [(file, number // PIECE) for file, number in self._order]
+        borders = [position for position in range(1, len(pieces)) if pieces[position - 1] != pieces[position]]
         self._position = {block: position for position, block in enumerate(self._order)}
-        self._policy = ReadAhead(len(self._order), self._max_window, self._credit, fences, gives_extents=False)
+        self._policy = ReadAhead(len(self._order), self._max_window, self._credit, fences, borders, gives_extents=False)
         return True
 
     @property

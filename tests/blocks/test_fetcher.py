@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from obsfs.blocks.cache import Cache
 from obsfs.blocks.fetcher import (
-    MAX_RANGE,
+    FAR,
     MIN_RANGE,
     Fetcher,
     Target,
@@ -23,7 +23,7 @@ from obsfs.blocks.fetcher import (
     range_stop,
     runs,
 )
-from obsfs.blocks.layout import BLOCK, evict_blocks, read_blocks
+from obsfs.blocks.layout import BLOCK, PIECE, evict_blocks, read_blocks
 from obsfs.errors import ObsfsError, UnavailableError, VersionChangedError
 from obsfs.remote.objects import ObjectVersion
 from tests.conftest import wait_for
@@ -90,9 +90,20 @@ def test_demand_comes_before_read_ahead(one: Setup) -> None:
     one.prefetch(*range(0, 32))
     wait_for(lambda: len(one.bucket.asked) == 1)
     one.demand(50)
-    one.bucket.allow.release(MAX_RANGE)
+    one.bucket.allow.release(PIECE)
     wait_for(lambda: len(one.bucket.asked) >= 2)
     assert one.bucket.asked[1] == (50, 51)
+
+
+def test_what_is_a_little_less_urgent_has_its_turn(one: Setup) -> None:
+    one.prefetch(0)
+    wait_for(lambda: len(one.bucket.asked) == 1)
+    one.fetcher.prefetch(one.target, [(9, 60)])
+    for number in range(1, 30):
+        one.fetcher.prefetch(one.target, [(8, 2 * number)])
+        one.bucket.allow.release(1)
+        wait_for(lambda number=number: len(one.bucket.asked) == number + 1)
+    assert 1 < one.bucket.asked.index((60, 61)) < 12
 
 
 def test_what_holds_up_the_disk_waits_until_nothing_is_fetched(one: Setup) -> None:
@@ -291,10 +302,17 @@ def test_closing_tells_who_waits(tmp_path: Path) -> None:
     wait_for(lambda: len(setup.told) == 2)
 
 
-@given(start=st.integers(0, 10_000), queued=st.integers(1, 10_000), connections=st.integers(1, 256))
-def test_ranges_are_aligned_and_long_when_much_is_wanted(start: int, queued: int, connections: int) -> None:
-    stop = range_stop(start, queued, connections)
-    length = MAX_RANGE if queued >= 2 * connections else MIN_RANGE
+@given(
+    start=st.integers(0, 10_000),
+    queued=st.integers(1, 10_000),
+    connections=st.integers(1, 256),
+    urgency=st.integers(0, 256),
+)
+def test_ranges_are_aligned_and_long_when_much_is_wanted_or_nothing_soon(
+    start: int, queued: int, connections: int, urgency: int
+) -> None:
+    stop = range_stop(start, queued, connections, urgency)
+    length = PIECE if queued >= 2 * connections or urgency >= FAR else MIN_RANGE
     assert start < stop <= start + length
     assert stop % length == 0
     assert demand_reserve(connections) < connections
