@@ -29,7 +29,7 @@ def ends() -> Iterator[tuple[Notifier, socket.socket]]:
 
 
 def the_process() -> psutil.Process:
-    (found,) = (child for child in psutil.Process().children() if "notifier" in child.cmdline()[-2])
+    (found,) = (child for child in psutil.Process().children() if child.cmdline()[-1].endswith("writer.py"))
     return found
 
 

@@ -25,8 +25,8 @@ from obsfs.errors import NotFoundError, ObsfsError
 from obsfs.fuse.keeper import Keeper
 from obsfs.fuse.kernel import channel, wire
 from obsfs.fuse.kernel.notifier import Notifier
-from obsfs.fuse.kernel.pipe import GONE, Pipe
 from obsfs.fuse.kernel.wire import FileOpen, Init, Opcode, Request
+from obsfs.fuse.kernel.writer import GONE, Pipe
 from obsfs.fuse.operations import REFRESH, UNKNOWN_INO, Attributes, Operations
 from obsfs.fuse.tree import WouldBlockError
 
