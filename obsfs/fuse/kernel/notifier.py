@@ -36,8 +36,7 @@ class Notifier:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._guard = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._control = socket.socket()
+        self._running: tuple[subprocess.Popen[bytes], socket.socket] | None = None
         self._starts = 0
         self._room = 0
 
@@ -87,15 +86,16 @@ class Notifier:
 
     def _drop(self) -> None:
         with self._guard:
-            self._control.close()
-            if self._process is not None:
+            if self._running is not None:
+                process, control = self._running
+                control.close()
                 with suppress(subprocess.TimeoutExpired):
-                    self._process.wait(_FINISH_SECONDS)
-            self._process = None
+                    process.wait(_FINISH_SECONDS)
+                self._running = None
 
     def _start(self) -> socket.socket:
         with self._guard:
-            if self._process is None:
+            if self._running is None:
                 # One that cannot even begin would be started for ever.
                 if self._starts == _MOST_STARTS:
                     raise ConnectionError
@@ -103,16 +103,17 @@ class Notifier:
                 pipe = Pipe()
                 self._room = pipe.room
                 pipe.close()
-                self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 with theirs:
-                    self._process = subprocess.Popen(
+                    process = subprocess.Popen(
                         [sys.executable, "-I", "-S", writer.__file__],
                         stdin=theirs.fileno(),
                         stdout=subprocess.DEVNULL,
                         stderr=subprocess.DEVNULL,
                         env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
                     )
-            return self._control
+                self._running = process, ours
+            return self._running[1]
 
 
 def _with_fds(*fds: int) -> list[tuple[int, int, array.array[int]]]:
