@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import psutil
 import pytest
 
 from obsfs.demo.server import EmbeddedServer
@@ -144,11 +145,12 @@ class Mounter:
         return next(process for mounted, process in reversed(self._mounted) if mounted == path)
 
     def kill(self, path: Path) -> None:
-        """The supervisor, and with it the server."""
-        server = mounts.status(path)["pid"]
+        """The supervisor, and with it the server and the processes that write for it."""
+        server = psutil.Process(mounts.status(path)["pid"])
+        pids = [server.pid, *(child.pid for child in server.children())]
         self.process(path).kill()
         self.process(path).wait(10)
-        wait_for(lambda: not is_running(server))
+        wait_for(lambda: not any(map(is_running, pids)))
 
     def close(self) -> None:
         for path, process in self._mounted:
