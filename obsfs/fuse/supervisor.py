@@ -5,7 +5,7 @@ from one dies with it), the lock of the mountpoint, and the locks of files that 
 that was killed is followed by one that inherits them, restores names and opens from the journal, and asks the kernel
 to send again what was not answered (FUSE_NOTIFY_RESEND, Linux 6.9). Readers wait for a second, and never know.
 
-It imports hardly more than the standard library, so that it is small and has little to die of. When it dies itself, its
+It imports nothing but the standard library, so that it is small and has little to die of. When it dies itself, its
 server dies too, and the mount with them.
 
 :mod:`obsfs.fuse.mounts` starts it as ``python -m obsfs.fuse.supervisor SOURCE MOUNTPOINT``, with the request to the

@@ -104,18 +104,19 @@ class Writer:
         header = data[STORE.size :]
         if size > self._pipe.room:
             return
-        is_whole = self._pipe.fill(header, file_fd, start, size)
-        # Looked at after the bytes were taken: an evicted block reads as zeros.
-        is_right = is_whole and os.pread(place_fd, _WORD_BYTES, place) == word.to_bytes(_WORD_BYTES, sys.byteorder)
-        if not is_right or not self._sent(fd, len(header) + size):
-            self._pipe.close()
-            self._pipe = Pipe()
-
-    def _sent(self, fd: int, size: int) -> bool:
+        pipe = self._pipe
         try:
-            return self._pipe.send(fd, size)
+            # The word is looked at after the bytes were taken: an evicted block reads as zeros.
+            is_sent = (
+                pipe.fill(header, file_fd, start, size)
+                and os.pread(place_fd, _WORD_BYTES, place) == word.to_bytes(_WORD_BYTES, sys.byteorder)
+                and pipe.send(fd, len(header) + size)
+            )
         except OSError:
-            return False  # no memory, say: it is read all the same
+            is_sent = False  # the disk, or no memory: it is read all the same
+        if not is_sent:
+            pipe.close()
+            self._pipe = Pipe()
 
 
 def _write(fd: int, data: bytes) -> int:
