@@ -24,7 +24,7 @@ from obsfs.remote.address import Address
 from obsfs.remote.client import Bucket, connect
 from obsfs.remote.credentials import Keys
 from obsfs.remote.objects import ObjectVersion
-from obsfs.settings import Settings
+from obsfs.settings import Settings, knobs
 
 _BUFFER = 128 << 10
 _COPY = 8 << 20
@@ -51,7 +51,7 @@ class OBSFileSystem(S3FileSystem):
 
     def __init__(self, **options: Any) -> None:
         client_kwargs = dict(options.pop("client_kwargs", None) or {})
-        given = {name: options.pop(name) for name in list(options) if name in Settings.model_fields}
+        given = {name: options.pop(name) for name in list(options) if name in knobs()}
         given.setdefault("endpoint_url", client_kwargs.pop("endpoint_url", None))
         given.setdefault("region", client_kwargs.pop("region_name", None))
         given["no_sign_request"] = given.get("no_sign_request") or options.pop("anon", None)

@@ -10,23 +10,24 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from decimal import Decimal
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from pydantic import BeforeValidator, ByteSize, Field, ValidationError
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
-)
+import msgspec
+from msgspec import Meta
 
 from obsfs.errors import UsageError
 
 MIB = 1 << 20
 UMASK = 0o022
 
-_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_TIMES = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_PREFIXES = "kmgtp"
+_SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
 def parse_seconds(value: object) -> float:
@@ -37,31 +38,67 @@ def parse_seconds(value: object) -> float:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|[smhdw]?)\s*", str(value))
     if match is None:
         raise ValueError(f"{value!r} is not a time; write for example 90, 500ms, 5m, 2h or 7d")
-    return float(match[1]) * _UNITS[match[2]]
+    return float(match[1]) * _TIMES[match[2]]
 
 
-def _octal(value: object) -> int:
-    if isinstance(value, int):
+def parse_size(value: object) -> int:
+    """Bytes from a number or from text such as ``500MB`` (a million each) or ``1GiB`` (1024 each time).
+
+    Raises ValueError for anything else, and for a negative size.
+    """
+    match = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*(?:([{_PREFIXES}])(i?))?b?\s*", str(value).lower())
+    if match is None:
+        raise ValueError(f"{value!r} is not a size; write for example 500MB or 1GiB")
+    power = _PREFIXES.index(match[2]) + 1 if match[2] else 0
+    return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def _octal(value: object) -> object:
+    if not isinstance(value, str):
         return value
     try:
-        return int(str(value), 8)
+        return int(value, 8)
     except ValueError:
         raise ValueError(f"{value!r} is not an octal mask; write for example 022") from None
 
 
 def _expand(value: object) -> Path:
-    return Path(str(value)).expanduser().absolute()
+    try:
+        return Path(str(value)).expanduser().absolute()
+    except RuntimeError:
+        raise ValueError("there is no such user") from None
 
 
 def _joined(value: object) -> object:
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
-Several = Annotated[str | None, BeforeValidator(_joined)]
+def _same(value: object) -> object:
+    return value
+
+
+def _switch(value: object) -> object:
+    if isinstance(value, str) and value.lower() not in _SWITCHES:
+        raise ValueError(f"{value!r} is neither on nor off")
+    return _SWITCHES[value.lower()] if isinstance(value, str) else value
+
+
+class _Kind(NamedTuple):
+    """Of a type: how its values are read from text, and what --help calls them."""
+
+    read: Callable[[object], object]
+    metavar: str | None = None
+
+
+Several = Annotated[str | None, _Kind(_joined)]
 """Text; several are separated by commas."""
-Seconds = Annotated[float, BeforeValidator(parse_seconds)]
-Octal = Annotated[int, BeforeValidator(_octal), Field(ge=0, le=0o777)]
-LocalPath = Annotated[Path, BeforeValidator(_expand)]
+Number = Annotated[int, _Kind(_same, "N")]
+Size = Annotated[int, _Kind(parse_size, "SIZE")]
+Seconds = Annotated[float, _Kind(parse_seconds, "TIME")]
+Octal = Annotated[int, _Kind(_octal, "OCTAL"), Meta(ge=0, le=0o777)]
+Owner = Annotated[Annotated[int, Meta(ge=0)] | None, _Kind(_same, "N")]
+LocalPath = Annotated[Path, _Kind(_expand)]
+Switch = Annotated[bool, _Kind(_switch)]
 
 
 def config_path() -> Path:
@@ -88,88 +125,86 @@ def _default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "obsfs"
 
 
-class Settings(BaseSettings):
+def _knob(default: Any, text: str) -> Any:
+    if callable(default):
+        return field(default_factory=default, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
     """What can be chosen about the bucket, the cache, the engine and the mount. Sizes are bytes, times seconds.
 
     Build one with :meth:`load`, which turns every mistake into one :class:`~obsfs.errors.UsageError`.
     """
 
-    model_config = SettingsConfigDict(env_prefix="OBSFS_", extra="forbid", frozen=True)
-
     # the bucket
-    endpoint_url: Several = Field(
+    endpoint_url: Several = _knob(
         None,
-        description="S3 endpoint; may be given again for replicas of the bucket, of which the nearest healthy one "
+        "S3 endpoint; may be given again for replicas of the bucket, of which the nearest healthy one "
         "serves. Default: botocore's (AWS_ENDPOINT_URL, profile), or OBS's for --region.",
     )
-    region: str | None = Field(None, description="Region, for example cn-south-1.")
-    profile: str | None = Field(None, description="Profile of the AWS configuration files to use.")
-    no_sign_request: bool = Field(False, description="Send no credentials (public buckets).")
-    insecure_tls: bool = Field(
-        False, description="Do not verify TLS certificates: whoever is in between may read and change everything."
+    region: str | None = _knob(None, "Region, for example cn-south-1.")
+    profile: str | None = _knob(None, "Profile of the AWS configuration files to use.")
+    no_sign_request: Switch = _knob(False, "Send no credentials (public buckets).")
+    insecure_tls: Switch = _knob(
+        False, "Do not verify TLS certificates: whoever is in between may read and change everything."
     )
-    addressing_style: Literal["auto", "path", "virtual"] = Field(
-        "auto", description="Bucket in the path or in the host name; auto knows OBS, AWS and other clouds."
+    addressing_style: Literal["auto", "path", "virtual"] = _knob(
+        "auto", "Bucket in the path or in the host name; auto knows OBS, AWS and other clouds."
     )
-    md5_etags: bool = Field(
+    md5_etags: Switch = _knob(
         True,
-        description="Take an ETag of 32 digits for the MD5 of an object that was put whole, and check against it what "
+        "Take an ETag of 32 digits for the MD5 of an object that was put whole, and check against it what "
         "is read whole.",
     )
-    library: str | None = Field(
-        None, description="Where the models are: obs://BUCKET/PREFIX, so that a model can be given by its name alone."
+    library: str | None = _knob(
+        None, "Where the models are: obs://BUCKET/PREFIX, so that a model can be given by its name alone."
     )
     # the cache
-    cache_dir: LocalPath = Field(
-        default_factory=_default_cache_dir, description="Where fetched blocks are kept (an SSD is best)."
-    )
-    cache_size: ByteSize = Field(
-        ByteSize(100 << 30), ge=16 * MIB, description="Most bytes to keep; least recently used blocks go first."
+    cache_dir: LocalPath = _knob(_default_cache_dir, "Where fetched blocks are kept (an SSD is best).")
+    cache_size: Annotated[Size, Meta(ge=16 * MIB)] = _knob(
+        100 << 30, "Most bytes to keep; least recently used blocks go first."
     )
     # the engine
-    connections: int = Field(
-        64, ge=1, le=256, description="Most range requests in parallel; how many are used is found by measuring."
+    connections: Annotated[Number, Meta(ge=1, le=256)] = _knob(
+        64, "Most range requests in parallel; how many are used is found by measuring."
     )
-    read_ahead: ByteSize = Field(
-        ByteSize(256 * MIB), description="Largest window fetched ahead of a sequential or dense reader."
+    read_ahead: Size = _knob(256 * MIB, "Largest window fetched ahead of a sequential or dense reader.")
+    request_timeout: Annotated[Seconds, Meta(gt=0)] = _knob(
+        15.0, "Longest silence of a connection before it is given up and tried again."
     )
-    request_timeout: Seconds = Field(
-        15.0, gt=0, description="Longest silence of a connection before it is given up and tried again."
-    )
-    retry_timeout: Seconds = Field(
-        60.0, ge=0, description="How long a read is retried before the reader gets an I/O error."
+    retry_timeout: Annotated[Seconds, Meta(ge=0)] = _knob(
+        60.0, "How long a read is retried before the reader gets an I/O error."
     )
     # the mount
-    metadata_ttl: Seconds = Field(
-        60.0, description="How long names, sizes and listings are believed before the bucket is asked again."
+    metadata_ttl: Seconds = _knob(
+        60.0, "How long names, sizes and listings are believed before the bucket is asked again."
     )
-    max_entries: int = Field(
+    max_entries: Annotated[Number, Meta(ge=1000)] = _knob(
         250_000,
-        ge=1000,
-        description="Names to remember, of listings and in the kernel, beyond the directory that is being listed "
+        "Names to remember, of listings and in the kernel, beyond the directory that is being listed "
         "(about 1 KiB of memory each).",
     )
-    engine: Literal["native", "fusepy"] = Field(
-        "native", description="native speaks to /dev/fuse itself; fusepy goes through libfuse (extra: fusepy)."
+    engine: Literal["native", "fusepy"] = _knob(
+        "native", "native speaks to /dev/fuse itself; fusepy goes through libfuse (extra: fusepy)."
     )
-    passthrough: bool = Field(
-        True, description="Let the kernel read fully cached files by itself (Linux 6.9 or later, root)."
-    )
-    kernel_read_ahead: ByteSize = Field(
-        ByteSize(1 << 20),
-        description="The kernel's own read-ahead on the mount (set where permitted). Behind a read that is longer it "
+    passthrough: Switch = _knob(True, "Let the kernel read fully cached files by itself (Linux 6.9 or later, root).")
+    kernel_read_ahead: Size = _knob(
+        1 << 20,
+        "The kernel's own read-ahead on the mount (set where permitted). Behind a read that is longer it "
         "asks for half as much again.",
     )
-    snapshot: str | None = Field(
+    snapshot: str | None = _knob(
         None,
-        description="Show the library as of a time (2026-11-25T12:00:00Z, or now), or one version of its models: what "
+        "Show the library as of a time (2026-11-25T12:00:00Z, or now), or one version of its models: what "
         "the manifests say, whatever happens in the bucket afterwards.",
     )
-    allow_other: bool = Field(False, description="Let other users of this machine read the mount.")
-    uid: int | None = Field(None, ge=0, description="Owner shown for every file. Default: who mounts.")
-    gid: int | None = Field(None, ge=0, description="Group shown for every file. Default: that of who mounts.")
-    umask: Octal = Field(UMASK, description="Permission bits to take away (octal).")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What the log holds.")
+    allow_other: Switch = _knob(False, "Let other users of this machine read the mount.")
+    uid: Owner = _knob(None, "Owner shown for every file. Default: who mounts.")
+    gid: Owner = _knob(None, "Group shown for every file. Default: that of who mounts.")
+    umask: Octal = _knob(UMASK, "Permission bits to take away (octal).")
+    log_level: Literal["debug", "info", "warning", "error"] = _knob("info", "What the log holds.")
 
     @property
     def endpoint_urls(self) -> tuple[str, ...]:
@@ -178,18 +213,11 @@ class Settings(BaseSettings):
 
     def at_first_endpoint(self) -> Settings:
         """These, for what must be known exactly: a replica may lag."""
-        return self.model_copy(update={"endpoint_url": next(iter(self.endpoint_urls), None)})
+        return replace(self, endpoint_url=next(iter(self.endpoint_urls), None))
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, config_path())
+    def to_json(self) -> dict[str, Any]:
+        """For :meth:`parse`, in another process."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
     @classmethod
     def load(cls, **given: Any) -> Settings:
@@ -197,16 +225,81 @@ class Settings(BaseSettings):
 
         Raises UsageError, naming the setting, for an unknown name or a value that does not fit.
         """
+        variables = {name: os.environ.get(f"OBSFS_{name.upper()}") for name in knobs()}
+        values = {**_read_config(), **{name: text for name, text in variables.items() if text}}
+        return cls.parse({**values, **{name: value for name, value in given.items() if value is not None}})
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Settings:
+        """Settings from these values and the defaults. Raises UsageError as :meth:`load`."""
+        known = knobs()
+        for name in values:
+            if name not in known:
+                raise UsageError(f"unknown setting {name!r}", f"known are {', '.join(known)}")
+        return cls(**{name: known[name].convert(value) for name, value in values.items()})
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One setting, as it is read and shown."""
+
+    name: str
+    text: str
+    default: Any
+    hint: Any
+    """Its type, with what is annotated."""
+
+    @property
+    def type(self) -> Any:
+        """Its type, without."""
+        return self.hint.__origin__ if get_origin(self.hint) is Annotated else self.hint
+
+    @property
+    def flag(self) -> str:
+        """On the command line."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What it may be, when that is not many."""
+        return get_args(self.hint) if get_origin(self.hint) is Literal else ()
+
+    @property
+    def metavar(self) -> str:
+        """What stands for its value in ``--help``."""
+        return self._kind.metavar or self.name.rsplit("_", 1)[-1].upper()
+
+    def convert(self, value: object) -> Any:
+        """A value, of text or another type. Raises UsageError for one that does not fit."""
         try:
-            return cls(**{name: value for name, value in given.items() if value is not None})
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            if first["type"] == "extra_forbidden":
-                raise UsageError(f"unknown setting {name!r}", f"known are {', '.join(cls.model_fields)}") from None
-            reason = first["msg"].removeprefix("Value error, ")
-            raise UsageError(f"--{name.replace('_', '-')} {first['input']}", reason) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{config_path()} is not valid TOML", str(error)) from None
-        except OSError as error:
-            raise UsageError(f"cannot read {config_path()}", error.strerror or str(error)) from None
+            return msgspec.convert(self._kind.read(value), self.hint, strict=False)
+        except (ValueError, msgspec.ValidationError) as error:
+            reason = f"choose from {', '.join(self.choices)}" if self.choices else str(error).replace("`", "")
+            raise UsageError(f"{self.flag} {value}", reason) from None
+
+    @property
+    def _kind(self) -> _Kind:
+        found = [part for part in getattr(self.hint, "__metadata__", ()) if isinstance(part, _Kind)]
+        return found[0] if found else _Kind(_same)
+
+
+@cache
+def knobs() -> dict[str, Knob]:
+    """All settings, by their names."""
+    hints = get_type_hints(Settings, include_extras=True)
+    defaults = Settings()
+    return {
+        one.name: Knob(one.name, one.metadata["help"], getattr(defaults, one.name), hints[one.name])
+        for one in fields(Settings)
+    }
+
+
+def _read_config() -> dict[str, Any]:
+    try:
+        return tomllib.loads(config_path().read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{config_path()} is not valid TOML", str(error)) from None
+    except OSError as error:
+        raise UsageError(f"cannot read {config_path()}", error.strerror or str(error)) from None

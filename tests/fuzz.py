@@ -37,7 +37,7 @@ with atheris.instrument_imports(include=["obsfs"]):
     from obsfs.library.snapshot import parse_time
     from obsfs.remote.address import check_endpoint, parse_address
     from obsfs.remote.objects import ObjectVersion
-    from obsfs.settings import Settings, config_path, parse_seconds
+    from obsfs.settings import Settings, config_path, knobs, parse_seconds
 
 from tests.conftest import random_bytes
 from tests.fuse.test_tree import MemoryBucket
@@ -158,7 +158,7 @@ def text() -> Callable[[bytes], None]:
     """What people type, and the configuration file."""
     os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp()
     config_path().parent.mkdir(parents=True)
-    names = list(Settings.model_fields)
+    names = list(knobs())
 
     def refused(call: Callable[[], object]) -> None:
         try:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -245,7 +246,7 @@ class Mounts:
     def _mounted(self) -> Iterator[Path]:
         path = self._home / "mnt"
         path.mkdir(exist_ok=True)
-        settings = self._settings.model_copy(update={"cache_dir": self._cache})
+        settings = replace(self._settings, cache_dir=self._cache)
         process = mounts.start(self.name, path, settings, lifeline=True)
         with mounts.Mount(self.name, path, process):
             yield path
@@ -275,7 +276,7 @@ def place_of(target: str, settings: Settings) -> Directory | Mounts:
     for found in mounts.find():
         if not isinstance(found, mounts.Stale) and found["mountpoint"] == str(path):
             endpoint = settings.endpoint_url or found["endpoint"]
-            return Mounts(found["source"], settings.model_copy(update={"endpoint_url": endpoint}))
+            return Mounts(found["source"], replace(settings, endpoint_url=endpoint))
     if not path.is_dir():
         raise UsageError(f"{target} is no directory", "give a mountpoint, a directory, or obs://BUCKET[/PREFIX]")
     return Directory(path)

@@ -57,6 +57,6 @@ def import_(
         )
     mounts.refresh(str(model))
     if as_json:
-        click.echo(json.dumps({**manifest.model_dump(mode="json"), "bytes_sent": sent, "url": str(model)}, indent=1))
+        click.echo(json.dumps({**json.loads(manifest.to_json()), "bytes_sent": sent, "url": str(model)}, indent=1))
     else:
         click.echo(f"published {model}: {len(manifest.files)} files, {human(manifest.size)}")

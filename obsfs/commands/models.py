@@ -166,7 +166,10 @@ def show(name: str, *, as_json: bool, **given: Any) -> None:
     document["library"] = f"{wanted.scheme}://{wanted.bucket}/{wanted.library}".rstrip("/")
     wrapped = {**document, "models": [document]}
     _add_cached(wrapped, settings)
-    document["files"] = [file.model_dump(exclude={"version_id"}) for file in model.manifest.files]
+    document["files"] = [
+        {"path": file.path, "size": file.size, "etag": file.etag, "sha256": file.sha256}
+        for file in model.manifest.files
+    ]
     if as_json:
         click.echo(json.dumps(document, indent=1))
         return

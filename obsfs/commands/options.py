@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 import click
-from pydantic import ByteSize, TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
 
+from obsfs.commands.output import human
 from obsfs.errors import UsageError
-from obsfs.settings import UMASK, Settings, parse_seconds
+from obsfs.settings import Knob, knobs, parse_seconds, parse_size
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 
@@ -19,52 +18,43 @@ BUCKET = ("endpoint_url", "region", "profile", "no_sign_request", "insecure_tls"
 PUBLISH = (*BUCKET, "library", "connections")
 LIBRARY = (*PUBLISH, *CACHE, "cache_size")
 _SEVERAL = ("endpoint_url",)
-_NUMBERS = ("connections", "uid", "gid")
 
 
 def settings_options(*names: str) -> Callable[[_Decorated], _Decorated]:
     """A decorator that adds the flags of these settings (by default all); none given means None."""
 
     def decorate(function: _Decorated) -> _Decorated:
-        for name in reversed(names or tuple(Settings.model_fields)):
-            function = _option(name, Settings.model_fields[name])(function)
+        for name in reversed(names or tuple(knobs())):
+            function = _option(knobs()[name])(function)
         return function
 
     return decorate
 
 
-def _option(name: str, field: FieldInfo) -> Callable[[_Decorated], _Decorated]:
-    flag = f"--{name.replace('_', '-')}"
-    text = field.description or ""
-    default = field.get_default(call_default_factory=True)  # type: ignore[call-arg, unused-ignore]
-    if default not in (None, False):
-        text += f"  [default: {_shown(field.annotation, default)}]"
-    if field.annotation is bool:
-        switch = f"{flag}/--no-{flag[2:]}" if default else flag
-        return click.option(switch, name, is_flag=True, default=None, help=text)
-    if get_origin(field.annotation) is Literal:
-        return click.option(flag, name, type=click.Choice(get_args(field.annotation)), help=text)
-    if name in _SEVERAL:
-        return click.option(flag, name, metavar="URL", multiple=True, callback=lambda _, __, v: v or None, help=text)
-    if field.annotation is ByteSize:
-        metavar = "SIZE"
-    elif isinstance(default, float):
-        metavar = "TIME"
-    elif name == "umask":
-        metavar = "OCTAL"
-    else:
-        metavar = "N" if name in _NUMBERS else name.rsplit("_", 1)[-1].upper()
-    return click.option(flag, name, metavar=metavar, help=text)
+def _option(knob: Knob) -> Callable[[_Decorated], _Decorated]:
+    text = knob.text
+    if knob.default not in (None, False):
+        text += f"  [default: {_shown(knob)}]"
+    if knob.type is bool:
+        switch = f"{knob.flag}/--no-{knob.flag[2:]}" if knob.default else knob.flag
+        return click.option(switch, knob.name, is_flag=True, default=None, help=text)
+    if knob.choices:
+        return click.option(knob.flag, knob.name, type=click.Choice(knob.choices), help=text)
+    if knob.name in _SEVERAL:
+        return click.option(
+            knob.flag, knob.name, metavar="URL", multiple=True, callback=lambda _, __, v: v or None, help=text
+        )
+    return click.option(knob.flag, knob.name, metavar=knob.metavar, help=text)
 
 
-def _shown(annotation: object, default: Any) -> str:
-    if annotation is ByteSize:
-        return ByteSize(default).human_readable(separator="")
-    if annotation is bool:
+def _shown(knob: Knob) -> str:
+    if knob.metavar == "SIZE":
+        return human(knob.default).replace(" ", "")
+    if knob.metavar == "OCTAL":
+        return f"{knob.default:03o}"
+    if isinstance(knob.default, bool):
         return "on"
-    if isinstance(default, float):
-        return f"{default:g}s"
-    return f"{default:03o}" if default == UMASK else str(default)
+    return f"{knob.default:g}s" if isinstance(knob.default, float) else str(knob.default)
 
 
 def age(value: str | None) -> float:
@@ -80,6 +70,6 @@ def age(value: str | None) -> float:
 def byte_size(flag: str, value: str) -> int:
     """Bytes from text such as ``500MB`` or ``1GiB``. Raises UsageError for what is no size."""
     try:
-        return int(TypeAdapter(ByteSize).validate_python(value))
-    except ValidationError:
-        raise UsageError(f"{flag} {value}", "write for example 500MB or 1GiB") from None
+        return parse_size(value)
+    except ValueError as error:
+        raise UsageError(f"{flag} {value}", str(error)) from None

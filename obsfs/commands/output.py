@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
-
-from pydantic import ByteSize
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +48,11 @@ def terminate_like_interrupt() -> None:
 
 def human(size: float) -> str:
     """A number of bytes for people: ``1.5 GiB``."""
-    return re.sub(r"(?<=\d)(?=[A-Z])", " ", ByteSize(int(size)).human_readable())
+    units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
+    while abs(size) >= 1024 and len(units) > 1:
+        size /= 1024
+        del units[0]
+    return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
 
 
 def columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -66,7 +66,7 @@ def push(
         )
     mounts.refresh(str(model))
     if as_json:
-        click.echo(json.dumps({**manifest.model_dump(mode="json"), "bytes_sent": sent, "url": str(model)}, indent=1))
+        click.echo(json.dumps({**json.loads(manifest.to_json()), "bytes_sent": sent, "url": str(model)}, indent=1))
     else:
         had = f", {human(manifest.size - sent)} of them were there" if sent < manifest.size else ""
         click.echo(f"published {model}: {len(manifest.files)} files, {human(manifest.size)}{had}")

@@ -230,7 +230,7 @@ def main() -> int:
     over yet."""
     source, mountpoint = sys.argv[1], Path(sys.argv[2])
     request = json.loads(sys.stdin.buffer.readline())
-    settings = Settings(**request["settings"])
+    settings = Settings.parse(request["settings"])
     takeover = Takeover.parse(request["takeover"]) if "takeover" in request else None
     stop = Stop()
     signal.signal(signal.SIGTERM, stop)

@@ -119,7 +119,7 @@ def start(source: str, mountpoint: Path, settings: Settings, *, lifeline: bool) 
     )
     assert process.stdin and process.stdout and process.stderr
     try:
-        request = {"settings": settings.model_dump(mode="json"), "lifeline": lifeline}
+        request = {"settings": settings.to_json(), "lifeline": lifeline}
         process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
         waiting = select.poll()  # select(2) would end at descriptor 1023

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+import msgspec
+from msgspec import Meta, Struct
 
 from obsfs.blocks import safetensors
 from obsfs.errors import UsageError
@@ -24,51 +25,46 @@ _WEIGHTS = (safetensors.SUFFIX, ".gguf", ".bin", ".pt", ".pth", ".onnx")
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "F8_E4M3": "float8"}
 
 
-def _safe(path: str) -> str:
-    if not is_safe_path(path):
-        raise ValueError(f"{path!r} is no path inside a model")
-    return path
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class File(_Part):
+class File(Struct, frozen=True, kw_only=True):
     """One file: its path in the model, size in bytes, the ETag of its object, the SHA-256 of its bytes (hex).
 
-    `sha256` is empty for a model without a manifest, of which only the bucket's listing is known.
+    `sha256` is empty for a model without a manifest, of which only the bucket's listing is known. Raises ValueError for
+    a path that leads out of the model.
     """
 
-    path: Annotated[str, AfterValidator(_safe)]
-    size: int = Field(ge=0)
+    path: str
+    size: Annotated[int, Meta(ge=0)]
     etag: str
-    sha256: str = Field(default="", pattern="^([0-9a-f]{64})?$")
+    sha256: Annotated[str, Meta(pattern=r"\A([0-9a-f]{64})?\Z")] = ""
     version_id: str = ""
 
+    def __post_init__(self) -> None:
+        if not is_safe_path(self.path):
+            raise ValueError(f"{self.path!r} is no path inside a model")
 
-class About(_Part):
+
+class About(Struct, frozen=True, kw_only=True):
     """What a model is, as its configuration and the headers of its weights tell."""
 
     architecture: str = ""
-    parameters: int = Field(default=0, ge=0)
+    parameters: Annotated[int, Meta(ge=0)] = 0
     dtype: str = ""
 
 
-class Manifest(_Part):
+class Manifest(Struct, frozen=True, kw_only=True):
     """A model as it was published: its files, who made it, when (UTC), and from which revision of what."""
 
     format: Literal["obsfs-manifest-1"] = "obsfs-manifest-1"
     name: str
     version: str | None = None
-    created: datetime
+    created: Annotated[datetime, Meta(tz=True)]
     author: str = ""
     source: str = ""
     """Where it came from: a directory's name, or a hub's repository (``hf:org/name``)."""
     revision: str = ""
     """The commit of the source, where it has one."""
     model: About = About()
-    files: tuple[File, ...] = Field(min_length=1)
+    files: Annotated[tuple[File, ...], Meta(min_length=1)]
 
     @property
     def size(self) -> int:
@@ -83,19 +79,15 @@ class Manifest(_Part):
 
     def to_json(self) -> bytes:
         """For a person to read, too."""
-        return self.model_dump_json(indent=1).encode() + b"\n"
+        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """Raises UsageError, naming `where`, for what is no manifest."""
     try:
-        manifest = Manifest.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UsageError(
-            f"the manifest {where} cannot be read", f"{place}: {first['msg']}" if place else first["msg"]
-        ) from None
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise UsageError(f"the manifest {where} cannot be read", str(error).replace("`", "")) from None
     paths = [file.path for file in manifest.files]
     if len(set(paths)) < len(paths):
         raise UsageError(f"the manifest {where} cannot be read", "it names a file twice")

@@ -22,6 +22,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from obsfs.blocks.layout import BLOCK, block_count
 from obsfs.blocks.object import CachedObject
 from obsfs.blocks.reader import Engine, Reader
@@ -343,7 +345,7 @@ class Local:
         wanted = {file.path for file in manifest.files}
         stale = [path for path in self._record if path not in wanted]
         here = tuple(file for file in manifest.files if self.has(file))
-        text = manifest.model_copy(update={"files": here}).to_json()
+        text = msgspec.structs.replace(manifest, files=here).to_json()
         path = self.directory / MANIFEST
         if not here or (not stale and path.is_file() and path.read_bytes() == text):
             return

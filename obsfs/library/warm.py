@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+import msgspec
 
 from obsfs.blocks.cache import Cache
 from obsfs.blocks.layout import BLOCK, block_count
@@ -31,7 +31,7 @@ from obsfs.remote.writer import Writer
 _PROFILES = f"{OWN}profiles/"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _FILES = 4
-_PROFILE = TypeAdapter(dict[str, list[tuple[int, int]]])
+_Profile = dict[str, list[tuple[int, int]]]
 
 
 class Wanted(NamedTuple):
@@ -105,8 +105,8 @@ def read_profile(bucket: Bucket, model: Model, profile: str) -> list[Wanted]:
         known = [key[len(prefix) :].removesuffix(".json") for key in keys]
         raise NotFoundError(f"{model.name} has no profile {profile!r}", nearest(profile, known)) from None
     try:
-        ranges = _PROFILE.validate_json(data)
-    except ValidationError:
+        ranges = msgspec.json.decode(data, type=_Profile)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         raise UsageError(f"profile {profile!r} of {model.name} cannot be read", "record it again") from None
     wanted = []
     for file in model.manifest.files:

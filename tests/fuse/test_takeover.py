@@ -327,6 +327,6 @@ def test_a_supervisor_that_dies_takes_its_server_along(bucket: Store, mount: Mou
 
 
 def test_the_supervisor_is_small() -> None:
-    code = "import sys, obsfs.fuse.supervisor; print(any(m in sys.modules for m in ('botocore', 'pydantic', 'click')))"
+    code = "import sys, obsfs.fuse.supervisor; print(any(m in sys.modules for m in ('botocore', 'msgspec', 'click')))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
