@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from obsfs.errors import ObsfsError, UsageError
-from obsfs.settings import Settings, config_path, parse_seconds
+from obsfs.settings import Settings, config_path, parse_seconds, parse_size
 
 
 def test_flags_beat_variables_beat_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,6 +28,10 @@ def test_flags_beat_variables_beat_the_file(monkeypatch: pytest.MonkeyPatch) -> 
         ({"metadata_ttl": "soon"}, "--metadata-ttl soon"),
         ({"engine": "warp"}, "--engine warp"),
         ({"umask": "9"}, "--umask 9"),
+        ({"umask": "1777"}, "--umask 1777"),
+        ({"uid": "-1"}, "--uid -1"),
+        ({"passthrough": "maybe"}, "--passthrough maybe"),
+        ({"cache_dir": "~nobody-here/x"}, "--cache-dir ~nobody-here/x"),
         ({"cache_dirr": "x"}, "unknown setting 'cache_dirr'"),
     ],
 )
@@ -47,6 +52,32 @@ def test_a_file_that_does_not_parse(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("500ms", 0.5), ("5m", 300), ("2h", 7200), ("7d", 604800)])
 def test_times(text: str, seconds: float) -> None:
     assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1", 1), (5, 5), ("1.5 GiB", 3 << 29), ("10mb", 10_000_000), ("2KB", 2000), ("7T", 7 * 10**12)]
+)
+def test_sizes(text: object, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1 XiB", "GiB", "1ib", "1e3", "nan"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(ValueError, match="not a size"):
+        parse_size(text)
+
+
+def test_another_process_gets_the_same(tmp_path: Path) -> None:
+    settings = Settings.load(cache_dir=tmp_path, uid="7", umask="027", endpoint_url=["http://a", "http://b"])
+    assert (settings.uid, settings.umask, settings.endpoint_urls) == (7, 0o027, ("http://a", "http://b"))
+    assert Settings.parse(json.loads(json.dumps(settings.to_json()))) == settings
+
+
+def test_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OBSFS_PASSTHROUGH", "off")
+    monkeypatch.setenv("OBSFS_REGION", "")
+    assert not Settings.load().passthrough
+    assert Settings.load().region is None
 
 
 def test_errors_are_one_line() -> None:

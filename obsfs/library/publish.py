@@ -470,8 +470,8 @@ class _Claim:
             if found is None:
                 continue
             said, age = found
-            if said.get("nonce") == self._nonce or age > _CLAIM_SECONDS:
-                # Ours, from a run that was killed; or of one that was killed long ago.
+            if not said or said.get("nonce") == self._nonce or age > _CLAIM_SECONDS:
+                # Torn; ours, from a run that was killed; or of one that was killed long ago.
                 self._writer.delete(self._key)
                 continue
             raise ExistsError(

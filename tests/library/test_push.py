@@ -305,6 +305,13 @@ def test_a_claim_is_respected_until_it_is_old(bucket: Store, tmp_path: Path, mon
     verify_whole(bucket, model, "m@v1")
 
 
+def test_a_torn_claim_is_nobodys(bucket: Store, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", mib=1)
+    bucket.put("m@v1/.obsfs/claim.json", b"")
+    push(model, parse_model(f"{bucket}/m@v1"), Settings.load(), files=find_files(model))
+    verify_whole(bucket, model, "m@v1")
+
+
 def test_a_server_that_knows_no_conditional_writes(bucket: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """As OBS: then the claim is written and looked at again."""
     name = parse_model(f"{bucket}/m@v1")
