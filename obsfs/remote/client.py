@@ -106,18 +106,33 @@ def connect(
 
 
 def _default_endpoint(session: Any, scheme: str, region: str | None) -> str:
-    probe = session.create_client("s3", region_name=region or "us-east-1", config=Config(signature_version=UNSIGNED))
-    configured = str(probe.meta.endpoint_url)
-    if not addresses.is_aws(configured):
+    configured = _configured_endpoint(session, region)
+    if configured and not addresses.is_aws(configured):
         return configured
     if scheme == "s3" and (region is None or region in session.get_available_regions("s3")):
-        return configured
+        return _clients_endpoint(session, region)
     if region is None:
         raise UsageError(
             "the endpoint of the bucket is not known",
             "give --region cn-south-1 (OBS), or --endpoint-url URL (any other S3 server)",
         )
     return addresses.obs_endpoint(region)
+
+
+def _configured_endpoint(session: Any, region: str | None) -> str | None:
+    if session.get_config_variable("ignore_configured_endpoint_urls"):
+        return None
+    # https://docs.aws.amazon.com/sdkref/latest/guide/feature-ss-endpoints.html. Here, because to make a client only to
+    # ask where it would go takes a tenth of a second.
+    if given := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+        return given
+    is_in_file = {"endpoint_url", "services"} & set(session.get_scoped_config())
+    return _clients_endpoint(session, region) if is_in_file else None
+
+
+def _clients_endpoint(session: Any, region: str | None) -> str:
+    probe = session.create_client("s3", region_name=region or "us-east-1", config=Config(signature_version=UNSIGNED))
+    return str(probe.meta.endpoint_url)
 
 
 class _Site:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import botocore.session
 import pytest
 
 from obsfs.errors import UsageError
@@ -59,6 +62,30 @@ def test_botocores_endpoint_variable_is_honoured(monkeypatch: pytest.MonkeyPatch
     connection = connect(Settings.load())
     assert connection.endpoint == "http://127.0.0.1:9000"
     assert connection.config["s3"] == {"addressing_style": "path"}
+
+
+@pytest.mark.parametrize("ignored", ["", "true"])
+@pytest.mark.parametrize("variables", [(), ("AWS_ENDPOINT_URL",), ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "",
+        "[default]\nendpoint_url = http://10.0.0.1\n",
+        "[default]\nservices = ours\n[services ours]\ns3 =\n  endpoint_url = http://10.0.0.2\n",
+    ],
+)
+def test_the_endpoint_is_the_one_that_a_client_of_botocore_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str, variables: tuple[str, ...], ignored: str
+) -> None:
+    (tmp_path / "aws-config").write_text(file)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "aws-config"))
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    for number, name in enumerate(variables):
+        monkeypatch.setenv(name, f"http://10.1.1.{number}")
+    if ignored:
+        monkeypatch.setenv("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", ignored)
+    client = botocore.session.Session().create_client("s3", region_name="eu-west-1")
+    assert connect(Settings.load(), "s3").endpoint == client.meta.endpoint_url
 
 
 def test_no_endpoint_and_no_region_is_a_mistake() -> None:
