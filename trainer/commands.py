@@ -94,17 +94,29 @@ def train(words: tuple[str, ...], *, is_guided: bool, only_check: bool, as_json:
 Examples:
   obsfs merge obs://models/adapters/run-1 obs://models/Qwen2-7B-tuned@v1
   obsfs merge ./run-1 ./merged --base /mnt/models/Qwen2-7B --quantize bnb-4bit
+  obsfs merge ./run-1 ./merged --quantize gptq --calibrate obs://models/data/chats.jsonl
 """
 )
 @click.argument("adapter")
 @click.argument("output", metavar="OUT")
 @click.option("--base", metavar="MODEL", help="The base; else the one that the adapter names.")
-@click.option("--quantize", metavar="FORMAT", help="Write bnb-4bit, bnb-8bit, fp8 (a GPU) or gptq (gptqmodel).")
+@click.option(
+    "--quantize", metavar="FORMAT", help="Write bnb-4bit, bnb-8bit, fp8 (a GPU) or gptq (gptqmodel, optimum)."
+)
+@click.option("--calibrate", metavar="DATA", help="For gptq: what to read meanwhile, as train's --data. Default: C4.")
 @click.option("--dequantize", is_flag=True, help="Merge into what 4 bits leave of the base, as QLoRA has seen it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as an object.")
 @settings_options(*_PLACES)
 def merge(
-    adapter: str, output: str, *, base: str | None, quantize: str | None, dequantize: bool, as_json: bool, **given: Any
+    adapter: str,
+    output: str,
+    *,
+    base: str | None,
+    quantize: str | None,
+    calibrate: str | None,
+    dequantize: bool,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Write base and ADAPTER as one model: bfloat16, in shards, for transformers, vLLM and others.
 
@@ -115,7 +127,13 @@ def merge(
 
     with spinner(f"merging {adapter}", quiet=as_json):
         done = merging.merge(
-            adapter, output, base=base, quantize=quantize, dequantize=dequantize, settings=_settings(given)
+            adapter,
+            output,
+            base=base,
+            quantize=quantize,
+            calibrate=calibrate,
+            dequantize=dequantize,
+            settings=_settings(given),
         )
     if as_json:
         click.echo(json.dumps(done._asdict()))

@@ -12,25 +12,27 @@ from typing import Any, NamedTuple
 import obsfs
 from obsfs.errors import UsageError, first_line
 from trainer.base import Base, load_tokenizer, open_base
+from trainer.data import load
 from trainer.place import place_of
 from trainer.progress import quiet
 
 ADAPTER = "adapter_config.json"
 _PROBE = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
 _SHARD = "4GB"
+_SAMPLES = 128
 
 
 class Quantizer(NamedTuple):
-    """A format to write: the module that it needs, its configuration in transformers, and the options of that."""
+    """A format to write: the modules that it needs, its configuration in transformers, and the options of that."""
 
-    needs: str
+    needs: tuple[str, ...]
     config: str
     options: dict[str, Any]
 
 
 QUANTIZERS = {
     "bnb-4bit": Quantizer(
-        "bitsandbytes",
+        ("bitsandbytes",),
         "BitsAndBytesConfig",
         {
             "load_in_4bit": True,
@@ -39,10 +41,12 @@ QUANTIZERS = {
             "bnb_4bit_compute_dtype": "bfloat16",
         },
     ),
-    "bnb-8bit": Quantizer("bitsandbytes", "BitsAndBytesConfig", {"load_in_8bit": True}),
-    "fp8": Quantizer("accelerate", "FineGrainedFP8Config", {}),
-    "gptq": Quantizer("gptqmodel", "GPTQConfig", {"bits": 4, "dataset": "c4"}),
+    "bnb-8bit": Quantizer(("bitsandbytes",), "BitsAndBytesConfig", {"load_in_8bit": True}),
+    "fp8": Quantizer(("accelerate",), "FineGrainedFP8Config", {}),
+    "gptq": Quantizer(("gptqmodel", "optimum"), "GPTQConfig", {"bits": 4, "dataset": "c4"}),
 }
+CALIBRATED = "gptq"
+"""The format for which it matters what the model reads while it is quantised."""
 
 
 class Merged(NamedTuple):
@@ -80,16 +84,20 @@ def merge(
     *,
     base: str | None = None,
     quantize: str | None = None,
+    calibrate: str | None = None,
     dequantize: bool = False,
     settings: dict[str, Any] | None = None,
 ) -> Merged:
     """Write base plus adapter to `output`, a directory or a URL: bfloat16, in shards, with the adapter's tokenizer.
 
     The base is the unquantised one; with `dequantize` it is what 4 bits leave of it, which is what a QLoRA adapter
-    was trained on. `quantize` is one of :data:`QUANTIZERS`. Raises ObsfsError.
+    was trained on. `quantize` is one of :data:`QUANTIZERS`; for gptq, `calibrate` is data as ``obsfs train`` takes it
+    (without it, transformers takes C4 from the hub). Raises ObsfsError.
     """
     if quantize is not None:
         _check_quantizer(quantize)
+    if calibrate is not None and quantize != CALIBRATED:
+        raise UsageError("--calibrate", f"it is for --quantize {CALIBRATED}")
     settings = settings or {}
     place = place_of(output, settings)
     target = Path(output).expanduser()
@@ -102,9 +110,10 @@ def merge(
         if home is not None:
             home.mkdir(parents=True, exist_ok=True)
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".obsfs-merge-", dir=home))) / "model"
+        samples = calibration(calibrate, _tokenizer(tuned.path, found.path), settings) if calibrate else None
         largest, mean = _merge(tuned.path, found.path, work, dequantize)
         if quantize is not None:
-            _quantize(work, quantize)
+            _quantize(work, quantize, samples)
         if place is not None:
             obsfs.push(work, place.url, source=f"{found.name} + {tuned.name}", **place.settings)
             obsfs.refresh(place.url)
@@ -125,7 +134,7 @@ def _merge(adapter: Path, base: Path, directory: Path, dequantize: bool) -> tupl
         model = model.to(torch.bfloat16)
     else:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    tokenizer = load_tokenizer(adapter if (adapter / "tokenizer_config.json").exists() else base)
+    tokenizer = _tokenizer(adapter, base)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     try:
@@ -143,24 +152,38 @@ def _merge(adapter: Path, base: Path, directory: Path, dequantize: bool) -> tupl
     return float(difference.max()), float(difference.mean())
 
 
+def _tokenizer(adapter: Path, base: Path) -> Any:
+    return load_tokenizer(adapter if (adapter / "tokenizer_config.json").exists() else base)
+
+
+def calibration(place: str, tokenizer: Any, settings: dict[str, Any]) -> list[str]:
+    """The first 128 records of data, as the model would read them. Raises UsageError."""
+    from trl import maybe_apply_chat_template
+
+    records = load([place], "sft", split="train", streaming=True, chat=bool(tokenizer.chat_template), settings=settings)
+    rendered = (maybe_apply_chat_template(record, tokenizer) for record in records.take(_SAMPLES))
+    return [one.get("text") or one["prompt"] + one["completion"] for one in rendered]
+
+
 def _check_quantizer(name: str) -> None:
     from importlib.util import find_spec
 
     if name not in QUANTIZERS:
         raise UsageError(f"--quantize {name}", f"choose one of {', '.join(QUANTIZERS)}")
-    needs = QUANTIZERS[name].needs
-    if find_spec(needs) is None:
-        raise UsageError(f"--quantize {name} needs {needs}", f"pip install {needs}")
+    missing = [module for module in QUANTIZERS[name].needs if find_spec(module) is None]
+    if missing:
+        raise UsageError(f"--quantize {name} needs {' and '.join(missing)}", f"pip install {' '.join(missing)}")
 
 
-def _quantize(directory: Path, name: str) -> None:
+def _quantize(directory: Path, name: str, samples: list[str] | None) -> None:
     import torch
     import transformers
 
     chosen = QUANTIZERS[name]
     options = dict(chosen.options)
-    if name == "gptq":
+    if name == CALIBRATED:
         options["tokenizer"] = load_tokenizer(directory)
+        options["dataset"] = samples or options["dataset"]
     config = getattr(transformers, chosen.config)(**options)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 
 import obsfs
 from obsfs import ObsfsError
+from obsfs.errors import UsageError
 from tests.conftest import Store
 from tests.trainer.test_train import logits_of
-from trainer.merge import merge
+from trainer.base import load_tokenizer
+from trainer.merge import calibration, merge
 
 
 def load(directory: Path | str, **options: Any) -> Any:
@@ -59,6 +62,22 @@ def test_a_merged_model_can_be_quantised(adapter: str, tmp_path: Path) -> None:
     assert logits_of(model).isfinite().all()
 
 
+def test_what_gptq_reads_is_what_the_model_would(tiny: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny)
+    chats = [{"messages": [{"role": "user", "content": f"ask {n}"}, {"role": "assistant", "content": "said"}]}
+             for n in range(200)]  # fmt: skip
+    (tmp_path / "chats.jsonl").write_text("".join(f"{json.dumps(chat)}\n" for chat in chats))
+    expected = [tokenizer.apply_chat_template(chat["messages"], tokenize=False) for chat in chats[:128]]
+    assert calibration(str(tmp_path / "chats.jsonl"), tokenizer, {}) == expected
+    (tmp_path / "alpaca.json").write_text(json.dumps([{"instruction": "add", "input": "1 2", "output": "3"}]))
+    (text,) = calibration(str(tmp_path / "alpaca.json"), tokenizer, {})
+    assert text.index("add") < text.index("1 2") < text.index("3")
+    (tmp_path / "plain.jsonl").write_text('{"text": "as it is"}\n')
+    assert calibration(str(tmp_path / "plain.jsonl"), tokenizer, {}) == ["as it is"]
+    with pytest.raises(UsageError, match="there is no data"):
+        calibration(str(tmp_path / "none.jsonl"), tokenizer, {})
+
+
 @pytest.mark.slow
 def test_what_cannot_be_merged_is_told_and_leaves_nothing(adapter: str, tiny: Path, tmp_path: Path) -> None:
     from obsfs.demo.model import make_model
@@ -75,6 +94,7 @@ def test_what_cannot_be_merged_is_told_and_leaves_nothing(adapter: str, tiny: Pa
     refused("choose one of", adapter, str(tmp_path / "x"), quantize="q4")
     refused("GPU", adapter, str(tmp_path / "x"), quantize="fp8")
     refused("gptqmodel", adapter, str(tmp_path / "x"), quantize="gptq")
+    refused("--calibrate", adapter, str(tmp_path / "x"), quantize="bnb-4bit", calibrate="data.jsonl")
     refused("there is no directory", adapter, str(tmp_path / "x"), base="org/name")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
