@@ -353,6 +353,21 @@ class Engine:
 
         self.fetch_starts(versions, begin)
 
+    def adopt(self, version: ObjectVersion, blocks: Iterable[int], twin: ObjectVersion) -> None:
+        """Take blocks from another version that is said to have the same bytes, as far as they are in the cache.
+
+        Whoever says so has to check them. Raises CacheError.
+        """
+        with self.held(version) as reader, self.held(twin) as other:
+            for block in blocks:
+                one = range(block, block + 1)
+                if not reader.cached.is_present(block) and reader.cached.lock(one):
+                    try:
+                        if (data := other.cached.read_checked(block)) is not None:
+                            reader.cached.put(block, memoryview(data))
+                    finally:
+                        reader.cached.unlock(one)
+
     def fill(
         self,
         version: ObjectVersion,

@@ -75,6 +75,12 @@ def versions(bucket: Bucket, name: ModelName) -> list[Model]:
     return [found[version] for version in order]
 
 
+def relatives(bucket: Bucket, name: ModelName) -> list[Model]:
+    """Whatever is published under a name, at all versions and without."""
+    plain = read(bucket, name.at(None))
+    return [*([plain] if plain else []), *versions(bucket, name)]
+
+
 def models(bucket: Bucket, library: Address) -> tuple[list[Model], list[str]]:
     """Every model and version of a library, by name; and what is wrong with those that cannot be shown.
 

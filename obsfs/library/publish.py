@@ -167,7 +167,7 @@ class Publication:
         before, there = self._look()
         if before and self._name.version and not self._may_be(before.manifest):
             self._refuse()
-        self._compare(self._relatives(), there)
+        self._compare(catalog.relatives(self._writer.bucket, self._name), there)
         if before and self._is_same(before.manifest):
             self._abort()
             return before.manifest
@@ -194,11 +194,6 @@ class Publication:
         """What is published under the name now, and the objects that are there, by their keys."""
         bucket = self._writer.bucket
         return catalog.read(bucket, self._name), {info.key: info for info in bucket.walk(self._name.prefix)}
-
-    def _relatives(self) -> list[Model]:
-        """Whatever is published under the name, at all versions and without."""
-        plain = catalog.read(self._writer.bucket, self._name.at(None))
-        return [*([plain] if plain else []), *catalog.versions(self._writer.bucket, self._name)]
 
     def _may_be(self, manifest: Manifest) -> bool:
         wanted = {(item.path, item.size) for item in self._items}

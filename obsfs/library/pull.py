@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from obsfs.blocks.cache import cached_sizes
 from obsfs.blocks.layout import BLOCK, block_count
 from obsfs.blocks.object import CachedObject
 from obsfs.blocks.reader import Engine, Reader
@@ -119,11 +120,23 @@ class Pull:
                 yield arrival.task(index, advance)
 
         try:
+            twins = self._twins(files)
             for file in files:
                 version = self.model.version_of(file, self._bucket.endpoint)
                 is_linked = _STEP <= file.size <= largest
                 vouching = partial(self._bucket.checksum, version)
-                arrivals.append(_Arrival(file, version, engine, local, crew, vouching=vouching, is_linked=is_linked))
+                arrivals.append(
+                    _Arrival(
+                        file,
+                        version,
+                        engine,
+                        local,
+                        crew,
+                        vouching=vouching,
+                        twin=twins.get(file.sha256),
+                        is_linked=is_linked,
+                    )
+                )
             crew.run(tasks())
             return engine.fetcher.stats.bytes_fetched
         except VersionChangedError as error:
@@ -135,6 +148,23 @@ class Pull:
             for arrival in arrivals:
                 arrival.close()
             engine.close()
+
+    def _twins(self, files: Sequence[File]) -> dict[str, ObjectVersion]:
+        """What the cache has of files with the same bytes in other versions of the model, by their SHA-256."""
+        name, endpoint = self.model.name, self._bucket.endpoint
+        family = (name.at(None).prefix, f"{name.library}{name.name}@")
+        cached = cached_sizes(self._settings.cache_dir, endpoint, name.bucket)
+        if not any(key.startswith(family) and not key.startswith(name.prefix) for key, _ in cached):
+            return {}
+        wanted = {file.sha256 for file in files if file.sha256 and file.size >= _STEP}
+        found: dict[str, tuple[int, ObjectVersion]] = {}
+        for model in catalog.relatives(self._bucket, name) if wanted else ():
+            for file in model.manifest.files if model.name != name else ():
+                version = model.version_of(file, endpoint)
+                size = cached.get((version.key, version.etag), 0)
+                if file.sha256 in wanted and size > found.get(file.sha256, (0,))[0]:
+                    found[file.sha256] = size, version
+        return {sha256: version for sha256, (_, version) in found.items()}
 
 
 def _pieces(arrivals: Sequence[_Arrival]) -> Iterator[tuple[_Arrival, int]]:
@@ -153,9 +183,12 @@ class _Arrival:
         crew: Crew,
         *,
         vouching: Callable[[], Checksum | None],
+        twin: ObjectVersion | None,
         is_linked: bool,
     ) -> None:
         self._vouching = vouching
+        self._twin = twin
+        self._adoptable = frozenset(engine.cache.present_blocks(twin) if twin else ())
         self._crew = crew
         self._is_linked = is_linked
         self._file = file
@@ -177,7 +210,8 @@ class _Arrival:
         """This piece will soon be wanted."""
         _, _, start = self._open()
         if index * _STEP >= start:
-            self._engine.prefetch([(block, self._version, block) for block in self._blocks(index)])
+            wanted = [block for block in self._blocks(index) if block not in self._adoptable]
+            self._engine.prefetch([(block, self._version, block) for block in wanted])
 
     def task(self, index: int, advance: Advance) -> Callable[[], None]:
         """Have this piece; whoever has the last one gives the file its name."""
@@ -190,6 +224,8 @@ class _Arrival:
             if offset + size <= start:
                 os.preadv(target, [data], offset)
             else:
+                if self._twin:
+                    self._engine.adopt(self._version, self._adoptable.intersection(self._blocks(index)), self._twin)
                 self._engine.fill(self._version, self._blocks(index))
                 if not reader.cached.readinto(offset, data):
                     data[:] = reader.read(offset, size)
@@ -220,6 +256,8 @@ class _Arrival:
         if self._digest and self._checksum and self._digest.hexdigest() != self._checksum.hexdigest:
             self._local.drop(file)
             self._engine.cache.drop(self._version)
+            if self._twin:
+                self._engine.cache.drop(self._twin)
             raise UnavailableError(
                 f"{file.path} is not what its {'manifest' if file.sha256 else self._checksum.algorithm} says",
                 "pull again; if that does not help, the bucket has other bytes",

@@ -42,6 +42,31 @@ def test_pull_brings_all_files_verified_and_the_second_time_costs_nothing(
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "b").rglob("*")}
 
 
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_what_another_version_has_is_not_fetched_again(
+    bucket: Store, obsfs: Run, tmp_path: Path, is_broken: bool
+) -> None:
+    """Only the configuration differs. What the cache has of the first version is damaged on the disk, or not."""
+    model = write_model(tmp_path / "model", mib=20)
+    assert obsfs("push", model, f"{bucket}/m@v1").code == 0
+    obsfs("pull", f"{bucket}/m@v1", tmp_path / "a")
+    (model / "config.json").write_text('{"number": 2}')
+    assert obsfs("push", model, f"{bucket}/m@v2").code == 0
+    if is_broken:
+        for data in (tmp_path / "cache").rglob("*.data"):
+            if data.stat().st_size > 2 * MIB:
+                with data.open("r+b") as file:
+                    file.seek(MIB + 5)
+                    byte = file.read(1)[0]
+                    file.seek(MIB + 5)
+                    file.write(bytes([byte ^ 1]))
+    done = obsfs("pull", f"{bucket}/m@v2", tmp_path / "b", "--json").json
+    assert contents(tmp_path / "b") == contents(model)
+    assert (done["bytes_fetched"] > MIB) == is_broken
+    assert done["bytes_fetched"] < 5 * MIB
+    assert obsfs("cache", "verify").code == 0
+
+
 def test_a_name_means_what_is_there_or_the_newest_version(
     bucket: Store, obsfs: Run, model: Path, tmp_path: Path
 ) -> None:
