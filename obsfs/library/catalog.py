@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -64,21 +65,27 @@ def resolve(bucket: Bucket, name: ModelName) -> Model:
 
 def versions(bucket: Bucket, name: ModelName) -> list[Model]:
     """All published versions of a name, the oldest first."""
-    start = f"{name.library}{name.name}@"
-    found: dict[str, Model] = {}
-    for page in bucket.list(start):
-        for prefix in page.prefixes:
-            parts = split_label(prefix[len(name.library) :].rstrip("/"))
-            if parts and parts[0] == name.name and (model := read(bucket, name.at(parts[1]))):
-                found[str(parts[1])] = model
+    found = {label: model for label in _version_labels(bucket, name) if (model := read(bucket, name.at(label)))}
     order = by_age((model.manifest.created.timestamp(), version) for version, model in found.items())
     return [found[version] for version in order]
 
 
 def relatives(bucket: Bucket, name: ModelName) -> list[Model]:
-    """Whatever is published under a name, at all versions and without."""
-    plain = read(bucket, name.at(None))
-    return [*([plain] if plain else []), *versions(bucket, name)]
+    """What is published under a name, at all versions and without, as far as it can be read."""
+    found = []
+    for version in (None, *_version_labels(bucket, name)):
+        with suppress(UsageError):
+            if model := read(bucket, name.at(version)):
+                found.append(model)
+    return found
+
+
+def _version_labels(bucket: Bucket, name: ModelName) -> Iterator[str]:
+    for page in bucket.list(f"{name.library}{name.name}@"):
+        for prefix in page.prefixes:
+            parts = split_label(prefix[len(name.library) :].rstrip("/"))
+            if parts and parts[0] == name.name and parts[1]:
+                yield parts[1]
 
 
 def models(bucket: Bucket, library: Address) -> tuple[list[Model], list[str]]:
