@@ -191,7 +191,7 @@ class Settings:
     )
     passthrough: Switch = _knob(True, "Let the kernel read fully cached files by itself (Linux 6.9 or later, root).")
     kernel_read_ahead: Size = _knob(
-        512 << 10,
+        1 << 20,
         "The kernel's own read-ahead on the mount (set where permitted). Behind a read that is longer it "
         "asks for half as much again.",
     )
