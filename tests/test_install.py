@@ -26,6 +26,12 @@ def test_a_new_environment_gets_the_command(tmp_path: Path) -> None:
     subprocess.run([python, "-m", "pip", "install", "-q", str(source)], check=True, timeout=500)
     told = subprocess.run([python.with_name("obsfs"), "--version"], capture_output=True, text=True, check=True).stdout
     assert __version__ in told
+    told = subprocess.run([python.with_name("obsfs"), "--help"], capture_output=True, text=True, check=True).stdout
+    assert {"mount", "train", "merge", "chat", "serve"} <= set(told.split())
+    for verb in (["train", "run.yaml"], ["train", "--guide"], ["merge", "a", "b"], ["chat", "a"], ["serve", "a"]):
+        done = subprocess.run([python.with_name("obsfs"), *verb], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done
+        assert "obsfs-mount[train]" in done.stderr, done
     loaded = "import sys, obsfs, fsspec; fsspec.get_filesystem_class('obs'); print(sys.prefix)"
     found = subprocess.run([python, "-c", loaded], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert found.strip() == str(tmp_path / "venv") != sys.prefix

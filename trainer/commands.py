@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 
 from obsfs.commands.options import BUCKET, CACHE, settings_options
 from obsfs.commands.output import spinner, terminate_like_interrupt
@@ -18,6 +17,19 @@ from obsfs.errors import UsageError
 
 _PLACES = (*BUCKET, "library", *CACHE)
 _PASSED = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+class _Verb(click.Command):
+    """One that needs what the extra ``train`` installs."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            if str(error.name).partition(".")[0] in ("obsfs", "trainer"):
+                raise
+            raise UsageError(f"obsfs {self.name} needs {error.name}", "pip install 'obsfs-mount[train]'") from None
+
 
 _TRAIN = """\b
 Examples:
@@ -40,7 +52,7 @@ A run.yaml:
 """
 
 
-@click.command(context_settings=_PASSED, epilog=_TRAIN)
+@click.command(cls=_Verb, context_settings=_PASSED, epilog=_TRAIN)
 @click.argument("words", nargs=-1, metavar="[CONFIG.yaml] [--KEY VALUE]...", type=click.UNPROCESSED)
 @click.option("--guide", "is_guided", is_flag=True, help="Ask a few questions, and write the YAML.")
 @click.option("--check", "only_check", is_flag=True, help="Check model, data, output and memory; train nothing.")
@@ -51,6 +63,8 @@ def train(words: tuple[str, ...], *, is_guided: bool, only_check: bool, as_json:
     Every key of the YAML can be given as --KEY VALUE, too. A run that was cut off goes on with --resume, from its
     newest whole checkpoint, on the disk or in the bucket.
     """
+    import psutil
+
     from trainer.config import load_config, parse_overrides, read_yaml
 
     started = psutil.Process().create_time()
@@ -90,12 +104,13 @@ def train(words: tuple[str, ...], *, is_guided: bool, only_check: bool, as_json:
 
 
 @click.command(
+    cls=_Verb,
     epilog="""\b
 Examples:
   obsfs merge obs://models/adapters/run-1 obs://models/Qwen2-7B-tuned@v1
   obsfs merge ./run-1 ./merged --base /mnt/models/Qwen2-7B --quantize bnb-4bit
   obsfs merge ./run-1 ./merged --quantize gptq --calibrate obs://models/data/chats.jsonl
-"""
+""",
 )
 @click.argument("adapter")
 @click.argument("output", metavar="OUT")
@@ -154,6 +169,7 @@ _ADAPTER = click.option(
 
 
 @click.command(
+    cls=_Verb,
     context_settings=_PASSED,
     epilog="""\b
 Examples:
@@ -189,6 +205,7 @@ def serve(model: str, *, adapter: str | None, host: str, port: int, backend: str
 
 
 @click.command(
+    cls=_Verb,
     context_settings=_PASSED,
     epilog="""\b
 Examples:

@@ -56,8 +56,22 @@ class _Verbs(click.Group):
             found = getattr(module, "import_" if cmd_name == "import" else cmd_name)
         else:
             point = _further().get(cmd_name)
-            found = point.load() if point else None
+            try:
+                found = point.load() if point else None
+            except ImportError as error:
+                return _broken(cmd_name, f"{point.value if point else ''} cannot be loaded ({error})")
         return found if isinstance(found, click.Command) else None
+
+
+def _broken(name: str, reason: str) -> click.Command:
+    """In place of a third party's verb, so that the others go on."""
+
+    def tell(**_: object) -> None:
+        raise ObsfsError(f"obsfs {name}: {reason}", "see to the package that has it")
+
+    anything = click.Argument(["words"], nargs=-1, type=click.UNPROCESSED)
+    settings = {"ignore_unknown_options": True}
+    return click.Command(name, context_settings=settings, callback=tell, params=[anything], short_help=reason)
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
 import obsfs as package
+from obsfs import commands
 from obsfs.errors import UsageError
 from obsfs.fuse import daemon
 from obsfs.fuse.kernel import channel, server  # noqa: F401
@@ -314,3 +316,15 @@ def test_a_user_without_rights(
             os.waitpid(pid, 0)
             subprocess.run(["umount", "-l", mountpoint], check=False)
     assert channel.mounted_at(mountpoint) is None
+
+
+def test_a_third_partys_verb_that_is_broken_does_not_break_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    point = EntryPoint("theirs", "no_such_module:verb", "obsfs.commands")
+    monkeypatch.setattr(commands, "_further", lambda: {"theirs": point})
+    assert commands.main(["--help"]) == 0
+    assert "mount" in capsys.readouterr().out
+    assert commands.main(["theirs", "--some", "words"]) == 2
+    error = capsys.readouterr().err
+    assert "no_such_module" in error and error.count("\n") == 1
