@@ -56,10 +56,12 @@ class _Verbs(click.Group):
             found = getattr(module, "import_" if cmd_name == "import" else cmd_name)
         else:
             point = _further().get(cmd_name)
+            if point is None:
+                return None
             try:
-                found = point.load() if point else None
+                found = point.load()
             except ImportError as error:
-                return _broken(cmd_name, f"{point.value if point else ''} cannot be loaded ({error})")
+                return _broken(cmd_name, f"{point.value} cannot be loaded ({error})")
         return found if isinstance(found, click.Command) else None
 
 

@@ -48,11 +48,10 @@ def terminate_like_interrupt() -> None:
 
 def human(size: float) -> str:
     """A number of bytes for people: ``1.5 GiB``."""
-    units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
-    while abs(size) >= 1024 and len(units) > 1:
-        size /= 1024
-        del units[0]
-    return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+    for unit, power in (("PiB", 5), ("TiB", 4), ("GiB", 3), ("MiB", 2), ("KiB", 1)):
+        if size >= 1024**power:
+            return f"{size / 1024**power:.1f} {unit}"
+    return f"{size:.0f} B"
 
 
 def columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -81,11 +81,10 @@ def relatives(bucket: Bucket, name: ModelName) -> list[Model]:
 
 
 def _version_labels(bucket: Bucket, name: ModelName) -> Iterator[str]:
-    for page in bucket.list(f"{name.library}{name.name}@"):
-        for prefix in page.prefixes:
-            parts = split_label(prefix[len(name.library) :].rstrip("/"))
-            if parts and parts[0] == name.name and parts[1]:
-                yield parts[1]
+    for label in _labels(bucket, name.library, f"{name.name}@"):
+        parts = split_label(label)
+        if parts and parts[0] == name.name and parts[1]:
+            yield parts[1]
 
 
 def models(bucket: Bucket, library: Address) -> tuple[list[Model], list[str]]:
@@ -106,8 +105,9 @@ def models(bucket: Bucket, library: Address) -> tuple[list[Model], list[str]]:
     return sorted(found, key=lambda model: safetensors.natural(str(model.name))), damaged
 
 
-def _labels(bucket: Bucket, library: str) -> Iterator[str]:
-    for page in bucket.list(library):
+def _labels(bucket: Bucket, library: str, start: str = "") -> Iterator[str]:
+    """The names of directories in a library that begin with `start`."""
+    for page in bucket.list(f"{library}{start}"):
         for prefix in page.prefixes:
             yield prefix[len(library) :].rstrip("/")
 

@@ -153,12 +153,12 @@ class Pull:
         """What the cache has of files with the same bytes in other versions of the model, by their SHA-256."""
         name, endpoint = self.model.name, self._bucket.endpoint
         family = (name.at(None).prefix, f"{name.library}{name.name}@")
-        cached = cached_sizes(self._settings.cache_dir, endpoint, name.bucket)
+        wanted = {file.sha256 for file in files if file.sha256 and file.size >= _STEP}
+        cached = cached_sizes(self._settings.cache_dir, endpoint, name.bucket) if wanted else {}
         if not any(key.startswith(family) and not key.startswith(name.prefix) for key, _ in cached):
             return {}
-        wanted = {file.sha256 for file in files if file.sha256 and file.size >= _STEP}
         found: dict[str, tuple[int, ObjectVersion]] = {}
-        for model in catalog.relatives(self._bucket, name) if wanted else ():
+        for model in catalog.relatives(self._bucket, name):
             for file in model.manifest.files if model.name != name else ():
                 version = model.version_of(file, endpoint)
                 size = cached.get((version.key, version.etag), 0)
