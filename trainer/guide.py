@@ -118,6 +118,7 @@ def estimates(facts: bases.Facts, task: str) -> dict[str, int]:
         is_full = method == "full"
         found[method] = bases.estimate_memory(
             facts,
+            task=task,
             method=method,
             bits=_BITS.get(method),
             dtype="float32" if is_full else "bfloat16",
@@ -125,6 +126,5 @@ def estimates(facts: bases.Facts, task: str) -> dict[str, int]:
             batch=1,
             length=_LENGTH,
             checkpointing=True,
-            reference=is_full and task in ("dpo", "kto"),
         )
     return found

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import obsfs
 from obsfs.errors import UsageError, first_line
-from trainer.base import Base, load_tokenizer, open_base
+from trainer.base import Base, check_whole, load_tokenizer, memory_available, open_base
 from trainer.data import load
 from trainer.place import place_of
 from trainer.progress import quiet
@@ -20,6 +20,8 @@ ADAPTER = "adapter_config.json"
 _PROBE = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
 _SHARD = "4GB"
 _SAMPLES = 128
+_ROOM = 1.3
+"""What merging takes, in times of the weights: the largest of them twice, and a few activations."""
 
 
 class Quantizer(NamedTuple):
@@ -133,7 +135,7 @@ def _merge(adapter: Path, base: Path, directory: Path, dequantize: bool) -> tupl
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=bits).dequantize()
         model = model.to(torch.bfloat16)
     else:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map=_device(base))
     tokenizer = _tokenizer(adapter, base)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
@@ -142,7 +144,7 @@ def _merge(adapter: Path, base: Path, directory: Path, dequantize: bool) -> tupl
     except (ValueError, RuntimeError) as error:
         reason = first_line(error)
         raise UsageError(f"{adapter} does not fit {base}", reason) from None
-    probe = tokenizer(_PROBE, return_tensors="pt")["input_ids"]
+    probe = tokenizer(_PROBE, return_tensors="pt")["input_ids"].to(model.device)
     with torch.no_grad():
         expected = tuned.eval()(probe).logits.float()
         merged = tuned.merge_and_unload()
@@ -150,6 +152,14 @@ def _merge(adapter: Path, base: Path, directory: Path, dequantize: bool) -> tupl
     merged.save_pretrained(directory, max_shard_size=_SHARD)
     tokenizer.save_pretrained(directory)
     return float(difference.max()), float(difference.mean())
+
+
+def _device(model: Path) -> str:
+    """The GPU when all of the model has room there, in bfloat16: it is ten times as fast."""
+    import torch
+
+    fits = torch.cuda.is_available() and 2 * check_whole(model).parameters * _ROOM < memory_available()[0]
+    return "cuda" if fits else "cpu"
 
 
 def _tokenizer(adapter: Path, base: Path) -> Any:
@@ -187,7 +197,7 @@ def _quantize(directory: Path, name: str, samples: list[str] | None) -> None:
     config = getattr(transformers, chosen.config)(**options)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.bfloat16, quantization_config=config
+            directory, dtype=torch.bfloat16, quantization_config=config, device_map=_device(directory)
         )
     except (ValueError, RuntimeError, ImportError) as error:
         reason = first_line(error)

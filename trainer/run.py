@@ -162,6 +162,7 @@ class _Run:
         lora = self._parts.lora
         needed = bases.estimate_memory(
             facts,
+            task=config.task,
             method=config.method,
             bits=_bits(config),
             dtype=config.base_dtype,
@@ -169,7 +170,7 @@ class _Run:
             batch=arguments.per_device_train_batch_size,
             length=getattr(arguments, "max_length", None) or 1024,
             checkpointing=arguments.gradient_checkpointing,
-            reference=config.task in ("dpo", "kto") and lora is None,
+            loss=getattr(arguments, "loss_type", None),
         )
         there, where = bases.memory_available()
         if config.check_memory and not _is_sharded(arguments) and needed > there * _MARGIN:
