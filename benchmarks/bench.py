@@ -110,10 +110,12 @@ class Bench:
         return [f"{data.MODEL}/{path.name}" for path in sorted((self.local / data.MODEL).iterdir())]
 
     def send_by_link(self, key: str, path: Path) -> None:
-        """An object that was pushed is sent by the link itself from now on, as those are that were there before."""
+        """An object that was pushed is sent by the link itself from now on, as those are that were there before, and
+        what the push left to be written is not in the way of what comes next."""
         if self._link is not None:
             etag = self._server.client().head_object(Bucket=BUCKET, Key=key)["ETag"]
             self._link.send(SentFile(f"/{BUCKET}/{key}", etag, path))
+            self._bring_to_memory()
 
     @contextmanager
     def linked(self, profile: str) -> Iterator[None]:
