@@ -82,10 +82,15 @@ class Manifest(Struct, frozen=True, kw_only=True):
         return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
 
 
+_DECODER = msgspec.json.Decoder(Manifest)
+"""Made once: msgspec learns a Struct's types when they are first asked for, and threads that ask for them at the same
+time crash the process (SIGSEGV; msgspec 0.22)."""
+
+
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """Raises UsageError, naming `where`, for what is no manifest."""
     try:
-        manifest = msgspec.json.decode(data, type=Manifest)
+        manifest = _DECODER.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise UsageError(f"the manifest {where} cannot be read", str(error).replace("`", "")) from None
     paths = [file.path for file in manifest.files]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -22,6 +24,27 @@ def test_what_is_written_is_read_again() -> None:
     manifest = Manifest(name="m", version="v1", created=now(), files=(File(**FILE),))  # type: ignore[arg-type]
     assert parse_manifest(manifest.to_json(), "here") == manifest
     assert parse_manifest(document(unknown="later versions may say more"), "here").size == 3
+
+
+_FIRST_IN_THREADS = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from obsfs.library.manifest import parse_manifest
+sys.setswitchinterval(1e-6)
+data, at_once = sys.stdin.buffer.read(), threading.Barrier(16)
+
+def parse(_):
+    at_once.wait()
+    return parse_manifest(data, "here").size
+
+with ThreadPoolExecutor(16) as pool:
+    assert list(pool.map(parse, range(16))) == [3] * 16
+"""
+
+
+@pytest.mark.parametrize("turn", range(8))
+def test_the_first_manifests_of_a_process_may_be_read_by_threads(turn: int) -> None:
+    subprocess.run([sys.executable, "-c", _FIRST_IN_THREADS], input=document(), check=True, timeout=60)
 
 
 @pytest.mark.parametrize(
