@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar, cast
 
 import botocore.session
@@ -163,14 +162,24 @@ class _Site:
             raise UsageError(f"endpoint {connection.endpoint!r} cannot be used", str(error)) from None
         self.endpoint = connection.endpoint
         # OBS has no such checksums, and refuses botocore's other ways with them.
-        self.mode = {} if addresses.is_obs(self.endpoint) else {"ChecksumMode": "ENABLED"}
+        self.mode: dict[str, str] = {} if addresses.is_obs(self.endpoint) else {"ChecksumMode": "ENABLED"}
         if settings.no_sign_request:
             credentials = None
         elif keys:
             credentials = Credentials(keys.access_key, keys.secret_key, keys.token)
         else:
             credentials = connection.session.get_credentials()
-        self.ranges = RangeSender(self.client, credentials)
+        self._sender = RangeSender(self.client, credentials)
+
+    def get(self, bucket: str, key: str, span: str = "", etag: str = "", version_id: str = "") -> RangeAnswer:
+        """An object, or a `span` of it (a Range header), pinned as far as is known. Raises what botocore raises."""
+        headers = {"Range": span} if span else ({_CHECKSUM_MODE: "ENABLED"} if self.mode else {})
+        answer = self._sender.send(bucket, key, headers, etag, version_id)
+        if answer is None:
+            options = _pins(etag, version_id) | ({"Range": span} if span else self.mode)
+            got = self.client.get_object(Bucket=bucket, Key=key, **options)
+            answer = RangeAnswer(got["ResponseMetadata"]["HTTPHeaders"], got["Body"]._raw_stream)
+        return answer
 
 
 class Bucket:
@@ -333,14 +342,14 @@ class Bucket:
         def ask(number: int) -> Content:
             site = self._sites[number]
             with translated(self._what(key)):
-                answer = site.client.get_object(Bucket=self.name, Key=key, **site.mode)
-                if answer["ContentLength"] > most:
-                    answer["Body"].close()
+                answer = site.get(self.name, key)
+                if int(answer.headers.get("content-length", 0)) > most:
+                    answer.stream.close()
                     raise UsageError(f"{self._what(key)} is too large to be what it should be", "look at it")
                 data = self._body(answer, key)
-            now = answer["ResponseMetadata"]["HTTPHeaders"].get("date", "")
-            age = parsedate_to_datetime(now).timestamp() - _epoch(answer.get("LastModified")) if now else 0.0
-            return Content(data, answer.get("ETag", ""), max(0.0, age))
+            now, then = (answer.headers.get(name) for name in ("date", "last-modified"))
+            age = (_parse_time(now) - _parse_time(then)).total_seconds() if now and then else 0.0
+            return Content(data, answer.headers.get("etag", ""), max(0.0, age))
 
         return self._ask_again(ask, may_lag=True)
 
@@ -351,17 +360,16 @@ class Bucket:
             found = [one for one in answer.get("Versions", ()) if one["Key"] == key]
             for one in sorted(found, key=lambda one: _epoch(one["LastModified"]), reverse=True):
                 if (one.get("VersionId") or "null") != "null":
-                    site = self._sites[0]
-                    got = site.client.get_object(Bucket=self.name, Key=key, VersionId=one["VersionId"], **site.mode)
-                    yield Content(self._body(got, key), got["ETag"], 0.0)
+                    got = self._sites[0].get(self.name, key, version_id=one["VersionId"])
+                    yield Content(self._body(got, key), got.headers.get("etag", ""), 0.0)
 
-    def _body(self, answer: Mapping[str, Any], key: str) -> bytes:
+    def _body(self, answer: RangeAnswer, key: str) -> bytes:
         """The body of a whole object, checked: here and not by botocore, which knows nothing of MD5 ETags."""
-        with closing(answer["Body"]) as body:
-            data: bytes = body._raw_stream.read()
-        if len(data) != answer["ContentLength"]:
+        with closing(answer.stream) as stream:
+            data: bytes = stream.read()
+        if len(data) != int(answer.headers.get("content-length", len(data))):
             raise UnavailableError(f"the server closed the body of {key} early")
-        checksum = self._offered(answer["ResponseMetadata"]["HTTPHeaders"])
+        checksum = self._offered(answer.headers)
         if checksum and not checksum.is_of(data):
             raise wrong_bytes(self._what(key), checksum)
         return data
@@ -396,13 +404,9 @@ class Bucket:
         site = self._sites[number]
         # S3 tells no checksum with a range, whatever it covers.
         is_whole = (start, stop) == (0, version.size) and stop <= WHOLE_BYTES
-        span = {} if is_whole else {"Range": f"bytes={start}-{stop - 1}"}
+        span = "" if is_whole else f"bytes={start}-{stop - 1}"
         with translated(what, pinned=True):
-            headers = span or ({_CHECKSUM_MODE: "ENABLED"} if site.mode else {})
-            answer = site.ranges.send(version.bucket, version.key, headers, version.etag, version.version_id)
-            if answer is None:
-                got = site.client.get_object(**_pinned(version), **(span or site.mode))
-                answer = RangeAnswer(got["ResponseMetadata"]["HTTPHeaders"], got["Body"]._raw_stream)
+            answer = site.get(version.bucket, version.key, span, version.etag, version.version_id)
             body = RangeBody(answer.stream, stop - start, lambda: self.replicas.failed(number))
             try:
                 _check_range(answer.headers, version, start, stop)
@@ -418,7 +422,8 @@ class Bucket:
         def ask(number: int) -> Mapping[str, str]:
             site = self._sites[number]
             with translated(self._what(version.key, version.bucket), pinned=True):
-                answer = site.client.head_object(**_pinned(version), **site.mode)
+                pins = _pins(version.etag, version.version_id)
+                answer = site.client.head_object(Bucket=version.bucket, Key=version.key, **pins, **site.mode)
             headers: Mapping[str, str] = answer["ResponseMetadata"]["HTTPHeaders"]
             return headers
 
@@ -428,10 +433,9 @@ class Bucket:
         return offered(headers, md5_etags=self._settings.md5_etags)
 
 
-def _pinned(version: ObjectVersion) -> dict[str, str]:
-    """Keyword arguments of botocore that mean exactly this version."""
-    pins = {"IfMatch": version.etag, "VersionId": version.version_id}
-    return {"Bucket": version.bucket, "Key": version.key, **{name: value for name, value in pins.items() if value}}
+def _pins(etag: str, version_id: str) -> dict[str, str]:
+    """Keyword arguments of botocore that mean exactly this version of a key."""
+    return {name: value for name, value in (("IfMatch", etag), ("VersionId", version_id)) if value}
 
 
 def _check_range(headers: Mapping[str, str], version: ObjectVersion, start: int, stop: int) -> None:

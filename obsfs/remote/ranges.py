@@ -1,11 +1,13 @@
-"""Range requests: GETs that are signed by botocore's signer and sent by its HTTP session, past the layers between.
+"""GETs, of ranges and of small objects, that are signed by botocore's signer and sent by its HTTP session, past the
+layers between.
 
 Those layers (validation, endpoint rules, events, response parsing) cost 1.9 ms of CPU for each range, and this way
-0.8 ms. Whatever is not a plain success goes their way, which knows what it means.
+0.8 ms. Whatever is no plain success or absence goes their way, which knows what it means.
 """
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +18,8 @@ from urllib.parse import urlsplit, urlunsplit
 from botocore import UNSIGNED
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
+from botocore.exceptions import ClientError
+from botocore.utils import percent_encode
 
 from obsfs.errors import CorruptError, UnavailableError
 from obsfs.remote.checksums import Checksum
@@ -27,7 +31,7 @@ _TLS_BYTES = 32 << 10
 """More than the record that a TLS library holds back while the rest of it is on its way (16 KiB, RFC 8446 5.1)."""
 _FAST = 8 << 20
 """Bytes per second from which on that saves much. A slow connection would look silent while it fills the buffer."""
-_URLS = 4096
+_CODE = re.compile(rb"<Code>(\w+)</Code>")
 
 
 class RangeBody:
@@ -130,7 +134,7 @@ class RangeSender:
         # The session holds the client's pool, proxies and certificates. It has no public name.
         self._session = getattr(getattr(client, "_endpoint", None), "http_session", None) if is_usual else None
         self._user_agent = config.user_agent
-        self._urls: dict[tuple[str, str], str] = {}
+        self._urls: dict[str, str] = {}
 
     def send(
         self, bucket: str, key: str, span: Mapping[str, str], etag: str, version_id: str = ""
@@ -154,17 +158,19 @@ class RangeSender:
         answer = self._session.send(request.prepare())
         if answer.status_code in (200, 206):
             return RangeAnswer(answer.headers, answer.raw)
+        if answer.status_code == 404:
+            # Common, and as plain as a yes.
+            code = _CODE.search(answer.content)
+            error = {"Error": {"Code": code[1].decode() if code else ""}, "ResponseMetadata": {"HTTPStatusCode": 404}}
+            raise ClientError(error, "GetObject")
         answer.raw.close()
         if answer.status_code >= 500:
             raise UnavailableError(f"server answered {answer.status_code} for {key}")
         return None
 
     def _url(self, bucket: str, key: str) -> str:
-        url = self._urls.get((bucket, key))
-        if url is None:
-            signed = self._client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key})
-            url = urlunsplit(urlsplit(signed)._replace(query=""))
-            if len(self._urls) >= _URLS:
-                self._urls.clear()
-            self._urls[bucket, key] = url
-        return url
+        start = self._urls.get(bucket)
+        if start is None:
+            signed = self._client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "k"})
+            start = self._urls[bucket] = urlunsplit(urlsplit(signed)._replace(query="")).removesuffix("k")
+        return f"{start}{percent_encode(key, safe='/~')}"

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import botocore.session
 import pytest
@@ -14,6 +15,8 @@ from botocore.awsrequest import AWSPreparedRequest, AWSResponse, HeadersDict
 from botocore.config import Config
 from botocore.credentials import ReadOnlyCredentials
 from botocore.utils import parse_timestamp
+from hypothesis import given
+from hypothesis import strategies as st
 
 from obsfs.demo.server import find_program
 from obsfs.errors import CorruptError, ForbiddenError, NotFoundError, UnavailableError, VersionChangedError
@@ -212,6 +215,38 @@ def test_a_range_is_signed_with_the_credentials_of_now(ours: Bucket) -> None:
     assert all("?" not in request.url for request in recorder.sent), "no credentials in the URL"
     RangeSender(client, None).send("bucket", "key", SPAN, "")
     assert "Authorization" not in recorder.sent[2].headers
+
+
+@pytest.fixture(scope="module")
+def asking() -> Any:
+    keys = {"aws_access_key_id": "AK", "aws_secret_access_key": "SK"}
+    return botocore.session.Session().create_client("s3", "us-east-1", endpoint_url="http://127.0.0.1:1", **keys)
+
+
+@given(key=st.text(st.characters(codec="utf-8"), min_size=1))
+def test_a_key_is_asked_for_where_the_client_would(asking: Any, key: str) -> None:
+    recorder = asking._endpoint.http_session = Recorder()
+    assert RangeSender(asking, None).send("bucket", key, SPAN, "") is not None
+    signed = asking.generate_presigned_url("get_object", Params={"Bucket": "bucket", "Key": key})
+    assert recorder.sent[0].url == signed.partition("?")[0]
+
+
+def test_what_is_not_there_costs_one_request(bucket: Store, ours: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket.put("gone", b"soon")
+    version = ours.version(ours.head("gone"))
+    bucket.client.delete_object(Bucket=bucket.name, Key="gone")
+    sent = []
+    session = ours.client._endpoint.http_session
+    send = session.send
+    monkeypatch.setattr(session, "send", lambda request: sent.append(request.url) or send(request))
+    with pytest.raises(NotFoundError, match="none does not exist"):
+        ours.get("none")
+    with pytest.raises(VersionChangedError):
+        ours.read_range(version, 0, 4)
+    assert len(sent) == 2
+    nowhere = Bucket(parse_address("obs://no-such-bucket-at-all"), Settings.load())
+    with pytest.raises(NotFoundError, match="bucket of"):
+        nowhere.get("key")
 
 
 def test_what_is_no_plain_request_is_left_to_the_client() -> None:
