@@ -160,9 +160,6 @@ def _device(model: Path) -> str:
     """The GPU, when all of the model has room there."""
     import torch
 
-    # What was merged before is garbage by now.
-    gc.collect()
-    torch.cuda.empty_cache()
     weights = sum(path.stat().st_size for path in model.iterdir() if path.suffix in _WEIGHTS)
     return "cuda" if torch.cuda.is_available() and weights * _ROOM < memory_available()[0] else "cpu"
 
@@ -194,6 +191,9 @@ def _quantize(directory: Path, name: str, samples: list[str] | None) -> None:
     import torch
     import transformers
 
+    # What was merged is garbage by now, and what is free on the GPU will be asked.
+    gc.collect()
+    torch.cuda.empty_cache()
     chosen = QUANTIZERS[name]
     options = dict(chosen.options)
     if name == CALIBRATED:

@@ -15,15 +15,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any, TypeVar, cast
+from datetime import datetime
+from typing import Any, TypeVar
 
 import botocore.session
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.credentials import Credentials
 from botocore.exceptions import ProfileNotFound
-from botocore.utils import parse_timestamp
 
 from obsfs.errors import (
     BusyError,
@@ -40,7 +39,7 @@ from obsfs.remote.address import Address
 from obsfs.remote.checksums import Checksum, offered
 from obsfs.remote.credentials import Keys, explicit_keys
 from obsfs.remote.failures import translated
-from obsfs.remote.objects import WHOLE_BYTES, Content, ObjectInfo, ObjectVersion, Page, quoted
+from obsfs.remote.objects import WHOLE_BYTES, Content, ObjectInfo, ObjectVersion, Page, parse_time, quoted
 from obsfs.remote.ranges import CheckedBody, RangeAnswer, RangeBody, RangeSender, wrong_bytes
 from obsfs.remote.replicas import Replicas
 from obsfs.remote.retries import Retries
@@ -79,7 +78,7 @@ def connect(
         try:
             session = botocore.session.Session(profile=settings.profile)
             session.get_scoped_config()
-            session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_parse_time)
+            session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse_time)
         except ProfileNotFound:
             raise UsageError(f"profile {session.profile!r} not found", "see `aws configure list-profiles`") from None
         region = settings.region or os.environ.get("AWS_REGION") or session.get_config_variable("region")
@@ -346,10 +345,7 @@ class Bucket:
                 if int(answer.headers.get("content-length", 0)) > most:
                     answer.stream.close()
                     raise UsageError(f"{self._what(key)} is too large to be what it should be", "look at it")
-                data = self._body(answer, key)
-            now, then = (answer.headers.get(name) for name in ("date", "last-modified"))
-            age = (_parse_time(now) - _parse_time(then)).total_seconds() if now and then else 0.0
-            return Content(data, answer.headers.get("etag", ""), max(0.0, age))
+                return self._content(answer, key)
 
         return self._ask_again(ask, may_lag=True)
 
@@ -360,11 +356,10 @@ class Bucket:
             found = [one for one in answer.get("Versions", ()) if one["Key"] == key]
             for one in sorted(found, key=lambda one: _epoch(one["LastModified"]), reverse=True):
                 if (one.get("VersionId") or "null") != "null":
-                    got = self._sites[0].get(self.name, key, version_id=one["VersionId"])
-                    yield Content(self._body(got, key), got.headers.get("etag", ""), 0.0)
+                    yield self._content(self._sites[0].get(self.name, key, version_id=one["VersionId"]), key)
 
-    def _body(self, answer: RangeAnswer, key: str) -> bytes:
-        """The body of a whole object, checked: here and not by botocore, which knows nothing of MD5 ETags."""
+    def _content(self, answer: RangeAnswer, key: str) -> Content:
+        """A whole object, checked: here and not by botocore, which knows nothing of MD5 ETags."""
         with closing(answer.stream) as stream:
             data: bytes = stream.read()
         if len(data) != int(answer.headers.get("content-length", len(data))):
@@ -372,7 +367,7 @@ class Bucket:
         checksum = self._offered(answer.headers)
         if checksum and not checksum.is_of(data):
             raise wrong_bytes(self._what(key), checksum)
-        return data
+        return Content(data, answer.headers)
 
     def _what(self, key: str, bucket: str = "") -> str:
         return f"{self.address.scheme}://{bucket or self.name}/{key}"
@@ -453,15 +448,6 @@ def _check_range(headers: Mapping[str, str], version: ObjectVersion, start: int,
         fits = (start, stop) == (0, version.size)
     if not fits or headers.get("content-length") != str(stop - start):
         raise UnavailableError(f"the server sent another range of {version.key} than was asked for")
-
-
-def _parse_time(value: Any) -> datetime:
-    """A time as botocore reads it, whose own way to do so takes four fifths of the computing for a page of names."""
-    try:
-        found = datetime.fromisoformat(value)
-    except (TypeError, ValueError):
-        return cast(datetime, parse_timestamp(value))
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def _epoch(value: datetime | None) -> float:

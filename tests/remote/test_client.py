@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from obsfs.demo.server import find_program
 from obsfs.errors import CorruptError, ForbiddenError, NotFoundError, UnavailableError, VersionChangedError
 from obsfs.remote.address import parse_address
-from obsfs.remote.client import Bucket, _parse_time
-from obsfs.remote.objects import ObjectVersion
+from obsfs.remote.client import Bucket
+from obsfs.remote.objects import ObjectVersion, parse_time
 from obsfs.remote.ranges import RangeSender
 from obsfs.settings import Settings
 from tests.conftest import MIB, Mounter, Store, random_bytes
@@ -264,4 +264,4 @@ def test_what_is_no_plain_request_is_left_to_the_client() -> None:
      "2026-11-26T08:00:00", "20261126T080000Z", "1795680000", 1795680000],
 )  # fmt: skip
 def test_times_are_read_as_botocore_reads_them(text: str | int) -> None:
-    assert _parse_time(text).timestamp() == parse_timestamp(text).timestamp()
+    assert parse_time(text).timestamp() == parse_timestamp(text).timestamp()
