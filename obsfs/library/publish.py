@@ -299,10 +299,12 @@ class Publication:
 
     @contextmanager
     def _gone(self, item: _Item) -> Iterator[None]:
+        # An ExistsError, after which nothing stays staged: who was first has seen some uploads of ours, and ended them
+        # before its manifest is there; of those that it has not seen, nobody would ever be told.
         try:
             yield
         except NotFoundError:
-            raise UsageError(
+            raise ExistsError(
                 f"the upload of {item.path} of {self._name} is gone: "
                 "somebody else published it just now, or a rule of the bucket ended it",
                 "push again",

@@ -41,6 +41,11 @@ def published(store: Store, key: str) -> dict[str, Any]:
     return manifest
 
 
+def uploads_of(store: Store, prefix: str = "") -> list[dict[str, Any]]:
+    answer = store.client.list_multipart_uploads(Bucket=store.name, Prefix=prefix)
+    return list(answer.get("Uploads", ()))
+
+
 def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "obsfs", *map(str, arguments)]
     return subprocess.Popen(
@@ -228,10 +233,7 @@ def test_killed_at_any_moment_nothing_is_half_published_and_it_goes_on(bucket: S
                 size += json.loads(out)["bytes_sent"] and sum(map(len, contents(model).values()))
                 break
             verify_whole(bucket, model, f"m@v{number}")
-            uploads = bucket.client.list_multipart_uploads(Bucket=bucket.name, Prefix=f"m@v{number}/").get(
-                "Uploads", []
-            )
-            assert not uploads
+            assert not uploads_of(bucket, f"m@v{number}/")
     assert kills >= 10
     assert sent < size  # the last try had not to begin anew
 
@@ -262,7 +264,7 @@ def test_of_two_who_publish_one_version_one_wins_whole(bucket: Store, tmp_path: 
         assert errors[codes.index(2)].count("\n") == 1
         assert f"m@v{round_}" in errors[codes.index(2)]
         assert f"m@v{round_}/.obsfs/claim.json" not in keys(bucket)
-    assert not bucket.client.list_multipart_uploads(Bucket=bucket.name).get("Uploads")
+    assert not uploads_of(bucket)
 
 
 def test_uploads_that_nobody_goes_on_with_are_dropped(bucket: Store, tmp_path: Path) -> None:
@@ -274,8 +276,7 @@ def test_uploads_that_nobody_goes_on_with_are_dropped(bucket: Store, tmp_path: P
     with notes_file(f"{Bucket(name.address, settings).endpoint} {name} {model}", str(name)) as notes:
         publish.Notes(notes).note(noted, uploads[noted])
     push(model, name, settings, files=find_files(model))
-    left = bucket.client.list_multipart_uploads(Bucket=bucket.name)["Uploads"]
-    assert [upload["Key"] for upload in left] == [other]
+    assert [upload["Key"] for upload in uploads_of(bucket)] == [other]
 
 
 @pytest.mark.slow
@@ -284,13 +285,28 @@ def test_who_stages_while_another_publishes_is_told(bucket: Store, tmp_path: Pat
     with FaultyLink(bucket.server.port) as link:
         link.bytes_per_second = 4e6
         slow = start("push", models[0], f"{bucket}/m@v1", "--connections", "2", AWS_ENDPOINT_URL=link.endpoint)
-        wait_for(lambda: bool(bucket.client.list_multipart_uploads(Bucket=bucket.name).get("Uploads")))
+        wait_for(lambda: bool(uploads_of(bucket)))
         push(models[1], parse_model(f"{bucket}/m@v1"), Settings.load(), files=find_files(models[1]))
         error = slow.communicate(timeout=60)[1]
     assert (slow.returncode, error.count("\n")) == (2, 1)
     assert "m@v1" in error
     verify_whole(bucket, models[1], "m@v1")
-    assert not bucket.client.list_multipart_uploads(Bucket=bucket.name).get("Uploads")
+    assert not uploads_of(bucket)
+
+
+def test_whose_upload_was_ended_leaves_no_other(bucket: Store, tmp_path: Path) -> None:
+    """One who publishes first ends the uploads that it sees; one that began just after it had looked has to go, too."""
+    model = write_model(tmp_path / "m", mib=40)
+    with FaultyLink(bucket.server.port) as link:
+        link.bytes_per_second = 4e6
+        process = start("push", model, f"{bucket}/m@v1", "--connections", "2", AWS_ENDPOINT_URL=link.endpoint)
+        wait_for(lambda: len(uploads_of(bucket)) == 2)
+        ended = uploads_of(bucket)[0]
+        bucket.client.abort_multipart_upload(Bucket=bucket.name, Key=ended["Key"], UploadId=ended["UploadId"])
+        error = process.communicate(timeout=60)[1]
+    assert (process.returncode, error.count("\n")) == (2, 1)
+    assert "is gone" in error
+    assert not uploads_of(bucket)
 
 
 def test_a_claim_is_respected_until_it_is_old(bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
