@@ -394,7 +394,9 @@ class Local:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._save()
         write_whole(path, text)
-        shutil.rmtree(self.directory / _INCOMPLETE, ignore_errors=True)
+        # The directory stays: in a third of the pulls, removing it waited 0.5 to 2 s for the file system's journal.
+        for left in (self.directory / _INCOMPLETE).glob("*"):
+            left.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
 
-import botocore.session
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.credentials import Credentials
@@ -39,10 +38,11 @@ from obsfs.remote.address import Address
 from obsfs.remote.checksums import Checksum, offered
 from obsfs.remote.credentials import Keys, explicit_keys
 from obsfs.remote.failures import translated
-from obsfs.remote.objects import WHOLE_BYTES, Content, ObjectInfo, ObjectVersion, Page, parse_time, quoted
+from obsfs.remote.objects import WHOLE_BYTES, Content, ObjectInfo, ObjectVersion, Page, quoted
 from obsfs.remote.ranges import CheckedBody, RangeAnswer, RangeBody, RangeSender, wrong_bytes
 from obsfs.remote.replicas import Replicas
 from obsfs.remote.retries import Retries
+from obsfs.remote.session import new_session
 from obsfs.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -76,9 +76,8 @@ def connect(
     """
     with translated("the configuration"):
         try:
-            session = botocore.session.Session(profile=settings.profile)
+            session = new_session(settings.profile)
             session.get_scoped_config()
-            session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse_time)
         except ProfileNotFound:
             raise UsageError(f"profile {session.profile!r} not found", "see `aws configure list-profiles`") from None
         region = settings.region or os.environ.get("AWS_REGION") or session.get_config_variable("region")
