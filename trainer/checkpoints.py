@@ -103,10 +103,11 @@ class Publisher:
     def put(self, directory: Path, step: int | None, best: int | None = None) -> None:
         """Publish it soon: as the checkpoint of a step, or (None) as the result. `best` is a step to keep."""
         linked = self._outbox / (directory.name if step is not None else "result")
-        for path in _files(directory):
+        # The place of the result has checkpoints in it, and the outbox, from which directories vanish.
+        paths = _files(directory) if step is not None else (path for path in directory.iterdir() if path.is_file())
+        for path in paths:
             name = path.relative_to(directory)
-            is_wanted = step is not None or len(name.parts) == 1
-            if is_wanted and name.name not in _NOT_PUBLISHED:
+            if name.name not in _NOT_PUBLISHED:
                 (linked / name).parent.mkdir(parents=True, exist_ok=True)
                 os.link(path, linked / name)
         self._queue.put((linked, step, best))

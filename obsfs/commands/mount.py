@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +53,7 @@ def _serve_here(source: str, path: Path, settings: Settings) -> None:
     mounts.prepare(path)
     daemon.log_to(logging.StreamHandler(), settings.log_level)
     stop = daemon.Stop()
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    stop.on_signals()
     daemon.serve(
         source, path, settings, lambda: click.echo(f"{source} is mounted on {path}; Ctrl-C unmounts", err=True), stop
     )

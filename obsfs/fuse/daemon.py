@@ -13,10 +13,11 @@ import logging
 import logging.handlers
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,11 +69,24 @@ class Stop:
     """Ends a mount from a signal handler or another thread; `wait` returns once somebody has asked."""
 
     def __init__(self) -> None:
-        self._event = threading.Event()
-        self.wait = self._event.wait
+        # No Event, and no queue: a signal that comes while the thread goes to sleep in one is not seen until it wakes.
+        # A byte in a socket is.
+        self._wake, self._poke = socket.socketpair()
+        self._poke.setblocking(False)
 
-    def __call__(self, *_: object) -> None:
-        self._event.set()
+    def on_signals(self) -> None:
+        """Have SIGTERM and SIGINT ask for the end. Only in the main thread."""
+        signal.set_wakeup_fd(self._poke.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+
+    def __call__(self) -> None:
+        with suppress(BlockingIOError):
+            self._poke.send(b"\0")
+
+    def wait(self) -> None:
+        """Until somebody has asked; at once afterwards, in every thread."""
+        self._wake.recv(1, socket.MSG_PEEK)
 
 
 def serve(
@@ -233,8 +247,7 @@ def main() -> int:
     settings = Settings.parse(request["settings"])
     takeover = Takeover.parse(request["takeover"]) if "takeover" in request else None
     stop = Stop()
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    stop.on_signals()
     os.chdir("/")
     answer = os.fdopen(os.dup(1), "w")
     quiet = os.open(os.devnull, os.O_RDWR)
