@@ -38,13 +38,13 @@ def shards(name: str, entries: Mapping[str, Entry]) -> list[ObjectInfo]:
     return [info for info in files if info.key.endswith(safetensors.SUFFIX)][:_COMPANIONS]
 
 
-class WholeReads:
-    """Which files that the kernel reads by itself are worth having in its page cache before they are asked for.
+class Loads:
+    """Which directories a model is being loaded from: those whose ``config.json`` was opened within 30 s.
 
-    Of such files only opens are seen, no reads; and page faults find a shorter read-ahead than on the disk's own file
-    system, because what a loader advises (safetensors: POSIX_FADV_SEQUENTIAL) stops at the mount. Weights that are
-    opened within 30 s after the ``config.json`` of their directory are being loaded: they are read whole, until a
-    quarter of the memory that was available when the load began is filled.
+    Who opens weights alone, or an index, may want one tensor. Of files that the kernel reads by itself only opens are
+    seen, no reads; and page faults find a shorter read-ahead than on the disk's own file system, because what a loader
+    advises (safetensors: POSIX_FADV_SEQUENTIAL) stops at the mount. Weights of a load are worth reading whole, until a
+    quarter of the memory that was available when it began is filled.
     """
 
     def __init__(self, available: Callable[[], int], clock: Callable[[], float]) -> None:
@@ -52,16 +52,22 @@ class WholeReads:
         self._clock = clock
         self._loads: dict[int, tuple[float, int]] = {}
 
-    def on_open(self, directory: int, name: str, size: int) -> int:
-        """Note an open of a file of `size` bytes; how many of them, from its start, to read now."""
-        now = self._clock()
+    def on_open(self, directory: int, name: str) -> None:
+        """Note an open, which may begin a load."""
         if name == CONFIG:
+            now = self._clock()
             self._loads = {number: load for number, load in self._loads.items() if load[0] > now}
             self._loads[directory] = now + _SECONDS, self._available() // 4
+
+    def is_loading(self, directory: int) -> bool:
+        """Whether a model is being loaded from there."""
+        return directory in self._loads and self._loads[directory][0] > self._clock()
+
+    def take(self, directory: int, name: str, size: int) -> int:
+        """How many bytes of a file, from its start, are worth reading before they are asked for; less is left then."""
+        if not name.endswith(safetensors.SUFFIX) or not self.is_loading(directory):
             return 0
-        until, budget = self._loads.get(directory, (now, 0))
-        if until <= now or not name.endswith(safetensors.SUFFIX):
-            return 0
+        until, budget = self._loads[directory]
         wanted = min(size, budget)
         self._loads[directory] = until, budget - wanted
         return wanted

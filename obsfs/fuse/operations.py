@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from obsfs.blocks.reader import Engine, Reader
 from obsfs.errors import ObsfsError
-from obsfs.fuse.loaders import WholeReads, companions, shards
+from obsfs.fuse.loaders import Loads, companions, shards
 from obsfs.fuse.tree import ROOT, Listing, Node, Tree
 from obsfs.remote.objects import ObjectVersion
 from obsfs.settings import Settings
@@ -121,7 +121,7 @@ class Operations:
         # A successor's handles must not be those that its predecessor has given.
         self._handles = itertools.count(time.time_ns())
         self._inherited: dict[int, int] = {}
-        self._whole_reads = WholeReads(_available_memory, time.monotonic)
+        self._loads = Loads(_available_memory, time.monotonic)
         self._uid = os.getuid() if settings.uid is None else settings.uid
         self._gid = os.getgid() if settings.gid is None else settings.gid
         self._file_mode = stat.S_IFREG | (0o444 & ~settings.umask)
@@ -227,6 +227,7 @@ class Operations:
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise _ReadOnlyError("the mount is read-only")
         reader = self.engine.open(node.version)
+        self._loads.on_open(node.parent, node.name)
         # An inode is in one mode at a time: what is open through us stays so, what is direct stays direct.
         direct = self.can_be_direct and not node.opens and reader.cached.hold_whole(again=node.backing > 0)
         if node.backing and not direct:
@@ -244,12 +245,12 @@ class Operations:
         entries = self.tree.known(node.parent)
         if others := companions(node.name, entries):
             self.engine.fetch_starts([version, *map(self.tree.version, others)])
-        if weights := shards(node.name, entries):
+        if self._loads.is_loading(node.parent) and (weights := shards(node.name, entries)):
             self.engine.begin_load(map(self.tree.version, weights))
 
     def _warm(self, node: Node) -> None:
         assert node.version is not None
-        if size := self._whole_reads.on_open(node.parent, node.name, node.size):
+        if size := self._loads.take(node.parent, node.name, node.size):
             self.engine.warm(node.version, size)
 
     def opened_before(self, number: int, unique: int, *, direct: bool) -> Opened:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from obsfs.fuse.loaders import WholeReads, companions, shards
+from obsfs.fuse.loaders import Loads, companions, shards
 from obsfs.fuse.tree import Entry
 from obsfs.remote.objects import ObjectInfo
 
@@ -12,31 +12,35 @@ WEIGHTS = "model-00001-of-00002.safetensors"
 class Setup:
     def __init__(self, available: int) -> None:
         self.now = 100.0
-        self.reads = WholeReads(lambda: available, lambda: self.now)
+        self.loads = Loads(lambda: available, lambda: self.now)
 
 
 def test_weights_are_read_whole_after_their_config() -> None:
     setup = Setup(available=4000)
-    assert setup.reads.on_open(7, WEIGHTS, 600) == 0, "whoever opens weights alone may want one tensor of them"
-    assert setup.reads.on_open(7, "config.json", 10) == 0
-    assert setup.reads.on_open(7, "vocab.json", 10) == 0
-    assert setup.reads.on_open(7, WEIGHTS, 600) == 600
-    assert setup.reads.on_open(8, WEIGHTS, 600) == 0, "another directory"
+    assert setup.loads.take(7, WEIGHTS, 600) == 0, "whoever opens weights alone may want one tensor of them"
+    setup.loads.on_open(7, "vocab.json")
+    assert not setup.loads.is_loading(7)
+    setup.loads.on_open(7, "config.json")
+    assert setup.loads.is_loading(7)
+    assert setup.loads.take(7, "vocab.json", 10) == 0
+    assert setup.loads.take(7, WEIGHTS, 600) == 600
+    assert setup.loads.take(8, WEIGHTS, 600) == 0, "another directory"
 
 
 def test_no_more_is_read_than_a_quarter_of_the_memory() -> None:
     setup = Setup(available=4000)
-    setup.reads.on_open(7, "config.json", 10)
-    assert [setup.reads.on_open(7, WEIGHTS, 600) for _ in range(3)] == [600, 400, 0]
+    setup.loads.on_open(7, "config.json")
+    assert [setup.loads.take(7, WEIGHTS, 600) for _ in range(3)] == [600, 400, 0]
 
 
 def test_a_load_is_over_after_a_while() -> None:
     setup = Setup(available=4000)
-    setup.reads.on_open(7, "config.json", 10)
+    setup.loads.on_open(7, "config.json")
     setup.now += 29
-    assert setup.reads.on_open(7, WEIGHTS, 600) == 600
+    assert setup.loads.take(7, WEIGHTS, 600) == 600
     setup.now += 2
-    assert setup.reads.on_open(7, WEIGHTS, 100) == 0
+    assert setup.loads.take(7, WEIGHTS, 100) == 0
+    assert not setup.loads.is_loading(7)
 
 
 def listing(*names: str, size: int = 1000) -> dict[str, Entry]:

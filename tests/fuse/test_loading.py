@@ -115,13 +115,18 @@ def test_what_a_mapped_load_skips_is_in_the_page_cache_before_it_is_read(
     assert path.read_bytes() == data
 
 
-def test_who_opens_an_index_is_given_the_first_weights(bucket: Store, mount: Mounter, tmp_path: Path) -> None:
+def test_who_opens_config_and_index_is_given_the_first_weights(bucket: Store, mount: Mounter, tmp_path: Path) -> None:
     for n in (1, 2):
         name = f"model-0000{n}-of-00002.safetensors"
         save_file({f"model.layers.{n}.weight": torch.randn(1024, 2048)}, tmp_path / name)
         bucket.put(f"m/{name}", (tmp_path / name).read_bytes())
-    bucket.put("m/model.safetensors.index.json", b"{}")
+    for name in ("config.json", "model.safetensors.index.json"):
+        bucket.put(f"m/{name}", b"{}")
     path = mount(bucket) / "m"
+    (path / "model.safetensors.index.json").read_bytes()
+    time.sleep(0.5)
+    assert status(path.parent)["bytes_fetched"] < MIB, "an index alone is read for what is in it"
+    (path / "config.json").read_bytes()
     (path / "model.safetensors.index.json").read_bytes()
     for n in (1, 2):
         shard = path / f"model-0000{n}-of-00002.safetensors"
