@@ -13,7 +13,7 @@ import click
 from obsfs.blocks.cache import Cache
 from obsfs.blocks.layout import CacheEntry
 from obsfs.commands.options import CACHE, age, settings_options
-from obsfs.commands.output import human, make_console, progress, terminate_like_interrupt
+from obsfs.commands.output import counted, human, make_console, progress, terminate_like_interrupt
 from obsfs.errors import UsageError
 from obsfs.fuse import mounts
 from obsfs.library.names import is_url
@@ -38,7 +38,7 @@ def info(as_json: bool, **given: Any) -> None:
         return
     from rich.table import Table
 
-    table = Table(title=f"{store.directory}", title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for name, side in (("object", "left"), ("cached", "right"), ("of", "right"), ("last used", "right")):
         table.add_column(name, justify=side, overflow="fold" if name == "object" else "ellipsis")  # type: ignore[arg-type]
     for entry in entries:
@@ -50,8 +50,12 @@ def info(as_json: bool, **given: Any) -> None:
             _ago(ago),
         )
     console = make_console()
-    console.print(table, highlight=False, markup=False)
-    console.print(f"{human(sum(entry.cached_bytes for entry in entries))} in {len(entries)} objects", highlight=False)
+    console.print(store.directory, highlight=False, markup=False, soft_wrap=True)
+    if entries:
+        console.print(table, highlight=False, markup=False)
+    console.print(
+        f"{human(sum(entry.cached_bytes for entry in entries))} in {counted(len(entries), 'object')}", highlight=False
+    )
 
 
 def _document(store: Cache, entries: list[CacheEntry]) -> dict[str, Any]:
@@ -103,8 +107,8 @@ def verify(as_json: bool, **given: Any) -> None:
     else:
         for name, count in damaged.items():
             click.echo(f"{name}: damaged blocks: {count}; they will be fetched again")
-        verdict = f"{sum(damaged.values())} blocks were damaged" if damaged else "all is well"
-        click.echo(f"{human(size)} in {len(entries)} objects: {verdict}", err=True)
+        verdict = f"damaged: {counted(sum(damaged.values()), 'block')}" if damaged else "all is well"
+        click.echo(f"{human(size)} in {counted(len(entries), 'object')}: {verdict}", err=True)
     if damaged:
         click.get_current_context().exit(1)
 

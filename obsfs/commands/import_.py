@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from obsfs.commands.options import PUBLISH, settings_options
-from obsfs.commands.output import human, progress, spinner, terminate_like_interrupt
+from obsfs.commands.output import counted, human, progress, spinner, terminate_like_interrupt
 from obsfs.fuse import mounts
 from obsfs.settings import Settings
 
@@ -59,4 +59,4 @@ def import_(
     if as_json:
         click.echo(json.dumps({**json.loads(manifest.to_json()), "bytes_sent": sent, "url": str(model)}, indent=1))
     else:
-        click.echo(f"published {model}: {len(manifest.files)} files, {human(manifest.size)}")
+        click.echo(f"published {model}: {counted(len(manifest.files), 'file')}, {human(manifest.size)}")

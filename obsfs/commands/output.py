@@ -37,6 +37,11 @@ def make_table(*columns: str) -> Table:
     return table
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 file``, ``2 files``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def terminate_like_interrupt() -> None:
     """SIGTERM cleans up as Ctrl-C does, from now on."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from obsfs.commands.options import LIBRARY, settings_options
-from obsfs.commands.output import human, progress, terminate_like_interrupt
+from obsfs.commands.output import counted, human, progress, terminate_like_interrupt
 from obsfs.settings import Settings
 
 _EPILOG = """\b
@@ -91,6 +91,6 @@ def pull(
     how = (
         "" if all(file.sha256 for file in files) else "; it has no manifest, so only what the bucket offers was checked"
     )
-    click.echo(f"{model.name}: {len(files)} files, {human(fetched)} fetched{how}", err=True)
+    click.echo(f"{model.name}: {counted(len(files), 'file')}, {human(fetched)} fetched{how}", err=True)
     for one in done:
         click.echo(one.directory)

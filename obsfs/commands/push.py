@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from obsfs.commands.options import PUBLISH, settings_options
-from obsfs.commands.output import human, progress, terminate_like_interrupt
+from obsfs.commands.output import counted, human, progress, terminate_like_interrupt
 from obsfs.fuse import mounts
 from obsfs.settings import Settings
 
@@ -69,4 +69,4 @@ def push(
         click.echo(json.dumps({**json.loads(manifest.to_json()), "bytes_sent": sent, "url": str(model)}, indent=1))
     else:
         had = f", {human(manifest.size - sent)} of them were there" if sent < manifest.size else ""
-        click.echo(f"published {model}: {len(manifest.files)} files, {human(manifest.size)}{had}")
+        click.echo(f"published {model}: {counted(len(manifest.files), 'file')}, {human(manifest.size)}{had}")

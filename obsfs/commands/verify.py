@@ -10,7 +10,7 @@ import click
 
 from obsfs.commands import places
 from obsfs.commands.options import LIBRARY, settings_options
-from obsfs.commands.output import human, progress, terminate_like_interrupt
+from obsfs.commands.output import counted, human, progress, terminate_like_interrupt
 from obsfs.errors import UsageError
 from obsfs.fuse import mounts
 from obsfs.library.names import MANIFEST, is_url, parse_model
@@ -94,6 +94,6 @@ def _tell(what: str, where: str, result: Any, as_json: bool) -> None:
         verdict = f"{wrong} of them differ" if wrong else "all as in the manifest"
         if not result.files and not result.differences:
             verdict = "nothing to compare"
-        click.echo(f"{what}, in {where}: {result.files} files, {human(result.size)}: {verdict}", err=True)
+        click.echo(f"{what}, in {where}: {counted(result.files, 'file')}, {human(result.size)}: {verdict}", err=True)
     if result.differences:
         click.get_current_context().exit(1)

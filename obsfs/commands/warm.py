@@ -9,7 +9,7 @@ import click
 
 from obsfs.commands import places
 from obsfs.commands.options import CACHE, LIBRARY, byte_size, settings_options
-from obsfs.commands.output import human, progress, terminate_like_interrupt
+from obsfs.commands.output import counted, human, progress, terminate_like_interrupt
 from obsfs.errors import UsageError
 from obsfs.remote.address import parse_address
 from obsfs.settings import Settings
@@ -141,5 +141,5 @@ def unpin(targets: tuple[str, ...], *, everything: bool, **given: Any) -> None:
             not start or version.key == start or version.key.startswith((f"{start}/", f"{start}@")) for start in starts
         )
 
-    count = Cache(settings.cache_dir, int(settings.cache_size)).pins.remove(is_meant)
-    click.echo(f"{count} objects unpinned in {settings.cache_dir}")
+    found = Cache(settings.cache_dir, int(settings.cache_size)).pins.remove(is_meant)
+    click.echo(f"{counted(found, 'object')} unpinned in {settings.cache_dir}")

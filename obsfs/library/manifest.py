@@ -82,6 +82,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
         return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
 
 
+_ANOTHER = "use another version, or push one"
 _DECODER = msgspec.json.Decoder(Manifest)
 """Made once: msgspec learns a Struct's types when they are first asked for, and threads that ask for them at the same
 time crash the process (SIGSEGV; msgspec 0.22)."""
@@ -92,10 +93,11 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     try:
         manifest = _DECODER.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise UsageError(f"the manifest {where} cannot be read", str(error).replace("`", "")) from None
+        reason = str(error).replace("`", "")
+        raise UsageError(f"the manifest {where} cannot be read ({reason})", _ANOTHER) from None
     paths = [file.path for file in manifest.files]
     if len(set(paths)) < len(paths):
-        raise UsageError(f"the manifest {where} cannot be read", "it names a file twice")
+        raise UsageError(f"the manifest {where} cannot be read (it names a file twice)", _ANOTHER)
     return manifest
 
 

@@ -95,7 +95,7 @@ def in_cache(cache: Cache, model: Model, endpoint: str, advance: Advance) -> Ver
         checked.append(file)
         digest, bad = cache.check(version, advance)
         if bad:
-            broken[file.path] = f"{len(bad)} damaged blocks in the cache, the first at byte {bad[0]}; dropped"
+            broken[file.path] = f"damaged in the cache, first at byte {bad[0]}; dropped"
         elif digest:
             found[file.path] = digest
             if file.sha256 and digest != file.sha256:
