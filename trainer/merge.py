@@ -62,15 +62,15 @@ class Merged(NamedTuple):
     mean: float
 
 
-def base_of(adapter: Path, given: str | None) -> str:
+def base_of(adapter: Base, given: str | None) -> str:
     """The base of an adapter: as given, or as its configuration says. Raises UsageError when it is no adapter."""
     try:
-        config = json.loads((adapter / ADAPTER).read_bytes())
+        config = json.loads((adapter.path / ADAPTER).read_bytes())
     except (OSError, ValueError):
-        raise UsageError(f"{adapter} is no adapter", f"it has no {ADAPTER} that can be read") from None
+        raise UsageError(f"{adapter.name} is no adapter", f"it has no {ADAPTER} that can be read") from None
     found = given or config.get("base_model_name_or_path")
     if not found:
-        raise UsageError(f"the adapter {adapter} does not say what its base is", "give it with --base")
+        raise UsageError(f"the adapter {adapter.name} does not say what its base is", "give it with --base")
     return str(found)
 
 
@@ -79,7 +79,7 @@ def open_adapter(adapter: str, base: str | None, settings: dict[str, Any]) -> It
     """An adapter and its base, by directory, URL or name in the library."""
     with ExitStack() as stack:
         opened = stack.enter_context(open_base(adapter, settings))
-        yield opened, stack.enter_context(open_base(base_of(opened.path, base), settings))
+        yield opened, stack.enter_context(open_base(base_of(opened, base), settings))
 
 
 def merge(

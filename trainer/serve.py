@@ -46,14 +46,18 @@ def choose_backend(given: str | None) -> str:
 def command_of(
     backend: str, model: Path, adapter: Path | None, where: Sequence[str], extra: Sequence[str]
 ) -> list[str]:
-    """How a backend is started; `where` is to listen. transformers serves no adapters: it is given a merged model."""
+    """How a backend is started, in the model's parent directory, so that it is asked for the model by its name.
+
+    `where` is to listen. transformers serves no adapters: it is given a merged model.
+    """
+    named = [*where, "--served-model-name", model.name]
     if backend == "vllm":
         lora = ["--enable-lora", "--lora-modules", f"adapter={adapter}"] if adapter else []
-        return ["vllm", "serve", str(model), *where, *lora, *extra]
+        return ["vllm", "serve", str(model), *named, *lora, *extra]
     if backend == "sglang":
         lora = ["--lora-paths", f"adapter={adapter}"] if adapter else []
-        return [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), *where, *lora, *extra]
-    return [_transformers(), "serve", str(model), *where, *extra]
+        return [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), *named, *lora, *extra]
+    return [_transformers(), "serve", model.name, *where, *extra]
 
 
 @contextmanager
@@ -78,17 +82,17 @@ def serve(
         base, tuned = _open(stack, model, adapter, settings)
         path, adapter_path = base.path, tuned.path if tuned else None
         if tuned is not None and chosen == "transformers":
-            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="obsfs-serve-"))) / base.path.name
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="obsfs-serve-"))) / path.name
             merge(str(tuned.path), str(path), base=str(base.path), settings=settings)
             adapter_path = None
         port = port or _free_port(host)
         command = command_of(chosen, path, adapter_path, ["--host", host, "--port", str(port)], extra)
         silence = subprocess.DEVNULL if quiet else None
-        process = subprocess.Popen(command, stdout=silence, stderr=silence)
+        process = subprocess.Popen(command, cwd=path.parent, stdout=silence, stderr=silence)
         stack.callback(_end, process)
         url = f"http://{host}:{port}"
         _wait(url, process)
-        yield Server(url, "adapter" if adapter_path else str(path), process)
+        yield Server(url, "adapter" if adapter_path else path.name, process)
 
 
 def _open(stack: ExitStack, model: str, adapter: str | None, settings: dict[str, Any]) -> tuple[Base, Base | None]:

@@ -90,7 +90,7 @@ def test_what_cannot_be_merged_is_told_and_leaves_nothing(adapter: str, tiny: Pa
         assert "\n" not in str(caught.value)
         assert set(tmp_path.iterdir()) == here
 
-    refused("is no adapter", str(tiny), str(tmp_path / "x"))
+    refused(f"{tiny} is no adapter", str(tiny), str(tmp_path / "x"))
     refused("choose one of", adapter, str(tmp_path / "x"), quantize="q4")
     refused("GPU", adapter, str(tmp_path / "x"), quantize="fp8")
     refused("gptqmodel", adapter, str(tmp_path / "x"), quantize="gptq")
