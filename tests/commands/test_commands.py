@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -141,6 +142,17 @@ def test_umount_and_status_of_what_is_not_mounted(obsfs: Run, mountpoint: Path) 
     fails(obsfs("umount", mountpoint), mountpoint, "nothing is mounted")
     fails(obsfs("status", mountpoint), mountpoint, "no obsfs is mounted")
     assert obsfs("umount", "/proc").code == 2
+
+
+def test_who_only_looks_does_not_keep_a_mount(bucket: Store, mount: Mounter) -> None:
+    bucket.put("a", b"data")
+    path = mount(bucket)
+    file = (path / "a").open("rb")
+    closing = threading.Timer(0.3, file.close)
+    closing.start()
+    channel.unmount(path)
+    closing.join()
+    assert channel.mounted_at(path) is None
 
 
 def test_a_busy_mount(bucket: Store, obsfs: Run, mount: Mounter) -> None:

@@ -12,6 +12,7 @@ import socket
 import stat
 import struct
 import subprocess
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,9 @@ _MNT_FORCE, _MNT_DETACH = 1, 2
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # <asm/unistd.h>, of every architecture
 _CLOEXEC, _FSCONFIG_CMD_CREATE = 1, 6  # <linux/mount.h>
 _CONTROL = Path("/sys/fs/fuse/connections")
+_BUSY_SECONDS = 1.0
+"""For so long a mount is found in use when somebody only looks at it now and then, such as ``obsfs status``."""
+_PAUSE_SECONDS = 0.01
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -122,23 +126,29 @@ def unmount(mountpoint: Path, *, lazy: bool = False, force: bool = False) -> Non
     """Unmount. Raises UsageError, with EBUSY told apart. With `force` whoever waits for an answer gets an error."""
     if force and (entry := mounted_at(mountpoint)):
         Connection(entry).abort()
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while failure := _try_unmount(mountpoint, lazy, force):
+        reason, is_busy = failure
+        if not is_busy:
+            raise UsageError(f"cannot unmount {mountpoint}", reason)
+        if time.monotonic() > deadline:
+            raise UsageError(f"{mountpoint} is in use", "close what has it open (see `fuser -vm`), or add --lazy")
+        time.sleep(_PAUSE_SECONDS)
+
+
+def _try_unmount(mountpoint: Path, lazy: bool, force: bool) -> tuple[str, bool] | None:
+    """Why it is mounted still, and whether that is because it is in use."""
     if os.geteuid() == 0:
         flags = (_MNT_DETACH if lazy else 0) | (_MNT_FORCE if force else 0)
         if _libc.umount2(os.fsencode(mountpoint), flags) == 0:
-            return
+            return None
         failure = ctypes.get_errno()
-        reason, busy = os.strerror(failure), failure == errno.EBUSY
-    else:
-        helper = shutil.which("fusermount3") or "fusermount3"
-        arguments = [helper, "-u", *(["-z"] if lazy else []), "--", str(mountpoint)]
-        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            return
-        reason = " ".join(done.stderr.split())
-        busy = "busy" in reason
-    if busy:
-        raise UsageError(f"{mountpoint} is in use", "close what has it open (see `fuser -vm`), or add --lazy")
-    raise UsageError(f"cannot unmount {mountpoint}", reason)
+        return os.strerror(failure), failure == errno.EBUSY
+    helper = shutil.which("fusermount3") or "fusermount3"
+    arguments = [helper, "-u", *(["-z"] if lazy else []), "--", str(mountpoint)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    reason = " ".join(done.stderr.split())
+    return (reason, "busy" in reason) if done.returncode else None
 
 
 class Connection:
