@@ -55,7 +55,7 @@ def test_pins_outlast_eviction_and_cleaning(bucket: Store, obsfs: Run, tmp_path:
     refused = obsfs("warm", f"{bucket}/other.bin", "--pin", "--max-bytes", "1MiB", *options)
     assert refused.code == 2
     assert "unpin" in refused.err
-    assert obsfs("unpin", f"{bucket}/pinned.bin", *options[:2]).out.startswith("1 objects")
+    assert obsfs("unpin", f"{bucket}/pinned.bin", *options[:2]).out.startswith("1 object unpinned")
     (path / "third.bin").read_bytes()
     wait_for(lambda: os.getxattr(path / "pinned.bin", "user.obsfs.cached_bytes") != str(8 * MIB).encode())
     assert obsfs("unpin").code == 2
