@@ -52,8 +52,8 @@ def is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def _files(directory: Path) -> Iterator[Path]:
-    return (path for path in sorted(directory.rglob("*")) if path.is_file())
+def _files(directory: Path, pattern: str = "**/*") -> Iterator[Path]:
+    return (path for path in sorted(directory.glob(pattern)) if path.is_file())
 
 
 def step_of(checkpoint: Path) -> int:
@@ -104,8 +104,7 @@ class Publisher:
         """Publish it soon: as the checkpoint of a step, or (None) as the result. `best` is a step to keep."""
         linked = self._outbox / (directory.name if step is not None else "result")
         # The place of the result has checkpoints in it, and the outbox, from which directories vanish.
-        paths = _files(directory) if step is not None else (path for path in directory.iterdir() if path.is_file())
-        for path in paths:
+        for path in _files(directory, "**/*" if step is not None else "*"):
             name = path.relative_to(directory)
             if name.name not in _NOT_PUBLISHED:
                 (linked / name).parent.mkdir(parents=True, exist_ok=True)

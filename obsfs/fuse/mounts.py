@@ -29,6 +29,8 @@ _START_SECONDS = 120.0
 _STATUS_SECONDS = 5.0
 _END_SECONDS = 10.0
 _FAIL_SECONDS = 2.0
+_LOOK_SECONDS = 1.0
+"""For so long a mount may be in use by who only looks at it now and then, as ``obsfs status`` does."""
 _PAUSE_SECONDS = 0.05
 
 
@@ -341,5 +343,5 @@ def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
     if lazy:
         channel.unmount(mountpoint, lazy=True, force=state.is_abandoned(mountpoint))
         return
-    channel.unmount(mountpoint)
+    channel.unmount(mountpoint, patience=_LOOK_SECONDS)
     state.wait_until_free(mountpoint, _END_SECONDS)

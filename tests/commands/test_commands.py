@@ -17,7 +17,7 @@ import pytest
 import obsfs as package
 from obsfs import commands
 from obsfs.errors import UsageError
-from obsfs.fuse import daemon
+from obsfs.fuse import daemon, mounts
 from obsfs.fuse.kernel import channel, server  # noqa: F401
 from obsfs.remote.address import parse_address
 from obsfs.remote.client import Bucket
@@ -150,7 +150,7 @@ def test_who_only_looks_does_not_keep_a_mount(bucket: Store, mount: Mounter) -> 
     file = (path / "a").open("rb")
     closing = threading.Timer(0.3, file.close)
     closing.start()
-    channel.unmount(path)
+    mounts.unmount(path)
     closing.join()
     assert channel.mounted_at(path) is None
 

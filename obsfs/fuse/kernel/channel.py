@@ -28,8 +28,6 @@ _MNT_FORCE, _MNT_DETACH = 1, 2
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # <asm/unistd.h>, of every architecture
 _CLOEXEC, _FSCONFIG_CMD_CREATE = 1, 6  # <linux/mount.h>
 _CONTROL = Path("/sys/fs/fuse/connections")
-_BUSY_SECONDS = 1.0
-"""For so long a mount is found in use when somebody only looks at it now and then, such as ``obsfs status``."""
 _PAUSE_SECONDS = 0.01
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -122,16 +120,19 @@ def _escape(text: str) -> str:
     return text.replace("\\", "\\\\").replace(",", "\\,")
 
 
-def unmount(mountpoint: Path, *, lazy: bool = False, force: bool = False) -> None:
-    """Unmount. Raises UsageError, with EBUSY told apart. With `force` whoever waits for an answer gets an error."""
+def unmount(mountpoint: Path, *, lazy: bool = False, force: bool = False, patience: float = 0.0) -> None:
+    """Unmount. Raises UsageError, with EBUSY told apart, once it was in use for `patience` seconds.
+
+    With `force` whoever waits for an answer gets an error.
+    """
     if force and (entry := mounted_at(mountpoint)):
         Connection(entry).abort()
-    deadline = time.monotonic() + _BUSY_SECONDS
+    deadline = time.monotonic() + patience
     while failure := _try_unmount(mountpoint, lazy, force):
         reason, is_busy = failure
         if not is_busy:
             raise UsageError(f"cannot unmount {mountpoint}", reason)
-        if time.monotonic() > deadline:
+        if time.monotonic() >= deadline:
             raise UsageError(f"{mountpoint} is in use", "close what has it open (see `fuser -vm`), or add --lazy")
         time.sleep(_PAUSE_SECONDS)
 
