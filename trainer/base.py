@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
 import json
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,11 +39,17 @@ class Base:
 
 def check_name(text: str, settings: dict[str, Any]) -> None:
     """Raises UsageError for what can be no model, without looking into a bucket."""
-    is_directory = "://" not in text and Path(text).expanduser().is_dir()
-    if "://" not in text and not is_directory and not obsfs.Settings.load(**settings).library:
+    path = Path(text).expanduser()
+    if "://" in text or path.is_dir():
+        return
+    if text.startswith((".", "/", "~")) or not obsfs.Settings.load(**settings).library:
+        others = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, others, 1)
         raise UsageError(
             f"there is no directory {text}",
-            "give a directory or obs://BUCKET/NAME; `obsfs import hf:ORG/NAME` makes one",
+            f"the nearest is {path.with_name(close[0])}"
+            if close
+            else "give a directory or obs://BUCKET/NAME; `obsfs import hf:ORG/NAME` makes one",
         )
 
 
@@ -60,7 +67,7 @@ def open_base(text: str, settings: dict[str, Any]) -> Iterator[Base]:
         return
     url = text.rstrip("/") if "://" in text else f"{obsfs.Settings.load(**settings).library}/{text}"
     parent, _, label = url.rpartition("/")
-    with tempfile.TemporaryDirectory(prefix="obsfs-model-") as home, obsfs.mount(parent, home, **settings) as mount:
+    with obsfs.mount(parent, **settings) as mount:
         # Looking through the mount is done by its process; an S3 client of our own would hold up the imports.
         if not (mount.path / label).is_dir():
             url = obsfs.resolve(url, **settings)
@@ -171,7 +178,7 @@ def estimate_memory(
     method: str,
     bits: int | None,
     dtype: str,
-    trainable: float,
+    trainable: int,
     batch: int,
     length: int,
     checkpointing: bool,
@@ -203,9 +210,24 @@ def estimate_memory(
     return int(weights * copies + training + sequences * length * token)
 
 
-def adapter_parameters(facts: Facts, rank: int) -> float:
-    """Of LoRA on every linear layer: two thin matrices for each of seven (four of attention, three of width 4)."""
-    return facts.layers * rank * facts.hidden * (4 * 2 + 3 * 5)
+def adapter_parameters(path: Path, lora: Any, **options: Any) -> int:
+    """How many parameters PEFT makes for a model, found on one without weights.
+
+    Raises UsageError when it makes none: for modules that the model does not have, say.
+    """
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path, **options)
+    lora = copy.copy(lora)
+    lora.init_lora_weights = True  # others, such as pissa, begin with the weights
+    try:
+        with torch.device("meta"):
+            model = get_peft_model(AutoModelForCausalLM.from_config(config, **options), lora, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise UsageError("the adapter cannot be made", first_line(error)) from None
+    return sum(one.numel() for one in model.parameters() if one.requires_grad)
 
 
 def memory_available() -> tuple[int, str]:

@@ -7,13 +7,16 @@ import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from obsfs.commands.options import BUCKET, CACHE, settings_options
-from obsfs.commands.output import spinner, terminate_like_interrupt
+from obsfs.commands.output import columns, count, human, spinner, terminate_like_interrupt
 from obsfs.errors import UsageError
+
+if TYPE_CHECKING:
+    from trainer.config import TrainConfig
 
 _PLACES = (*BUCKET, "library", *CACHE)
 _PASSED = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -85,14 +88,16 @@ def train(words: tuple[str, ...], *, is_guided: bool, only_check: bool, as_json:
     from trainer.run import train as run
 
     outcome = run(config, as_json=as_json, only_check=only_check, started=started)
-    if outcome.steps == 0 and only_check:
-        return
     from accelerate import PartialState
 
     if not PartialState().is_main_process:
         return
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(outcome)))
+        return
+    if only_check:
+        click.echo("\n".join(columns(("", ""), _checked(config, outcome.metrics))).lstrip("\n"), err=True)
+        click.echo("all is well: nothing was trained", err=True)
         return
     if (total := outcome.seconds.get("to first step")) is not None:
         parts = [f"{name} {s:.1f} s" for name, s in outcome.seconds.items() if name not in ("to first step", "publish")]
@@ -101,6 +106,18 @@ def train(words: tuple[str, ...], *, is_guided: bool, only_check: bool, as_json:
     shown = f", loss {loss:.4f} on average" if loss else ""
     click.echo(f"{outcome.steps} steps{shown}", err=True)
     click.echo(outcome.output)
+
+
+def _checked(config: TrainConfig, found: dict[str, float]) -> list[tuple[str, str]]:
+    """What a check says of a run that can start."""
+    records = f", {int(found['records']):,} records" if "records" in found else ", streamed"
+    return [
+        ("model", f"{config.model}, {count(int(found['parameters']))} parameters, {human(int(found['bytes']))}"),
+        ("method", f"{config.method}, {count(int(found['trainable']))} parameters to train"),
+        ("data", f"{', '.join(config.data)}{records}"),
+        ("memory", f"about {human(int(found['memory']))} of the {human(int(found['memory_free']))} that are free"),
+        ("output", f"{config.output}, can be written"),
+    ]
 
 
 @click.command(

@@ -33,13 +33,15 @@ class Task(NamedTuple):
         return getattr(module, f"{self.name}Config"), getattr(module, f"{self.name}Trainer")
 
 
+_KEEP = {"remove_unused_columns": False}
+"""What these trainers need, and otherwise set themselves, with a warning."""
 TASKS = {
     "sft": Task("trl", "SFT"),
     "dpo": Task("trl", "DPO"),
     "kto": Task("trl", "KTO"),
-    "orpo": Task("trl.experimental.orpo", "ORPO"),
-    "cpo": Task("trl.experimental.cpo", "CPO"),
-    "simpo": Task("trl.experimental.cpo", "CPO", {"loss_type": "simpo", "cpo_alpha": 0.0}),
+    "orpo": Task("trl.experimental.orpo", "ORPO", _KEEP),
+    "cpo": Task("trl.experimental.cpo", "CPO", _KEEP),
+    "simpo": Task("trl.experimental.cpo", "CPO", {**_KEEP, "loss_type": "simpo", "cpo_alpha": 0.0}),
 }
 METHODS: dict[str, dict[str, Any]] = {
     "qlora": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -136,9 +138,12 @@ class TrainConfig:
         arguments = _arguments(config, {**self._defaults(), **chosen[config], "output_dir": str(output_dir)})
         if self.method == "full":
             for name in [*chosen[LoraConfig], *(n for n, v in chosen[BitsAndBytesConfig].items() if v)]:
-                raise UsageError(f"{name} does not go with method full", "choose method lora, dora or qlora")
+                given = " or ".join([name, *(alias for alias, meant in _ALIASES.items() if meant == name)])
+                raise UsageError(
+                    f"{given} does not go with method full", "leave it out, or choose method lora, dora or qlora"
+                )
             return Parts(trainer, arguments, None, None)
-        lora = _made(LoraConfig, {**_LORA, "task_type": "CAUSAL_LM", **chosen[LoraConfig]})
+        lora = lora_config(**chosen[LoraConfig])
         bits = {"bnb_4bit_compute_dtype": self.base_dtype, **chosen[BitsAndBytesConfig]} if self.is_quantized else None
         return Parts(trainer, arguments, lora, _made(BitsAndBytesConfig, bits) if bits else None)
 
@@ -162,6 +167,13 @@ class Parts(NamedTuple):
     arguments: Any
     lora: Any
     quantization: Any
+
+
+def lora_config(**given: Any) -> Any:
+    """PEFT's, with what is given in place of the defaults. Raises UsageError."""
+    from peft import LoraConfig
+
+    return _made(LoraConfig, {**_LORA, "task_type": "CAUSAL_LM", **given})
 
 
 def load_config(

@@ -151,7 +151,7 @@ def recognise(record: Record, task: str, where: str) -> Format:
 
 def shown(record: Mapping[str, Any]) -> str:
     """A record for an error, cut short."""
-    text = json.dumps(record, ensure_ascii=False, default=str)
+    text = json.dumps(dict(record), ensure_ascii=False, default=str)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
@@ -186,15 +186,24 @@ def load(places: Iterable[str], task: str, *, split: str, streaming: bool, chat:
     import datasets
 
     parts = []
+    forms: dict[str, str] = {}
     for place in places:
         raw, first = _read(place, split, streaming, settings)
         convert = Converter(recognise(first, task, place), place, chat)
-        convert(first, 0)
+        form = " and ".join(f"{name} ({type(value).__name__})" for name, value in sorted(convert(first, 0).items()))
+        forms.setdefault(form, place)
         parts.append(raw.map(convert, with_indices=True, remove_columns=list(first)))
-    forms = {tuple(sorted(part.column_names or ())) for part in parts}
     if len(forms) > 1:
-        raise UsageError("the data sets are in different formats", "give them one format, or train on one of them")
-    return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+        raise UsageError(
+            "the data sets are in different formats: "
+            + ", ".join(f"{place} becomes {form}" for form, place in forms.items()),
+            "give them one format, or train on one of them",
+        )
+    try:
+        return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    except ValueError as error:
+        # Alike in their first records, but not in all: messages of which only some call tools, say.
+        raise UsageError("the data sets do not go together", first_line(error)) from None
 
 
 def _read(place: str, split: str, streaming: bool, settings: dict[str, Any]) -> tuple[Any, Record]:
@@ -215,6 +224,12 @@ def _read(place: str, split: str, streaming: bool, settings: dict[str, Any]) -> 
     if first is None:
         raise UsageError(f"data {place} is empty", "name another")
     return raw, first
+
+
+def check_name(place: str) -> None:
+    """Raises UsageError for what can be no data, without looking into a bucket or on the hub."""
+    if "://" not in place and place not in BUILTIN:
+        find(place, {})
 
 
 def find(place: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ import obsfs
 from obsfs.commands.output import columns, count, human
 from trainer import base as bases
 from trainer import data
-from trainer.config import METHODS, TASKS
+from trainer.config import METHODS, TASKS, lora_config
 
 _FS_TYPE = "fuse.obsfs"
 _LENGTH = 1024
@@ -68,13 +68,14 @@ def guide(settings: dict[str, Any]) -> tuple[Path, bool]:
             f"of which {human(missing_bytes(base.path))} have to be fetched"
         )
         has_template = bool(bases.load_tokenizer(base.path).chat_template)
+        adapter = bases.adapter_parameters(base.path, lora_config())
     click.echo("\n".join(f"  {name:6} {text}" for name, text in _ABOUT.items()))
     run["task"] = click.prompt("Task", type=click.Choice(list(TASKS)), default="sft")
     run["data"] = _ask_data(run["task"], has_template, settings)
     there, where = bases.memory_available()
     rows = [
         (name, human(needed), "fits" if needed < there else "too much")
-        for name, needed in estimates(facts, run["task"]).items()
+        for name, needed in estimates(facts, run["task"], adapter).items()
     ]
     click.echo("\n".join(columns(["method", ">memory", f"of {human(there)} on {where}"], rows)))
     fitting = [name for name, _, verdict in rows if verdict == "fits"]
@@ -111,8 +112,9 @@ def _ask_data(task: str, has_template: bool, settings: dict[str, Any]) -> str:
             return place
 
 
-def estimates(facts: bases.Facts, task: str) -> dict[str, int]:
-    """Bytes of memory that each method needs, at the sizes that the guide proposes."""
+def estimates(facts: bases.Facts, task: str, adapter: int) -> dict[str, int]:
+    """Bytes of memory that each method needs at the sizes that the guide proposes, with an adapter of so many
+    parameters."""
     found = {}
     for method in METHODS:
         is_full = method == "full"
@@ -122,7 +124,7 @@ def estimates(facts: bases.Facts, task: str) -> dict[str, int]:
             method=method,
             bits=_BITS.get(method),
             dtype="float32" if is_full else "bfloat16",
-            trainable=facts.parameters if is_full else bases.adapter_parameters(facts, 16),
+            trainable=facts.parameters if is_full else adapter,
             batch=1,
             length=_LENGTH,
             checkpointing=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import click
 import psutil
+import torch
 from transformers import TrainerCallback
 
 from obsfs.commands.output import human
@@ -81,6 +83,7 @@ def quiet() -> None:
     import transformers
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs of an error, it raises too
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -97,12 +100,14 @@ class Progress(TrainerCallback):
         self._base, self._timeline, self._as_json = base, timeline, as_json
         self._on_first_step = on_first_step
         self._bar: Any = None
-        self._last = (time.time(), 0.0)
+        self._tokens: Any = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """See :class:`transformers.TrainerCallback`."""
         self._began = time.time()
-        self._last = (self._began, float(getattr(state, "num_input_tokens_seen", 0)))
+        self._last = (self._began, 0)
+        self._processes = args.world_size
+        model.register_forward_pre_hook(self._count, with_kwargs=True)
         if sys.stderr.isatty() and not self._as_json:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -125,10 +130,10 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         """See :class:`transformers.TrainerCallback`."""
         figures: dict[str, Any] = {name: value for name, value in logs.items() if isinstance(value, int | float)}
-        now, tokens = time.time(), figures.get("num_tokens")
-        if tokens is not None:
-            began, before = self._last
-            figures["tokens_per_second"] = round((tokens - before) / max(now - began, 1e-6), 1) if before else None
+        now, tokens = time.time(), int(self._tokens) * self._processes
+        began, before = self._last
+        if tokens > before:
+            figures["tokens_per_second"] = round((tokens - before) / max(now - began, 1e-6), 1)
             self._last = (now, tokens)
         figures["memory_bytes"] = memory_used()
         if mount := self._base.mount_status():
@@ -139,6 +144,12 @@ class Progress(TrainerCallback):
             self._bar.update(self._task, description=line(figures))
         elif "train_runtime" not in figures:
             say(f"step {state.global_step}/{state.max_steps}  {line(figures)}")
+
+    def _count(self, model: Any, _: Any, given: dict[str, Any]) -> None:
+        """Count the tokens that are learned from: not all of TRL's trainers say how many they have seen."""
+        mask, tokens = given.get("attention_mask"), given.get("input_ids")
+        if torch.is_grad_enabled() and tokens is not None:
+            self._tokens += tokens.numel() if mask is None else mask.sum()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """See :class:`transformers.TrainerCallback`."""
@@ -168,8 +179,6 @@ def line(figures: dict[str, Any]) -> str:
 
 def memory_used() -> int:
     """Bytes: the GPU's highest so far, or those of this process now."""
-    import torch
-
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return int(psutil.Process().memory_info().rss)

@@ -33,8 +33,9 @@ _MARGIN = 1.25
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run has brought: where the result is (a directory or a URL), its steps, TRL's metrics of the last log,
-    and where the time went, in seconds."""
+    """What a run has brought: where the result is (a directory or a URL), its steps, TRL's metrics of the last log, and
+    where the time went, in seconds. Of a check, the metrics are what was found, and the bytes of memory that training
+    needs by estimate, and that can be had."""
 
     output: str
     steps: int
@@ -61,6 +62,8 @@ def train(
     """
     chosen = load_config(config, overrides)
     bases.check_name(chosen.model, chosen.settings)
+    for place in (*chosen.data, *chosen.eval_data):
+        data.check_name(place)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with ExitStack() as waiting, ThreadPoolExecutor(1, "trainer-import") as pool:
@@ -121,7 +124,6 @@ class _Run:
 
     def go(self, stop: threading.Event, only_check: bool, on_ready: Callable[[], None]) -> Outcome:
         from trainer import checkpoints
-        from trainer.progress import say
 
         arguments = self._parts.arguments
         first_step = threading.Event()
@@ -129,7 +131,11 @@ class _Run:
         with self._timeline.part("check"):
             facts = bases.check_whole(self._base.path)
             tokenizer = bases.load_tokenizer(self._base.path, trust_remote_code=_trusts(arguments))
-            self._check_memory(facts)
+            lora = self._parts.lora
+            trainable = facts.parameters
+            if lora is not None:
+                trainable = bases.adapter_parameters(self._base.path, lora, trust_remote_code=_trusts(arguments))
+            needed, there = self._check_memory(facts, trainable)
             checkpoint = self._prepare_output()
         if checkpoint and checkpoints.is_finished(checkpoint, arguments) and not only_check:
             return self._publish_finished(checkpoint)
@@ -139,8 +145,16 @@ class _Run:
                 train_data, eval_data = self._load_data(tokenizer)
             if loading is None:
                 on_ready()
-                say("all is well: nothing was trained")
-                return Outcome(self._config.output, 0, 0, {}, self._timeline.rounded())
+                checked: dict[str, float] = {
+                    "parameters": facts.parameters,
+                    "bytes": facts.size,
+                    "trainable": trainable,
+                    "memory": needed,
+                    "memory_free": there,
+                }
+                if not self._config.streaming:
+                    checked["records"] = len(train_data)
+                return Outcome(self._config.output, 0, 0, checked, self._timeline.rounded())
             model = loading.result()
         stop.set()
         with self._timeline.part("prepare"):
@@ -157,16 +171,17 @@ class _Run:
         name = self._place.url.rpartition("/")[2]
         return state_dir() / "runs" / f"{name}-{hashlib.sha256(self._place.url.encode()).hexdigest()[:8]}"
 
-    def _check_memory(self, facts: bases.Facts) -> None:
+    def _check_memory(self, facts: bases.Facts, trainable: int) -> tuple[int, int]:
+        """The bytes that training needs by estimate, and those that can be had. Raises UsageError when it is not
+        enough."""
         config, arguments = self._config, self._parts.arguments
-        lora = self._parts.lora
         needed = bases.estimate_memory(
             facts,
             task=config.task,
             method=config.method,
             bits=_bits(config),
             dtype=config.base_dtype,
-            trainable=bases.adapter_parameters(facts, lora.r) if lora else facts.parameters,
+            trainable=trainable,
             batch=arguments.per_device_train_batch_size,
             length=getattr(arguments, "max_length", None) or 1024,
             checkpointing=arguments.gradient_checkpointing,
@@ -179,6 +194,7 @@ class _Run:
                 "method qlora, or a smaller per_device_train_batch_size or max_length, needs less; "
                 "check_memory: false tries all the same",
             )
+        return needed, there
 
     def _prepare_output(self) -> Path | None:
         """See that the output can be written, and find what to go on with."""

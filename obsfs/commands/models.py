@@ -122,7 +122,7 @@ def _print(library: str, document: dict[str, Any]) -> None:
         by_name.setdefault(model["name"], []).append(model)
     rows = []
     for name, versions in by_name.items():
-        versions.sort(key=lambda model: model["created"])
+        versions.sort(key=lambda model: (model["created"], not model["version"]))
         newest = versions[-1]
         rows.append(
             (

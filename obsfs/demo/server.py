@@ -16,11 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from obsfs.errors import UnavailableError, UsageError
+from obsfs.remote.session import new_session
 
 _START_SECONDS = 60.0
 _TRIES = 3
@@ -123,7 +123,7 @@ class EmbeddedServer:
     def client(self, **config: Any) -> Any:
         """A botocore client for it; `config` goes to ``botocore.config.Config``."""
         config.setdefault("retries", {"total_max_attempts": 1})
-        return botocore.session.Session().create_client(
+        return new_session().create_client(
             "s3",
             endpoint_url=self.endpoint,
             region_name="us-east-1",

@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -93,20 +94,32 @@ class Stale(NamedTuple):
     dead: bool
 
 
-def mount(source: str, mountpoint: str | os.PathLike[str], **settings: Any) -> Mount:
-    """Mount ``obs://bucket[/prefix]`` on a directory, and return when it answers.
+def mount(source: str, mountpoint: str | os.PathLike[str] | None = None, **settings: Any) -> Mount:
+    """Mount ``obs://bucket[/prefix]`` on a directory (without one, on a new temporary one), and return when it answers.
 
     `settings` are the fields of :class:`~obsfs.settings.Settings`. The mount lives as long as this process, or
     until it is closed: use it in a ``with`` statement. Raises ObsfsError, and leaves nothing behind then.
     """
-    path = resolve(mountpoint)
-    return Mount(source, path, start(source, path, Settings.load(**settings), lifeline=True))
+    chosen = Settings.load(**settings)
+    if mountpoint is not None:
+        path = resolve(mountpoint)
+        return Mount(source, path, start(source, path, chosen, lifeline=True))
+    path = resolve(tempfile.mkdtemp(prefix="obsfs-mount-"))
+    try:
+        return Mount(source, path, start(source, path, chosen, lifeline=True, is_temporary=True))
+    except BaseException:
+        with suppress(OSError):
+            path.rmdir()
+        raise
 
 
-def start(source: str, mountpoint: Path, settings: Settings, *, lifeline: bool) -> subprocess.Popen[bytes]:
+def start(
+    source: str, mountpoint: Path, settings: Settings, *, lifeline: bool, is_temporary: bool = False
+) -> subprocess.Popen[bytes]:
     """Start the process that serves `source` on `mountpoint`, and return it when the directory answers.
 
-    With `lifeline` it ends when its stdin is closed. Raises ObsfsError; nothing is left behind then.
+    With `lifeline` it ends when its stdin is closed; with `is_temporary` it takes the directory away when it ends.
+    Raises ObsfsError; nothing is left behind then.
     """
     parse_address(source)
     prepare(mountpoint)
@@ -121,7 +134,7 @@ def start(source: str, mountpoint: Path, settings: Settings, *, lifeline: bool) 
     )
     assert process.stdin and process.stdout and process.stderr
     try:
-        request = {"settings": settings.to_json(), "lifeline": lifeline}
+        request = {"settings": settings.to_json(), "lifeline": lifeline, "is_temporary": is_temporary}
         process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
         waiting = select.poll()  # select(2) would end at descriptor 1023

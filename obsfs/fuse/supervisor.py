@@ -9,8 +9,9 @@ It imports nothing but the standard library, so that it is small and has little 
 server dies too, and the mount with them.
 
 :mod:`obsfs.fuse.mounts` starts it as ``python -m obsfs.fuse.supervisor SOURCE MOUNTPOINT``, with the request to the
-server (one JSON line) on stdin; with ``lifeline`` in it the mount ends when the other end of stdin closes. SIGTERM ends
-the mount, SIGHUP replaces the server by a new one (of the version that is installed now).
+server (one JSON line) on stdin; with ``lifeline`` in it the mount ends when the other end of stdin closes, and with
+``is_temporary`` its directory goes, too. SIGTERM ends the mount, SIGHUP replaces the server by a new one (of the
+version that is installed now).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -181,7 +183,11 @@ def main() -> int:
         # Every server of this mount shows the same moment.
         request["settings"]["snapshot"] = datetime.now(UTC).isoformat(timespec="seconds")
     os.chdir("/")
-    return Supervisor(sys.argv[1:], request).run()
+    status = Supervisor(sys.argv[1:], request).run()
+    if request.get("is_temporary"):
+        with suppress(OSError):
+            os.rmdir(sys.argv[2])  # noqa: PTH106 - pathlib would stay in memory
+    return status
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
@@ -246,16 +247,31 @@ def test_the_python_face(bucket: Store, mountpoint: Path, tmp_path: Path) -> Non
         package.mount("obs://no-such-bucket", mountpoint)
 
 
-def test_a_python_mount_ends_with_its_process(bucket: Store, mountpoint: Path) -> None:
+def test_a_python_mount_without_a_directory(bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     bucket.put("a", b"data")
-    program = "import obsfs,sys,time; m=obsfs.mount(*sys.argv[1:]); print('up',flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", program, str(bucket), str(mountpoint)], stdout=subprocess.PIPE)
+    with package.mount(str(bucket), cache_dir=tmp_path / "c") as mount:
+        assert mount.path.parent == tmp_path
+        assert (mount.path / "a").read_bytes() == b"data"
+    for wrong in ("obs://no-such-bucket", "no address"):
+        with pytest.raises(package.ObsfsError):
+            package.mount(wrong)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("obsfs-mount-")]
+
+
+@pytest.mark.parametrize("is_temporary", [False, True])
+def test_a_python_mount_ends_with_its_process(bucket: Store, mountpoint: Path, is_temporary: bool) -> None:
+    bucket.put("a", b"data")
+    program = "import obsfs,sys,time; m=obsfs.mount(*sys.argv[1:]); print(m.path,flush=True); time.sleep(60)"
+    arguments = [str(bucket), *([] if is_temporary else [str(mountpoint)])]
+    process = subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert process.stdout.readline() == b"up\n"
-    assert channel.mounted_at(mountpoint) is not None
+    path = Path(process.stdout.readline().strip())
+    assert channel.mounted_at(path) is not None
     process.kill()
     process.wait(10)
-    wait_for(lambda: channel.mounted_at(mountpoint) is None)
+    wait_for(lambda: channel.mounted_at(path) is None)
+    wait_for(lambda: path.exists() != is_temporary)
 
 
 def test_a_user_who_may_not_open_the_device(mountpoint: Path) -> None:

@@ -125,10 +125,19 @@ def test_short_names_stand_for_the_users_bucket_first(bucket: Store, tmp_path: P
     assert data.find("alpaca-en", {}) == ("yahma/alpaca-cleaned", {})
 
 
-def test_formats_are_not_mixed(tmp_path: Path) -> None:
-    places = [str(write_lines(tmp_path / "a.jsonl", ROWS)), str(write_lines(tmp_path / "b.jsonl", [{"text": "x"}]))]
-    with pytest.raises(ObsfsError, match="different formats"):
-        data.load(places, "sft", split="train", streaming=False, chat=True, settings={})
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "x"}, "different formats"),
+        ({"prompt": "x", "completion": "y"}, "different formats"),
+        ({"prompt": [{"role": "user", "content": 1}], "completion": [{"role": "assistant", "content": 2}]}, "together"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_formats_are_not_mixed(tmp_path: Path, record: dict[str, Any], message: str, streaming: bool) -> None:
+    places = [str(write_lines(tmp_path / "a.jsonl", ROWS)), str(write_lines(tmp_path / "b.jsonl", [record]))]
+    with pytest.raises(ObsfsError, match=message):
+        data.load(places, "sft", split="train", streaming=streaming, chat=True, settings={})
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tests.conftest import Mounter, Store
 from tests.trainer.conftest import CHOICES, write_lines
 from trainer import base
 from trainer.commands import train
+from trainer.config import lora_config
 from trainer.guide import estimates, found_models, missing_bytes
 
 
@@ -60,14 +61,37 @@ def test_the_guide_starts_the_run(tiny: Path, rows: Path, tmp_path: Path) -> Non
     assert (out / "adapter_model.safetensors").exists()
 
 
+_ADAPTER = 18_464_768
+"""Of rank 16 on every linear layer of Qwen2.5-1.5B: 28 layers of 16 x (2 x 3072 + 2 x 1792 + 3 x 10496)."""
+
+
+def test_an_adapter_is_counted_without_weights(tmp_path: Path) -> None:
+    from transformers import Qwen2Config
+
+    Qwen2Config(
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        architectures=["Qwen2ForCausalLM"],
+    ).save_pretrained(tmp_path)
+    assert base.adapter_parameters(tmp_path, lora_config()) == _ADAPTER
+    assert base.adapter_parameters(tmp_path, lora_config(r=32, init_lora_weights="pissa")) == 2 * _ADAPTER
+    with pytest.raises(ObsfsError, match="no_such_module"):
+        base.adapter_parameters(tmp_path, lora_config(target_modules=["no_such_module"]))
+    with pytest.raises(ObsfsError, match="positive"):
+        base.adapter_parameters(tmp_path, lora_config(r=-4))
+
+
 def test_memory_grows_with_what_is_trained() -> None:
     seven = base.Facts(7_600_000_000, 1_090_000_000, 15_200_000_000, 28, 3584, 152_064)
-    found = estimates(seven, "sft")
+    found = estimates(seven, "sft", 40_370_176)
     assert found["qlora"] < found["lora"] == found["dora"] < found["full"]
     assert 6 << 30 < found["qlora"] < 14 << 30  # what a 7B model takes in practice, with long vocabularies
     assert 14 << 30 < found["lora"] < 24 << 30
     assert found["full"] > 100 << 30
-    assert estimates(seven, "dpo")["full"] > found["full"]
+    assert estimates(seven, "dpo", 40_370_176)["full"] > found["full"]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +113,7 @@ def test_memory_is_estimated_near_what_a_gpu_took(
         method=method,
         bits=4 if method == "qlora" else None,
         dtype="float32" if method == "full" else "bfloat16",
-        trainable=facts.parameters if method == "full" else base.adapter_parameters(facts, 16),
+        trainable=facts.parameters if method == "full" else _ADAPTER,
         batch=batch,
         length=length,
         checkpointing=True,

@@ -177,6 +177,7 @@ def test_what_cannot_be_run_is_told_before_it_starts(
 
     refused("there is tiny@v1", model=f"{bucket}/models/tinny")
     refused("no directory", model="Qwen/Qwen2-7B")
+    refused(f"the nearest is {tiny}", model=str(tiny.with_name("tinyy")))
     refused("config.json is missing", model=str(tmp_path))
     cut = tmp_path / "cut"
     shutil.copytree(tiny, cut)
@@ -207,10 +208,11 @@ def test_what_cannot_be_run_is_told_before_it_starts(
 
 
 @pytest.mark.slow
-def test_a_check_trains_nothing(run: Train, rows: Path, bucket: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_trains_nothing(run: Train, rows: Path, bucket: Store) -> None:
     outcome = run(only_check=True, data=str(rows), output=f"{bucket}/adapters/a")
     assert (outcome.steps, outcome.published) == (0, [])
-    assert "all is well" in capsys.readouterr().err
+    assert outcome.metrics["records"] == len(rows.read_text().splitlines())
+    assert 0 < outcome.metrics["memory"] < outcome.metrics["memory_free"]
     assert "Contents" not in bucket.client.list_objects_v2(Bucket=bucket.name, Prefix="adapters/a")
     # The server keeps the directory that was written to on trial.
     assert not Place(f"{bucket}/adapters/a", {}).is_taken()
@@ -233,9 +235,13 @@ def test_what_people_and_machines_see(
     lines = obsfs_command(*common, "--output", tmp_path / "b", "--json", timeout=120)
     told = [json.loads(line) for line in lines.out.splitlines()]
     assert [one["step"] for one in told[:4]] == [1, 2, 3, 4]
-    assert told[1]["tokens_per_second"] > 0
+    assert all(one["tokens_per_second"] > 0 for one in told[:4])
     assert told[-1]["output"] == str(tmp_path / "b")
     assert {"load", "data", "first step", "to first step"} <= told[-1]["seconds"].keys()
+    checked = obsfs_command(*common, "--output", tmp_path / "c", "--check")
+    assert checked.code == 0
+    for text in ("parameters", "records", "memory  about ", "all is well"):
+        assert text in checked.err
     assert obsfs_command("train").code == 2
     wrong = obsfs_command("train", "--model", model, "--data", rows, "--output", "x", "--learnin_rate", "1")
     assert (wrong.code, wrong.err.count("\n")) == (2, 1)
