@@ -63,7 +63,7 @@ def open_base(text: str, settings: dict[str, Any]) -> Iterator[Base]:
     path = Path(text).expanduser()
     if "://" not in text and path.is_dir():
         place = obsfs.on_mount(path)
-        yield Base(path.resolve(), text, place.mountpoint if place else None)
+        yield Base(path.resolve(), *((place.url, place.mountpoint) if place else (text, None)))
         return
     url = text.rstrip("/") if "://" in text else f"{obsfs.Settings.load(**settings).library}/{text}"
     parent, _, label = url.rpartition("/")

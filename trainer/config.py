@@ -281,8 +281,8 @@ def _fields(kind: type) -> set[str]:
 
 
 def _unknown(name: str, known: Iterable[str]) -> ObsfsError:
-    close = difflib.get_close_matches(name, sorted(known), 1, 0.5)
-    return UsageError(f"unknown key {name!r}", f"the nearest known one is {close[0]!r}" if close else "see the README")
+    close = " or ".join(map(repr, difflib.get_close_matches(name, sorted(known), 2)))
+    return UsageError(f"unknown key {name!r}", f"the nearest known one is {close}" if close else "see the README")
 
 
 def _arguments(kind: Any, given: Mapping[str, Any]) -> Any:

@@ -62,6 +62,11 @@ def guide(settings: dict[str, Any]) -> tuple[Path, bool]:
     model = models[int(answer) - 1] if answer.isdigit() and 0 < int(answer) <= len(models) else answer
     run: dict[str, Any] = {"model": model}
     with bases.open_base(model, settings) as base:
+        from trainer.progress import (
+            quiet,
+        )  # imports transformers, for which nobody should wait before the first question
+
+        quiet()
         facts = bases.check_whole(base.path)
         click.echo(
             f"  {count(facts.parameters)} parameters, {human(facts.size)}, "

@@ -79,7 +79,10 @@ def open_adapter(adapter: str, base: str | None, settings: dict[str, Any]) -> It
     """An adapter and its base, by directory, URL or name in the library."""
     with ExitStack() as stack:
         opened = stack.enter_context(open_base(adapter, settings))
-        yield opened, stack.enter_context(open_base(base_of(opened, base), settings))
+        place = obsfs.on_mount(opened.path)
+        # The base is where the adapter is, if nobody says otherwise.
+        reached = {**(place.settings if place else {}), **settings}
+        yield opened, stack.enter_context(open_base(base_of(opened, base), reached))
 
 
 def merge(

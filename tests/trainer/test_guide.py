@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def test_the_guide_finds_the_model_and_writes_a_run_that_works(
     run = yaml.safe_load(written.read_text())
     assert (run["model"], run["task"], run["method"], run["data"]) == (str(place), "dpo", "lora", str(data))
     assert obsfs("train", written, "--max_steps", 1, "--report_to", "none", timeout=120).code == 0
+    made = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert made["base_model_name_or_path"] == f"{bucket}/models/tiny@v1"
     # What is there is not replaced without being asked.
     again = ask(2, "dpo", data, "lora", 1, tmp_path / "out", written, "n")
     assert again.exit_code == 1
