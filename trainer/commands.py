@@ -126,16 +126,20 @@ def _checked(config: TrainConfig, found: dict[str, float]) -> list[tuple[str, st
 Examples:
   obsfs merge obs://models/adapters/run-1 obs://models/Qwen2-7B-tuned@v1
   obsfs merge ./run-1 ./merged --base /mnt/models/Qwen2-7B --quantize bnb-4bit
-  obsfs merge ./run-1 ./merged --quantize gptq --calibrate obs://models/data/chats.jsonl
+  obsfs merge ./run-1 ./merged --quantize awq --calibrate obs://models/data/chats.jsonl
 """,
 )
 @click.argument("adapter")
 @click.argument("output", metavar="OUT")
 @click.option("--base", metavar="MODEL", help="The base; else the one that the adapter names.")
 @click.option(
-    "--quantize", metavar="FORMAT", help="Write bnb-4bit, bnb-8bit, fp8 (a GPU) or gptq (gptqmodel, optimum)."
+    "--quantize",
+    metavar="FORMAT",
+    help="Write bnb-4bit, bnb-8bit, fp8 (a GPU), gptq (gptqmodel, optimum) or awq (llmcompressor, a GPU).",
 )
-@click.option("--calibrate", metavar="DATA", help="For gptq: what to read meanwhile, as train's --data. Default: C4.")
+@click.option(
+    "--calibrate", metavar="DATA", help="For gptq (default: C4) and awq: what to read meanwhile, as train's --data."
+)
 @click.option("--dequantize", is_flag=True, help="Merge into what 4 bits leave of the base, as QLoRA has seen it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as an object.")
 @settings_options(*_PLACES)

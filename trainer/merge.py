@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,17 +22,20 @@ ADAPTER = "adapter_config.json"
 _PROBE = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
 _SHARD = "4GB"
 _SAMPLES = 128
+_SAMPLE_TOKENS = 2048
 _WEIGHTS = (".safetensors", ".bin")
 _ROOM = 1.3
 """What merging takes, in times of the weights: the largest of them twice, and a few activations."""
 
 
 class Quantizer(NamedTuple):
-    """A format to write: the modules that it needs, its configuration in transformers, and the options of that."""
+    """A format to write: the modules that it needs, what configures it (a class of transformers; None where
+    llm-compressor writes it), the options of that, and whether it matters what the model reads meanwhile."""
 
     needs: tuple[str, ...]
-    config: str
+    config: str | None
     options: dict[str, Any]
+    is_calibrated: bool = False
 
 
 QUANTIZERS = {
@@ -47,10 +51,14 @@ QUANTIZERS = {
     ),
     "bnb-8bit": Quantizer(("bitsandbytes",), "BitsAndBytesConfig", {"load_in_8bit": True}),
     "fp8": Quantizer(("accelerate",), "FineGrainedFP8Config", {}),
-    "gptq": Quantizer(("gptqmodel", "optimum"), "GPTQConfig", {"bits": 4, "dataset": "c4"}),
+    "gptq": Quantizer(("gptqmodel", "optimum"), "GPTQConfig", {"bits": 4, "dataset": "c4"}, is_calibrated=True),
+    "awq": Quantizer(
+        ("llmcompressor",),
+        None,
+        {"scheme": "W4A16_ASYM", "targets": ["Linear"], "ignore": ["lm_head"]},
+        is_calibrated=True,
+    ),
 }
-CALIBRATED = "gptq"
-"""The format for which it matters what the model reads while it is quantised."""
 
 
 class Merged(NamedTuple):
@@ -98,13 +106,10 @@ def merge(
     """Write base plus adapter to `output`, a directory or a URL: bfloat16, in shards, with the adapter's tokenizer.
 
     The base is the unquantised one; with `dequantize` it is what 4 bits leave of it, which is what a QLoRA adapter
-    was trained on. `quantize` is one of :data:`QUANTIZERS`; for gptq, `calibrate` is data as ``obsfs train`` takes it
-    (without it, transformers takes C4 from the hub). Raises ObsfsError.
+    was trained on. `quantize` is one of :data:`QUANTIZERS`; for awq and gptq, `calibrate` is data as ``obsfs train``
+    takes it (without it, transformers takes C4 from the hub for gptq). Raises ObsfsError.
     """
-    if quantize is not None:
-        _check_quantizer(quantize)
-    if calibrate is not None and quantize != CALIBRATED:
-        raise UsageError("--calibrate", f"it is for --quantize {CALIBRATED}")
+    _check_quantizer(quantize, calibrate)
     settings = settings or {}
     place = place_of(output, settings)
     target = Path(output).expanduser()
@@ -180,14 +185,20 @@ def calibration(place: str, tokenizer: Any, settings: dict[str, Any]) -> list[st
     return [one.get("text") or one["prompt"] + one["completion"] for one in rendered]
 
 
-def _check_quantizer(name: str) -> None:
+def _check_quantizer(name: str | None, calibrate: str | None) -> None:
     from importlib.util import find_spec
 
+    if calibrate is not None and not (name in QUANTIZERS and QUANTIZERS[name].is_calibrated):
+        raise UsageError("--calibrate", "it is for --quantize gptq and awq")
+    if name is None:
+        return
     if name not in QUANTIZERS:
         raise UsageError(f"--quantize {name}", f"choose one of {', '.join(QUANTIZERS)}")
     missing = [module for module in QUANTIZERS[name].needs if find_spec(module) is None]
     if missing:
         raise UsageError(f"--quantize {name} needs {' and '.join(missing)}", f"pip install {' '.join(missing)}")
+    if QUANTIZERS[name].config is None and calibrate is None:
+        raise UsageError(f"--quantize {name} needs something to read", "give it with --calibrate, as train's --data")
 
 
 def _quantize(directory: Path, name: str, samples: list[str] | None) -> None:
@@ -199,20 +210,42 @@ def _quantize(directory: Path, name: str, samples: list[str] | None) -> None:
     torch.cuda.empty_cache()
     chosen = QUANTIZERS[name]
     options = dict(chosen.options)
-    if name == CALIBRATED:
-        options["tokenizer"] = load_tokenizer(directory)
-        options["dataset"] = samples or options["dataset"]
-    config = getattr(transformers, chosen.config)(**options)
+    load = partial(transformers.AutoModelForCausalLM.from_pretrained, directory, dtype=torch.bfloat16)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.bfloat16, quantization_config=config, device_map=_device(directory)
-        )
+        if chosen.config is None:
+            model = load()
+            _compress(model, load_tokenizer(directory), samples or [], options)
+        else:
+            if chosen.is_calibrated:
+                options["tokenizer"] = load_tokenizer(directory)
+                options["dataset"] = samples or options["dataset"]
+            config = getattr(transformers, chosen.config)(**options)
+            model = load(quantization_config=config, device_map=_device(directory))
     except (ValueError, RuntimeError, ImportError) as error:
-        reason = first_line(error)
-        raise UsageError(f"transformers cannot quantise to {name} here", reason) from None
+        raise UsageError(f"it cannot be quantised to {name} here", first_line(error)) from None
     with tempfile.TemporaryDirectory(dir=directory) as new:
         model.save_pretrained(new, max_shard_size=_SHARD)
         for old in (*directory.glob("*.safetensors"), *directory.glob("*.index.json")):
             old.unlink()
         for path in Path(new).iterdir():
             path.replace(directory / path.name)
+
+
+def _compress(model: Any, tokenizer: Any, samples: list[str], options: dict[str, Any]) -> None:
+    """AWQ (arXiv 2306.00978) by llm-compressor, in place. It moves one layer after the other to the GPU."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from loguru import logger
+
+    for name in ("llmcompressor", "compressed_tensors"):
+        logger.disable(name)
+    tokens = [dict(tokenizer(text, truncation=True, max_length=_SAMPLE_TOKENS)) for text in samples]
+    oneshot(
+        model=model,
+        dataset=Dataset.from_list(tokens),
+        recipe=[AWQModifier(), QuantizationModifier(**options)],
+        num_calibration_samples=len(tokens),
+        max_seq_length=_SAMPLE_TOKENS,
+    )

@@ -79,7 +79,9 @@ def test_what_gptq_reads_is_what_the_model_would(tiny: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_what_cannot_be_merged_is_told_and_leaves_nothing(adapter: str, tiny: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_merged_is_told_and_leaves_nothing(
+    adapter: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from obsfs.demo.model import make_model
 
     here = set(tmp_path.iterdir())
@@ -94,6 +96,10 @@ def test_what_cannot_be_merged_is_told_and_leaves_nothing(adapter: str, tiny: Pa
     refused("choose one of", adapter, str(tmp_path / "x"), quantize="q4")
     refused("GPU", adapter, str(tmp_path / "x"), quantize="fp8")
     refused("gptqmodel", adapter, str(tmp_path / "x"), quantize="gptq")
+    refused("llmcompressor", adapter, str(tmp_path / "x"), quantize="awq")
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: name)
+        refused("something to read", adapter, str(tmp_path / "x"), quantize="awq")
     refused("--calibrate", adapter, str(tmp_path / "x"), quantize="bnb-4bit", calibrate="data.jsonl")
     refused("there is no directory", adapter, str(tmp_path / "x"), base="org/name")
     (tmp_path / "full").mkdir()
