@@ -145,9 +145,9 @@ class Progress(TrainerCallback):
         elif "train_runtime" not in figures:
             say(f"step {state.global_step}/{state.max_steps}  {line(figures)}")
 
-    def _count(self, model: Any, _: Any, given: dict[str, Any]) -> None:
+    def _count(self, model: Any, unnamed: tuple[Any, ...], given: dict[str, Any]) -> None:
         """Count the tokens that are learned from: not all of TRL's trainers say how many they have seen."""
-        mask, tokens = given.get("attention_mask"), given.get("input_ids")
+        mask, tokens = given.get("attention_mask"), unnamed[0] if unnamed else given.get("input_ids")
         if torch.is_grad_enabled() and tokens is not None:
             self._tokens += tokens.numel() if mask is None else mask.sum()
 

@@ -53,13 +53,16 @@ def watcher(look: Callable[[Any], None]) -> Any:
         ("simpo", "qlora"),
     ],
 )
-def test_every_method_and_task_learns(task: str, method: str, run: Train, tmp_path: Path) -> None:
+def test_every_method_and_task_learns(
+    task: str, method: str, run: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_lines(tmp_path / "data.jsonl", _DATA.get(task, CHOICES))
     losses = Losses()
     outcome = run(data=str(path), task=task, method=method, max_steps=12, callbacks=[losses.callback])
     told = list(losses.found.values())
     assert outcome.steps == len(told) == 12
     assert sum(told[-3:]) < sum(told[:3]) * 0.95, told
+    assert capsys.readouterr().err.count(" tokens/s ") == 12
     out = Path(outcome.output)
     name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
     assert {name, "tokenizer.json", "README.md", "train.yaml"} <= {one.name for one in out.iterdir()}
