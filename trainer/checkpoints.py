@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from trainer.place import STEP, Place
 _SEAL = "obsfs-whole.json"
 _OUTBOX = ".outbox"
 _STATE = {_SEAL, "trainer_state.json"}
+_QUICK_START = re.compile(r"(?<=\n## Quick start\n).*?(?=\n## )", re.DOTALL)
 _NOT_PUBLISHED = {"training_args.bin", _SEAL}
 """The pickled arguments hold paths and tokens of this machine, and nobody needs them to go on."""
 
@@ -91,7 +93,7 @@ class Publisher:
     """
 
     def __init__(self, place: Place, output_dir: Path, source: str, keep: int | None) -> None:
-        self._place, self._source, self._keep = place, source, keep
+        self.place, self._source, self._keep = place, source, keep
         self._outbox = output_dir / _OUTBOX
         shutil.rmtree(self._outbox, ignore_errors=True)
         self._queue: queue.Queue[tuple[Path, int | None, int | None] | None] = queue.Queue()
@@ -123,8 +125,8 @@ class Publisher:
         while (job := self._queue.get()) is not None:
             directory, step, best = job
             try:
-                url = self._place.url if step is None else self._place.version(step)
-                obsfs.push(directory, url, any_files=True, source=self._source, **self._place.settings)
+                url = self.place.url if step is None else self.place.version(step)
+                obsfs.push(directory, url, any_files=True, source=self._source, **self.place.settings)
                 obsfs.refresh(url)
                 self.published.append(url)
                 self._error = None
@@ -136,9 +138,9 @@ class Publisher:
 
     def _prune(self, best: int | None) -> None:
         if self._keep and self._keep > 0:
-            for step in self._place.steps()[: -self._keep]:
+            for step in self.place.steps()[: -self._keep]:
                 if step != best:
-                    self._place.remove(step)
+                    self.place.remove(step)
 
 
 class Checkpointing(TrainerCallback):
@@ -157,24 +159,28 @@ class Checkpointing(TrainerCallback):
             for name in ("README.md", "train.yaml"):  # the card by TRL goes before the one by PEFT
                 if (self._output_dir / name).exists():
                     shutil.copyfile(self._output_dir / name, checkpoint / name)
-            name_base(checkpoint, self._base)
+            place = self._publisher.place.version(state.global_step) if self._publisher else str(checkpoint)
+            describe(checkpoint, self._base, place)
             seal(checkpoint)
             if self._publisher is not None:
                 best = STEP.search(state.best_model_checkpoint or "")
                 self._publisher.put(checkpoint, state.global_step, int(best[1]) if best else None)
 
 
-def name_base(directory: Path, base: str) -> None:
-    """Say in an adapter and its card where the base is for everyone, not where it was mounted here."""
+def describe(directory: Path, base: str, url: str) -> None:
+    """Say in an adapter and its card where the base is for everyone, not where it was mounted here, and how to try the
+    result, which will be at `url` (or is in this directory)."""
     path = directory / "adapter_config.json"
+    how = f"obsfs chat {url}"
     if path.exists():
         config = {**json.loads(path.read_bytes()), "base_model_name_or_path": base}
         path.write_text(json.dumps(config, indent=2, sort_keys=True))
+        how = f"obsfs chat {base} --adapter {url}"
     card = directory / "README.md"
     if card.exists():
-        # TRL's card knows only bases of the hub.
+        # TRL's card knows only models of the hub.
         text = card.read_text(encoding="utf-8").replace("[None](https://huggingface.co/None)", f"`{base}`")
-        card.write_text(text.replace('model="None"', f'model="{base}"'), encoding="utf-8")
+        card.write_text(_QUICK_START.sub(lambda _: f"\n```sh\n{how}\n```\n", text), encoding="utf-8")
 
 
 def newest(output_dir: Path, place: Place | None) -> Path | None:

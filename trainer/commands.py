@@ -13,7 +13,7 @@ import click
 
 from obsfs.commands.options import BUCKET, CACHE, settings_options
 from obsfs.commands.output import columns, count, human, spinner, terminate_like_interrupt
-from obsfs.errors import UsageError
+from obsfs.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
@@ -28,10 +28,11 @@ class _Verb(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except ModuleNotFoundError as error:
+        except ImportError as error:
             if str(error.name).partition(".")[0] in ("obsfs", "trainer"):
                 raise
-            raise UsageError(f"obsfs {self.name} needs {error.name}", "pip install 'obsfs-mount[train]'") from None
+            missing = error.name or first_line(error)
+            raise UsageError(f"obsfs {self.name} needs {missing}", "pip install 'obsfs-mount[train]'") from None
 
 
 _TRAIN = """\b

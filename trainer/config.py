@@ -157,6 +157,8 @@ class TrainConfig:
             config, _ = TASKS[self.task].load()
             rate: Any = {one.name: one.default for one in dataclasses.fields(config)}["learning_rate"]
             defaults["learning_rate"] = rate * _LORA_RATE
+            # Of an adapter every parameter is used; DDP would look for the others after each step.
+            defaults["ddp_find_unused_parameters"] = False
         return defaults
 
 

@@ -16,7 +16,6 @@ from obsfs.errors import UsageError, first_line
 from trainer.base import Base, load_tokenizer, memory_available, open_base
 from trainer.data import load
 from trainer.place import place_of
-from trainer.progress import quiet
 
 ADAPTER = "adapter_config.json"
 _PROBE = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
@@ -30,12 +29,14 @@ _ROOM = 1.3
 
 class Quantizer(NamedTuple):
     """A format to write: the modules that it needs, what configures it (a class of transformers; None where
-    llm-compressor writes it), the options of that, and whether it matters what the model reads meanwhile."""
+    llm-compressor writes it), the options of that, whether it matters what the model reads meanwhile, and whether only
+    a GPU writes it."""
 
     needs: tuple[str, ...]
     config: str | None
     options: dict[str, Any]
     is_calibrated: bool = False
+    is_for_gpu: bool = False
 
 
 QUANTIZERS = {
@@ -50,13 +51,14 @@ QUANTIZERS = {
         },
     ),
     "bnb-8bit": Quantizer(("bitsandbytes",), "BitsAndBytesConfig", {"load_in_8bit": True}),
-    "fp8": Quantizer(("accelerate",), "FineGrainedFP8Config", {}),
+    "fp8": Quantizer(("accelerate",), "FineGrainedFP8Config", {}, is_for_gpu=True),
     "gptq": Quantizer(("gptqmodel", "optimum"), "GPTQConfig", {"bits": 4, "dataset": "c4"}, is_calibrated=True),
     "awq": Quantizer(
         ("llmcompressor",),
         None,
         {"scheme": "W4A16_ASYM", "targets": ["Linear"], "ignore": ["lm_head"]},
         is_calibrated=True,
+        is_for_gpu=True,
     ),
 }
 
@@ -115,9 +117,13 @@ def merge(
     target = Path(output).expanduser()
     if place is None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{output} is there already", "choose another directory")
-    quiet()
+    if place is not None and place.is_published():
+        raise UsageError(f"{output} is there already", "choose another name or version")
     with ExitStack() as stack:
         tuned, found = stack.enter_context(open_adapter(adapter, base, settings))
+        from trainer.progress import quiet  # imports transformers, for which no refusal above should wait
+
+        quiet()
         home = None if place else target.absolute().parent
         if home is not None:
             home.mkdir(parents=True, exist_ok=True)
@@ -139,13 +145,16 @@ def _merge(adapter: Path, base: Path, directory: Path, dequantize: bool) -> tupl
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    options: dict[str, Any] = {"device_map": _device(base)}
+    if dequantize:
+        options = {"quantization_config": BitsAndBytesConfig(**QUANTIZERS["bnb-4bit"].options)}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, **options)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the base {base} cannot be loaded", first_line(error)) from None
     if dequantize:
         # Never merged while it is quantised: bitsandbytes repacks its weights in use, and gives garbage afterwards.
-        bits = BitsAndBytesConfig(**QUANTIZERS["bnb-4bit"].options)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=bits).dequantize()
-        model = model.to(torch.bfloat16)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map=_device(base))
+        model = model.dequantize().to(torch.bfloat16)
     tokenizer = _tokenizer(adapter, base)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
@@ -199,6 +208,11 @@ def _check_quantizer(name: str | None, calibrate: str | None) -> None:
         raise UsageError(f"--quantize {name} needs {' and '.join(missing)}", f"pip install {' '.join(missing)}")
     if QUANTIZERS[name].config is None and calibrate is None:
         raise UsageError(f"--quantize {name} needs something to read", "give it with --calibrate, as train's --data")
+    if QUANTIZERS[name].is_for_gpu:
+        import torch
+
+        if not torch.accelerator.is_available():
+            raise UsageError(f"--quantize {name} needs a GPU", "bnb-4bit and bnb-8bit do not")
 
 
 def _quantize(directory: Path, name: str, samples: list[str] | None) -> None:

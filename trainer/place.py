@@ -12,6 +12,7 @@ from botocore.exceptions import BotoCoreError
 import obsfs
 from obsfs.errors import UnavailableError, first_line
 
+_MANIFEST = ".obsfs/manifest.json"
 STEP = re.compile(r"checkpoint-(\d+)")
 
 
@@ -36,7 +37,7 @@ class Place(NamedTuple):
             for entry in fs.ls(parent, detail=False):
                 label, at, version = entry.rstrip("/").rpartition("/")[2].partition("@")
                 step = STEP.fullmatch(version)
-                if at and label == name and step and fs.exists(f"{entry}/.obsfs/manifest.json"):
+                if at and label == name and step and fs.exists(f"{entry}/{_MANIFEST}"):
                     found.append(int(step[1]))
         return sorted(found)
 
@@ -46,6 +47,11 @@ class Place(NamedTuple):
             # An empty directory, as some servers leave them and show as an empty object, is nothing.
             found = fs.find(path, detail=True).items()
             return any(name != path or one["size"] for name, one in found) or bool(self.steps())
+
+    def is_published(self) -> bool:
+        """Whether something whole lies there."""
+        with self._files("read") as (fs, path):
+            return bool(fs.exists(f"{path}/{_MANIFEST}"))
 
     def check(self) -> None:
         """Write something, and take it away."""
@@ -57,7 +63,7 @@ class Place(NamedTuple):
         """Take a checkpoint away: first its manifest, so that nobody takes half of it for a checkpoint."""
         with self._files("written") as (fs, path):
             place = f"{path}@checkpoint-{step}"
-            fs.rm_file(f"{place}/.obsfs/manifest.json")
+            fs.rm_file(f"{place}/{_MANIFEST}")
             fs.invalidate_cache()
             for entry in fs.find(place):
                 fs.rm_file(entry)

@@ -19,7 +19,7 @@ from obsfs.errors import UsageError
 from obsfs.settings import state_dir
 from trainer import base as bases
 from trainer import data
-from trainer.config import Parts, TrainConfig, load_config
+from trainer.config import TASKS, Parts, TrainConfig, load_config
 from trainer.place import place_of
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ def train(
 
     `as_json` prints an object per log; `only_check` stops before the first step; `started` is when the command began
     (seconds since the epoch); `callbacks` are transformers'. Under ``torchrun`` or ``accelerate launch`` each process
-    calls it. Raises ObsfsError for what cannot be run as asked; a run that was cut off goes on with ``resume=True``.
+    calls it. Raises ObsfsError for what cannot be run as asked, ImportError where the extra ``train`` is not installed;
+    a run that was cut off goes on with ``resume=True``.
     """
     chosen = load_config(config, overrides)
     bases.check_name(chosen.model, chosen.settings)
@@ -76,24 +77,30 @@ def train(
                 importing.result()
                 show("checking, loading")
                 return _Run(chosen, base, as_json, started, callbacks).go(stop, only_check, waiting.close)
+            except RuntimeError as error:
+                if _is_of_another(error):
+                    raise UsageError("another process of this run has ended", "it has said why") from None
+                raise
             finally:
                 stop.set()
 
 
 def _import(config: TrainConfig) -> None:
-    try:
-        if config.is_quantized:
-            import bitsandbytes  # noqa: F401
-        import peft  # noqa: F401
+    if config.is_quantized:
+        import bitsandbytes  # noqa: F401
+    import peft  # noqa: F401
 
-        from trainer.config import TASKS
-
-        TASKS[config.task].load()
-    except ImportError as error:
-        raise UsageError(f"training needs {error.name or error}", "pip install 'obsfs-mount[train]'") from None
     from trainer.progress import quiet
 
+    TASKS[config.task].load()
     quiet()
+
+
+def _is_of_another(error: RuntimeError) -> bool:
+    """Whether it is what torch's gloo or NCCL raises where the others wait for a process that is gone."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo" in str(error)
 
 
 def _is_first_here() -> bool:
@@ -299,7 +306,9 @@ class _Run:
             trainer.create_model_card(
                 model_name=Path(self._config.output.rpartition("@")[0] or self._config.output).name
             )
-            checkpoints.name_base(self._output_dir, self._base.name)
+            checkpoints.describe(
+                self._output_dir, self._base.name, self._place.url if self._place else str(self._output_dir)
+            )
         metrics = {name: value for name, value in result.metrics.items() if isinstance(value, int | float)}
         outcome = self._publish(publisher, trainer.state.global_step, checkpoint, metrics)
         trainer.accelerator.wait_for_everyone()

@@ -94,7 +94,7 @@ def test_what_cannot_be_merged_is_told_and_leaves_nothing(
 
     refused(f"{tiny} is no adapter", str(tiny), str(tmp_path / "x"))
     refused("choose one of", adapter, str(tmp_path / "x"), quantize="q4")
-    refused("GPU", adapter, str(tmp_path / "x"), quantize="fp8")
+    refused("--quantize fp8 needs a GPU", adapter, str(tmp_path / "x"), quantize="fp8")
     refused("gptqmodel", adapter, str(tmp_path / "x"), quantize="gptq")
     refused("llmcompressor", adapter, str(tmp_path / "x"), quantize="awq")
     with monkeypatch.context() as patch:
@@ -108,4 +108,6 @@ def test_what_cannot_be_merged_is_told_and_leaves_nothing(
     make_model(tmp_path / "wide", hidden_size=128, layers=2, vocabulary=1024)
     here = set(tmp_path.iterdir())
     refused("is there already", adapter, str(tmp_path / "full"))
+    refused("is there already", adapter, adapter)
+    refused("the base .* cannot be loaded", adapter, str(tmp_path / "x"), base=str(tmp_path / "full"))
     refused("does not fit", adapter, str(tmp_path / "x"), base=str(tmp_path / "wide"))

@@ -134,6 +134,10 @@ def test_two_processes_train_one_adapter(model: str, rows: Path, bucket: Store, 
     given = {"model": model, "data": str(rows), "output": url, "max_steps": 4, "per_device_train_batch_size": 2}
     out = finish(start(tmp_path, launcher=launcher, ddp_backend="gloo", **given))
     assert out.count("step 4/4") == 1  # one of them speaks
+    assert "Warning" not in out
+    refused, _ = start(tmp_path, launcher=launcher, ddp_backend="gloo", **given).communicate(timeout=_SECONDS)
+    assert refused.count("obsfs: there is a run at") == 1
+    assert "internal error" not in refused
     state = json.loads(
         Path(
             obsfs.snapshot_download(f"{url}@checkpoint-4", local_dir=tmp_path / "c"), "trainer_state.json"

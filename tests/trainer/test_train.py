@@ -127,9 +127,12 @@ def test_an_adapter_in_the_bucket_is_the_one_that_was_trained(
     )
     config = json.loads((adapter / "adapter_config.json").read_bytes())
     assert config["base_model_name_or_path"] == f"{bucket}/models/tiny@v1"
-    assert f"`{bucket}/models/tiny@v1`" in (adapter / "README.md").read_text()
+    card = (adapter / "README.md").read_text()
+    assert f"`{bucket}/models/tiny@v1`" in card
+    assert f"\nobsfs chat {bucket}/models/tiny@v1 --adapter {url}\n" in card
     assert load_file(adapter / "adapter_model.safetensors")
     checkpoint = Path(obsfs.snapshot_download(f"{url}@checkpoint-8", local_dir=tmp_path / "checkpoint"))
+    assert f" --adapter {url}@checkpoint-8\n" in (checkpoint / "README.md").read_text()
     for place in (adapter, checkpoint):
         names = {path.name for path in place.rglob("*")}
         assert {"tokenizer.json", "train.yaml", "README.md"} <= names
