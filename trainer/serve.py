@@ -46,16 +46,16 @@ def choose_backend(given: str | None) -> str:
 def command_of(
     backend: str, model: Path, adapter: Path | None, where: Sequence[str], extra: Sequence[str]
 ) -> list[str]:
-    """How a backend is started, in the model's parent directory, so that it is asked for the model by its name.
+    """How a backend is started, in the model's parent directory, so that it is asked for model and adapter by name.
 
     `where` is to listen. transformers serves no adapters: it is given a merged model.
     """
     named = [*where, "--served-model-name", model.name]
     if backend == "vllm":
-        lora = ["--enable-lora", "--lora-modules", f"adapter={adapter}"] if adapter else []
+        lora = ["--enable-lora", "--lora-modules", f"{adapter.name}={adapter}"] if adapter else []
         return ["vllm", "serve", str(model), *named, *lora, *extra]
     if backend == "sglang":
-        lora = ["--lora-paths", f"adapter={adapter}"] if adapter else []
+        lora = ["--lora-paths", f"{adapter.name}={adapter}"] if adapter else []
         return [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), *named, *lora, *extra]
     return [_transformers(), "serve", model.name, *where, *extra]
 
@@ -82,7 +82,7 @@ def serve(
         base, tuned = _open(stack, model, adapter, settings)
         path, adapter_path = base.path, tuned.path if tuned else None
         if tuned is not None and chosen == "transformers":
-            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="obsfs-serve-"))) / path.name
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="obsfs-serve-"))) / tuned.path.name
             merge(str(tuned.path), str(path), base=str(base.path), settings=settings)
             adapter_path = None
         port = port or _free_port(host)
@@ -92,7 +92,7 @@ def serve(
         stack.callback(_end, process)
         url = f"http://{host}:{port}"
         _wait(url, process)
-        yield Server(url, "adapter" if adapter_path else path.name, process)
+        yield Server(url, (adapter_path or path).name, process)
 
 
 def _open(stack: ExitStack, model: str, adapter: str | None, settings: dict[str, Any]) -> tuple[Base, Base | None]:

@@ -30,7 +30,7 @@ def test_an_adapter_answers_the_openai_client(run: Callable[..., Any], rows: Pat
         assert process.stderr is not None
         line = next(line for line in process.stderr if "/v1  model " in line)
         url, _, model = line.strip().partition("  model ")
-        assert model == "tiny@v1"
+        assert model == "a"
         client = openai.OpenAI(base_url=url, api_key="none")
         options: Any = {"model": model, "messages": _QUESTION, "max_tokens": 12, "temperature": 0}
         whole = client.chat.completions.create(**options).choices[0].message.content
@@ -70,7 +70,7 @@ def test_backends(tmp_path: Path) -> None:
             choose_backend(missing)
     where = ["--port", "1"]
     vllm = command_of("vllm", tmp_path, Path("/a"), where, ["--max-model-len", "9"])
-    lora = ["--enable-lora", "--lora-modules", "adapter=/a"]
+    lora = ["--enable-lora", "--lora-modules", "a=/a"]
     named = ["--served-model-name", tmp_path.name]
     assert vllm == ["vllm", "serve", str(tmp_path), *where, *named, *lora, "--max-model-len", "9"]
     sglang = command_of("sglang", tmp_path, Path("/a"), where, [])
