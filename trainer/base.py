@@ -216,17 +216,19 @@ def adapter_parameters(path: Path, lora: Any, **options: Any) -> int:
     Raises UsageError when it makes none: for modules that the model does not have, say.
     """
     import torch
+    import transformers
     from peft import get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(path, **options)
+    config = transformers.AutoConfig.from_pretrained(path, **options)
     lora = copy.copy(lora)
     lora.init_lora_weights = True  # others, such as pissa, begin with the weights
-    try:
-        with torch.device("meta"):
-            model = get_peft_model(AutoModelForCausalLM.from_config(config, **options), lora, low_cpu_mem_usage=True)
-    except ValueError as error:
-        raise UsageError("the adapter cannot be made", first_line(error)) from None
+    with torch.device("meta"):
+        kind = getattr(transformers, (config.architectures or [""])[0], None)
+        model = kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config, **options)
+        try:
+            model = get_peft_model(model, lora, low_cpu_mem_usage=True)
+        except ValueError as error:
+            raise UsageError("the adapter cannot be made", first_line(error)) from None
     return sum(one.numel() for one in model.parameters() if one.requires_grad)
 
 

@@ -50,8 +50,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {},
 }
 """Each with the options that it stands for."""
-_LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
-"""Every linear layer, as QLoRA's authors found to matter (arXiv 2305.14314, section 4); else as TRL's ModelConfig."""
+_LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+"""Every linear layer, as QLoRA's authors found to matter (arXiv 2305.14314, section 4); rank and alpha as TRL's
+ModelConfig. Without its dropout: with it, PEFT refuses the experts of a mixture."""
 _LORA_RATE = 10.0
 """TRL's default rates are those of full training; its own examples give LoRA ten times as much."""
 

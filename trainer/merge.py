@@ -89,7 +89,7 @@ def open_adapter(adapter: str, base: str | None, settings: dict[str, Any]) -> It
     """An adapter and its base, by directory, URL or name in the library."""
     with ExitStack() as stack:
         opened = stack.enter_context(open_base(adapter, settings))
-        place = obsfs.on_mount(opened.path)
+        place = obsfs.on_mount(opened.path) if opened.mountpoint else None
         # The base is where the adapter is, if nobody says otherwise.
         reached = {**(place.settings if place else {}), **settings}
         yield opened, stack.enter_context(open_base(base_of(opened, base), reached))
@@ -224,17 +224,17 @@ def _quantize(directory: Path, name: str, samples: list[str] | None) -> None:
     torch.cuda.empty_cache()
     chosen = QUANTIZERS[name]
     options = dict(chosen.options)
-    load = partial(transformers.AutoModelForCausalLM.from_pretrained, directory, dtype=torch.bfloat16)
+    load_model = partial(transformers.AutoModelForCausalLM.from_pretrained, directory, dtype=torch.bfloat16)
     try:
         if chosen.config is None:
-            model = load()
+            model = load_model()
             _compress(model, load_tokenizer(directory), samples or [], options)
         else:
             if chosen.is_calibrated:
                 options["tokenizer"] = load_tokenizer(directory)
                 options["dataset"] = samples or options["dataset"]
             config = getattr(transformers, chosen.config)(**options)
-            model = load(quantization_config=config, device_map=_device(directory))
+            model = load_model(quantization_config=config, device_map=_device(directory))
     except (ValueError, RuntimeError, ImportError) as error:
         raise UsageError(f"it cannot be quantised to {name} here", first_line(error)) from None
     with tempfile.TemporaryDirectory(dir=directory) as new:
