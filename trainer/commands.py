@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +27,15 @@ class _Verb(click.Command):
     """One that needs what the extra ``train`` installs."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        missing = "" if find_spec("trl") else "trl"
         try:
-            return super().invoke(ctx)
+            if not missing:
+                return super().invoke(ctx)
         except ImportError as error:
             if str(error.name).partition(".")[0] in ("obsfs", "trainer"):
                 raise
             missing = error.name or first_line(error)
-            raise UsageError(f"obsfs {self.name} needs {missing}", "pip install 'obsfs-mount[train]'") from None
+        raise UsageError(f"obsfs {self.name} needs {missing}", "pip install 'obsfs-mount[train]'")
 
 
 _TRAIN = """\b
