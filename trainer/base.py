@@ -16,6 +16,7 @@ import obsfs
 from obsfs.errors import UsageError, first_line
 
 _CHUNK = 8 << 20
+_PROBE = "The quick brown fox"
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
@@ -156,7 +157,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(path: Path, **options: Any) -> Any:
-    """The model's tokenizer, with a token to pad with. Raises UsageError."""
+    """The model's tokenizer, with a token to pad with.
+
+    Raises UsageError, also for one that knows no words: transformers makes such of a model without tokenizer files.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -166,9 +170,22 @@ def load_tokenizer(path: Path, **options: Any) -> Any:
         raise UsageError(
             f"the tokenizer of {path} cannot be loaded ({reason})", "the model needs its tokenizer files"
         ) from None
+    if not tokenizer.encode(_PROBE, add_special_tokens=False):
+        raise UsageError(f"{path} has no tokenizer", "the model needs its tokenizer files")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, base: Base, facts: Facts) -> None:
+    """See that a model has a row for each token that it will be given. Raises UsageError."""
+    tokens = [*tokenizer.encode(_PROBE), tokenizer.pad_token_id, tokenizer.eos_token_id]
+    largest = max(token for token in tokens if token is not None)
+    if facts.vocabulary and largest >= facts.vocabulary:
+        raise UsageError(
+            f"the tokenizer of {base.name} has a token {largest}, and the model knows {facts.vocabulary}",
+            "it is the tokenizer of another model: push or pull the model again",
+        )
 
 
 def estimate_memory(

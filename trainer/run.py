@@ -138,6 +138,7 @@ class _Run:
         with self._timeline.part("check"):
             facts = bases.check_whole(self._base.path)
             tokenizer = bases.load_tokenizer(self._base.path, trust_remote_code=_trusts(arguments))
+            bases.check_tokenizer(tokenizer, self._base, facts)
             lora = self._parts.lora
             trainable = facts.parameters
             if lora is not None:

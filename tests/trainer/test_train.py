@@ -200,6 +200,12 @@ def test_what_cannot_be_run_is_told_before_it_starts(
     ])))  # fmt: skip
     (cut / "tokenizer.json").write_text("{")
     refused("the tokenizer of", model=str(cut))
+    (cut / "tokenizer.json").unlink()
+    refused(f"{cut} has no tokenizer", model=str(cut))
+    shutil.copyfile(tiny / "tokenizer.json", cut / "tokenizer.json")
+    config = json.loads((cut / "config.json").read_text())
+    (cut / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    refused("and the model knows 100", model=str(cut))
     refused("is in no format for task dpo", task="dpo")
     refused("there is no data", data="./none.jsonl")
     refused("is a version", output=f"{bucket}/adapters/a@v1")
