@@ -62,9 +62,8 @@ def guide(settings: dict[str, Any]) -> tuple[Path, bool]:
     model = models[int(answer) - 1] if answer.isdigit() and 0 < int(answer) <= len(models) else answer
     run: dict[str, Any] = {"model": model}
     with bases.open_base(model, settings) as base:
-        from trainer.progress import (
-            quiet,
-        )  # imports transformers, for which nobody should wait before the first question
+        # Imports transformers, for which nobody should wait before the first question.
+        from trainer.progress import quiet
 
         quiet()
         facts = bases.check_whole(base.path)
