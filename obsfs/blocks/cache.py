@@ -20,6 +20,7 @@ from obsfs.blocks.layout import (
     FORMAT,
     HEADER,
     LOCK_OPEN,
+    LOCK_WHOLE,
     CacheEntry,
     DirectoryLock,
     StoredBlock,
@@ -124,8 +125,9 @@ class Cache:
                 raise
             try:
                 if not os.fstat(map_fd).st_size:
-                    if os.fstat(data_fd).st_nlink > 1:
-                        # What was known of it is lost, and by its other name it is somebody's.
+                    is_free = lock_range(data_fd, LOCK_WHOLE, 1, fcntl.F_WRLCK)
+                    if os.fstat(data_fd).st_nlink > 1 or not is_free:
+                        # What was known of it is lost, and by its other name it is somebody's; or the kernel reads it.
                         unlink(map_path)
                         return data_fd, map_fd
                     # Every page is allocated now: a full disk must not surface as SIGBUS when the map is written.
@@ -133,6 +135,7 @@ class Cache:
                         # ext4 takes what is cut to nothing for a file being rewritten, and writes it out on close.
                         os.ftruncate(data_fd, 0)
                     os.ftruncate(data_fd, size)
+                    lock_range(data_fd, LOCK_WHOLE, 1, fcntl.F_UNLCK)
                     os.posix_fallocate(map_fd, 0, map_size)
                     os.pwrite(map_fd, header(b"", size, identity), 0)
                 head = os.pread(map_fd, HEADER, 0)

@@ -17,7 +17,8 @@ Five rules keep it right without a journal:
 * A complete data file may have a second name outside (a hard link, :meth:`~obsfs.blocks.object.CachedObject.link`).
   Whoever reads it by that name is not disturbed: no block of it is evicted, and it is never truncated.
 * A file that the kernel reads by itself (passthrough) is locked against eviction in parts; it can only be unlinked
-  whole, which leaves its readers undisturbed.
+  whole, which leaves its readers undisturbed. The lock is on the open data file that the kernel is given: so it ends
+  when the kernel has done with it, however its server ended.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ STATE_AT = 16
 """Where in an entry its state word is."""
 
 LOCK_OPEN = 0
-LOCK_WHOLE = 1
+"""The byte of a map file that whoever has the object open has locked."""
+LOCK_WHOLE = 0
+"""The byte of a data file that is locked while the kernel reads it by itself."""
 PRESENT = 1
 
 _FLOCK = struct.Struct("hhqqi4x")
@@ -210,10 +213,10 @@ def evict_blocks(path: Path, victims: list[StoredBlock]) -> int:
         if everything and lock_range(map_fd, LOCK_OPEN, 1, fcntl.F_WRLCK):
             unlink(path)
             return sum(block.size for block in victims)
-        if not lock_range(map_fd, LOCK_WHOLE, 1, fcntl.F_WRLCK):
-            return 0
         data_fd = os.open(path.with_suffix(".data"), os.O_RDWR | os.O_CLOEXEC)
         try:
+            if not lock_range(data_fd, LOCK_WHOLE, 1, fcntl.F_WRLCK):
+                return 0
             return sum(_punch(map_fd, data_fd, block) for block in victims)
         finally:
             os.close(data_fd)

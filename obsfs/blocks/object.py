@@ -256,7 +256,7 @@ class CachedObject:
         those that were found damaged since are none.
         """
         with self._guard:
-            if not self._whole_users and not lock_range(self._map_fd, LOCK_WHOLE, 1, fcntl.F_RDLCK):
+            if not self._whole_users and not lock_range(self.data_fd, LOCK_WHOLE, 1, fcntl.F_RDLCK):
                 return False
             self._whole_users += 1
         if self.is_full() if again else self.is_complete():
@@ -267,7 +267,7 @@ class CachedObject:
 
     @property
     def lock_fd(self) -> int:
-        """The descriptor that holds the locks of this object; a duplicate keeps them when this process dies."""
+        """The descriptor that says that this object is open; a duplicate says so when this process has died."""
         return self._map_fd
 
     def warm(self, blocks: range) -> None:
@@ -282,7 +282,7 @@ class CachedObject:
             self._whole_users -= 1
             if not self._whole_users:
                 self.touch(range(self.blocks))
-                lock_range(self._map_fd, LOCK_WHOLE, 1, fcntl.F_UNLCK)
+                lock_range(self.data_fd, LOCK_WHOLE, 1, fcntl.F_UNLCK)
 
     def close(self) -> None:
         """Close the files, and remove them if nothing is in them; the object must not be used afterwards."""

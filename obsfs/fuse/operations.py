@@ -265,7 +265,7 @@ class Operations:
         return Opened(number << 1 | 1, cached.data_fd)
 
     def lock_fd(self, number: int) -> int:
-        """The descriptor that holds the lock of a file which is open directly."""
+        """The descriptor that says that a file is open in the cache, for one which is open directly."""
         return self._readers[number].cached.lock_fd
 
     def reopen_indirect(self, handle: int, unique: int = 0) -> Opened:

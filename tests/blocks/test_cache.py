@@ -127,6 +127,12 @@ def test_a_file_in_passthrough_is_not_punched(tmp_path: Path) -> None:
     for block in range(16):
         put(other, block)
     assert os.pread(held.data_fd, 4 * BLOCK, 0) == whole
+    # Nor is it cut, when its map is lost and it is made anew.
+    (path,) = (entry.path for entry in cache.entries() if entry.version == held.version)
+    path.with_suffix(".map").unlink()
+    anew = cache.open(held.version)
+    assert not anew.is_present(0)
+    assert os.pread(held.data_fd, 4 * BLOCK, 0) == whole
     held.release_whole()
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
+from obsfs.blocks.cache import Cache
 from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for
 
 
@@ -63,6 +65,19 @@ def test_a_direct_reader_keeps_its_bytes_under_eviction(bucket: Store, complete:
         assert mapped[:] == random_bytes(9 * MIB + 1)
     assert status(complete.parent)["cache_bytes"] <= 64 * MIB
     assert complete.read_bytes() == random_bytes(9 * MIB + 1)
+
+
+def test_a_direct_reader_of_a_mount_that_died_reads_no_holes(complete: Path, mount: Mounter) -> None:
+    """The kernel serves it after server and supervisor are gone, and with them whatever locks they held."""
+    cache = Cache(Path(status(complete.parent)["cache_dir"]), 64 * MIB)
+    with complete.open("rb", buffering=0) as file:
+        mount.kill(complete.parent)
+        cache.evict(4 * MIB)
+        assert os.pread(file.fileno(), 10 * MIB, 0) == random_bytes(9 * MIB + 1)
+    # What is left of the mount is the last to hold it.
+    subprocess.run(["umount", "-l", complete.parent], check=True, timeout=10)
+    wait_for(lambda: cache.evict(4 * MIB) or cache.used_bytes <= 4 * MIB)
+    cache.close()
 
 
 def test_it_can_be_switched_off(bucket: Store, mount: Mounter) -> None:

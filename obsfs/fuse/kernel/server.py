@@ -439,7 +439,7 @@ class Server:
         if not backing:
             assert file_fd is not None
             node = self._operations.tree.node(number)
-            # The lock lives on when this process does not: nobody punches a hole under who reads without us.
+            # It stays open when this process does not: the successor finds the file that the kernel reads at its name.
             self._keeper.keep(f"node {number}", [self._operations.lock_fd(number)])
             backing = channel.open_backing(self._fd, file_fd)
             self._operations.tree.set_backing(node, backing)
