@@ -16,9 +16,10 @@ Five rules keep it right without a journal:
   block is fetched twice or punched out while it arrives, whichever processes are at it; a lock ends with its owner.
 * A complete data file may have a second name outside (a hard link, :meth:`~obsfs.blocks.object.CachedObject.link`).
   Whoever reads it by that name is not disturbed: no block of it is evicted, and it is never truncated.
-* A file that the kernel reads by itself (passthrough) is locked against eviction in parts; it can only be unlinked
-  whole, which leaves its readers undisturbed. The lock is on the open data file that the kernel is given: so it ends
-  when the kernel has done with it, however its server ended.
+* A file that the kernel may read by itself (passthrough) is only evicted whole, which leaves its readers undisturbed:
+  one that was complete, as long as it is there, since who has mapped it may have closed it, and nobody can tell. While
+  it is handed over it is locked, on the open data file that the kernel is given: that lock ends when the kernel has
+  done with it, however its server ended.
 """
 
 from __future__ import annotations
@@ -201,7 +202,10 @@ def read_blocks(path: Path) -> Iterator[StoredBlock]:
 
 
 def evict_blocks(path: Path, victims: list[StoredBlock]) -> int:
-    """Evict blocks of one map file, the file itself when nobody has it open and nothing is left. Bytes freed."""
+    """Evict blocks of one map file; the file itself when it was complete, or nothing is left and nobody has it open.
+
+    Returns the bytes freed.
+    """
     try:
         map_fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -209,21 +213,30 @@ def evict_blocks(path: Path, victims: list[StoredBlock]) -> int:
     try:
         if is_linked(path):
             return 0
-        everything = sum(1 for _ in read_blocks(path)) == len(victims)
-        if everything and lock_range(map_fd, LOCK_OPEN, 1, fcntl.F_WRLCK):
-            unlink(path)
-            return sum(block.size for block in victims)
         data_fd = os.open(path.with_suffix(".data"), os.O_RDWR | os.O_CLOEXEC)
         try:
-            if not lock_range(data_fd, LOCK_WHOLE, 1, fcntl.F_WRLCK):
-                return 0
-            return sum(_punch(map_fd, data_fd, block) for block in victims)
+            # From here on nobody hands the file to the kernel, who has not done so before.
+            is_free = lock_range(data_fd, LOCK_WHOLE, 1, fcntl.F_WRLCK)
+            present = list(read_blocks(path))
+            only_whole = _was_complete(map_fd, len(present))
+            is_alone = len(present) == len(victims) and lock_range(map_fd, LOCK_OPEN, 1, fcntl.F_WRLCK)
+            # Who has a complete file open reads on in it, and writes nothing more that matters.
+            if is_alone or (only_whole and is_free):
+                unlink(path)
+                return sum(block.size for block in present)
+            return sum(_punch(map_fd, data_fd, block) for block in victims) if is_free and not only_whole else 0
         finally:
             os.close(data_fd)
     except OSError:
         return 0
     finally:
         os.close(map_fd)
+
+
+def _was_complete(map_fd: int, present: int) -> bool:
+    """Whether the kernel may have been given the file: with `present` blocks it is complete, or a seal says it was."""
+    _, _, size, *seal, _ = _HEAD.unpack(os.pread(map_fd, _HEAD.size, 0))
+    return present == block_count(size) or any(seal)
 
 
 def _punch(map_fd: int, data_fd: int, block: StoredBlock) -> int:

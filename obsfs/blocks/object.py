@@ -266,6 +266,11 @@ class CachedObject:
         return False
 
     @property
+    def is_in_cache(self) -> bool:
+        """Whether the file is still at its name: one that was complete may be evicted while it is open."""
+        return os.fstat(self._map_fd).st_nlink > 0
+
+    @property
     def lock_fd(self) -> int:
         """The descriptor that says that this object is open; a duplicate says so when this process has died."""
         return self._map_fd

@@ -286,8 +286,10 @@ class Engine:
 
     def _close_idle(self) -> None:
         excess = len(self._readers) - _IDLE_READERS
-        for version, reader in list(self._readers.items()) if excess > 0 else ():
-            if excess > 0 and not reader.users and not reader.is_fetching:
+        for version, reader in list(self._readers.items()):
+            # What was evicted as a whole takes its room for as long as somebody has it open.
+            is_wanted = excess <= 0 and reader.cached.is_in_cache
+            if not is_wanted and not reader.users and not reader.is_fetching:
                 del self._readers[version]
                 reader.cached.close()
                 excess -= 1

@@ -241,7 +241,7 @@ def test_power_may_fail_at_any_write(tmp_path: Path, data: st.DataObject) -> Non
     states = [[path.read_bytes() for path in paths]]
     for _ in range(data.draw(st.integers(1, 6))):
         block = data.draw(st.integers(0, 2))
-        if cached.is_present(block) and data.draw(st.booleans()):
+        if cached.is_present(block) and not cached.is_full() and data.draw(st.booleans()):
             _evict(home, block)
         elif not cached.is_present(block):
             put(cached, block)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import mmap
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -77,6 +79,38 @@ def test_a_direct_reader_of_a_mount_that_died_reads_no_holes(complete: Path, mou
     # What is left of the mount is the last to hold it.
     subprocess.run(["umount", "-l", complete.parent], check=True, timeout=10)
     wait_for(lambda: cache.evict(4 * MIB) or cache.used_bytes <= 4 * MIB)
+    cache.close()
+
+
+_MAPS = """
+import ctypes, hashlib, os, sys
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+size, fd = os.path.getsize(sys.argv[1]), os.open(sys.argv[1], os.O_RDONLY)
+start = libc.mmap(None, ctypes.c_size_t(size), 1, 1, fd, ctypes.c_long(0))
+os.close(fd)
+print("closed", flush=True)
+sys.stdin.readline()
+print(hashlib.sha256((ctypes.c_char * size).from_address(start)).hexdigest())
+"""
+
+
+def test_a_map_whose_file_was_closed_reads_no_holes(complete: Path) -> None:
+    """The map is of the cache's file itself then, and nobody can tell that it is there."""
+    cache = Cache(Path(status(complete.parent)["cache_dir"]), 64 * MIB)
+    with subprocess.Popen(
+        [sys.executable, "-c", _MAPS, complete], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stdout.readline() == "closed\n"
+        wait_for(lambda: not status(complete.parent)["open_files"])
+        cache.evict(4 * MIB)
+        assert cache.used_bytes <= 4 * MIB
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline().strip() == hashlib.sha256(random_bytes(9 * MIB + 1)).hexdigest()
+    assert complete.read_bytes() == random_bytes(9 * MIB + 1)
     cache.close()
 
 
