@@ -213,7 +213,8 @@ def evict_blocks(path: Path, victims: list[StoredBlock]) -> int:
     try:
         if is_linked(path):
             return 0
-        data_fd = os.open(path.with_suffix(".data"), os.O_RDWR | os.O_CLOEXEC)
+        # Made anew if somebody has removed it: the map must not stay for that.
+        data_fd = os.open(path.with_suffix(".data"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             # From here on nobody hands the file to the kernel, who has not done so before.
             is_free = lock_range(data_fd, LOCK_WHOLE, 1, fcntl.F_WRLCK)

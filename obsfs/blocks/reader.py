@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -25,6 +26,7 @@ from obsfs.settings import Settings
 log = logging.getLogger(__name__)
 
 _IDLE_READERS = 64
+_LOOK_SECONDS = 1.0
 _LOADS = 256
 _STRAINED_WINDOW = 16
 _WARM_STEP = 64
@@ -225,6 +227,7 @@ class Engine:
         self.blocks_hit = 0
         self.blocks_missed = 0
         self._readers: OrderedDict[ObjectVersion, Reader] = OrderedDict()
+        self._next_look = 0.0
         self._loads: dict[tuple[str, str], _Load] = {}
         self._guard = threading.Lock()
         self.fetcher.later(lambda: self.cache.evict(self.cache.limit))
@@ -286,10 +289,14 @@ class Engine:
 
     def _close_idle(self) -> None:
         excess = len(self._readers) - _IDLE_READERS
-        for version, reader in list(self._readers.items()):
-            # What was evicted as a whole takes its room for as long as somebody has it open.
-            is_wanted = excess <= 0 and reader.cached.is_in_cache
-            if not is_wanted and not reader.users and not reader.is_fetching:
+        # What was evicted as a whole takes its room for as long as somebody has it open.
+        is_due = time.monotonic() >= self._next_look
+        if is_due:
+            self._next_look = time.monotonic() + _LOOK_SECONDS
+        for version, reader in list(self._readers.items()) if excess > 0 or is_due else ():
+            if reader.users or reader.is_fetching:
+                continue
+            if excess > 0 or (is_due and not reader.cached.is_in_cache):
                 del self._readers[version]
                 reader.cached.close()
                 excess -= 1

@@ -136,6 +136,17 @@ def test_a_file_in_passthrough_is_not_punched(tmp_path: Path) -> None:
     held.release_whole()
 
 
+def test_a_map_whose_data_somebody_removed_is_evicted(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "c", GIB)
+    cached = cache.open(version(4 * BLOCK))
+    put(cached, 1)
+    cached.close()
+    (path,) = (tmp_path / "c").rglob("*.data")
+    path.unlink()
+    cache.evict(0)
+    assert not [*(tmp_path / "c").rglob("*.map"), *(tmp_path / "c").rglob("*.data")]
+
+
 def test_two_processes_do_not_fetch_the_same_block(tmp_path: Path) -> None:
     one = Cache(tmp_path / "c", GIB).open(version(4 * BLOCK))
     other = Cache(tmp_path / "c", GIB).open(version(4 * BLOCK))
