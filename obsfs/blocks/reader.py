@@ -275,12 +275,13 @@ class Engine:
 
     def _hold(self, version: ObjectVersion) -> Reader:
         """One more user of a reader. The caller holds the guard."""
+        # First: what is asked for may itself be idle, and its file evicted.
+        self._close_idle()
         reader = self._readers.get(version)
         if reader is None:
             reader = self._readers[version] = Reader(self, self.cache.open(version))
         self._readers.move_to_end(version)
         reader.users += 1
-        self._close_idle()
         return reader
 
     def _let_go(self, reader: Reader) -> None:

@@ -6,6 +6,8 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -54,8 +56,14 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
 
 
-def descriptors(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
+def descriptors(pid: int, cache: Path) -> Counter[str]:
+    """How many a process has to files of a cache directory, to pipes, and to anything else."""
+    found: Counter[str] = Counter()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            name = str(entry.readlink())
+            found["cache" if name.startswith(str(cache)) else "pipe" if name.startswith("pipe:") else "other"] += 1
+    return found
 
 
 @pytest.mark.slow
@@ -113,7 +121,8 @@ def test_memory_and_descriptors_stay_bounded(bucket: Store, mount: Mounter, tmp_
         (local / key).parent.mkdir(parents=True, exist_ok=True)
         (local / key).write_bytes(data := random_bytes(n * 70_001, n))
         bucket.put(key, data)
-    path = mount(bucket, metadata_ttl="1s", cache_size="32MiB", max_entries=1000)
+    cache = tmp_path / "cache"
+    path = mount(bucket, metadata_ttl="1s", cache_size="32MiB", max_entries=1000, cache_dir=cache)
 
     def work(count: int, seed: int) -> None:
         command = [sys.executable, "-c", _WORKER, path, local, str(count // 4)]
@@ -122,12 +131,16 @@ def test_memory_and_descriptors_stay_bounded(bucket: Store, mount: Mounter, tmp_
 
     work(_OPERATIONS // 4, seed=0)
     shown = status(path)
-    memory, files = shown["memory_bytes"], descriptors(shown["pid"])
+    memory, before = shown["memory_bytes"], descriptors(shown["pid"], cache)
     work(_OPERATIONS * 3 // 4, seed=4)
     after = status(path)
-    grown = after["memory_bytes"] - memory
-    print(f"{_OPERATIONS} operations: {grown} bytes of memory more, {descriptors(shown['pid']) - files} descriptors")
+    grown, open_now = after["memory_bytes"] - memory, descriptors(shown["pid"], cache)
+    print(f"{_OPERATIONS} operations: {grown} bytes of memory more, descriptors {before} before and {open_now} after")
     assert (after["pid"], after["errors"], after["corrupt_blocks"]) == (shown["pid"], 0, 0)
     assert grown < 32 * MIB
-    assert descriptors(shown["pid"]) <= files + 4
+    # The data file, the map file and the witness of each object, and the directory's lock.
+    assert open_now["cache"] <= 3 * 40 + 1
+    # Every thread that answers has a pipe for splice, and there are two to the supervisor and the writer.
+    assert open_now["pipe"] <= 2 * len(os.listdir(f"/proc/{shown['pid']}/task")) + 4
+    assert open_now["other"] <= before["other"] + 4
     assert status(path)["open_files"] == 0
