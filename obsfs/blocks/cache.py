@@ -20,7 +20,6 @@ from obsfs.blocks.layout import (
     FORMAT,
     HEADER,
     LOCK_OPEN,
-    LOCK_WHOLE,
     CacheEntry,
     DirectoryLock,
     StoredBlock,
@@ -125,17 +124,12 @@ class Cache:
                 raise
             try:
                 if not os.fstat(map_fd).st_size:
-                    is_free = lock_range(data_fd, LOCK_WHOLE, 1, fcntl.F_WRLCK)
-                    if os.fstat(data_fd).st_nlink > 1 or not is_free:
-                        # What was known of it is lost, and by its other name it is somebody's; or the kernel reads it.
+                    if os.fstat(data_fd).st_size:
+                        # What was known of it is lost, and somebody may read it: by another name, or a map of it.
                         unlink(map_path)
                         return data_fd, map_fd
-                    # Every page is allocated now: a full disk must not surface as SIGBUS when the map is written.
-                    if os.fstat(data_fd).st_size:
-                        # ext4 takes what is cut to nothing for a file being rewritten, and writes it out on close.
-                        os.ftruncate(data_fd, 0)
                     os.ftruncate(data_fd, size)
-                    lock_range(data_fd, LOCK_WHOLE, 1, fcntl.F_UNLCK)
+                    # Every page is allocated now: a full disk must not surface as SIGBUS when the map is written.
                     os.posix_fallocate(map_fd, 0, map_size)
                     os.pwrite(map_fd, header(b"", size, identity), 0)
                 head = os.pread(map_fd, HEADER, 0)

@@ -16,10 +16,10 @@ Five rules keep it right without a journal:
   block is fetched twice or punched out while it arrives, whichever processes are at it; a lock ends with its owner.
 * A complete data file may have a second name outside (a hard link, :meth:`~obsfs.blocks.object.CachedObject.link`).
   Whoever reads it by that name is not disturbed: no block of it is evicted, and it is never truncated.
-* A file that the kernel may read by itself (passthrough) is only evicted whole, which leaves its readers undisturbed:
-  one that was complete, as long as it is there, since who has mapped it may have closed it, and nobody can tell. While
-  it is handed over it is locked, on the open data file that the kernel is given: that lock ends when the kernel has
-  done with it, however its server ended.
+* A file that the kernel was given, to read it by itself (passthrough), is only evicted whole, which leaves its readers
+  undisturbed, for as long as it is there: who has mapped it may have closed it, and nobody can tell. Its map file says
+  so. While it is handed over it is locked, on the open data file that the kernel is given: that lock ends when the
+  kernel has done with it, however its server ended.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ _MAGIC = b"OBSFSMAP"
 _HEAD = struct.Struct("<8sQQ4QQ")
 SEAL = struct.Struct("<4Q")
 SEAL_AT = 24
+GIVEN_AT = HEADER - 1
+"""Where in the header the byte is that is not 0 once the kernel was given the data file."""
 STATE_AT = 16
 """Where in an entry its state word is."""
 
@@ -142,12 +144,13 @@ class StoredBlock(NamedTuple):
 
 
 def header(old: bytes, size: int, identity: bytes) -> bytes:
-    """The first page of a map file, with the seal of `old`. Raises OSError when the identity does not fit."""
-    seal = old[SEAL_AT : SEAL_AT + SEAL.size] if len(old) == HEADER else bytes(SEAL.size)
+    """The first page of a map file, with what `old` says of the data file. Raises OSError: the identity is too long."""
+    old = old.ljust(HEADER, b"\0")
+    seal = old[SEAL_AT : SEAL_AT + SEAL.size]
     head = struct.pack("<8sQQ", _MAGIC, BLOCK, size) + seal + struct.pack("<Q", len(identity)) + identity
-    if len(head) > HEADER:
+    if len(head) > GIVEN_AT:
         raise OSError(errno.ENAMETOOLONG, "object identity too long")
-    return head.ljust(HEADER, b"\0")
+    return head.ljust(GIVEN_AT, b"\0") + old[GIVEN_AT:]
 
 
 class DirectoryLock:
@@ -202,7 +205,7 @@ def read_blocks(path: Path) -> Iterator[StoredBlock]:
 
 
 def evict_blocks(path: Path, victims: list[StoredBlock]) -> int:
-    """Evict blocks of one map file; the file itself when it was complete, or nothing is left and nobody has it open.
+    """Evict blocks of one map file; the file itself when the kernel has had it, or nothing is left and nobody has it.
 
     Returns the bytes freed.
     """
@@ -218,10 +221,10 @@ def evict_blocks(path: Path, victims: list[StoredBlock]) -> int:
         try:
             # From here on nobody hands the file to the kernel, who has not done so before.
             is_free = lock_range(data_fd, LOCK_WHOLE, 1, fcntl.F_WRLCK)
+            only_whole = any(os.pread(map_fd, 1, GIVEN_AT))
             present = list(read_blocks(path))
-            only_whole = _was_complete(map_fd, len(present))
             is_alone = len(present) == len(victims) and lock_range(map_fd, LOCK_OPEN, 1, fcntl.F_WRLCK)
-            # Who has a complete file open reads on in it, and writes nothing more that matters.
+            # Who has it open reads on in it, and what he writes to it goes with it.
             if is_alone or (only_whole and is_free):
                 unlink(path)
                 return sum(block.size for block in present)
@@ -232,12 +235,6 @@ def evict_blocks(path: Path, victims: list[StoredBlock]) -> int:
         return 0
     finally:
         os.close(map_fd)
-
-
-def _was_complete(map_fd: int, present: int) -> bool:
-    """Whether the kernel may have been given the file: with `present` blocks it is complete, or a seal says it was."""
-    _, _, size, *seal, _ = _HEAD.unpack(os.pread(map_fd, _HEAD.size, 0))
-    return present == block_count(size) or any(seal)
 
 
 def _punch(map_fd: int, data_fd: int, block: StoredBlock) -> int:

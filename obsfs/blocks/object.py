@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from obsfs.blocks.layout import (
     BLOCK,
     ENTRY,
+    GIVEN_AT,
     HEADER,
     LOCK_OPEN,
     LOCK_WHOLE,
@@ -260,6 +261,7 @@ class CachedObject:
                 return False
             self._whole_users += 1
         if self.is_full() if again else self.is_complete():
+            self._map[GIVEN_AT] = 1
             self.touch(range(self.blocks))
             return True
         self.release_whole()
@@ -267,7 +269,7 @@ class CachedObject:
 
     @property
     def is_in_cache(self) -> bool:
-        """Whether the file is still at its name: one that was complete may be evicted while it is open."""
+        """Whether the file is still at its name: it may be evicted while it is open, as a whole."""
         return os.fstat(self._map_fd).st_nlink > 0
 
     @property
