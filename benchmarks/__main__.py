@@ -47,6 +47,8 @@ def main() -> int:
         "--output", type=Path, default=Path("benchmarks/results/latest.json"), help="with a plot beside it (.svg)"
     )
     arguments = parser.parse_args()
+    if arguments.directory and not arguments.directory.is_dir():
+        parser.error(f"there is no directory {arguments.directory}: make it, on the disk to be measured")
     report: dict[str, Any] = {"targets": [], "figures": []}
     with ExitStack() as stack:
         home = Path(tempfile.mkdtemp(prefix="obsfs-bench-", dir=arguments.directory))
