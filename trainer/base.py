@@ -16,8 +16,8 @@ import obsfs
 from obsfs.errors import UsageError, first_line
 
 _CHUNK = 8 << 20
-_PROBE = "The quick brown fox"
-_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+PROBE = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
+"""What a tokenizer and a model are tried with."""
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
@@ -170,7 +170,7 @@ def load_tokenizer(path: Path, **options: Any) -> Any:
         raise UsageError(
             f"the tokenizer of {path} cannot be loaded ({reason})", "the model needs its tokenizer files"
         ) from None
-    if not tokenizer.encode(_PROBE, add_special_tokens=False):
+    if not tokenizer.encode(PROBE, add_special_tokens=False):
         raise UsageError(f"{path} has no tokenizer", "the model needs its tokenizer files")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -179,7 +179,7 @@ def load_tokenizer(path: Path, **options: Any) -> Any:
 
 def check_tokenizer(tokenizer: Any, base: Base, facts: Facts) -> None:
     """See that a model has a row for each token that it will be given. Raises UsageError."""
-    tokens = [*tokenizer.encode(_PROBE), tokenizer.pad_token_id, tokenizer.eos_token_id]
+    tokens = [*tokenizer.encode(PROBE), tokenizer.pad_token_id, tokenizer.eos_token_id]
     largest = max(token for token in tokens if token is not None)
     if facts.vocabulary and largest >= facts.vocabulary:
         raise UsageError(

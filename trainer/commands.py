@@ -27,15 +27,15 @@ class _Verb(click.Command):
     """One that needs what the extra ``train`` installs."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        missing = "" if find_spec("trl") else "trl"
         try:
-            if not missing:
-                return super().invoke(ctx)
+            if find_spec("trl") is None:
+                raise ModuleNotFoundError(name="trl")
+            return super().invoke(ctx)
         except ImportError as error:
             if str(error.name).partition(".")[0] in ("obsfs", "trainer"):
                 raise
             missing = error.name or first_line(error)
-        raise UsageError(f"obsfs {self.name} needs {missing}", "pip install 'obsfs-mount[train]'")
+            raise UsageError(f"obsfs {self.name} needs {missing}", "pip install 'obsfs-mount[train]'") from None
 
 
 _TRAIN = """\b

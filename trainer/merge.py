@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 import obsfs
 from obsfs.errors import UsageError, first_line
-from trainer.base import Base, load_tokenizer, memory_available, open_base
+from trainer.base import PROBE, Base, load_tokenizer, memory_available, open_base
 from trainer.data import load
 from trainer.place import place_of
 
 ADAPTER = "adapter_config.json"
-_PROBE = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
 _SHARD = "4GB"
 _SAMPLES = 128
 _SAMPLE_TOKENS = 2048
@@ -163,7 +162,7 @@ def _merge(adapter: Path, base: Path, directory: Path, dequantize: bool) -> tupl
     except (ValueError, RuntimeError) as error:
         reason = first_line(error)
         raise UsageError(f"{adapter} does not fit {base}", reason) from None
-    probe = tokenizer(_PROBE, return_tensors="pt")["input_ids"].to(model.device)
+    probe = tokenizer(PROBE, return_tensors="pt")["input_ids"].to(model.device)
     with torch.no_grad():
         expected = tuned.eval()(probe).logits.float()
         merged = tuned.merge_and_unload()

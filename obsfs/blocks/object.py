@@ -224,7 +224,7 @@ class CachedObject:
         From then on it is kept, and no longer counted. Raises OSError when the name cannot be given.
         """
         with self._cache.exclusive:
-            if not self.is_complete() or not is_at(self._map_fd, self._path):
+            if not self.is_complete() or not self.is_in_cache:
                 return False
             was_sealed = self._is_sealed()
             os.link(self._path.with_suffix(".data"), path)
@@ -270,7 +270,7 @@ class CachedObject:
     @property
     def is_in_cache(self) -> bool:
         """Whether the file is still at its name: it may be evicted while it is open, as a whole."""
-        return os.fstat(self._map_fd).st_nlink > 0
+        return is_at(self._map_fd, self._path)
 
     @property
     def lock_fd(self) -> int:
@@ -298,7 +298,7 @@ class CachedObject:
         if is_alone and not any(map(self.is_present, range(self.blocks))):
             # Litter on a disk that takes no changes is no reason to fail, and files that took our place are not ours.
             with suppress(OSError), self._cache.exclusive:
-                if is_at(self._map_fd, self._path):
+                if self.is_in_cache:
                     unlink(self._path)
         self._words.release()
         self._map.close()
