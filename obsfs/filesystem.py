@@ -10,10 +10,12 @@ import asyncio
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fsspec.asyn import get_loop
 from fsspec.callbacks import DEFAULT_CALLBACK
 from fsspec.spec import AbstractBufferedFile
 from s3fs import S3FileSystem
@@ -162,7 +164,7 @@ class OBSFile(AbstractBufferedFile):
         engine = fs.engine
         with _as_oserror():
             self._reader = engine.open(version)
-        self._release = lambda: engine.release(self._reader)
+        self._release = partial(engine.release, self._reader)
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         with _as_oserror():
@@ -174,3 +176,10 @@ class OBSFile(AbstractBufferedFile):
         if self._release is not None:
             self._release()
             self._release = None
+
+    def __del__(self) -> None:
+        # Garbage is collected in any thread, at any point: also in one that holds a lock which giving back takes.
+        release, self._release = self._release, None
+        if release is not None:
+            with suppress(RuntimeError):  # Python is about to end
+                get_loop().call_soon_threadsafe(release)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ import pyarrow.parquet
 import pytest
 
 import obsfs
-from tests.conftest import MIB, Mounter, Store, random_bytes, status
+from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for
 from tests.faulty import FaultyLink
 
 
@@ -73,6 +74,20 @@ def test_one_cache_with_the_mount(bucket: Store, mount: Mounter, tmp_path: Path)
     assert filesystem.cat_file(f"{bucket.name}/file.bin") == data
     assert filesystem.engine.fetcher.stats.bytes_fetched == 0
     assert status(path)["bytes_fetched"] == len(data)
+
+
+def test_a_file_that_nobody_closed_is_given_back_without_waiting(bucket: Store) -> None:
+    """Garbage is collected in any thread, also in one that holds the engine's lock."""
+    bucket.put("file.bin", random_bytes(MIB))
+    filesystem = fsspec.filesystem("obs")
+    file = filesystem.open(f"{bucket.name}/file.bin")
+    assert file.read(10)
+    reader = file._reader
+    with filesystem.engine._guard:
+        del file
+        gc.collect()
+        assert reader.users == 1
+    wait_for(lambda: not reader.users)
 
 
 def test_a_replaced_object_is_never_mixed(bucket: Store) -> None:
