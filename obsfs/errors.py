@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import errno
 
+from obsfs.text import visible
+
+_MAX_LINE = 4000
+"""Characters of an error's line."""
+
 
 class ObsfsError(Exception):
     """Base of all errors raised on purpose; ``errno`` is what a system call on the mount returns."""
@@ -21,7 +26,7 @@ class ObsfsError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.message}: {self.remedy}" if self.remedy else self.message
-        return " ".join(text.split())
+        return visible(" ".join(text.split()), _MAX_LINE)
 
 
 class UsageError(ObsfsError):
