@@ -85,6 +85,10 @@ class CacheError(ObsfsError):
     errno = errno.EIO
 
 
+class SettingWarning(UserWarning):
+    """A key of the config file, or a variable, that is not a setting of obsfs and so has no effect."""
+
+
 def first_line(error: BaseException) -> str:
     """What another library's exception says, cut to the line that an error of ours may quote."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -7,10 +7,12 @@ these that is set wins, in that order. Secrets are no settings: see :mod:`obsfs.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import Decimal
 from functools import cache
@@ -20,13 +22,19 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 import msgspec
 from msgspec import Meta
 
-from obsfs.errors import UsageError
+from obsfs.errors import SettingWarning, UsageError
+from obsfs.text import visible
 
 MIB = 1 << 20
 UMASK = 0o022
 
 _TIMES = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _PREFIXES = "kmgtp"
+_PREFIX = "OBSFS_"
+_OTHER_VARIABLES = ("CONFIG", "DEBUG", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "SUPERVISOR_FD")
+"""Variables of ours that are not settings."""
+_ALIKE = 0.75
+"""How alike (difflib's ratio) two names after ``OBSFS_`` must be for one to be a typo of the other."""
 _SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -223,11 +231,22 @@ class Settings:
     def load(cls, **given: Any) -> Settings:
         """Settings from `given` (None means not given), the environment, the config file and the defaults.
 
-        Raises UsageError, naming the setting, for an unknown name or a value that does not fit.
+        Warns (SettingWarning) of a key in the file that is not a setting, and of a variable that looks like a typo.
+        Raises UsageError, naming the setting and where it stands, for an unknown name or a value that does not fit.
         """
-        variables = {name: os.environ.get(f"OBSFS_{name.upper()}") for name in knobs()}
-        values = {**_read_config(), **{name: text for name, text in variables.items() if text}}
-        return cls.parse({**values, **{name: value for name, value in given.items() if value is not None}})
+        known = knobs()
+        values = {**_read_config(), **_read_variables()}
+        values |= {
+            name: (f"{known[name].flag} " if name in known else "", value)
+            for name, value in given.items()
+            if value is not None
+        }
+        for name in values:
+            if name not in known:
+                raise UsageError(
+                    f"unknown setting {name!r}", did_you_mean(name, known) or f"known are {', '.join(known)}"
+                )
+        return cls(**{name: known[name].convert(value, place) for name, (place, value) in values.items()})
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Settings:
@@ -269,13 +288,16 @@ class Knob:
         """What stands for its value in ``--help``."""
         return self._kind.metavar or self.name.rsplit("_", 1)[-1].upper()
 
-    def convert(self, value: object) -> Any:
-        """A value, of text or another type. Raises UsageError for one that does not fit."""
+    def convert(self, value: object, place: str = "") -> Any:
+        """A value, of text or another type.
+
+        Raises UsageError if it does not fit; it begins with `place`, what stands before the value where it was found.
+        """
         try:
             return msgspec.convert(self._kind.read(value), self.hint, strict=False)
         except (ValueError, msgspec.ValidationError) as error:
             reason = f"choose from {', '.join(self.choices)}" if self.choices else str(error).replace("`", "")
-            raise UsageError(f"{self.flag} {value}", reason) from None
+            raise UsageError(f"{place or self.flag + ' '}{value}", reason) from None
 
     @property
     def _kind(self) -> _Kind:
@@ -294,12 +316,53 @@ def knobs() -> dict[str, Knob]:
     }
 
 
-def _read_config() -> dict[str, Any]:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``did you mean 'NAME'?`` for the known name that is most like `name`; empty if none is."""
+    # In a file or variable, a hyphen is often written for an underscore.
+    close = difflib.get_close_matches(name.replace("-", "_"), list(known), 1) or difflib.get_close_matches(
+        name, known, 1
+    )
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def _warn(message: str, remedy: str) -> None:
+    warnings.warn(visible(f"{message}: {remedy}"), SettingWarning, stacklevel=4)
+
+
+def _read_variables() -> dict[str, tuple[str, Any]]:
+    """Settings in the environment, each with what stands before its value."""
+    names = {name.upper(): name for name in knobs()}
+    known = [*names, *_OTHER_VARIABLES]
+    found: dict[str, tuple[str, Any]] = {}
+    for variable, text in os.environ.items():
+        prefix, is_ours, name = variable.partition(_PREFIX)
+        if prefix or not is_ours or not text or name in _OTHER_VARIABLES:
+            continue
+        if name in names:
+            found[names[name]] = (f"{variable}=", text)
+        elif close := difflib.get_close_matches(name.upper(), known, 1, _ALIKE):
+            _warn(f"the variable {variable} is not used", f"did you mean {_PREFIX}{close[0]}?")
+    return found
+
+
+def _read_config() -> dict[str, tuple[str, Any]]:
+    """Settings in the config file, each with the place it stands in."""
+    path = config_path()
     try:
-        return tomllib.loads(config_path().read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{config_path()} is not valid TOML", str(error)) from None
+        raise UsageError(f"{path} is not valid TOML", str(error)) from None
     except OSError as error:
-        raise UsageError(f"cannot read {config_path()}", error.strerror or str(error)) from None
+        raise UsageError(f"cannot read {path}", error.strerror or str(error)) from None
+    found: dict[str, tuple[str, Any]] = {}
+    for key, value in document.items():
+        if key in knobs():
+            found[key] = (f"{path}: {key} = ", value)
+        else:
+            _warn(
+                f"{path}: {key!r} is not a setting and is not used",
+                did_you_mean(key, knobs()) or "see `obsfs mount --help`",
+            )
+    return found

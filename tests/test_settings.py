@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from obsfs.errors import ObsfsError, UsageError
+from obsfs.errors import ObsfsError, SettingWarning, UsageError
 from obsfs.settings import Settings, config_path, parse_seconds, parse_size
 
 
@@ -83,3 +83,64 @@ def test_switches(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_errors_are_one_line() -> None:
     assert str(ObsfsError("it broke", "mend\n  it")) == "it broke: mend it"
     assert str(ObsfsError("it broke")) == "it broke"
+
+
+def _write_config(text: str) -> None:
+    config_path().parent.mkdir(parents=True)
+    config_path().write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('cache_sise = "1GiB"', "'cache_sise' is not a setting and is not used: did you mean 'cache_size'?"),
+        ('cache-size = "1GiB"', "'cache-size' is not a setting and is not used: did you mean 'cache_size'?"),
+        ('"a\\u001bb" = 1', r"'a\x1bb' is not a setting and is not used: see `obsfs mount --help`"),
+        ("[mount.models]", "'mount' is not a setting and is not used"),
+    ],
+)
+def test_a_key_that_is_not_a_setting_is_told_with_its_file(line: str, said: str) -> None:
+    _write_config(f"connections = 3\n{line}\n")
+    with pytest.warns(SettingWarning) as told:
+        assert Settings.load().connections == 3
+    assert len(told) == 1
+    assert str(told[0].message).startswith(f"{config_path()}: {said}")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("OBSFS_CACHE_SIZ", "OBSFS_CACHE_SIZE"),
+        ("OBSFS_REGOIN", "OBSFS_REGION"),
+        ("OBSFS_SECRET_ACESS_KEY", "OBSFS_SECRET_ACCESS_KEY"),
+        ("OBSFS_Cache_Dir", "OBSFS_CACHE_DIR"),
+    ],
+)
+def test_a_variable_that_looks_like_a_typo_is_told_without_its_value(
+    name: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "TheValue")
+    with pytest.warns(SettingWarning) as told:
+        Settings.load()
+    assert [str(one.message) for one in told] == [f"the variable {name} is not used: did you mean {meant}?"]
+
+
+@pytest.mark.parametrize(
+    "name", ["OBSFS_SERVICE_HOST", "OBSFS_PORT_80_TCP", "OBSFS_TEST_KILLS", "OBSFS_", "OBSFS_HOME"]
+)
+@pytest.mark.filterwarnings("error")
+def test_other_variables_are_nobody_s_mistake(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "x")
+    Settings.load()
+
+
+def test_a_wrong_value_is_told_with_the_place_it_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    _write_config("connections = 0\n")
+    with pytest.raises(UsageError) as caught:
+        Settings.load()
+    assert str(caught.value).startswith(f"{config_path()}: connections = 0: ")
+    monkeypatch.setenv("OBSFS_CONNECTIONS", "many")
+    with pytest.raises(UsageError, match=r"^OBSFS_CONNECTIONS=many: "):
+        Settings.load()
+    with pytest.raises(UsageError, match=r"^--connections 999: "):
+        Settings.load(connections="999")

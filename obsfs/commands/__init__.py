@@ -6,12 +6,15 @@ import gc
 import os
 import sys
 import traceback
+import warnings
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from obsfs.errors import ObsfsError
+from obsfs.errors import ObsfsError, SettingWarning
+from obsfs.settings import did_you_mean
+from obsfs.text import visible
 from obsfs.version import __version__
 
 if TYPE_CHECKING:
@@ -44,8 +47,28 @@ def _further() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group="obsfs.commands")}
 
 
-class _Verbs(click.Group):
+class Group(click.Group):
+    """A group of verbs that names the nearest one when it does not have the verb it was given."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        verb = args[0]
+        known = self.list_commands(ctx)
+        if not verb.startswith("-") and verb not in known and self.get_command(ctx, verb) is None:
+            hint = did_you_mean(verb, known)
+            raise click.UsageError(f"No such command '{visible(verb)}'{hint and f': {hint}'}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+class _Verbs(Group):
     """Loads the module of a verb only when it is used, so that ``obsfs umount`` need not import an S3 client."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # mount(8) runs the program that /etc/fstab names as `obsfs SOURCE DIRECTORY -o OPTIONS`.
+        if args and "://" in args[0]:
+            args = ["mount", *args]
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*_VERBS, *sorted(_further())]
@@ -82,8 +105,17 @@ def obsfs() -> None:
     """A bucket of models as a directory: lazy, parallel, cached on the local SSD."""
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+    """A setting that has no effect is told in one line; what libraries warn of is no business of the user."""
+    if issubclass(category, SettingWarning):
+        click.echo(f"obsfs: warning: {message}", err=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Returns 0; 2 after a mistake of the user, told in one line; 130 after Ctrl-C."""
+    warnings.simplefilter("always", SettingWarning)
+    shown = warnings.showwarning
+    warnings.showwarning = _show_warning
     try:
         status = obsfs.main(arguments, prog_name="obsfs", standalone_mode=False)
         return status if isinstance(status, int) else 0
@@ -113,4 +145,5 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     finally:
+        warnings.showwarning = shown
         gc.freeze()  # to look for garbage once more before the process ends takes it a tenth of a second

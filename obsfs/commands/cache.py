@@ -12,6 +12,7 @@ import click
 
 from obsfs.blocks.cache import Cache
 from obsfs.blocks.layout import CacheEntry
+from obsfs.commands import Group
 from obsfs.commands.options import CACHE, age, settings_options
 from obsfs.commands.output import counted, human, make_console, progress, terminate_like_interrupt
 from obsfs.errors import UsageError
@@ -21,7 +22,9 @@ from obsfs.remote.address import parse_address
 from obsfs.settings import Settings
 
 
-@click.group(epilog="\b\nExamples:\n  obsfs cache info\n  obsfs cache verify\n  obsfs cache clean --older-than 7d\n")
+@click.group(
+    cls=Group, epilog="\b\nExamples:\n  obsfs cache info\n  obsfs cache verify\n  obsfs cache clean --older-than 7d\n"
+)
 def cache() -> None:
     """Look at the block cache, and clean it."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from obsfs.commands import Group
 from obsfs.commands.options import LIBRARY, settings_options
 from obsfs.commands.output import columns, count, human, spinner
 from obsfs.settings import Settings
@@ -19,11 +20,12 @@ Examples:
 """
 
 
-class _Models(click.Group):
+class _Models(Group):
     """``obsfs models LIBRARY`` means ``obsfs models list LIBRARY``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
+        first = args[0] if args else "-"
+        if "://" in first or (first.startswith("-") and first not in ctx.help_option_names):
             args = ["list", *args]
         return super().parse_args(ctx, args)
 

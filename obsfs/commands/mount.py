@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from obsfs.commands.options import settings_options
+from obsfs.commands.options import parse_mount_options, settings_options
 from obsfs.fuse import mounts
 from obsfs.settings import Settings
 
@@ -18,6 +18,7 @@ Examples:
   obsfs mount obs://models/Qwen /mnt/qwen --endpoint-url https://minio.example:9000
   obsfs mount s3://models /mnt/models --cache-dir /ssd/obsfs --cache-size 500GiB
   obsfs mount obs://public /mnt/public --no-sign-request --foreground
+  obsfs mount obs://models /mnt/models -o region=cn-south-1,cache_dir=/ssd,allow_other
 
 \b
 Keys come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, HUAWEICLOUD_SDK_AK and _SK, OBSFS_ACCESS_KEY_ID and
@@ -30,13 +31,21 @@ OBSFS_SECRET_ACCESS_KEY, a profile, or an instance's role. Every flag can be set
 @click.argument("source", metavar="obs://BUCKET[/PREFIX]")
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("--foreground", "-f", is_flag=True, help="Stay, and log to the terminal; Ctrl-C unmounts.")
+@click.option(
+    "-o",
+    "mount_options",
+    metavar="OPTION[,OPTION...]",
+    multiple=True,
+    help="Settings as mount(8) and /etc/fstab give them: cache_size=500GiB,allow_other. A flag goes before.",
+)
 @settings_options()
-def mount(source: str, mountpoint: Path, foreground: bool, **given: Any) -> None:
+def mount(source: str, mountpoint: Path, foreground: bool, mount_options: tuple[str, ...], **given: Any) -> None:
     """Mount a bucket, or what is under a prefix of it, on an empty directory. Read-only.
 
     Returns when the directory answers.
     """
-    settings = Settings.load(**given)
+    in_options = parse_mount_options(",".join(mount_options))
+    settings = Settings.load(**{**in_options, **{name: value for name, value in given.items() if value is not None}})
     path = mounts.resolve(mountpoint)
     if foreground:
         _serve_here(source, path, settings)

@@ -9,7 +9,7 @@ import click
 
 from obsfs.commands.output import human
 from obsfs.errors import UsageError
-from obsfs.settings import Knob, knobs, parse_seconds, parse_size
+from obsfs.settings import Knob, did_you_mean, knobs, parse_seconds, parse_size
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 
@@ -18,6 +18,12 @@ BUCKET = ("endpoint_url", "region", "profile", "no_sign_request", "insecure_tls"
 PUBLISH = (*BUCKET, "library", "connections")
 LIBRARY = (*PUBLISH, *CACHE, "cache_size")
 _SEVERAL = ("endpoint_url",)
+_MOUNT_OPTIONS = frozenset(
+    {"defaults", "ro", "rw", "dev", "nodev", "suid", "nosuid", "exec", "async", "auto", "noauto", "user", "nouser"}
+    | {"users", "nofail", "_netdev", "atime", "noatime", "relatime", "norelatime", "nodiratime", "diratime"}
+)
+"""Options of mount(8) that every mount may be given and that change nothing here: a mount of ours is always read-only,
+and opens no devices and honours no setuid bits, whatever it is told."""
 
 
 def settings_options(*names: str) -> Callable[[_Decorated], _Decorated]:
@@ -73,3 +79,39 @@ def byte_size(flag: str, value: str) -> int:
         return parse_size(value)
     except ValueError as error:
         raise UsageError(f"{flag} {value}", str(error)) from None
+
+
+def parse_mount_options(text: str) -> dict[str, Any]:
+    """Return the settings in the options of mount(8): ``NAME=VALUE``, or ``NAME`` for a switch that is turned on.
+
+    Options that concern mount(8) alone, such as ``_netdev``, are accepted; a name may be written with hyphens. A
+    setting given more than once that takes several values has them all.
+
+    Args:
+        text: Options separated by commas, as in the fourth column of ``/etc/fstab``.
+
+    Raises:
+        UsageError: An option is neither a setting nor one of mount(8).
+    """
+    found: dict[str, Any] = {}
+    for option in filter(None, (part.strip() for part in text.split(","))):
+        written, is_given, value = option.partition("=")
+        name = written.replace("-", "_")
+        if written in _MOUNT_OPTIONS or written.startswith(("x-", "X-")):
+            continue
+        knob = knobs().get(name)
+        is_off = knob is None and name.startswith("no_") and not is_given
+        if is_off:
+            knob = knobs().get(name[3:])
+        if knob is None:
+            hint = did_you_mean(name, [*knobs(), *_MOUNT_OPTIONS]) or "see `obsfs mount --help`"
+            raise UsageError(f"-o {written}: there is no such option", hint)
+        if is_off or not is_given:
+            if knob.type is not bool:
+                raise UsageError(f"-o {written} needs a value", f"write {written}={knob.metavar}")
+            found[knob.name] = not is_off
+        elif knob.name in _SEVERAL:
+            found[knob.name] = [*found.get(knob.name, []), value]
+        else:
+            found[knob.name] = value
+    return found
