@@ -31,7 +31,8 @@ def test_a_new_environment_gets_the_command(tmp_path: Path) -> None:
     for verb in (["train", "run.yaml"], ["train", "--guide"], ["merge", "a", "b"], ["chat", "a"], ["serve", "a"]):
         done = subprocess.run([python.with_name("obsfs"), *verb], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done
-        assert "obsfs-mount[train]" in done.stderr, done
+        assert "pip install " in done.stderr, done
+        assert "trl>=" in done.stderr, done  # the packages by name: obsfs itself is not on an index
     loaded = "import sys, obsfs, fsspec; fsspec.get_filesystem_class('obs'); print(sys.prefix)"
     found = subprocess.run([python, "-c", loaded], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert found.strip() == str(tmp_path / "venv") != sys.prefix

@@ -15,6 +15,7 @@ import click
 from obsfs.commands.options import BUCKET, CACHE, settings_options
 from obsfs.commands.output import columns, count, human, spinner, terminate_like_interrupt
 from obsfs.errors import UsageError, first_line
+from obsfs.extras import remedy
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
@@ -35,7 +36,7 @@ class _Verb(click.Command):
             if str(error.name).partition(".")[0] in ("obsfs", "trainer"):
                 raise
             missing = error.name or first_line(error)
-            raise UsageError(f"obsfs {self.name} needs {missing}", "pip install 'obsfs-mount[train]'") from None
+            raise UsageError(f"obsfs {self.name} needs {missing}", remedy("train")) from None
 
 
 _TRAIN = """\b

@@ -11,13 +11,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import yaml
 
 from obsfs import ObsfsError, Settings
 from obsfs.commands.options import BUCKET, CACHE
 from obsfs.errors import UsageError, first_line
+from obsfs.text import visible
+from trainer import keys, needs
+from trainer.foreign import refuse_foreign
 
 
 class Task(NamedTuple):
@@ -72,6 +75,11 @@ _ALIASES = {
 """TRL's names for what has a name here, or in PEFT, or in transformers."""
 _SETTINGS = (*BUCKET, *CACHE, "library", "connections", "cache_size", "retry_timeout")
 """Of obsfs: how a bucket is reached, and where blocks are kept."""
+_CHOICES = {
+    "dtype": Literal["float32", "bfloat16", "float16", "auto"] | None,
+    "bnb_4bit_quant_type": Literal["nf4", "fp4"],
+}
+"""Text that the libraries take as it is, and stumble over later."""
 _NOT_FOR_USERS = {"base_model_name_or_path", "auto_mapping", "peft_type", "inference_mode", "peft_version", "kwargs"}
 
 
@@ -132,9 +140,8 @@ class TrainConfig:
         }
         own = _fields(TrainConfig) - {"options"} | set(_SETTINGS) | set(_ALIASES)
         everything = set().union(own, *known.values())
-        for name in options:
-            if name not in everything:
-                raise _unknown(name, everything)
+        if unknown := [name for name in options if name not in everything]:
+            raise _unknown(unknown, everything)
         chosen = {kind: {k: v for k, v in options.items() if k in names} for kind, names in known.items()}
         arguments = _arguments(config, {**self._defaults(), **chosen[config], "output_dir": str(output_dir)})
         if self.method == "full":
@@ -190,18 +197,56 @@ def load_config(
     else:
         given = dict(source or {})
     nested = given.pop("options", None) or {}
-    merged: dict[str, Any] = {}
-    for name, value in [*given.items(), *nested.items(), *(overrides or {}).items()]:
-        merged[_ALIASES.get(str(name), str(name))] = value
-    own = {name: merged.pop(name) for name in _fields(TrainConfig) - {"options"} if name in merged}
-    for name in ("data", "eval_data"):
-        value = own.get(name) or []
-        own[name] = [str(one) for one in (value if isinstance(value, list | tuple) else [value])]
-    for name in ("model", "output"):
-        own[name] = str(own.get(name) or "")
-    config = TrainConfig(**{name: value for name, value in own.items() if value is not None}, options=merged)
+    spelled = {**_named([*given.items(), *nested.items()]), **_named((overrides or {}).items())}
+    known = known_keys(str(spelled.get("task", ("", "sft"))[1]))
+    if known is not None:
+        _refuse_unknown([name for name, _ in spelled.values()], known)
+    merged = {
+        name: keys.checked(name, value, (known or {}).get(name, Any), spelling)
+        for name, (spelling, value) in spelled.items()
+        if value is not None or name not in _fields(TrainConfig)
+    }
+    own = {name: merged.pop(name) for name in _fields(TrainConfig) if name in merged}
+    config = TrainConfig(**own, options=merged)
     _check(config)
     return config
+
+
+def _named(given: Iterable[tuple[Any, Any]]) -> dict[str, tuple[str, Any]]:
+    """What was given, by the names used here, each as it was spelled. Raises UsageError for a key that comes twice."""
+    found: dict[str, tuple[str, Any]] = {}
+    for key, value in given:
+        spelling = str(key)
+        name = _ALIASES.get(spelling, spelling)
+        if name in found:
+            other = found[name][0]
+            both = f"{other} is" if other == spelling else f"{other} and {spelling} mean the same: it is"
+            raise UsageError(f"{both} given twice", "leave one out")
+        found[name] = spelling, value
+    return found
+
+
+def known_keys(task: str) -> dict[str, Any] | None:
+    """Every key that a run of a task takes, with its type; None if the libraries cannot be read.
+
+    Nothing large is imported: the libraries' sources are read.
+    """
+    if task not in TASKS:
+        task = "sft"
+    trl = keys.dataclass_keys(TASKS[task].module, f"{TASKS[task].name}Config")
+    peft = keys.dataclass_keys("peft", "LoraConfig")
+    bits = keys.signature_keys("transformers", "BitsAndBytesConfig")
+    if trl is None or peft is None or bits is None:
+        return None
+    own = {name: hint for name, hint in keys.own_keys(TrainConfig).items() if name != "options"}
+    others = {name: hint for name, hint in {**bits, **peft}.items() if name not in _NOT_FOR_USERS}
+    return {**others, **trl, **dict.fromkeys(_SETTINGS, Any), **own, **_CHOICES}
+
+
+def _refuse_unknown(given: Sequence[str], known: Mapping[str, Any]) -> None:
+    if unknown := [name for name in given if name not in known and name not in _ALIASES]:
+        refuse_foreign(given, unknown)
+        raise _unknown(unknown, {*known, *_ALIASES})
 
 
 def _check(config: TrainConfig) -> None:
@@ -209,16 +254,22 @@ def _check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value not in choices:
             raise UsageError(f"{name}: {value!r} is not known", f"choose one of {', '.join(choices)}")
-    for name, remedy in (
+    for name, kind in (
         ("model", "a directory, or obs://BUCKET/NAME"),
         ("data", "a file, a directory, obs://BUCKET/FILE, or the name of a data set"),
         ("output", "a directory, or obs://BUCKET/NAME"),
     ):
         if not getattr(config, name):
-            raise UsageError(f"the run has no {name}", f"give one with `{name}: ...` or --{name}: {remedy}")
+            also = "; output_dir is only where checkpoints lie before they are published"
+            remedy = f"give one with `{name}: ...` or --{name}: {kind}"
+            raise UsageError(
+                f"the run has no {name}",
+                remedy + (also if name == "output" and "output_dir" in config.options else ""),
+            )
     if config.streaming and not int(config.options.get("max_steps") or 0) > 0:
         raise UsageError("data that is streamed has no known length", "say how long to train with max_steps")
     Settings.load(**config.settings)
+    needs.check({**METHODS[config.method], **config.options}, config.attn_implementation)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -230,7 +281,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{where} is no YAML", getattr(error, "problem", None) or str(error)) from None
+        what = "cannot be used" if isinstance(error, yaml.constructor.ConstructorError) else "is no YAML"
+        raise UsageError(f"{path}{where} {what}", getattr(error, "problem", None) or str(error)) from None
     if not isinstance(found, dict):
         raise UsageError(f"{path} is no configuration", "write KEY: VALUE lines")
     return found
@@ -245,6 +297,8 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
         if not word.startswith("--") or len(word) < 3:
             raise UsageError(f"{word!r} is no option", "write --key value")
         name, is_joined, value = word[2:].partition("=")
+        if name.replace("-", "_") in found:
+            raise UsageError(f"--{name} is given twice", f"leave one out; a list is --{name} A B")
         values = [value] if is_joined else []
         while not is_joined and words and not words[0].startswith("--"):
             values.append(words.pop(0))
@@ -262,6 +316,21 @@ class _Loader(yaml.SafeLoader):
     }
 
 
+def _mapping(loader: Any, node: yaml.MappingNode) -> dict[Any, Any]:
+    """A mapping none of whose keys comes twice: YAML forbids it, and PyYAML takes the last."""
+    seen: dict[str, int] = {}
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            if key.value in seen:
+                problem = f"the key {key.value!r} is given twice (line {seen[key.value]} has it, too)"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen[key.value] = key.start_mark.line + 1
+    loader.flatten_mapping(node)
+    found: dict[Any, Any] = loader.construct_mapping(node, deep=True)
+    return found
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
@@ -283,9 +352,17 @@ def _fields(kind: type) -> set[str]:
     return {one.name for one in dataclasses.fields(kind) if one.init}
 
 
-def _unknown(name: str, known: Iterable[str]) -> ObsfsError:
-    close = " or ".join(map(repr, difflib.get_close_matches(name, sorted(known), 2)))
-    return UsageError(f"unknown key {name!r}", f"the nearest known one is {close}" if close else "see the README")
+def _unknown(names: Sequence[str], known: Iterable[str]) -> ObsfsError:
+    """For one key the nearest that is known; for several all of them, each with its nearest."""
+    told, everything = [], sorted(known)
+    for name in names:
+        close = " or ".join(map(repr, difflib.get_close_matches(name, everything, 2)))
+        told.append((visible(name, 80), f"the nearest known one is {close}" if close else ""))
+    if len(told) == 1:
+        ((name, nearest),) = told
+        return UsageError(f"unknown key {name!r}", nearest or "see the README")
+    shown = ", ".join(f"{name!r}" + (f" ({nearest})" if nearest else "") for name, nearest in told)
+    return UsageError("unknown keys", shown)
 
 
 def _arguments(kind: Any, given: Mapping[str, Any]) -> Any:

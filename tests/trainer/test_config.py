@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,7 +63,7 @@ def test_methods_are_what_they_say(tmp_path: Path) -> None:
     assert not load_config({**RUN, "load_in_4bit": False}).is_quantized
     simpo = load_config({**RUN, "task": "simpo"}).parts(tmp_path)
     assert (simpo.trainer.__name__, simpo.arguments.loss_type, simpo.arguments.cpo_alpha) == ("CPOTrainer", "simpo", 0)
-    dpo = load_config({**RUN, "task": "dpo", "loss_type": "ipo", "beta": "0.2"}).parts(tmp_path)
+    dpo = load_config({**RUN, "task": "dpo", "loss_type": "ipo", "beta": 0.2}).parts(tmp_path)
     assert (dpo.arguments.loss_type, dpo.arguments.beta) == (["ipo"], 0.2)
 
 
@@ -88,12 +91,40 @@ def test_a_dataclass_is_a_run() -> None:
         ({"data": []}, "the run has no data"),
         ({"output": None}, "the run has no output"),
         ({"streaming": True}, "max_steps"),
-        ({"learning_rate": "fast"}, "invalid float value: 'fast'"),
+        ({"learning_rate": "fast"}, "learning_rate: 'fast' is of the wrong type: give a number"),
         ({"lr_scheduler_type": "wavy"}, "wavy"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "BitsAndBytesConfig"),
         ({"method": "full", "lora_r": 8}, "r does not go with method full"),
-        ({"bias": "some", "layers_pattern": "x"}, "LoraConfig"),
+        ({"layers_pattern": "x"}, "LoraConfig"),
         ({"connections": "many"}, "connections"),
+        ({"aa": 1, "learnin_rate": 2}, "unknown keys: 'aa' (the nearest known one is 'data'), 'learnin_rate'"),
+        ({"lora_r": "8"}, "lora_r: '8' is of the wrong type: give a whole number, without quotes (lora_r: 8)"),
+        ({"r": True}, "r: True is of the wrong type"),
+        ({"max_steps": 2.5}, "max_steps: 2.5 is of the wrong type: give a whole number"),
+        ({"packing": "yes"}, "packing: 'yes' is of the wrong type: give true or false"),
+        ({"resume": "no"}, "resume: 'no' is of the wrong type"),
+        ({"data": {"path": "x"}}, "data: {'path': 'x'} is of the wrong type"),
+        ({"target_modules": ["q_proj", 1]}, "target_modules"),
+        ({"per_device_train_batch_size": None}, "per_device_train_batch_size: None is of the wrong type"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: 0 is out of range"),
+        ({"gradient_accumulation_steps": -1}, "give a number that is at least 1"),
+        ({"test_split_size": 1.5}, "test_split_size: 1.5 is out of range: give a number that is between 0 and 1"),
+        ({"test_split_size": 1}, "test_split_size"),
+        ({"max_steps": -5}, "give a number that is at least 1, or -1"),
+        ({"max_steps": 0}, "max_steps: 0 is out of range"),
+        ({"num_train_epochs": 0}, "num_train_epochs: 0"),
+        ({"learning_rate": float("nan")}, "learning_rate: nan is not a number that can be used"),
+        ({"model_init_kwargs": {"a": [float("inf")]}}, "model_init_kwargs: inf"),
+        ({"lora_r": -4}, "lora_r: -4 is out of range"),
+        ({"save_steps": 0}, "save_steps: 0"),
+        ({"optim": "adam_torch"}, "optim: 'adam_torch' is not known: the nearest is 'adamw_torch'"),
+        ({"lr_scheduler_type": "cosin"}, "the nearest is 'cosine'"),
+        ({"eval_strategy": "step"}, "choose one of no, steps, epoch"),
+        ({"bias": "some"}, "bias: 'some' is not known: choose one of none, all, lora_only"),
+        ({"dtype": "bf16"}, "dtype: 'bf16' is not known"),
+        ({"report_to": ["wandbb"]}, "report_to: 'wandbb' is not known: the nearest is 'wandb'"),
+        ({"lora_r": 4, "r": 8}, "lora_r and r mean the same: it is given twice"),
+        ({"learning_rate": 1, "options": {"learning_rate": 2}}, "learning_rate is given twice"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(given: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -101,6 +132,144 @@ def test_what_is_wrong_is_told_in_one_line(given: dict[str, object], message: st
         load_config({**RUN, **given}).parts(tmp_path)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_the_keys_take_is_what_the_libraries_say() -> None:
+    import dataclasses
+    import inspect
+
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+
+    from trainer import keys
+    from trainer.config import TASKS
+
+    for task in TASKS.values():
+        config, _ = task.load()
+        read = keys.dataclass_keys(task.module, f"{task.name}Config")
+        assert read is not None
+        assert read.keys() == {one.name for one in dataclasses.fields(config) if one.init}
+        usual = {one.name: one.default for one in dataclasses.fields(config) if one.default is not dataclasses.MISSING}
+        for name, default in usual.items():
+            if default is not None and name not in keys.BOUNDS:
+                keys.checked(name, default, read[name], name)
+        assert read["learning_rate"] is float
+        assert read["per_device_train_batch_size"] is int
+    lora = keys.dataclass_keys("peft", "LoraConfig")
+    assert lora is not None
+    assert lora.keys() == {one.name for one in dataclasses.fields(LoraConfig) if one.init}
+    bits = keys.signature_keys("transformers", "BitsAndBytesConfig")
+    assert bits is not None
+    assert bits.keys() == inspect.signature(BitsAndBytesConfig).parameters.keys() - {"kwargs"}
+    assert keys.dataclass_keys("no_such_package", "SFTConfig") is None
+    assert keys.dataclass_keys("trl", "NoSuchConfig") is None
+
+
+def test_values_are_taken_as_programs_and_yaml_write_them() -> None:
+    from transformers.training_args import OptimizerNames
+
+    given = {"data": Path("/d"), "target_modules": {"v", "q"}, "lora_r": 8.0, "learning_rate": 1, "run_name": 2024,
+             "optim": OptimizerNames.SGD, "task": "dpo", "loss_type": "ipo", "max_length": None}  # fmt: skip
+    config = load_config({**RUN, **given})
+    assert config.data == ["/d"]
+    assert config.options == {"target_modules": ["q", "v"], "r": 8, "learning_rate": 1.0, "run_name": "2024",
+                              "optim": "sgd", "loss_type": ["ipo"], "max_length": None}  # fmt: skip
+
+
+def test_a_mistyped_key_is_told_before_anything_large_is_imported() -> None:
+    code = (
+        "import sys\nfrom obsfs import ObsfsError\nfrom trainer.config import load_config\n"
+        "try: load_config({'model': 'm', 'data': 'd', 'output': 'o', 'learnin_rate': 1})\n"
+        "except ObsfsError as error: print(error)\n"
+        "print(sorted({'torch', 'transformers', 'trl', 'peft', 'datasets', 'bitsandbytes'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    told, imported = done.stdout.splitlines()
+    assert "'learning_rate'" in told
+    assert imported == "[]"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("base_model: m\ndatasets: [{path: x, type: alpaca}]\nadapter: qlora\nmicro_batch_size: 2\nstrict: false",
+         ["axolotl", "base_model is model here", "datasets is data here", "adapter is method here",
+          "micro_batch_size is per_device_train_batch_size here", "leave out strict"]),
+        ("model_name_or_path: m\nstage: sft\ndataset: d\ntemplate: qwen\nfinetuning_type: lora\ncutoff_len: 9\n"
+         "output_dir: o\nmystery: 1",
+         ["LLaMA-Factory", "stage is task here", "cutoff_len is max_length here", "output_dir is output here",
+          "leave out mystery"]),
+        ("model: m\ndataset: d\ntrain_type: lora\nsplit_dataset_ratio: 0.1\noutput: o",
+         ["ms-swift", "train_type is method here", "split_dataset_ratio is test_split_size here"]),
+        ("model_name_or_path: m\ndataset_name: d\nuse_peft: true\noutput_dir: o",
+         ["TRL", "use_peft is method: lora here", "output_dir is output here"]),
+    ],
+)  # fmt: skip
+def test_files_of_other_trainers_are_known(text: str, told: list[str], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ObsfsError) as caught:
+        load_config(read_yaml(tmp_path / "run.yaml"))
+    for words in told:
+        assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_other_trainers_keys_are_here_exists_here() -> None:
+    from trainer.config import _ALIASES, known_keys
+    from trainer.foreign import _TOOLS
+
+    known = {*_ALIASES, *(name for task in ("sft", "dpo", "simpo") for name in known_keys(task) or ())}
+    for names in _TOOLS.values():
+        assert not known & names.keys()  # they would never be unknown
+        for here in filter(None, names.values()):
+            first = here.replace(" and ", ", ").split(",")[0].split(":")[0]
+            assert first in known, here
+
+
+@pytest.mark.parametrize(
+    ("given", "package"),
+    [
+        ({"report_to": "swanlab"}, "swanlab"),
+        ({"report_to": ["tensorboard", "comet_ml"]}, "comet-ml"),
+        ({"use_liger_kernel": True}, "liger-kernel"),
+        ({"optim": "galore_adamw"}, "galore-torch"),
+        ({"optim": "schedule_free_sgd"}, "schedulefree"),
+        ({"optim": "adamw_torch_8bit"}, "torchao"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed"),
+        ({"attn_implementation": "flash_attention_2"}, "flash-attn"),
+        ({"model_init_kwargs": {"use_kernels": True}}, "kernels"),
+    ],
+)
+def test_a_package_that_only_an_option_needs_is_named(
+    given: dict[str, object], package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = importlib.util.find_spec
+    optional = {"swanlab", "comet_ml", "liger_kernel", "galore_torch", "schedulefree", "torchao", "deepspeed",
+                "flash_attn", "kernels"}  # fmt: skip
+    monkeypatch.setattr("trainer.needs.find_spec", lambda name: None if name in optional else there(name))
+    with pytest.raises(ObsfsError, match=f"needs the package {package}: pip install {package}$"):
+        load_config({**RUN, **given})
+    monkeypatch.setattr("trainer.needs.find_spec", lambda name: there("json"))
+    load_config({**RUN, **given})
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("lora_r: 8\nseed: 1\nlora_r: 4", 3),
+        ("model_init_kwargs:\n  a: 1\n  a: 2", 3),
+        ("a: [{b: 1, c: 2, b: 3}]", 1),
+        ("a: {b: 1, 'b': 2}", 1),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused(text: str, line: int, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ObsfsError, match=f"line {line} cannot be used: the key '.*' is given twice"):
+        read_yaml(tmp_path / "run.yaml")
+    with pytest.raises(ObsfsError, match="--lora_r is given twice"):
+        parse_overrides(["--lora_r", "8", "--lora_r=4"])
+    (tmp_path / "run.yaml").write_text("a: &x {k: 1}\nb:\n  <<: *x\n  k: 2\n")
+    assert read_yaml(tmp_path / "run.yaml")["b"] == {"k": 2}
 
 
 @pytest.mark.parametrize(("text", "message"), [("a: [", "line 1"), ("- x", "no configuration"), ("\x00", "no YAML")])

@@ -1,0 +1,344 @@
+"""The keys that TRL, PEFT and transformers take, and their types: read from the installed source files.
+
+Importing those packages takes ten seconds and more; a mistyped key should be told at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from obsfs.errors import UsageError
+from obsfs.text import visible
+
+Hints = Mapping[str, Any]
+"""Keys, each with its type; ``typing.Any`` where any value goes."""
+
+
+class Bound(NamedTuple):
+    """The range of a number, the ends included unless `is_open`; and values outside it that have a meaning."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    is_open: bool = False
+    also: tuple[float, ...] = ()
+
+    def holds(self, number: float) -> bool:
+        """Whether a number is in the range."""
+        if number in self.also:
+            return True
+        return self.low < number < self.high if self.is_open else self.low <= number <= self.high
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            text = f"{'more than' if self.is_open else 'at least'} {self.low:g}"
+        else:
+            text = f"between {self.low:g} and {self.high:g}"
+        return text + "".join(f", or {one:g}" for one in self.also)
+
+
+_COUNT, _SHARE, _NOT_NEGATIVE, _POSITIVE = Bound(1), Bound(0, 1), Bound(0), Bound(0, is_open=True)
+BOUNDS = {
+    "test_split_size": Bound(0, 1, is_open=True),
+    "per_device_train_batch_size": _COUNT,
+    "per_device_eval_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "max_steps": Bound(1, also=(-1,)),
+    "num_train_epochs": _POSITIVE,
+    "learning_rate": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "adam_beta1": _SHARE,
+    "adam_beta2": _SHARE,
+    "adam_epsilon": _NOT_NEGATIVE,
+    "max_grad_norm": _NOT_NEGATIVE,
+    "warmup_steps": _NOT_NEGATIVE,
+    "warmup_ratio": _SHARE,
+    "label_smoothing": _SHARE,
+    "label_smoothing_factor": _SHARE,
+    "logging_steps": _POSITIVE,
+    "save_steps": _POSITIVE,
+    "eval_steps": _NOT_NEGATIVE,
+    "eval_delay": _NOT_NEGATIVE,
+    "save_total_limit": _NOT_NEGATIVE,
+    "seed": _NOT_NEGATIVE,
+    "data_seed": _NOT_NEGATIVE,
+    "max_length": _COUNT,
+    "max_completion_length": _COUNT,
+    "dataset_num_proc": _COUNT,
+    "dataloader_num_workers": _NOT_NEGATIVE,
+    "neftune_noise_alpha": _NOT_NEGATIVE,
+    "beta": _NOT_NEGATIVE,
+    "r": _COUNT,
+    "lora_alpha": _POSITIVE,
+    "lora_dropout": Bound(0, 0.99),
+}
+"""What transformers, TRL and PEFT check late, or not at all: a batch of 0 is a division by zero at the first step."""
+
+_SIMPLE: Mapping[str, Any] = {"int": int, "float": float, "str": str, "bool": bool, "dict": dict, "Dict": dict,
+                              "list": list, "List": list, "None": None}  # fmt: skip
+
+
+@cache
+def dataclass_keys(package: str, name: str) -> Hints | None:
+    """Return the keys of a dataclass of an installed package; None if its source cannot be read so."""
+    found = _find(package, name)
+    return dict(_fields(*found)) if found else None
+
+
+@cache
+def signature_keys(package: str, name: str) -> Hints | None:
+    """Return the keys that a class takes at its creation, their types told by annotations or defaults."""
+    found = _find(package, name)
+    if found is None:
+        return None
+    module, node = found
+    made = next((one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"), None)
+    if made is None:
+        return None
+    arguments = [*made.args.args[1:], *made.args.kwonlyargs]
+    defaults = [*made.args.defaults, *made.args.kw_defaults]
+    keys: dict[str, Any] = {}
+    for argument, default in zip(arguments[::-1], defaults[::-1], strict=False):
+        hint: Any = _hint(argument.annotation, module) if argument.annotation else Any
+        if hint is Any and isinstance(default, ast.Constant) and default.value is not None:
+            hint = type(default.value)
+        keys[argument.arg] = hint
+    return keys
+
+
+@cache
+def dictionary_keys(module: str, name: str) -> tuple[str, ...]:
+    """Return the keys of the dictionary that a module of an installed package calls `name`; none if there is none."""
+    tree = _parse(module)
+    for node in tree[0].body if tree else ():
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            if names == [name]:
+                return tuple(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant))
+    return ()
+
+
+@cache
+def _parse(module: str) -> tuple[ast.Module, bool] | None:
+    """The source of a module, and whether it is a package. It is found without importing its parents."""
+    top, *below = module.split(".")
+    spec = find_spec(top)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    place = Path(spec.submodule_search_locations[0]).joinpath(*below)
+    for path, is_package in ((place / "__init__.py", True), (place.with_name(f"{place.name}.py"), False)):
+        try:
+            return ast.parse(path.read_bytes()), is_package
+        except (OSError, SyntaxError, ValueError):
+            continue
+    return None
+
+
+@cache
+def _find(module: str, name: str) -> tuple[str, ast.ClassDef] | None:
+    """Where a class is defined that a module has, through the imports that bring it there."""
+    found = _parse(module)
+    if found is None:
+        return None
+    tree, is_package = found
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return module, node
+    for source, original in _imported(tree, name):
+        level = source.level - is_package
+        parent = module.split(".")
+        base = parent[: len(parent) - level] if source.level else []
+        target = ".".join([*base, *(source.module.split(".") if source.module else [])])
+        if target and target != module and (there := _find(target, original)):
+            return there
+    return None
+
+
+def _imported(tree: ast.Module, name: str) -> Iterator[tuple[ast.ImportFrom, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    yield node, alias.name
+
+
+def _fields(module: str, node: ast.ClassDef) -> Iterator[tuple[str, Any]]:
+    for base in node.bases:
+        if isinstance(base, ast.Name) and (found := _find(module, base.id)):
+            yield from _fields(*found)
+    for one in node.body:
+        if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name):
+            made = {word.arg: word.value for word in one.value.keywords} if isinstance(one.value, ast.Call) else {}
+            init = made.get("init")
+            is_left_out = isinstance(init, ast.Constant) and init.value is False
+            if "ClassVar" not in ast.unparse(one.annotation) and not is_left_out:
+                yield one.target.id, _hint(one.annotation, module)
+
+
+def _hint(node: ast.expr, module: str) -> Any:
+    """The type that an annotation means; Any where it says more than this reads."""
+    if isinstance(node, ast.Constant):
+        if isinstance(node.value, str):
+            return _hint(ast.parse(node.value, mode="eval").body, module)
+        return None if node.value is None else Any
+    if isinstance(node, ast.Name):
+        return _SIMPLE[node.id] if node.id in _SIMPLE else _choices(module, node.id)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return _union([_hint(node.left, module), _hint(node.right, module)])
+    if not isinstance(node, ast.Subscript):
+        return Any
+    of = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+    inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+    if of == "Literal":
+        values = [one.value for one in inner if isinstance(one, ast.Constant)]
+        # "pissa_niter_[number of iters]" is a pattern and no value.
+        is_exact = len(values) == len(inner) and all(isinstance(one, str) and "[" not in one for one in values)
+        return Literal[tuple(values)] if is_exact else Any
+    if of in ("Optional", "Union"):
+        return _union([_hint(one, module) for one in inner] + ([None] if of == "Optional" else []))
+    if of in ("list", "List"):
+        member = _hint(inner[0], module)
+        return list if member is Any else list[member]  # type: ignore[valid-type]
+    return dict if of in ("dict", "Dict") else Any
+
+
+def _union(members: list[Any]) -> Any:
+    if Any in members:
+        return Any
+    if any(typing.get_origin(one) is Literal for one in members):
+        # `SchedulerType | str`: the text is one of the values.
+        members = [one for one in members if one is not str]
+    return typing.Union[tuple(members)]  # noqa: UP007
+
+
+@cache
+def _choices(module: str, name: str) -> Any:
+    """The values of an enumeration of text; Any for every other class."""
+    found = _find(module, name)
+    if found is None or not any("Enum" in ast.unparse(base) for base in found[1].bases):
+        return Any
+    values = [
+        one.value.value for one in found[1].body if isinstance(one, ast.Assign) and isinstance(one.value, ast.Constant)
+    ]
+    return Literal[tuple(values)] if values and all(isinstance(one, str) for one in values) else Any
+
+
+def checked(name: str, value: Any, hint: Any, spelling: str) -> Any:
+    """Return a value as its type wants it: whole numbers for numbers, numbers for text, one for a list.
+
+    Args:
+        name: The key, by which :data:`BOUNDS` has its range.
+        value: As YAML or a program gave it.
+        hint: Its type; Any takes everything.
+        spelling: How the user wrote the key.
+
+    Raises:
+        UsageError: It is of another type, not finite, or out of its range in :data:`BOUNDS`.
+    """
+    value = _plain(value)
+    for number in _numbers(value):
+        if not math.isfinite(number):
+            raise UsageError(f"{spelling}: {number} is not a number that can be used", f"give {_words(hint)}")
+    bound = BOUNDS.get(name)
+    if hint is not Any:
+        value = _converted(spelling, value, hint)
+    if bound and isinstance(value, int | float) and not isinstance(value, bool) and not bound.holds(value):
+        raise UsageError(f"{spelling}: {value} is out of range", f"give a number that is {bound}")
+    return value
+
+
+def _converted(name: str, value: Any, hint: Any) -> Any:
+    options = _options(hint)
+    if isinstance(value, float) and value.is_integer() and int in options and float not in options:
+        value = int(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and str in options and not {int, float} & set(options):
+        value = str(value)
+    if isinstance(value, str) and str not in options and any(_origin(one) is list for one in options):
+        value = [value]
+    try:
+        return msgspec.convert(value, hint)
+    except msgspec.ValidationError:
+        pass
+    given = visible(repr(value), 80)
+    choices = [one for option in options if _origin(option) is Literal for one in typing.get_args(option)]
+    if choices and isinstance(value, str):
+        close = difflib.get_close_matches(value, choices, 1)
+        nearest = f"the nearest is {close[0]!r}; " if close else ""
+        raise UsageError(f"{name}: {given} is not known", f"{nearest}choose one of {', '.join(choices)}")
+    remedy = f"give {_words(hint)}"
+    if isinstance(value, str) and {int, float, bool} & set(options):
+        remedy += f", without quotes ({name}: {value})" if _reads_as(value, options) else ""
+    raise UsageError(f"{name}: {given} is of the wrong type", remedy)
+
+
+def _reads_as(text: str, options: Iterable[Any]) -> bool:
+    if bool in options and text in ("true", "false"):
+        return True
+    try:
+        return bool({int, float} & set(options)) and math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _plain(value: Any) -> Any:
+    """What YAML gives for what a program gave."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, set | frozenset):
+        value = sorted(value)
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _numbers(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _numbers(one)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if _origin(hint) in (typing.Union, UnionType) else (hint,)
+
+
+def _origin(hint: Any) -> Any:
+    return typing.get_origin(hint) or hint
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null",
+          None: "null", list: "a list", dict: "a mapping"}  # fmt: skip
+
+
+def _words(hint: Any) -> str:
+    """What may be given, for people."""
+    told: list[str] = []
+    for option in _options(hint):
+        if _origin(option) is Literal:
+            told.append(f"one of {', '.join(map(str, typing.get_args(option)))}")
+        else:
+            told.append(_WORDS.get(_origin(option), "another value"))
+    return " or ".join(dict.fromkeys(word for word in told if word != "null")) or "null"
+
+
+def own_keys(kind: type) -> dict[str, Any]:
+    """Return the keys of a dataclass of ours, with their types."""
+    hints = typing.get_type_hints(kind)
+    return {one.name: hints[one.name] for one in dataclasses.fields(kind)}
