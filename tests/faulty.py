@@ -29,7 +29,7 @@ _RANGE = re.compile(rb"\r?\n?range: bytes=(\d+)-(\d+)", re.IGNORECASE)
 
 class FaultyLink:
     """Forwards to `port` of this machine. Set `stalled`, `stalled_listings` or `refusing` at any time, and have answers
-    cut off.
+    cut off. Requests that contain `stalled_text` wait while it is set.
 
     `bytes_per_second` is for each connection and direction, `delay` seconds for each piece of a
     request; `passed` counts the bytes of all answers.
@@ -41,6 +41,7 @@ class FaultyLink:
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.stalled = False
         self.stalled_listings = False
+        self.stalled_text = b""
         self.refusing = False
         self.cut = threading.Event()
         self._left: int | None = None
@@ -70,7 +71,7 @@ class FaultyLink:
         seen = b""
         with suppress(OSError):
             while data := near.recv(65536):
-                while self.stalled or (self.stalled_listings and b"list-type=2" in data):
+                while self._is_stalled(data):
                     time.sleep(0.02)
                 if self.bytes_per_second:
                     time.sleep(len(data) / self.bytes_per_second)
@@ -82,6 +83,10 @@ class FaultyLink:
                 time.sleep(self.delay)
                 far.sendall(data)
         self._close(near, far)
+
+    def _is_stalled(self, data: bytes) -> bool:
+        is_text = bool(self.stalled_text) and self.stalled_text in data
+        return self.stalled or is_text or (self.stalled_listings and b"list-type=2" in data)
 
     def _answers(self, far: socket.socket, near: socket.socket) -> None:
         with suppress(OSError):
@@ -131,6 +136,7 @@ class FaultyLink:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stalled = self.stalled_listings = False
+        self.stalled_text = b""
         self._listener.close()
         self.break_all()
 

@@ -29,6 +29,9 @@ except OSError as error:
     raise UsageError(f"--engine fusepy needs libfuse ({error})", "install the package fuse3 (apt, dnf)") from None
 
 _NAME_SECONDS = 1.0
+_MOST_THREADS = 512
+_THREADS_SINCE = 3, 12
+"""The libfuse whose threads are at most 10 unless it is told otherwise; before, it started as many as were needed."""
 
 
 @contextmanager
@@ -168,6 +171,9 @@ def serve(
     # libfuse has handlers of its own, which it sets only where Python has none: this thread is in C all the while.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     options: dict[str, Any] = {"allow_other": True} if settings.allow_other else {}
+    if (mfusepy.fuse_version_major, mfusepy.fuse_version_minor) >= _THREADS_SINCE:
+        # Each call holds a thread while it waits for the bucket.
+        options["max_threads"] = _MOST_THREADS
     try:
         mfusepy.FUSE(
             _Adapter(operations, ready.set, min(settings.metadata_ttl, _NAME_SECONDS)),

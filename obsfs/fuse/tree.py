@@ -18,6 +18,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple, Protocol
@@ -163,7 +164,7 @@ class Tree:
         self._record = record
         self._now = now
         self._guard = threading.RLock()
-        self._asking = [threading.Lock() for _ in range(64)]
+        self._asking: dict[str, _Asking] = {}
         self._listings: dict[str, Listing] = {}
         self._listed = 0
         self._next_id = ROOT + 1
@@ -500,5 +501,25 @@ class Tree:
         if (old := self._listings.pop(prefix, None)) is not None:
             self._listed -= 1 + len(old.entries)
 
-    def _only(self, prefix: str) -> threading.Lock:
-        return self._asking[hash(prefix) % len(self._asking)]
+    @contextmanager
+    def _only(self, prefix: str) -> Iterator[None]:
+        """While the block runs, nobody else asks about this directory."""
+        with self._guard:
+            asking = self._asking.setdefault(prefix, _Asking())
+            asking.users += 1
+        try:
+            with asking.lock:
+                yield
+        finally:
+            with self._guard:
+                asking.users -= 1
+                if not asking.users:
+                    del self._asking[prefix]
+
+
+@dataclass(slots=True)
+class _Asking:
+    """Those who ask about one directory, or wait to."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    users: int = 0

@@ -9,8 +9,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,37 @@ def test_names_fail_together_when_patience_is_over(bucket: Store, mount: Mounter
     assert 1.0 < time.monotonic() - started < 10
     link.refusing = False
     assert os.listdir(path / "dir") == ["file.bin"]
+
+
+def test_names_of_one_directory_do_not_wait_for_those_of_silent_ones(
+    bucket: Store, mount: Mounter, link: FaultyLink, engine: str, obsfs: Callable[..., Any]
+) -> None:
+    for number in range(3):
+        bucket.put(f"fast-{number}/sub/file", b"text")
+    for number in range(200):
+        bucket.put(f"slow-{number}/file", b"text")
+    path = mount(bucket, endpoint_url=link.endpoint, engine=engine)
+    link.stalled_text = b"prefix=slow-"
+    waiting: list[threading.Thread] = []
+    for number, (start, stop) in enumerate(((0, 9), (9, 40), (40, 200))):
+        for slow in range(start, stop):
+            # The second look into each directory waits for the first one.
+            waiting += [
+                threading.Thread(target=(path / f"slow-{slow}" / name).exists, daemon=True) for name in ("file", "none")
+            ]
+        for thread in waiting[2 * start :]:
+            thread.start()
+        assert (path / f"fast-{number}" / "sub" / "file").read_bytes() == b"text"
+        assert os.listdir(path / f"fast-{number}") == ["sub"]
+        assert all(thread.is_alive() for thread in waiting), "those prefixes are silent"
+    assert obsfs("refresh", path / "fast-1").code == 0
+    assert (path / "fast-1" / "sub" / "file").read_bytes() == b"text"
+    assert all(thread.is_alive() for thread in waiting), "those prefixes are silent"
+    link.stalled_text = b""
+    for thread in waiting:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert (path / "slow-199" / "file").read_bytes() == b"text"
 
 
 def test_a_read_fails_when_patience_is_over_and_the_mount_survives(

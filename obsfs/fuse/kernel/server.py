@@ -1,7 +1,8 @@
 """The loop between the kernel and the operations: four threads on cloned descriptors, replies by splice.
 
 No thread waits for the network on behalf of a read: a read whose bytes are not there is remembered by its number
-and answered by the thread that stored them. Calls that must ask the bucket for names go to a small pool. A file
+and answered by the thread that stored them. Calls that must ask the bucket for names go to a pool, in which those
+about different directories do not wait for each other. A file
 that is complete in the cache is handed to the kernel at open (passthrough) and never seen here again.
 """
 
@@ -14,7 +15,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import takewhile
 from queue import SimpleQueue
@@ -25,6 +25,7 @@ from obsfs.errors import NotFoundError, ObsfsError
 from obsfs.fuse.keeper import Keeper
 from obsfs.fuse.kernel import channel, wire
 from obsfs.fuse.kernel.notifier import Notifier
+from obsfs.fuse.kernel.pool import WaitingPool
 from obsfs.fuse.kernel.wire import FileOpen, Init, Opcode, Request
 from obsfs.fuse.kernel.writer import GONE, Pipe
 from obsfs.fuse.operations import REFRESH, UNKNOWN_INO, Attributes, Operations
@@ -33,7 +34,6 @@ from obsfs.fuse.tree import WouldBlockError
 log = logging.getLogger(__name__)
 
 _THREADS = 4
-_POOL = 8
 _BUFFER = 64 << 10
 _MAX_BACKGROUND = 128
 _SPLICE_FROM = 32 << 10
@@ -61,7 +61,7 @@ class Server:
         self.can_be_followed = False
         self._operations = operations
         self._passthrough = passthrough
-        self._pool = ThreadPoolExecutor(_POOL, thread_name_prefix="obsfs-names")
+        self._names = WaitingPool("obsfs-names")
         self._local = threading.local()
         self._pending: dict[int, int] = {}
         self._interrupted: deque[int] = deque(maxlen=_MOST_INTERRUPTED)
@@ -128,7 +128,7 @@ class Server:
         deadline = time.monotonic() + _FINISH_SECONDS
         for thread in self._threads:
             thread.join(timeout=max(0.1, deadline - time.monotonic()))
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._names.close()
         self._notices.put(None)
         self._pages.close()
         for fd in self._fds:
@@ -213,16 +213,26 @@ class Server:
             try:
                 self._call(fd, request, view, call, wait=False)
             except WouldBlockError:
-                body = memoryview(bytes(view[: request.end]))
-                if self._expect(fd, request.unique):
-                    self._pool.submit(self._call_later, fd, request, body, call)
+                self._call_later(fd, request, memoryview(bytes(view[: request.end])), call)
         elif opcode == Opcode.DESTROY:
             self._reply(fd, request.unique)
         else:
             self._reply_error(fd, request.unique, errno.ENOSYS)
 
-    def _call_later(self, fd: int, request: Request, view: memoryview, call: _Call) -> None:
-        self._call(fd, request, view, call, wait=True)
+    def _call_later(self, fd: int, request: Request, body: memoryview, call: _Call) -> None:
+        def ask() -> None:
+            # Whoever was interrupted in the queue has his answer.
+            if request.unique in self._pending:
+                self._call(fd, request, body, call, wait=True)
+
+        if self._expect(fd, request.unique):
+            # All that wait for names are about the directory that the request names. A refresh asks nobody.
+            is_refresh = request.opcode == Opcode.GETXATTR
+            try:
+                self._names.submit((request.node, is_refresh), ask)
+            except RuntimeError as error:
+                log.error("no thread to ask for a name: %s", error)
+                self._answer_error(fd, request, errno.EAGAIN, deferred=True)
 
     def _call(self, fd: int, request: Request, view: memoryview, call: _Call, *, wait: bool) -> None:
         try:

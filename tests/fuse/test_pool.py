@@ -1,0 +1,115 @@
+"""Threads for requests that wait: whose calls run, in which order, on how many threads."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from obsfs.fuse.kernel.pool import WaitingPool
+from tests.conftest import wait_for
+
+
+@pytest.fixture
+def held() -> Iterator[threading.Event]:
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+@pytest.mark.parametrize("groups", [9, 40, 300])
+def test_however_many_groups_are_held_up_another_one_runs(groups: int, held: threading.Event) -> None:
+    pool = WaitingPool("test")
+    begun: list[int] = []
+    for number in range(groups):
+        for _ in range(20):
+            pool.submit(number, lambda number=number: (begun.append(number), held.wait(20)))  # type: ignore[misc]
+    done = threading.Event()
+    pool.submit("other", done.set)
+    assert done.wait(20)
+    wait_for(lambda: set(begun) == set(range(groups)))
+    assert pool.thread_count <= groups + 70
+    held.set()
+    wait_for(lambda: Counter(begun) == Counter(dict.fromkeys(range(groups), 20)))
+    pool.close()
+
+
+def test_one_group_holds_few_threads_and_its_calls_begin_in_order(held: threading.Event) -> None:
+    pool = WaitingPool("test", most_of_one=3)
+    begun: list[int] = []
+    for number in range(50):
+        pool.submit("a", lambda number=number: (begun.append(number), held.wait(20)))  # type: ignore[misc]
+    wait_for(lambda: len(begun) == 3)
+    assert pool.thread_count == 3
+    held.set()
+    wait_for(lambda: len(begun) == 50)
+    assert sorted(begun[:3]) == [0, 1, 2]
+    pool.close()
+
+
+def test_threads_that_have_nothing_to_do_end(held: threading.Event) -> None:
+    pool = WaitingPool("test", idle_seconds=0.05)
+    for number in range(30):
+        pool.submit(number, lambda: held.wait(20))
+    assert pool.thread_count == 30
+    held.set()
+    wait_for(lambda: pool.thread_count == 0)
+    done = threading.Event()
+    pool.submit(0, done.set)
+    assert done.wait(20)
+    pool.close()
+
+
+def test_a_call_that_fails_takes_no_thread_along() -> None:
+    pool = WaitingPool("test", most=1)
+    done = threading.Event()
+    pool.submit(0, lambda: print(1 / 0))
+    pool.submit(0, done.set)
+    assert done.wait(20)
+    pool.close()
+
+
+def test_closing_forgets_what_has_not_begun(held: threading.Event) -> None:
+    pool = WaitingPool("test", most_of_one=1)
+    ran: list[int] = []
+    begun = threading.Event()
+    pool.submit(0, lambda: (begun.set(), held.wait(20)))  # type: ignore[func-returns-value]
+    assert begun.wait(20)
+    pool.submit(0, lambda: ran.append(1))
+    pool.close()
+    pool.submit(1, lambda: ran.append(2))
+    held.set()
+    wait_for(lambda: pool.thread_count == 0)
+    assert not ran
+
+
+@given(
+    calls=st.lists(st.integers(0, 4), max_size=60),
+    most=st.integers(1, 6),
+    most_of_one=st.integers(1, 4),
+    few=st.integers(0, 6),
+)
+def test_each_call_runs_once_and_bounds_hold(calls: list[int], most: int, most_of_one: int, few: int) -> None:
+    pool = WaitingPool("test", most=most, most_of_one=most_of_one, few=few)
+    guard, running, ran = threading.Lock(), Counter[int](), list[int]()
+    excess: list[str] = []
+
+    def call(group: int, number: int) -> None:
+        with guard:
+            running[group] += 1
+            if running[group] > most_of_one or running.total() > most:
+                excess.append(f"{running}")
+        with guard:
+            running[group] -= 1
+            ran.append(number)
+
+    for number, group in enumerate(calls):
+        pool.submit(group, lambda group=group, number=number: call(group, number))  # type: ignore[misc]
+    wait_for(lambda: len(ran) == len(calls))
+    assert sorted(ran) == list(range(len(calls)))
+    assert not excess
+    pool.close()
