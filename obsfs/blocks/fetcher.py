@@ -17,7 +17,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
-import queue
 import threading
 import time
 from collections import deque
@@ -25,6 +24,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from obsfs.blocks.background import Background
 from obsfs.blocks.concurrency import Concurrency, Patience
 from obsfs.blocks.layout import BLOCK, PIECE
 from obsfs.blocks.object import CachedObject
@@ -41,7 +41,6 @@ FAR = 64
 """Blocks ahead of a reader: what is fetched beyond is not waited for, at 400 MB/s, while a long range arrives."""
 _ELSEWHERE_POLL = 0.02
 _WATCH_SECONDS = 0.25
-_QUIET_SECONDS = 0.5
 _HEDGES = 4
 
 
@@ -168,7 +167,7 @@ class FetchStats:
 
 
 class Fetcher:
-    """The workers (at most `connections` threads, started when first needed) and one thread for slow chores.
+    """The workers: at most `connections` threads, started when first needed.
 
     `retry_timeout` is in seconds. Close it to end the threads.
     """
@@ -196,10 +195,8 @@ class Fetcher:
         self._watcher: threading.Thread | None = None
         self._stopping = False
         self._recent: deque[tuple[float, int]] = deque(maxlen=4096)
-        self._chores: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._quiet_chores: deque[Callable[[], None]] = deque()
-        self._chore_thread = threading.Thread(target=self._do_chores, name="obsfs-chores", daemon=True)
-        self._chore_thread.start()
+        self.background = Background(lambda: not self._flights)
+        """Work beside fetching; it is quiet when nothing is being fetched."""
 
     @property
     def _busy(self) -> int:
@@ -259,16 +256,6 @@ class Fetcher:
                     del target.wants[block]
                     self._queued -= 0 if want.paused else 1
 
-    def later(self, chore: Callable[[], None]) -> None:
-        """Run something slow on the chore thread, in order."""
-        self._chores.put(chore)
-
-    def when_quiet(self, chore: Callable[[], None]) -> None:
-        """Run something that holds up the disk on the chore thread, when nothing is being fetched (looked at twice per
-        second), or at the end."""
-        self._quiet_chores.append(chore)
-        self._chores.put(lambda: None)
-
     def throughput(self, seconds: float = 5.0) -> float:
         """Bytes per second that arrived in the last `seconds`."""
         horizon = time.monotonic() - seconds
@@ -285,8 +272,7 @@ class Fetcher:
         for waiter in waiting:
             waiter.failed(UnavailableError("the mount is shutting down"))
         self._flying.set()
-        self._chores.put(None)
-        self._chore_thread.join(timeout=10)
+        self.background.close()
         for worker in self._workers:
             worker.join(timeout=1)
 
@@ -531,20 +517,6 @@ class Fetcher:
             log.error("giving up: %s", error)
         for waiter in dict.fromkeys(told):
             _tell(waiter.failed, error)
-
-    def _do_chores(self) -> None:
-        while True:
-            try:
-                chore = self._chores.get(timeout=_QUIET_SECONDS if self._quiet_chores else None)
-            except queue.Empty:
-                if not self._flights:
-                    _tell(self._quiet_chores.popleft())
-                continue
-            if chore is None:
-                break
-            _tell(chore)
-        for quiet_chore in self._quiet_chores:
-            _tell(quiet_chore)
 
 
 def _is_waiting(target: Target, block: int) -> bool:

@@ -30,6 +30,7 @@ _LOOK_SECONDS = 1.0
 _LOADS = 256
 _STRAINED_WINDOW = 16
 _WARM_STEP = 64
+_VERIFY_STEP = 8
 _FIRST_WEIGHTS = 128
 """Blocks that are fetched when a loader gives itself away: what arrives while it builds the model, in 0.3 s."""
 _FIRST_UNSEEN = 32
@@ -71,9 +72,10 @@ class Reader:
         # Until the tensors are known, the start of such a file is its header, and nobody's stream.
         fences = (0,) if self._has_tensors else ()
         self._policy = ReadAhead(cached.blocks, engine.window, self.load.credit, fences)
+        self._is_verifying = False
         self._is_complete = cached.is_complete()
         if not self._is_complete and cached.is_full():
-            engine.fetcher.later(self._settle)
+            self._verify_in_steps()
 
     @property
     def is_complete(self) -> bool:
@@ -168,20 +170,40 @@ class Reader:
             return
         # Fetching has paused; whether it is over is looked at once per pause, off the readers' way.
         if self.cached.is_present(0) and self.cached.is_present(self.cached.blocks - 1):
-            self._engine.fetcher.later(self._settle)
+            self._engine.fetcher.background.later(self._settle)
 
     def _settle(self) -> None:
         """If the file has become complete, tell who wants to know; it is sealed when there is time."""
         with self._engine.borrowed(self) as alive:
             if not alive or self._is_complete:
                 return
-            if not all(self.cached.has(block) for block in range(self.cached.blocks)) or not self.is_complete:
+            if not self.is_complete:
+                if self.cached.is_full():
+                    self._verify_in_steps()
                 return
             self._is_complete = True
             self._engine.on_complete(self)
             if self._engine.seals and self.size >= _SEALED_FROM:
                 # To sync it now would hold up what is being stored of others.
-                self._engine.fetcher.when_quiet(self._seal)
+                self._engine.fetcher.background.when_quiet(self._seal)
+
+    def _verify_in_steps(self) -> None:
+        """Verify what an earlier process has left, to find out whether the file is complete: that reads all of it."""
+        if not self._is_verifying:
+            self._is_verifying = True
+            self._engine.fetcher.background.in_steps(self._verify())
+
+    def _verify(self) -> Iterator[None]:
+        try:
+            for start in range(0, self.cached.blocks, _VERIFY_STEP):
+                with self._engine.borrowed(self) as alive:
+                    stop = min(start + _VERIFY_STEP, self.cached.blocks)
+                    if not alive or self._is_complete or not all(map(self.cached.has, range(start, stop))):
+                        return
+                yield
+        finally:
+            self._is_verifying = False
+        self._engine.fetcher.background.later(self._settle)
 
     def _seal(self) -> None:
         with self._engine.borrowed(self) as alive:
@@ -230,7 +252,11 @@ class Engine:
         self._next_look = 0.0
         self._loads: dict[tuple[str, str], _Load] = {}
         self._guard = threading.Lock()
-        self.fetcher.later(lambda: self.cache.evict(self.cache.limit))
+        self.fetcher.background.in_steps(self._bound_cache())
+
+    def _bound_cache(self) -> Iterator[None]:
+        self.cache.evict(self.cache.limit)
+        yield
 
     def open(self, version: ObjectVersion) -> Reader:
         """A reader of `version`, to be given back with :meth:`release`. Raises CacheError."""
@@ -332,7 +358,7 @@ class Engine:
     ) -> None:
         """Have the first block of some files at hand soon: somebody is about to open them.
 
-        When they are, or one of them cannot be had, `then` is called with their readers on the thread for chores.
+        When they are, or one of them cannot be had, `then` is called with their readers as a prompt chore.
         """
         holding = ExitStack()
         readers: list[Reader] = []
@@ -347,7 +373,7 @@ class Engine:
             with holding:
                 then(readers)
 
-        waiter = Waiter(len(readers), lambda error: self.fetcher.later(finish))
+        waiter = Waiter(len(readers), lambda error: self.fetcher.background.later(finish))
         for reader in readers:
             self.fetcher.demand(reader.target, [0], waiter)
 
@@ -426,9 +452,9 @@ class Engine:
                 step = next(steps, None) if reader.load.users else None
                 if step is not None:
                     reader.cached.warm(step)
-                    self.fetcher.later(go_on)
+                    self.fetcher.background.later(go_on)
 
-        self.fetcher.later(go_on)
+        self.fetcher.background.later(go_on)
 
     def count_read(self, size: int, blocks: int, missed: int) -> None:
         """Note a read of `size` bytes in `blocks` blocks, of which `missed` were not there."""

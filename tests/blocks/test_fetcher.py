@@ -110,15 +110,15 @@ def test_what_holds_up_the_disk_waits_until_nothing_is_fetched(one: Setup) -> No
     done: list[str] = []
     one.prefetch(*range(0, 8))
     wait_for(lambda: len(one.bucket.asked) == 1)
-    one.fetcher.when_quiet(lambda: done.append("quiet"))
-    one.fetcher.later(lambda: done.append("soon"))
+    one.fetcher.background.when_quiet(lambda: done.append("quiet"))
+    one.fetcher.background.later(lambda: done.append("soon"))
     time.sleep(1.2)
     assert done == ["soon"]
     one.bucket.allow.release(8)
     wait_for(lambda: done == ["soon", "quiet"])
     one.prefetch(*range(8, 16))
     wait_for(lambda: len(one.bucket.asked) == 2)
-    one.fetcher.when_quiet(lambda: done.append("at the end"))
+    one.fetcher.background.when_quiet(lambda: done.append("at the end"))
     one.bucket.allow.release(8)
     one.fetcher.close()
     assert done[-1] == "at the end"

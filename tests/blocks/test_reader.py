@@ -1,0 +1,123 @@
+"""The engine: what readers get from it, on a real server and a real cache."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from obsfs.blocks.object import CachedObject
+from obsfs.blocks.reader import Engine
+from obsfs.remote.address import Address
+from obsfs.remote.client import Bucket
+from obsfs.remote.objects import ObjectVersion
+from obsfs.settings import Settings
+from tests.conftest import MIB, Store, random_bytes, wait_for
+
+Start = Callable[[], tuple[Bucket, Engine]]
+
+
+@pytest.fixture
+def start(bucket: Store, tmp_path: Path) -> Iterator[Start]:
+    """A new engine on the same cache, when the one before has ended."""
+    engines: list[Engine] = []
+
+    def make() -> tuple[Bucket, Engine]:
+        while engines:
+            engines.pop().close()
+        settings = Settings.load(cache_dir=tmp_path / "blocks", endpoint_url=bucket.server.endpoint)
+        source = Bucket(Address("obs", bucket.name), settings)
+        engines.append(Engine(source, settings, seals=False))
+        return source, engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def fill(engine: Engine, version: ObjectVersion) -> None:
+    engine.fill(version, range(-(-version.size // MIB)))
+
+
+def test_what_somebody_waits_for_does_not_wait_for_files_that_are_verified(
+    bucket: Store, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.put("left.bin", random_bytes(40 * MIB))
+    bucket.put("model-00001-of-00001.safetensors", random_bytes(9 * MIB))
+    source, engine = start()
+    left = source.version(source.head("left.bin"))
+    fill(engine, left)
+
+    source, engine = start()
+    held, begun = threading.Event(), threading.Event()
+    verify = CachedObject._verify
+
+    def held_up(cached: CachedObject, block: int) -> bool:
+        if cached.version == left:
+            begun.set()
+            assert held.wait(20)
+        return verify(cached, block)
+
+    monkeypatch.setattr(CachedObject, "_verify", held_up)
+    completed: list[str] = []
+    engine.on_complete = lambda reader: completed.append(reader.version.key)
+    reader = engine.open(left)
+    assert begun.wait(20)
+
+    weights = source.version(source.head("model-00001-of-00001.safetensors"))
+    told = threading.Event()
+    engine.fetch_starts([weights], lambda readers: told.set())
+    assert told.wait(20), "a load that begins"
+    other = engine.open(weights)
+    fill(engine, weights)
+    wait_for(lambda: completed == [weights.key])
+    engine.warm(weights, weights.size)
+
+    assert not completed[1:]
+    held.set()
+    wait_for(lambda: completed == [weights.key, left.key])
+    assert reader.is_complete
+    assert engine.fetcher.stats.bytes_fetched == weights.size
+    engine.release(other)
+    engine.release(reader)
+
+
+def test_a_file_that_was_left_half_is_verified_when_the_rest_has_come(bucket: Store, start: Start) -> None:
+    bucket.put("half.bin", random_bytes(20 * MIB))
+    source, engine = start()
+    version = source.version(source.head("half.bin"))
+    engine.fill(version, range(9))
+
+    source, engine = start()
+    completed: list[str] = []
+    engine.on_complete = lambda reader: completed.append(reader.version.key)
+    reader = engine.open(version)
+    engine.fill(version, range(9, 20))
+    wait_for(lambda: completed == ["half.bin"])
+    assert reader.is_complete
+    assert engine.fetcher.stats.bytes_fetched == 11 * MIB
+    engine.release(reader)
+
+
+def test_a_file_that_has_rotted_is_not_taken_for_complete(bucket: Store, start: Start, tmp_path: Path) -> None:
+    data = random_bytes(20 * MIB)
+    bucket.put("rot.bin", data)
+    source, engine = start()
+    version = source.version(source.head("rot.bin"))
+    fill(engine, version)
+    (stored,) = (tmp_path / "blocks").rglob("*.data")
+    with stored.open("r+b") as file:
+        file.seek(17 * MIB)
+        file.write(b"rot")
+
+    source, engine = start()
+    completed: list[str] = []
+    engine.on_complete = lambda reader: completed.append(reader.version.key)
+    reader = engine.open(version)
+    wait_for(lambda: engine.cache.corrupt_blocks == 1)
+    assert not completed
+    assert reader.read(0, len(data)) == data
+    wait_for(lambda: completed == ["rot.bin"])
+    engine.release(reader)
