@@ -441,6 +441,11 @@ class Server:
         flags_out = FileOpen.KEEP_CACHE | FileOpen.NOFLUSH
         if opened.handle & 1:
             flags_out = FileOpen.PASSTHROUGH | FileOpen.NOFLUSH
+            if flags & os.O_DIRECT:
+                # The cache's file system wants offsets, sizes and buffers aligned; we do not, and a reader must not
+                # notice that the file has become complete. With this flag reads come here, on an inode that others
+                # read directly (fs/fuse/file.c: "FOPEN_DIRECT_IO overrides FOPEN_PASSTHROUGH").
+                flags_out |= FileOpen.DIRECT_IO
         return wire.OPEN_OUT.pack(opened.handle, flags_out, backing)
 
     def _hold_backing(self, number: int, file_fd: int | None, more: int) -> int:

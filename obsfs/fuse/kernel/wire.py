@@ -93,6 +93,7 @@ class Init(enum.IntFlag):
 class FileOpen(enum.IntFlag):
     """``FOPEN_*``."""
 
+    DIRECT_IO = 1 << 0
     KEEP_CACHE = 1 << 1
     CACHE_DIR = 1 << 3
     NOFLUSH = 1 << 5
