@@ -89,6 +89,12 @@ class SettingWarning(UserWarning):
     """A key of the config file, or a variable, that is not a setting of obsfs and so has no effect."""
 
 
+class TooManyFilesError(CacheError):
+    """The process, or the system, may have no more files open."""
+
+    errno = errno.ENFILE
+
+
 def first_line(error: BaseException) -> str:
     """What another library's exception says, cut to the line that an error of ours may quote."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

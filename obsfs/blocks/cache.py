@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -39,7 +40,8 @@ from obsfs.blocks.layout import (
 )
 from obsfs.blocks.object import CachedObject
 from obsfs.blocks.pins import Pins
-from obsfs.errors import CacheError
+from obsfs.errors import CacheError, TooManyFilesError
+from obsfs.limits import open_files_limit
 from obsfs.remote.objects import ObjectVersion
 
 
@@ -107,8 +109,18 @@ class Cache:
                 os.close(data_fd)
                 os.close(map_fd)
                 time.sleep(0.001)
-            return CachedObject(self, version, path, data_fd, map_fd)
+            try:
+                return CachedObject(self, version, path, data_fd, map_fd)
+            except OSError:
+                os.close(data_fd)
+                os.close(map_fd)
+                raise
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise TooManyFilesError(
+                    f"{version.key} cannot be opened ({error.strerror})",
+                    f"the limit is {open_files_limit()}: raise it (LimitNOFILE= of a unit, `ulimit -n`)",
+                ) from None
             raise CacheError(
                 f"cache directory {self.directory} cannot be used ({error.strerror})", "make room, or --cache-dir"
             ) from None

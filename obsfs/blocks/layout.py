@@ -280,6 +280,16 @@ def unlink(path: Path) -> None:
     path.with_suffix(".data").unlink(missing_ok=True)
 
 
+def remove_empty(path: Path) -> None:
+    """Remove a map file in which no block is present, if nobody has it open. Raises OSError."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        if lock_range(fd, LOCK_OPEN, 1, fcntl.F_WRLCK) and next(read_blocks(path), None) is None:
+            unlink(path)
+    finally:
+        os.close(fd)
+
+
 def is_at(fd: int, path: Path) -> bool:
     """Whether the open file is still the one at this path."""
     try:

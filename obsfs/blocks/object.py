@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
 import threading
 import time
@@ -27,11 +26,11 @@ from obsfs.blocks.layout import (
     block_count,
     checksum,
     entry_at,
-    is_at,
     lock_range,
+    remove_empty,
     seal_of,
-    unlink,
 )
+from obsfs.blocks.mapped import MappedFile
 from obsfs.remote.objects import ObjectVersion
 
 if TYPE_CHECKING:
@@ -39,7 +38,11 @@ if TYPE_CHECKING:
 
 
 class CachedObject:
-    """The blocks of one object version. Safe to use from many threads; made by ``Cache.open``."""
+    """The blocks of one object version. Safe to use from many threads; made by ``Cache.open``.
+
+    Raises OSError, and leaves both descriptors open then. It keeps one of them, of the data file: descriptors are
+    scarce. The map keeps the lock of `map_fd`, and whoever claims blocks has a descriptor for that long.
+    """
 
     def __init__(self, cache: Cache, version: ObjectVersion, path: Path, data_fd: int, map_fd: int) -> None:
         self.version = version
@@ -48,13 +51,18 @@ class CachedObject:
         self.data_fd = data_fd
         self._cache = cache
         self._path = path
-        self._map_fd = map_fd
-        self._map = mmap.mmap(map_fd, HEADER + ENTRY * self.blocks)
-        self._words = memoryview(self._map)[HEADER:].cast("Q")
+        self._mapped = MappedFile(map_fd, HEADER + ENTRY * self.blocks)
+        self._map = self._mapped.view
+        self._words = self._map[HEADER:].cast("Q")
+        # While it is mapped, no other file has this inode.
+        self._inode = os.fstat(map_fd)
+        os.close(map_fd)
         # The state word at which a block was verified or written by us; 0 means not yet.
         self._trusted = array("Q", bytes(8 * self.blocks))
         self._whole_users = 0
-        self._witness_fd = -1
+        self._claims_fd = -1
+        self._claimed: set[int] = set()
+        self._is_gone = False
         self._guard = threading.Lock()
         # Else whoever has to wait for the kernel's lock of the file spins: a twentieth of the CPU time was measured.
         self._writing = threading.Lock()
@@ -83,16 +91,17 @@ class CachedObject:
     def witness(self, block: int) -> tuple[int, int, int] | None:
         """By what another process sees that bytes of a block are right, which it has taken from the file.
 
-        A descriptor, without our locks; an offset; and the 64 bits to be found there, which are others once the block
-        is evicted. None for a block that is not trusted.
+        A descriptor, without our locks, which the caller closes; an offset; and the 64 bits to be found there, which
+        are others once the block is evicted. None for a block that is not trusted, or no longer in the cache.
         """
         word = self._trusted[block]
         if not word:
             return None
-        with self._guard:
-            if self._witness_fd < 0:
-                self._witness_fd = os.open(f"/proc/self/fd/{self._map_fd}", os.O_RDONLY | os.O_CLOEXEC)
-        return self._witness_fd, entry_at(block) + STATE_AT, word
+        try:
+            fd = self._open_map(os.O_RDONLY)
+        except OSError:
+            return None
+        return (fd, entry_at(block) + STATE_AT, word) if fd >= 0 else None
 
     def has(self, block: int) -> bool:
         """Whether the block can be served now; a present block not yet verified is verified first (reads it)."""
@@ -174,11 +183,50 @@ class CachedObject:
 
     def lock(self, blocks: range) -> bool:
         """Claim blocks for fetching, among processes; False when another process fetches one of them."""
-        return lock_range(self._map_fd, entry_at(blocks.start), ENTRY * len(blocks), fcntl.F_WRLCK)
+        with self._guard:
+            if self._claims_fd < 0 and not self._is_gone:
+                try:
+                    self._claims_fd = self._open_map(os.O_RDWR)
+                except OSError:
+                    return False
+                if self._claims_fd < 0:
+                    # Evicted as a whole, or removed: whoever evicts finds it no more, once this lock was free.
+                    with self._cache.exclusive:
+                        self._is_gone = True
+            is_ours = self._is_gone or lock_range(
+                self._claims_fd, entry_at(blocks.start), ENTRY * len(blocks), fcntl.F_WRLCK
+            )
+            if is_ours:
+                self._claimed.update(blocks)
+            self._close_claims()
+            return is_ours
 
     def unlock(self, blocks: range) -> None:
         """Give up a claim."""
-        lock_range(self._map_fd, entry_at(blocks.start), ENTRY * len(blocks), fcntl.F_UNLCK)
+        with self._guard:
+            if self._claims_fd >= 0:
+                lock_range(self._claims_fd, entry_at(blocks.start), ENTRY * len(blocks), fcntl.F_UNLCK)
+            self._claimed.difference_update(blocks)
+            self._close_claims()
+
+    def _close_claims(self) -> None:
+        if not self._claimed and self._claims_fd >= 0:
+            os.close(self._claims_fd)
+            self._claims_fd = -1
+
+    def _open_map(self, flags: int) -> int:
+        """The map file, opened once more, without the locks that we have on it; -1 when it is not at its name.
+
+        Raises OSError.
+        """
+        try:
+            fd = os.open(self._path, flags | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return -1
+        if os.path.samestat(os.fstat(fd), self._inode):
+            return fd
+        os.close(fd)
+        return -1
 
     def put(self, block: int, data: memoryview) -> None:
         """Store a block that was fetched under a claim. A disk that takes no more makes it stay in memory."""
@@ -270,12 +318,24 @@ class CachedObject:
     @property
     def is_in_cache(self) -> bool:
         """Whether the file is still at its name: it may be evicted while it is open, as a whole."""
-        return is_at(self._map_fd, self._path)
+        try:
+            return os.path.samestat(self._inode, self._path.stat())
+        except FileNotFoundError:
+            return False
 
-    @property
-    def lock_fd(self) -> int:
-        """The descriptor that says that this object is open; a duplicate says so when this process has died."""
-        return self._map_fd
+    def open_lock(self) -> int:
+        """A descriptor that says that this object is open, for as long as anybody has it.
+
+        The caller closes it. -1 for a file that is no longer in the cache, and when no more can be opened.
+        """
+        try:
+            fd = self._open_map(os.O_RDWR)
+        except OSError:
+            return -1
+        if fd >= 0 and not lock_range(fd, LOCK_OPEN, 1, fcntl.F_RDLCK):
+            os.close(fd)
+            return -1
+        return fd
 
     def warm(self, blocks: range) -> None:
         """Have the kernel read these blocks of the data file into its page cache; waits only to ask."""
@@ -294,15 +354,13 @@ class CachedObject:
     def close(self) -> None:
         """Close the files, and remove them if nothing is in them; the object must not be used afterwards."""
         self._cache.held.forget(self)
-        is_alone = lock_range(self._map_fd, LOCK_OPEN, 1, fcntl.F_WRLCK)
-        if is_alone and not any(map(self.is_present, range(self.blocks))):
-            # Litter on a disk that takes no changes is no reason to fail, and files that took our place are not ours.
-            with suppress(OSError), self._cache.exclusive:
-                if self.is_in_cache:
-                    unlink(self._path)
+        is_empty = not any(map(self.is_present, range(self.blocks)))
         self._words.release()
-        self._map.close()
-        if self._witness_fd >= 0:
-            os.close(self._witness_fd)
-        os.close(self._map_fd)
-        os.close(self.data_fd)
+        self._mapped.close()
+        for fd in (self._claims_fd, self.data_fd):
+            if fd >= 0:
+                os.close(fd)
+        if is_empty:
+            # Litter on a disk that takes no changes is no reason to fail.
+            with suppress(OSError), self._cache.exclusive:
+                remove_empty(self._path)

@@ -18,7 +18,8 @@ from obsfs.blocks.fetcher import Fetcher, Target, Waiter
 from obsfs.blocks.layout import BLOCK, block_count
 from obsfs.blocks.object import CachedObject
 from obsfs.blocks.readahead import Credit, LoadOrder, ReadAhead, runs
-from obsfs.errors import CacheError, ObsfsError, UnavailableError
+from obsfs.errors import CacheError, ObsfsError, TooManyFilesError, UnavailableError
+from obsfs.limits import allow_open_files
 from obsfs.remote.client import Bucket
 from obsfs.remote.objects import ObjectVersion
 from obsfs.settings import Settings
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 _IDLE_READERS = 64
 _LOOK_SECONDS = 1.0
+_COMPLAIN_SECONDS = 10.0
+"""Between two lines of the log about the same lack."""
 _LOADS = 256
 _STRAINED_WINDOW = 16
 _WARM_STEP = 64
@@ -250,6 +253,7 @@ class Engine:
         self.blocks_missed = 0
         self._readers: OrderedDict[ObjectVersion, Reader] = OrderedDict()
         self._next_look = 0.0
+        self._next_complaint = 0.0
         self._loads: dict[tuple[str, str], _Load] = {}
         self._guard = threading.Lock()
         self.fetcher.background.in_steps(self._bound_cache())
@@ -305,7 +309,7 @@ class Engine:
         self._close_idle()
         reader = self._readers.get(version)
         if reader is None:
-            reader = self._readers[version] = Reader(self, self.cache.open(version))
+            reader = self._readers[version] = Reader(self, self._open_cached(version))
         self._readers.move_to_end(version)
         reader.users += 1
         return reader
@@ -314,8 +318,20 @@ class Engine:
         with self._guard:
             reader.users -= 1
 
-    def _close_idle(self) -> None:
-        excess = len(self._readers) - _IDLE_READERS
+    def _open_cached(self, version: ObjectVersion) -> CachedObject:
+        try:
+            return self.cache.open(version)
+        except TooManyFilesError as error:
+            is_raised = allow_open_files()
+            if (now := time.monotonic()) >= self._next_complaint:
+                self._next_complaint = now + _COMPLAIN_SECONDS
+                log.warning("%s; %d files are open, those that nobody reads are closed", error, len(self._readers))
+            if not is_raised:
+                self._close_idle(keep=0)
+            return self.cache.open(version)
+
+    def _close_idle(self, keep: int = _IDLE_READERS) -> None:
+        excess = len(self._readers) - keep
         # What was evicted as a whole takes its room for as long as somebody has it open.
         is_due = time.monotonic() >= self._next_look
         if is_due:

@@ -33,6 +33,7 @@ from obsfs.fuse.operations import Operations
 from obsfs.fuse.supervisor import RETRY
 from obsfs.fuse.tree import Source, Tree
 from obsfs.library import snapshot
+from obsfs.limits import allow_open_files
 from obsfs.remote.address import Address, parse_address
 from obsfs.remote.client import Bucket
 from obsfs.remote.objects import Page
@@ -248,6 +249,7 @@ def main() -> int:
     takeover = Takeover.parse(request["takeover"]) if "takeover" in request else None
     stop = Stop()
     stop.on_signals()
+    allow_open_files()
     os.chdir("/")
     answer = os.fdopen(os.dup(1), "w")
     quiet = os.open(os.devnull, os.O_RDWR)

@@ -264,9 +264,10 @@ class Operations:
         self._inherited[number] -= 1
         return Opened(number << 1 | 1, cached.data_fd)
 
-    def lock_fd(self, number: int) -> int:
-        """The descriptor that says that a file is open in the cache, for one which is open directly."""
-        return self._readers[number].cached.lock_fd
+    def open_lock(self, number: int) -> int:
+        """A descriptor that says that a file which is open directly is open in the cache. The caller closes it; -1 when
+        the file is no longer there."""
+        return self._readers[number].cached.open_lock()
 
     def reopen_indirect(self, handle: int, unique: int = 0) -> Opened:
         """The engine could not serve an open directly: the same open, through us."""

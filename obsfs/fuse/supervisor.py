@@ -30,6 +30,8 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
+from obsfs.limits import allow_open_files
+
 CONTROL = "OBSFS_SUPERVISOR_FD"
 RETRY = 75
 """The exit status (EX_TEMPFAIL) of a successor that could not take over yet."""
@@ -182,6 +184,7 @@ def main() -> int:
     if request["settings"].get("snapshot") == "now":
         # Every server of this mount shows the same moment.
         request["settings"]["snapshot"] = datetime.now(UTC).isoformat(timespec="seconds")
+    allow_open_files()
     os.chdir("/")
     status = Supervisor(sys.argv[1:], request).run()
     if request.get("is_temporary"):

@@ -455,7 +455,10 @@ class Server:
             assert file_fd is not None
             node = self._operations.tree.node(number)
             # It stays open when this process does not: the successor finds the file that the kernel reads at its name.
-            self._keeper.keep(f"node {number}", [self._operations.lock_fd(number)])
+            lock = self._operations.open_lock(number)
+            if lock >= 0:
+                self._keeper.keep(f"node {number}", [lock])
+                os.close(lock)
             backing = channel.open_backing(self._fd, file_fd)
             self._operations.tree.set_backing(node, backing)
             users = node.direct_opens - more
@@ -496,9 +499,12 @@ class Server:
         witness = cached.witness(block)
         if witness is None:
             return
-        for node in self._operations.open_nodes(reader):
-            if not self._pages.store(node, cached.data_fd, block * BLOCK, cached.length_of(block), witness):
-                log.debug("block %d of %s is not stored: too many are waiting", block, reader.version.key)
+        try:
+            for node in self._operations.open_nodes(reader):
+                if not self._pages.store(node, cached.data_fd, block * BLOCK, cached.length_of(block), witness):
+                    log.debug("block %d of %s is not stored: too many are waiting", block, reader.version.key)
+        finally:
+            os.close(witness[0])
 
     def _tell(self) -> None:
         """Send what is to be told. On its own thread: the kernel may wait for whoever looks up a name beside it."""
