@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
 import json
+import math
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import obsfs
 from obsfs.errors import UsageError, first_line
@@ -227,26 +230,112 @@ def estimate_memory(
     return int(weights * copies + training + sequences * length * token)
 
 
-def adapter_parameters(path: Path, lora: Any, **options: Any) -> int:
-    """How many parameters PEFT makes for a model, found on one without weights.
+def model_class(path: Path, **options: Any) -> Any:
+    """Return the class of transformers that a model is loaded with, by training, checks and merging alike.
 
-    Raises UsageError when it makes none: for modules that the model does not have, say.
+    It is what the model's configuration names, so that a model of vision and language is taken as what it is; or
+    AutoModelForCausalLM, for one that brings its own code. Raises UsageError.
     """
+    import transformers
+
+    for name in _configuration(path, **options).architectures or []:
+        if kind := getattr(transformers, name, None):
+            return kind
+    return transformers.AutoModelForCausalLM
+
+
+def _configuration(path: Path, **options: Any) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UsageError(f"{path} cannot be loaded by transformers", first_line(error)) from None
+
+
+def empty_model(path: Path, **options: Any) -> Any:
+    """Make a model without weights: every module and shape, on the meta device. Raises UsageError."""
     import torch
     import transformers
+
+    kind, config = model_class(path, **options), _configuration(path, **options)
+    with torch.device("meta"):
+        if kind is transformers.AutoModelForCausalLM:
+            return kind.from_config(config, **options)
+        return kind(config)
+
+
+class AdapterPlan(NamedTuple):
+    """What PEFT makes for a model: how many parameters, on which modules (the ends of their names), and a digest of the
+    name and shape of each, by which two adapters are known to have the same parameters."""
+
+    parameters: int
+    modules: tuple[str, ...]
+    digest: str
+
+
+def plan_adapter(path: Path, lora: Any, **options: Any) -> AdapterPlan:
+    """Find out what PEFT makes for a model, on one without weights.
+
+    Raises UsageError when a name that it is given means nothing in the model, or nothing is made at all.
+    """
+    import torch
     from peft import get_peft_model
 
-    config = transformers.AutoConfig.from_pretrained(path, **options)
     lora = copy.copy(lora)
     lora.init_lora_weights = True  # others, such as pissa, begin with the weights
+    model = empty_model(path, **options)
+    _check_modules(model, lora)
     with torch.device("meta"):
-        kind = getattr(transformers, (config.architectures or [""])[0], None)
-        model = kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config, **options)
         try:
             model = get_peft_model(model, lora, low_cpu_mem_usage=True)
         except ValueError as error:
             raise UsageError("the adapter cannot be made", first_line(error)) from None
-    return sum(one.numel() for one in model.parameters() if one.requires_grad)
+    trained = {name: tuple(one.shape) for name, one in model.named_parameters() if one.requires_grad}
+    modules = {name.partition(".lora_")[0].rpartition(".")[2] for name in trained if ".lora_" in name}
+    digest = hashlib.sha256(repr(sorted(trained.items())).encode()).hexdigest()[:16]
+    return AdapterPlan(sum(map(math.prod, trained.values())), tuple(sorted(modules)), digest)
+
+
+def adapter_parameters(path: Path, lora: Any, **options: Any) -> int:
+    """Return how many parameters PEFT makes for a model. Raises UsageError as :func:`plan_adapter`."""
+    return plan_adapter(path, lora, **options).parameters
+
+
+def _check_modules(model: Any, lora: Any) -> None:
+    """See that each name in an adapter's configuration means something: PEFT is content when one of several does."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    leaves = sorted({name.rpartition(".")[2] for name, one in modules.items() if not list(one.children())})
+    leaves = [name for name in leaves if not name.isdigit()]
+    for option in ("target_modules", "exclude_modules", "modules_to_save"):
+        given = getattr(lora, option, None)
+        for wanted in sorted(given) if isinstance(given, list | tuple | set) else ():
+            if not any(name == wanted or name.endswith(f".{wanted}") for name in modules):
+                raise _names_nothing(option, wanted, leaves)
+    for option in ("rank_pattern", "alpha_pattern"):
+        for wanted in getattr(lora, option, None) or ():
+            try:
+                is_there = any(re.fullmatch(rf"(.*\.)?({wanted})", name) for name in modules)
+            except re.error:
+                is_there = False
+            if not is_there:
+                raise _names_nothing(option, str(wanted), leaves)
+    parameters = [name for name, _ in model.named_parameters()]
+    for wanted in getattr(lora, "target_parameters", None) or ():
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in parameters):
+            ends = sorted({".".join(name.split(".")[-2:]) for name in parameters})
+            raise _names_nothing("target_parameters", wanted, ends)
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    given = getattr(lora, "layers_to_transform", None)
+    for index in [given] if isinstance(given, int) else given or ():
+        if layers is not None and not 0 <= index < layers:
+            raise UsageError(f"layers_to_transform: there is no layer {index}", f"the model has {layers}, from 0 on")
+
+
+def _names_nothing(option: str, wanted: str, names: list[str]) -> UsageError:
+    close = difflib.get_close_matches(wanted.rpartition(".")[2], names, 1)
+    nearest = f"the nearest is {close[0]!r}; " if close else ""
+    return UsageError(f"{option}: nothing in the model is called {wanted!r}", f"{nearest}it has {', '.join(names)}")
 
 
 def memory_available() -> tuple[int, str]:

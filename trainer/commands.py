@@ -183,6 +183,10 @@ def merge(
             f"{done.base} + {adapter}: logits differ by {done.mean:.2g} on average, {done.largest:.2g} at most",
             err=True,
         )
+        if done.kept:
+            ends = sorted({name.rpartition(".")[2] for name in done.kept})
+            some = f"{', '.join(ends)} ({len(done.kept)} in all)"
+            click.echo(f"left as they are, since not every processor could serve them quantised: {some}", err=True)
         click.echo(done.output)
 
 

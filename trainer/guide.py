@@ -16,6 +16,7 @@ from obsfs.commands.output import columns, count, human
 from trainer import base as bases
 from trainer import data
 from trainer.config import METHODS, TASKS, lora_config
+from trainer.quiet import hush, hush_bars
 
 _FS_TYPE = "fuse.obsfs"
 _LENGTH = 1024
@@ -62,10 +63,8 @@ def guide(settings: dict[str, Any]) -> tuple[Path, bool]:
     model = models[int(answer) - 1] if answer.isdigit() and 0 < int(answer) <= len(models) else answer
     run: dict[str, Any] = {"model": model}
     with bases.open_base(model, settings) as base:
-        # Imports transformers, for which nobody should wait before the first question.
-        from trainer.progress import quiet
-
-        quiet()
+        hush()
+        hush_bars()  # imports transformers, for which nobody should wait before the first question
         facts = bases.check_whole(base.path)
         click.echo(
             f"  {count(facts.parameters)} parameters, {human(facts.size)}, "

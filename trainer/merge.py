@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,15 +14,24 @@ from typing import Any, NamedTuple
 
 import obsfs
 from obsfs.errors import UsageError, first_line
-from trainer.base import PROBE, Base, load_tokenizer, memory_available, open_base
+from trainer import bits
+from trainer.base import PROBE, Base, empty_model, load_tokenizer, memory_available, model_class, open_base
 from trainer.data import load
 from trainer.place import place_of
+from trainer.quiet import hush, hush_bars
 
 ADAPTER = "adapter_config.json"
 _SHARD = "4GB"
 _SAMPLES = 128
 _SAMPLE_TOKENS = 2048
 _WEIGHTS = (".safetensors", ".bin")
+_PROCESSOR = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "image_processor_config.json",
+)
+"""What a model of more than text needs beside its tokenizer."""
 _ROOM = 1.3
 """What merging takes, in times of the weights: the largest of them twice, and a few activations."""
 
@@ -63,12 +73,14 @@ QUANTIZERS = {
 
 
 class Merged(NamedTuple):
-    """What was written, and the largest and mean difference of its logits from those of base plus adapter."""
+    """What was written, the largest and mean difference of its logits from those of base plus adapter, and the modules
+    that were left as they are when the others were quantised."""
 
     output: str
     base: str
     largest: float
     mean: float
+    kept: tuple[str, ...] = ()
 
 
 def base_of(adapter: Base, given: str | None) -> str:
@@ -120,40 +132,42 @@ def merge(
         raise UsageError(f"{output} is there already", "choose another name or version")
     with ExitStack() as stack:
         tuned, found = stack.enter_context(open_adapter(adapter, base, settings))
-        from trainer.progress import quiet  # imports transformers, for which no refusal above should wait
-
-        quiet()
+        hush()
+        hush_bars()  # imports transformers, for which no refusal above should wait
         home = None if place else target.absolute().parent
         if home is not None:
             home.mkdir(parents=True, exist_ok=True)
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".obsfs-merge-", dir=home))) / "model"
         samples = calibration(calibrate, _tokenizer(tuned.path, found.path), settings) if calibrate else None
         largest, mean = _merge(tuned.path, found.path, work, dequantize)
-        if quantize is not None:
-            _quantize(work, quantize, samples)
+        kept = _quantize(work, quantize, samples) if quantize is not None else []
         if place is not None:
             obsfs.push(work, place.url, source=f"{found.name} + {tuned.name}", **place.settings)
             obsfs.refresh(place.url)
         else:
             work.replace(target)
-        return Merged(place.url if place else output, found.name, largest, mean)
+        return Merged(place.url if place else output, found.name, largest, mean, tuple(kept))
 
 
 def _merge(adapter: Path, base: Path, directory: Path, dequantize: bool) -> tuple[float, float]:
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     options: dict[str, Any] = {"device_map": _device(base)}
     if dequantize:
         options = {"quantization_config": BitsAndBytesConfig(**QUANTIZERS["bnb-4bit"].options)}
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, **options)
+        model = model_class(base).from_pretrained(base, dtype=torch.bfloat16, **options)
     except (OSError, ValueError) as error:
         raise UsageError(f"the base {base} cannot be loaded", first_line(error)) from None
-    if dequantize:
-        # Never merged while it is quantised: bitsandbytes repacks its weights in use, and gives garbage afterwards.
-        model = model.dequantize().to(torch.bfloat16)
+    if getattr(model, "hf_quantizer", None) is not None:
+        # Never merged, nor even tried, while it is quantised: bitsandbytes may repack the weights in use, and then they
+        # give garbage. What was just loaded is as it is on the disk.
+        try:
+            model = model.dequantize().to(torch.bfloat16)
+        except (NotImplementedError, ValueError) as error:
+            raise UsageError(f"the base {base} is quantised, and cannot be merged into", first_line(error)) from None
     tokenizer = _tokenizer(adapter, base)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
@@ -169,6 +183,9 @@ def _merge(adapter: Path, base: Path, directory: Path, dequantize: bool) -> tupl
         difference = (merged(probe).logits.float() - expected).abs()
     merged.save_pretrained(directory, max_shard_size=_SHARD)
     tokenizer.save_pretrained(directory)
+    for name in _PROCESSOR:
+        if (base / name).exists() and not (directory / name).exists():
+            shutil.copyfile(base / name, directory / name)
     return float(difference.max()), float(difference.mean())
 
 
@@ -214,7 +231,8 @@ def _check_quantizer(name: str | None, calibrate: str | None) -> None:
             raise UsageError(f"--quantize {name} needs a GPU", "bnb-4bit and bnb-8bit do not")
 
 
-def _quantize(directory: Path, name: str, samples: list[str] | None) -> None:
+def _quantize(directory: Path, name: str, samples: list[str] | None) -> list[str]:
+    """Quantise a model in place. Returns the modules that are left as they are, beside the usual ones."""
     import torch
     import transformers
 
@@ -223,7 +241,14 @@ def _quantize(directory: Path, name: str, samples: list[str] | None) -> None:
     torch.cuda.empty_cache()
     chosen = QUANTIZERS[name]
     options = dict(chosen.options)
-    load_model = partial(transformers.AutoModelForCausalLM.from_pretrained, directory, dtype=torch.bfloat16)
+    kept: list[str] = []
+    if name == "bnb-4bit":
+        empty = empty_model(directory)
+        skipped = bits.never_quantised(empty)
+        kept = [one for one in skipped if empty.get_submodule(one) is not empty.get_output_embeddings()]
+        # transformers leaves the head as it is only where nobody names others.
+        options["llm_int8_skip_modules"] = skipped if kept else None
+    load_model = partial(model_class(directory).from_pretrained, directory, dtype=torch.bfloat16)
     try:
         if chosen.config is None:
             model = load_model()
@@ -242,6 +267,7 @@ def _quantize(directory: Path, name: str, samples: list[str] | None) -> None:
             old.unlink()
         for path in Path(new).iterdir():
             path.replace(directory / path.name)
+    return kept
 
 
 def _compress(model: Any, tokenizer: Any, samples: list[str], options: dict[str, Any]) -> None:

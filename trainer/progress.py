@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -75,17 +73,6 @@ class Timeline:
 
         if base.mountpoint is not None:
             threading.Thread(target=watch, name="trainer-watch", daemon=True).start()
-
-
-def quiet() -> None:
-    """Keep the libraries from drawing bars of their own, and from telling what they will rename one day."""
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs of an error, it raises too
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def say(text: str) -> None:

@@ -18,9 +18,10 @@ from obsfs.commands.output import human, spinner
 from obsfs.errors import UsageError
 from obsfs.settings import state_dir
 from trainer import base as bases
-from trainer import data
+from trainer import bits, data
 from trainer.config import TASKS, Parts, TrainConfig, load_config
 from trainer.place import place_of
+from trainer.quiet import hush, hush_bars
 
 if TYPE_CHECKING:
     from trainer.checkpoints import Publisher
@@ -86,14 +87,13 @@ def train(
 
 
 def _import(config: TrainConfig) -> None:
+    hush()
     if config.is_quantized:
         import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
 
-    from trainer.progress import quiet
-
     TASKS[config.task].load()
-    quiet()
+    hush_bars()
 
 
 def _is_of_another(error: RuntimeError) -> bool:
@@ -256,7 +256,8 @@ class _Run:
         if _trusts(arguments):
             options["trust_remote_code"] = True
         with self._timeline.part("load"), self._timeline.quantising() if config.is_quantized else nullcontext():
-            return create_model_from_path(str(self._base.path), **options)
+            kind = bases.model_class(self._base.path, trust_remote_code=_trusts(arguments))
+            return bits.keep_as_loaded(create_model_from_path(str(self._base.path), kind, **options))
 
     def _load_data(self, tokenizer: Any) -> tuple[Any, Any]:
         config, arguments = self._config, self._parts.arguments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,3 +97,58 @@ def run(model: str, tmp_path: Path) -> Callable[..., Any]:
         return train({"model": model, "output": str(tmp_path / "out"), **QUICK, **given}, **own)
 
     return start
+
+
+@pytest.fixture
+def repacked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """bitsandbytes as on a processor with AVX512-BF16, whatever this one is: the shapes of the weights it repacks.
+
+    Its kernel for repacked weights is written in what every processor has.
+    """
+    import copy
+
+    from bitsandbytes import functional
+    from bitsandbytes.nn import modules
+
+    found: list[tuple[int, ...]] = []
+    pack, unpack = functional._convert_weight_packed_for_cpu, functional._convert_weight_packed_for_cpu_inverse
+
+    def packed(weight: Any, state: Any) -> Any:
+        found.append(tuple(state.shape))
+        return pack(weight, state)
+
+    def multiplied(inputs: Any, weight: Any, out: Any = None, state: Any = None) -> Any:
+        plain = functional.dequantize_4bit(*unpack(weight.data, copy.deepcopy(state)))
+        return (inputs @ plain.to(inputs.dtype).t()).detach()
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    monkeypatch.setattr(modules, "_convert_weight_packed_for_cpu", packed)
+    monkeypatch.setattr(functional, "gemv_4bit", multiplied)
+    return found
+
+
+_AS_ELSEWHERE = """
+import importlib.abc, importlib.machinery, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "bitsandbytes.functional":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+        def exec_module(module):
+            execute(module)
+            module.has_avx512bf16 = lambda: True
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.fixture
+def other_processor(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Python that is started has bitsandbytes as on a processor with AVX512-BF16, from its import on."""
+    directory = tmp_path_factory.mktemp("site")
+    (directory / "sitecustomize.py").write_text(_AS_ELSEWHERE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")])))
