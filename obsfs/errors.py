@@ -35,6 +35,17 @@ class UsageError(ObsfsError):
     errno = errno.EINVAL
 
 
+class MovedError(UsageError):
+    """The bucket is elsewhere. `region` and `host` are what the server says of the place, empty where it does not."""
+
+    errno = errno.EIO
+
+    def __init__(self, message: str, remedy: str = "", *, region: str = "", host: str = "") -> None:
+        super().__init__(message, remedy)
+        self.region = region
+        self.host = host
+
+
 class NotFoundError(ObsfsError):
     """The bucket or the object does not exist."""
 
@@ -45,6 +56,16 @@ class ExistsError(ObsfsError):
     """It is there already, or somebody else was first."""
 
     errno = errno.EEXIST
+
+
+class RefusedError(ObsfsError):
+    """The server refused the request for good: the same request will not be answered otherwise."""
+
+    errno = errno.EIO
+
+
+class UnsupportedError(RefusedError):
+    """The server does not have this operation; there may be another way to the same end."""
 
 
 class ForbiddenError(ObsfsError):

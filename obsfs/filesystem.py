@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from obsfs.errors import ObsfsError
 from obsfs.remote.address import Address
 from obsfs.remote.client import Bucket, connect
 from obsfs.remote.credentials import Keys
-from obsfs.remote.objects import ObjectVersion
+from obsfs.remote.objects import ObjectVersion, tag
 from obsfs.settings import Settings, knobs
 
 _BUFFER = 128 << 10
@@ -96,7 +97,10 @@ class OBSFileSystem(S3FileSystem):
         bucket, key, _ = self.split_path(path)
         if info["type"] == "directory":
             raise IsADirectoryError(path)
-        return ObjectVersion(self.endpoint_url, bucket, key, info["ETag"], info["size"])
+        when = info.get("LastModified")
+        modified = when.timestamp() if isinstance(when, datetime) else 0.0
+        etag = tag(info.get("ETag"), modified)
+        return ObjectVersion(self.endpoint_url, bucket, key, etag, info["size"], modified=modified)
 
     def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> Any:
         if mode != "rb" or options.get("version_id") or self.split_path(path)[2]:

@@ -76,8 +76,8 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 
 def identity(version: ObjectVersion) -> dict[str, object]:
-    """What tells a version from all others; its bytes are the same under whatever version id."""
-    return {name: value for name, value in asdict(version).items() if name != "version_id"}
+    """What tells a version from all others; its bytes are the same under whatever version id and date."""
+    return {name: value for name, value in asdict(version).items() if name not in ("version_id", "modified")}
 
 
 def identity_bytes(version: ObjectVersion) -> bytes:

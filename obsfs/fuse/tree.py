@@ -482,7 +482,7 @@ class Tree:
             listing.pages = number
             if not whole:
                 if not page.is_last:
-                    listing.known_to = max(*(info.key for info in page.objects[-1:]), *page.prefixes[-1:], "")
+                    listing.known_to = max([info.key for info in page.objects[-1:]] + page.prefixes[-1:], default="")
                     listing.pages = before.pages if before else 1
                 break
         with self._guard:

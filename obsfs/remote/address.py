@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -15,7 +17,21 @@ NAME_MAX = 255
 
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html; OBS has the same rules.
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-_]{1,61}[a-z0-9]", re.IGNORECASE)
-_VIRTUAL_HOSTED = (".myhuaweicloud.com", ".amazonaws.com", ".amazonaws.com.cn", ".aliyuncs.com", ".myqcloud.com")
+_OBS = (".myhuaweicloud.com", ".myhuaweicloud.eu")
+_AWS = (".amazonaws.com", ".amazonaws.com.cn")
+PROVIDERS = (*_OBS, *_AWS, ".aliyuncs.com", ".myqcloud.com")
+"""Ends of the host names of clouds whose endpoints are known; they want the bucket in the host name."""
+
+# huaweicloudsdkobs 3.1.219, region/obs_region.py, and rclone's backend/s3/provider/HuaweiOBS.yaml.
+OBS_REGIONS = (
+    *("af-north-1", "af-south-1", "ap-southeast-1", "ap-southeast-2", "ap-southeast-3", "ap-southeast-4"),
+    *("ap-southeast-5", "cn-east-2", "cn-east-3", "cn-east-4", "cn-east-5", "cn-north-1", "cn-north-2", "cn-north-4"),
+    *("cn-north-9", "cn-north-11", "cn-north-12", "cn-south-1", "cn-south-2", "cn-south-4", "cn-southwest-2"),
+    *("cn-southwest-3", "eu-west-101", "la-north-2", "la-south-2", "me-east-1", "na-mexico-1", "ru-northwest-2"),
+    *("sa-argentina-1", "sa-brazil-1", "sa-chile-1", "sa-peru-1", "tr-west-1"),
+)
+_EUROPE = "eu-west-101"
+"""The one region under ``.eu`` (the same sources)."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +66,7 @@ def obs_endpoint(region: str) -> str:
     """The OBS endpoint of a region, per https://developer.huaweicloud.com/intl/en-us/endpoint?OBS."""
     if not re.fullmatch(r"[a-z0-9-]+", region):
         raise UsageError(f"{region!r} is no region", "write for example --region cn-south-1")
-    return f"https://obs.{region}.myhuaweicloud.com"
+    return f"https://obs.{region}{_OBS[region == _EUROPE]}"
 
 
 def check_endpoint(url: str) -> str:
@@ -70,12 +86,45 @@ def check_endpoint(url: str) -> str:
 def is_aws(endpoint_url: str) -> bool:
     """Whether an endpoint is Amazon's own S3."""
     host = urlsplit(endpoint_url).hostname or ""
-    return host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
+    return host.endswith(_AWS)
 
 
 def is_obs(endpoint_url: str) -> bool:
     """Whether an endpoint is Huawei Cloud's OBS."""
-    return (urlsplit(endpoint_url).hostname or "").endswith(".myhuaweicloud.com")
+    return (urlsplit(endpoint_url).hostname or "").endswith(_OBS)
+
+
+def region_of(host: str) -> str:
+    """Return the region that a host name of OBS or Amazon names, which need not exist; empty for other hosts."""
+    end = next((end for end in (*_OBS, *_AWS) if host.endswith(end)), "")
+    service, _, region = host.removesuffix(end).rpartition(".")
+    return region if end and service.rpartition(".")[2] in ("obs", "s3", "s3-fips", "dualstack") else ""
+
+
+def nearest_regions(region: str, known: Iterable[str] = OBS_REGIONS) -> list[str]:
+    """Return the regions whose names are most like one that does not exist, the most alike first."""
+    return difflib.get_close_matches(region, known, n=2, cutoff=0.75)
+
+
+def endpoint_at(endpoint: str, bucket: str, *, region: str, host: str) -> str | None:
+    """Return the endpoint that a server has sent us to, if it is another one of the same cloud; else None.
+
+    Args:
+        endpoint: The endpoint that was asked.
+        bucket: The bucket, which may be the first part of `host`.
+        region: The region that the server named, or empty.
+        host: The host that the server named, or empty.
+    """
+    parts = urlsplit(endpoint)
+    asked = parts.hostname or ""
+    end = next((end for end in (*_OBS, *_AWS) if asked.endswith(end)), "")
+    if not end:
+        return None
+    found = host.lower().removeprefix(f"{bucket.lower()}.")
+    if not found and re.fullmatch(r"[a-z0-9-]+", region):
+        found = (urlsplit(obs_endpoint(region)).hostname or "") if asked.endswith(_OBS) else f"s3.{region}{end}"
+    is_known = bool(re.fullmatch(r"(obs|s3|s3-fips|s3\.dualstack)\.[a-z0-9-]+", found.removesuffix(end)))
+    return f"{parts.scheme}://{found}" if found.endswith(end) and is_known and found != asked else None
 
 
 def addressing_style(endpoint_url: str) -> str:
@@ -84,7 +133,7 @@ def addressing_style(endpoint_url: str) -> str:
     try:
         ipaddress.ip_address(host)
     except ValueError:
-        return "virtual" if f".{host}".endswith(_VIRTUAL_HOSTED) else "path"
+        return "virtual" if f".{host}".endswith(PROVIDERS) else "path"
     return "path"
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from botocore import UNSIGNED
 from botocore.config import Config
@@ -27,8 +26,11 @@ from obsfs.errors import (
     BusyError,
     CorruptError,
     ExpiredError,
+    ForbiddenError,
+    MovedError,
     NotFoundError,
     ObsfsError,
+    RefusedError,
     UnavailableError,
     UsageError,
     VersionChangedError,
@@ -36,9 +38,11 @@ from obsfs.errors import (
 from obsfs.remote import address as addresses
 from obsfs.remote.address import Address
 from obsfs.remote.checksums import Checksum, offered
-from obsfs.remote.credentials import Keys, explicit_keys
-from obsfs.remote.failures import translated
-from obsfs.remote.objects import WHOLE_BYTES, Content, ObjectInfo, ObjectVersion, Page, quoted
+from obsfs.remote.credentials import Keys, explicit_keys, has_keys
+from obsfs.remote.failures import NO_CREDENTIALS, explained, translated
+from obsfs.remote.listing import epoch, pages
+from obsfs.remote.objects import WHOLE_BYTES, Content, ObjectInfo, ObjectVersion, Page, tag
+from obsfs.remote.pins import Pin
 from obsfs.remote.ranges import CheckedBody, RangeAnswer, RangeBody, RangeSender, wrong_bytes
 from obsfs.remote.replicas import Replicas
 from obsfs.remote.retries import Retries
@@ -48,9 +52,9 @@ from obsfs.settings import Settings
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+_NO_PIN = Pin()
 _RENEW_SECONDS = 1.0
 _CHECKSUM_MODE = "x-amz-checksum-mode"
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Connection:
     region: str
     keys: Keys | None
     """Keys to hand over, or None: botocore's own chain finds (and refreshes) them."""
+    has_keys: bool
+    """Whether requests can be signed."""
     config: dict[str, Any]
     """Keyword arguments of ``botocore.config.Config`` for this endpoint: signing, checksums, addressing style."""
 
@@ -85,13 +91,13 @@ def connect(
             endpoint_url or next(iter(settings.endpoint_urls), None) or _default_endpoint(session, scheme, region)
         )
         config: dict[str, Any] = {}
+        chain_has_keys = False
         if settings.no_sign_request:
             config["signature_version"] = UNSIGNED
         elif keys is None:
+            chain_has_keys = has_keys(session)
             keys = explicit_keys(
-                profile=settings.profile,
-                on_obs=addresses.is_obs(endpoint),
-                chain_has_keys=session.get_credentials() is not None,
+                profile=settings.profile, on_obs=addresses.is_obs(endpoint), chain_has_keys=chain_has_keys
             )
         if not addresses.is_aws(endpoint):
             # botocore's newer default checksums are refused by OBS and others (README, "Endpoints").
@@ -99,7 +105,8 @@ def connect(
             config["response_checksum_validation"] = "when_required"
         style = settings.addressing_style
         config["s3"] = {"addressing_style": addresses.addressing_style(endpoint) if style == "auto" else style}
-        return Connection(session, endpoint, region or "us-east-1", keys, config)
+        can_sign = keys is not None or chain_has_keys
+        return Connection(session, endpoint, region or "us-east-1", keys, can_sign, config)
 
 
 def _default_endpoint(session: Any, scheme: str, region: str | None) -> str:
@@ -132,11 +139,19 @@ def _clients_endpoint(session: Any, region: str | None) -> str:
     return str(probe.meta.endpoint_url)
 
 
+def _stay(context: dict[str, Any], **_: Any) -> None:
+    """Tell botocore that a request was redirected already, so that it does not follow another server's word."""
+    context.setdefault("s3_redirect", {})["redirected"] = True
+
+
 class _Site:
     """One endpoint: a client for it, and its way for ranges."""
 
     def __init__(self, settings: Settings, connection: Connection) -> None:
         keys = connection.keys
+        if not (connection.has_keys or settings.no_sign_request):
+            # Here, and not at the first request: botocore would look everywhere once more for each of them.
+            raise ForbiddenError(*NO_CREDENTIALS)
         config = Config(
             connect_timeout=settings.request_timeout,
             read_timeout=settings.request_timeout,
@@ -158,6 +173,8 @@ class _Site:
             )
         except ValueError as error:
             raise UsageError(f"endpoint {connection.endpoint!r} cannot be used", str(error)) from None
+        # We follow redirects ourselves, to known places: botocore's own way ends in a RecursionError, or anywhere.
+        self.client.meta.events.register_last("before-parameter-build.s3", _stay)
         self.endpoint = connection.endpoint
         # OBS has no such checksums, and refuses botocore's other ways with them.
         self.mode: dict[str, str] = {} if addresses.is_obs(self.endpoint) else {"ChecksumMode": "ENABLED"}
@@ -169,12 +186,12 @@ class _Site:
             credentials = connection.session.get_credentials()
         self._sender = RangeSender(self.client, credentials)
 
-    def get(self, bucket: str, key: str, span: str = "", etag: str = "", version_id: str = "") -> RangeAnswer:
+    def get(self, bucket: str, key: str, span: str = "", pin: Pin = _NO_PIN) -> RangeAnswer:
         """An object, or a `span` of it (a Range header), pinned as far as is known. Raises what botocore raises."""
         headers = {"Range": span} if span else ({_CHECKSUM_MODE: "ENABLED"} if self.mode else {})
-        answer = self._sender.send(bucket, key, headers, etag, version_id)
+        answer = self._sender.send(bucket, key, {**headers, **pin.headers}, pin.version_id)
         if answer is None:
-            options = _pins(etag, version_id) | ({"Range": span} if span else self.mode)
+            options = pin.options | ({"Range": span} if span else self.mode)
             got = self.client.get_object(Bucket=bucket, Key=key, **options)
             answer = RangeAnswer(got["ResponseMetadata"]["HTTPHeaders"], got["Body"]._raw_stream)
         return answer
@@ -198,18 +215,34 @@ class Bucket:
         self._sites = [self._site(url) for url in self._urls]
         self._renewing = threading.Lock()
         self._renewed = float("-inf")
+        self._moved: dict[int, str] = {}
         self.replicas = Replicas(len(self._sites))
         self.retries = Retries(settings.retry_timeout, has_answered=is_known)
         self.endpoint: str = self._sites[0].endpoint
 
-    def _site(self, url: str | None) -> _Site:
-        return _Site(self._settings, connect(self._settings, self.address.scheme, self._keys, url))
+    def _site(self, url: str | None, region: str = "") -> _Site:
+        settings = replace(self._settings, region=region) if region else self._settings
+        return _Site(settings, connect(settings, self.address.scheme, self._keys, url))
+
+    def _follow(self, number: int, moved: MovedError) -> bool:
+        """Go where a server has sent us, if that is another endpoint of its cloud; once, and for good."""
+        site = self._sites[number]
+        place = addresses.endpoint_at(site.endpoint, self.name, region=moved.region, host=moved.host)
+        with self._renewing:
+            if place is None or self._moved.setdefault(number, place) != place or site is not self._sites[number]:
+                return self._sites[number] is not site
+            self._sites[number] = self._site(place, addresses.region_of(urlsplit(place).hostname or ""))
+        log.warning("%s: the bucket %s is at %s", site.endpoint, self.name, place)
+        return True
 
     def _renew(self, number: int) -> None:
         """Look for credentials anew, as a program that starts now would: somebody may have written newer ones."""
         with self._renewing:
             if time.monotonic() - self._renewed >= _RENEW_SECONDS:
-                self._sites[number] = self._site(self._urls[number])
+                place = self._moved.get(number, "")
+                self._sites[number] = self._site(
+                    place or self._urls[number], addresses.region_of(urlsplit(place).hostname or "")
+                )
                 self._renewed = time.monotonic()
                 log.info("the credentials were refused as expired: looked for others")
 
@@ -239,6 +272,10 @@ class Bucket:
                 except ExpiredError:
                     self._renew(number)
                     answer = work(number)
+                except MovedError as moved:
+                    if not self._follow(number, moved):
+                        raise
+                    answer = work(number)
             except UnavailableError as unavailable:
                 self.replicas.failed(number)
                 error = error or unavailable
@@ -265,12 +302,14 @@ class Bucket:
         while True:
             try:
                 return self._ask(work, may_lag=may_lag)
+            except RefusedError as error:
+                raise explained(error, self.endpoint) from None
             except UnavailableError as error:
                 attempt += 1
                 if isinstance(error, BusyError | CorruptError):
                     self.retries.answered()
                 if (pause := self.retries.failed(attempt, began)) is None:
-                    raise
+                    raise explained(error, self.endpoint) from None
                 log.warning("trying again: %s", error)
             time.sleep(pause)
 
@@ -280,41 +319,23 @@ class Bucket:
 
     def version(self, info: ObjectInfo) -> ObjectVersion:
         """The identity of what `info` describes."""
-        return ObjectVersion(self.endpoint, self.name, info.key, info.etag, info.size)
+        etag = info.etag or tag(None, info.mtime)
+        return ObjectVersion(self.endpoint, self.name, info.key, etag, info.size, modified=info.mtime)
 
     def list(self, prefix: str, *, page_size: int = 1000, delimiter: str = "/") -> Iterator[Page]:
         """Pages of what lies directly under `prefix` (empty, or ending in ``/``), in the server's order.
 
         Without a delimiter: of all objects under it.
         """
-        what = f"{self.address.scheme}://{self.name}/{prefix}"
-        request: dict[str, Any] = {"Bucket": self.name, "Prefix": prefix, "MaxKeys": page_size}
-        if delimiter:
-            request["Delimiter"] = delimiter
-        place: tuple[int, dict[str, str]] = (-1, {})
-        last = ""
-
-        def ask(number: int) -> tuple[int, dict[str, Any]]:
-            # A token is understood by the endpoint that gave it; another one goes on after the last name.
-            on = place[1] if number == place[0] else {"StartAfter": last} if last else {}
-            with translated(what):
-                return number, self._sites[number].client.list_objects_v2(**request, **on)
-
-        while True:
-            number, answer = self._ask_again(ask)
-            objects = [
-                ObjectInfo(
-                    entry["Key"], entry["Size"], _epoch(entry.get("LastModified")), quoted(entry.get("ETag", ""))
-                )
-                for entry in answer.get("Contents", ())
-            ]
-            prefixes = [entry["Prefix"] for entry in answer.get("CommonPrefixes", ())]
-            is_last = not answer.get("IsTruncated")
-            yield Page(objects, prefixes, is_last)
-            if is_last:
-                return
-            last = max([info.key for info in objects[-1:]] + prefixes[-1:], default=last)
-            place = number, {"ContinuationToken": answer["NextContinuationToken"]}
+        return pages(
+            lambda number: self._sites[number].client,
+            self._ask_again,
+            self.name,
+            prefix,
+            what=self._what(prefix),
+            page_size=page_size,
+            delimiter=delimiter,
+        )
 
     def walk(self, prefix: str) -> Iterator[ObjectInfo]:
         """All objects under a prefix, however deep."""
@@ -330,9 +351,8 @@ class Bucket:
             return answer
 
         answer = self._ask_again(ask)
-        return ObjectInfo(
-            key, answer["ContentLength"], _epoch(answer.get("LastModified")), quoted(answer.get("ETag", ""))
-        )
+        modified = epoch(answer.get("LastModified"))
+        return ObjectInfo(key, answer["ContentLength"], modified, tag(answer.get("ETag"), modified))
 
     def get(self, key: str, *, most: int = 64 << 20) -> Content:
         """A small object, whole and as it is now. Raises NotFoundError, and UsageError for one above `most` bytes."""
@@ -353,9 +373,9 @@ class Bucket:
         with translated(self._what(key)):
             answer = self.client.list_object_versions(Bucket=self.name, Prefix=key)
             found = [one for one in answer.get("Versions", ()) if one["Key"] == key]
-            for one in sorted(found, key=lambda one: _epoch(one["LastModified"]), reverse=True):
+            for one in sorted(found, key=lambda one: epoch(one["LastModified"]), reverse=True):
                 if (one.get("VersionId") or "null") != "null":
-                    yield self._content(self._sites[0].get(self.name, key, version_id=one["VersionId"]), key)
+                    yield self._content(self._sites[0].get(self.name, key, pin=Pin(version_id=one["VersionId"])), key)
 
     def _content(self, answer: RangeAnswer, key: str) -> Content:
         """A whole object, checked: here and not by botocore, which knows nothing of MD5 ETags."""
@@ -399,14 +419,11 @@ class Bucket:
         # S3 tells no checksum with a range, whatever it covers.
         is_whole = (start, stop) == (0, version.size) and stop <= WHOLE_BYTES
         span = "" if is_whole else f"bytes={start}-{stop - 1}"
+        pin = Pin.of(version)
         with translated(what, pinned=True):
-            answer = site.get(version.bucket, version.key, span, version.etag, version.version_id)
-            body = RangeBody(answer.stream, stop - start, lambda: self.replicas.failed(number))
-            try:
-                _check_range(answer.headers, version, start, stop)
-            except ObsfsError:
-                body.close()
-                raise
+            answer = site.get(version.bucket, version.key, span, pin)
+            is_framed = pin.check_range(answer.headers, range(start, stop), what, answer.stream)
+            body = RangeBody(answer.stream, stop - start, lambda: self.replicas.failed(number), is_framed=is_framed)
         checksum = self._offered(answer.headers) if is_whole else None
         return CheckedBody(body, stop, checksum, what) if checksum else body
 
@@ -416,38 +433,13 @@ class Bucket:
         def ask(number: int) -> Mapping[str, str]:
             site = self._sites[number]
             with translated(self._what(version.key, version.bucket), pinned=True):
-                pins = _pins(version.etag, version.version_id)
-                answer = site.client.head_object(Bucket=version.bucket, Key=version.key, **pins, **site.mode)
-            headers: Mapping[str, str] = answer["ResponseMetadata"]["HTTPHeaders"]
+                pin = Pin.of(version)
+                answer = site.client.head_object(Bucket=version.bucket, Key=version.key, **pin.options, **site.mode)
+                headers: Mapping[str, str] = answer["ResponseMetadata"]["HTTPHeaders"]
+                pin.check_version(headers, self._what(version.key, version.bucket))
             return headers
 
         return self._offered(self._ask_again(ask, may_lag=True))
 
     def _offered(self, headers: Mapping[str, str]) -> Checksum | None:
         return offered(headers, md5_etags=self._settings.md5_etags)
-
-
-def _pins(etag: str, version_id: str) -> dict[str, str]:
-    """Keyword arguments of botocore that mean exactly this version of a key."""
-    return {name: value for name, value in (("IfMatch", etag), ("VersionId", version_id)) if value}
-
-
-def _check_range(headers: Mapping[str, str], version: ObjectVersion, start: int, stop: int) -> None:
-    etag = headers.get("etag", "")
-    if version.etag and etag and etag.strip('"') != version.etag.strip('"'):
-        raise VersionChangedError(f"{version.key} was replaced while it was open", "open it again")
-    said = _CONTENT_RANGE.fullmatch(headers.get("content-range", ""))
-    if said:
-        first, last, total = (int(number) for number in said.groups())
-        if total != version.size:
-            raise VersionChangedError(f"{version.key} changed its size while it was open", "open it again")
-        fits = (first, last + 1) == (start, stop)
-    else:
-        # A server that ignores Range sends everything: right only when everything was asked for.
-        fits = (start, stop) == (0, version.size)
-    if not fits or headers.get("content-length") != str(stop - start):
-        raise UnavailableError(f"the server sent another range of {version.key} than was asked for")
-
-
-def _epoch(value: datetime | None) -> float:
-    return value.timestamp() if value else 0.0

@@ -9,8 +9,13 @@ endpoint is OBS and after it elsewhere. A profile that was asked for by name bea
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from botocore.exceptions import UnknownCredentialError
 
 from obsfs.errors import UsageError
 
@@ -52,3 +57,51 @@ def explicit_keys(
     if on_obs or not chain_has_keys:
         return _keys(_HUAWEI, environ)
     return None
+
+
+_METADATA, _METADATA_V6 = "http://169.254.169.254/", "http://[fd00:ec2::254]/"
+"""https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instancedata-data-retrieval.html."""
+_METADATA_PROVIDER = "iam-role"
+_METADATA_SECONDS = 0.5
+"""The metadata service answers within a millisecond, from the machine's own host."""
+
+
+class _MetadataGate:
+    """Stands before botocore's provider for instance roles, and takes it away where nobody answers.
+
+    By itself it waits for two timeouts of a second, each time that anybody asks for credentials.
+    """
+
+    METHOD = "obsfs-metadata-gate"
+    CANONICAL_NAME = None
+
+    def __init__(self, resolver: Any, endpoint: str) -> None:
+        self._resolver = resolver
+        self._endpoint = endpoint
+
+    def load(self) -> None:
+        """Give no credentials: the next provider is asked, if it is still there."""
+        if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
+            return  # it asks nobody then
+        parts = urlsplit(self._endpoint)
+        try:
+            address = parts.hostname or "", parts.port or 80
+            socket.create_connection(address, timeout=_METADATA_SECONDS).close()
+        except (OSError, ValueError):
+            self._resolver.remove(_METADATA_PROVIDER)
+
+
+def has_keys(session: Any) -> bool:
+    """Return whether botocore's own chain finds credentials, without long waits where there is no instance role.
+
+    Args:
+        session: A ``botocore.session.Session``.
+    """
+    resolver = session.get_component("credential_provider")
+    endpoint = session.get_config_variable("ec2_metadata_service_endpoint")
+    if not endpoint:
+        is_v6 = str(session.get_config_variable("ec2_metadata_service_endpoint_mode")).lower() == "ipv6"
+        endpoint = _METADATA_V6 if is_v6 else _METADATA
+    with suppress(UnknownCredentialError):
+        resolver.insert_before(_METADATA_PROVIDER, _MetadataGate(resolver, endpoint))
+    return session.get_credentials() is not None

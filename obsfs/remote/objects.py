@@ -23,10 +23,12 @@ class ObjectVersion:
     size: int
     version_id: str = field(default="", compare=False)
     """By which a bucket with versioning still has it when it was replaced. Its bytes are those of its ETag."""
+    modified: float = field(default=0.0, compare=False)
+    """When it was written (seconds since the epoch), 0 where that is unknown: pins it where answers have no ETag."""
 
 
 class ObjectInfo(NamedTuple):
-    """An object as a listing or HEAD shows it: size in bytes, mtime in seconds since the epoch."""
+    """An object as a listing or HEAD shows it: size in bytes, mtime in seconds since the epoch, ETag as of `tag`."""
 
     key: str
     size: int
@@ -50,8 +52,8 @@ class Content(NamedTuple):
 
     @property
     def etag(self) -> str:
-        """As the server gave it."""
-        return self.headers.get("etag", "")
+        """As the server gave it, or what stands for it (see `tag`)."""
+        return tag(self.headers.get("etag"), last_modified(self.headers))
 
     @property
     def age(self) -> float:
@@ -60,9 +62,42 @@ class Content(NamedTuple):
         return max(0.0, (parse_time(now) - parse_time(then)).total_seconds()) if now and then else 0.0
 
 
+_MODIFIED = "last-modified:"
+"""Begins the tag of an object that has no ETag. The rest is its Last-Modified, in whole seconds as HTTP has it."""
+
+
 def quoted(etag: str) -> str:
-    """An ETag as HTTP has it; servers leave the quotes out here and there, and one version must have one name."""
-    return f'"{etag}"' if etag and not etag.endswith('"') else etag
+    """Return an ETag as HTTP has it, empty for one without a character.
+
+    Servers leave the quotes out here and there, and one version must have one name.
+    """
+    if not etag.strip('"'):
+        return ""
+    return etag if etag.endswith('"') else f'"{etag}"'
+
+
+def tag(etag: str | None, modified: float) -> str:
+    """Return what names a version of an object: its ETag, or where a server has none, when it was written.
+
+    Args:
+        etag: As the server gave it, with or without quotes, or None.
+        modified: Last-Modified, in seconds since the epoch; 0 where that is unknown.
+    """
+    return quoted(etag or "") or f"{_MODIFIED}{int(modified)}"
+
+
+def modified_of(etag: str) -> int | None:
+    """Return the Last-Modified that a `tag` holds, in seconds since the epoch; None for one that is an ETag."""
+    found = etag.removeprefix(_MODIFIED)
+    return int(found) if found != etag and found.lstrip("-").isdecimal() else None
+
+
+def last_modified(headers: Mapping[str, str]) -> float:
+    """Return the Last-Modified of an answer in seconds since the epoch; 0 where it has none, or none to be read."""
+    try:
+        return parse_time(headers["last-modified"]).timestamp()
+    except (KeyError, ValueError, OverflowError, TypeError):
+        return 0.0
 
 
 def parse_time(value: Any) -> datetime:

@@ -2,16 +2,17 @@
 layers between.
 
 Those layers (validation, endpoint rules, events, response parsing) cost 1.9 ms of CPU for each range, and this way
-0.8 ms. Whatever is no plain success or absence goes their way, which knows what it means.
+0.8 ms. What the server refuses becomes the exception that they would raise.
 """
 
 from __future__ import annotations
 
+import html
 import re
 import socket
 import time
 from collections.abc import Callable, Mapping
-from http.client import HTTPResponse
+from http.client import HTTPException, HTTPResponse
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
@@ -20,6 +21,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.exceptions import ClientError
 from botocore.utils import percent_encode
+from urllib3.exceptions import HTTPError
 
 from obsfs.errors import CorruptError, UnavailableError
 from obsfs.remote.checksums import Checksum
@@ -31,14 +33,20 @@ _TLS_BYTES = 32 << 10
 """More than the record that a TLS library holds back while the rest of it is on its way (16 KiB, RFC 8446 5.1)."""
 _FAST = 8 << 20
 """Bytes per second from which on that saves much. A slow connection would look silent while it fills the buffer."""
-_CODE = re.compile(rb"<Code>(\w+)</Code>")
+_SAID = re.compile(rb"<(Code|Message|Region|Endpoint)>([^<]*)</")
+_ERROR_BYTES = 16 << 10
+"""More than the error of any server; a longer one is cut off."""
 
 
 class RangeBody:
     """The body of one range request, to be read in order. Close it when done, also when it was read in part."""
 
-    def __init__(self, stream: Any, length: int, on_failure: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, stream: Any, length: int, on_failure: Callable[[], None] = lambda: None, *, is_framed: bool = True
+    ) -> None:
+        """`is_framed`: the server has said that it sends just so many bytes (Content-Length); else it is looked at."""
         self._left = length
+        self._is_framed = is_framed
         self._on_failure = on_failure
         self._response = stream
         # urllib3's readinto reads into bytes of its own and copies them; http.client's fills the buffer it is given.
@@ -59,11 +67,13 @@ class RangeBody:
                     if not count:
                         raise UnavailableError(f"the server closed a body {self._left - filled} bytes early")
                     filled += count
+                if not self._is_framed and filled == self._left and self._readinto(memoryview(bytearray(1))):
+                    raise UnavailableError("the server sent a longer body than was asked for")
         except UnavailableError:
             self._on_failure()
             raise
         self._left -= filled
-        self._is_fast = filled >= _FAST * (time.monotonic() - began)
+        self._is_fast = self._is_framed and filled >= _FAST * (time.monotonic() - began)
 
     def _wake_at(self, size: int) -> None:
         if self._socket is not None:
@@ -136,37 +146,25 @@ class RangeSender:
         self._user_agent = config.user_agent
         self._urls: dict[str, str] = {}
 
-    def send(
-        self, bucket: str, key: str, span: Mapping[str, str], etag: str, version_id: str = ""
-    ) -> RangeAnswer | None:
-        """Ask for a span of a key (the headers that say which), pinned to an ETag (and the bucket's version id) if
-        there is one.
+    def send(self, bucket: str, key: str, headers: Mapping[str, str], version_id: str = "") -> RangeAnswer | None:
+        """Ask for a key with these headers, which say of what span and of which version (and the bucket's version id,
+        if there is one).
 
-        None when the client has to ask: it is not a plain request, or the server did not just say yes. Raises
-        UnavailableError for what the server could not do, and botocore's exceptions.
+        None when the client has to ask: it is not a plain request. Raises botocore's exceptions, also a ClientError
+        for what the server answers instead of bytes.
         """
         if self._session is None or ":" in bucket or bucket.endswith("--x-s3"):
             return None
-        headers = {**span, "User-Agent": self._user_agent}
-        if etag:
-            headers["If-Match"] = etag
         parameters = {"versionId": version_id} if version_id else {}
-        request = AWSRequest("GET", self._url(bucket, key), headers, params=parameters, stream_output=True)
+        sent = {**headers, "User-Agent": self._user_agent}
+        request = AWSRequest("GET", self._url(bucket, key), sent, params=parameters, stream_output=True)
         if self._credentials is not None:
             frozen = self._credentials.get_frozen_credentials()
             S3SigV4Auth(frozen, "s3", self._client.meta.region_name).add_auth(request)
         answer = self._session.send(request.prepare())
         if answer.status_code in (200, 206):
             return RangeAnswer(answer.headers, answer.raw)
-        if answer.status_code == 404:
-            # Common, and as plain as a yes.
-            code = _CODE.search(answer.content)
-            error = {"Error": {"Code": code[1].decode() if code else ""}, "ResponseMetadata": {"HTTPStatusCode": 404}}
-            raise ClientError(error, "GetObject")
-        answer.raw.close()
-        if answer.status_code >= 500:
-            raise UnavailableError(f"server answered {answer.status_code} for {key}")
-        return None
+        raise _refusal(answer)
 
     def _url(self, bucket: str, key: str) -> str:
         start = self._urls.get(bucket)
@@ -174,3 +172,17 @@ class RangeSender:
             signed = self._client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "k"})
             start = self._urls[bucket] = urlunsplit(urlsplit(signed)._replace(query="")).removesuffix("k")
         return f"{start}{percent_encode(key, safe='/~')}"
+
+
+def _refusal(answer: Any) -> ClientError:
+    """What an answer without the bytes says, as botocore has it; read no further than its first page."""
+    try:
+        body = answer.raw.read(_ERROR_BYTES)
+        if answer.raw.read(1):
+            answer.raw.close()
+    except (HTTPError, OSError, HTTPException):
+        body = b""
+    answer.raw.release_conn()
+    said = {name.decode(): html.unescape(text.decode("utf-8", "replace")) for name, text in _SAID.findall(body)}
+    meta = {"HTTPStatusCode": answer.status_code, "HTTPHeaders": {k.lower(): v for k, v in answer.headers.items()}}
+    return ClientError({"Error": said, "ResponseMetadata": meta}, "GetObject")

@@ -61,8 +61,11 @@ class Writer:
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
-        self._client = bucket.client
         self._name = bucket.name
+
+    @property
+    def _client(self) -> Any:
+        return self.bucket.client  # asked each time: the bucket may have learnt where it is
 
     def _translated(self, key: str) -> Any:
         return translated(f"{self.bucket.address.scheme}://{self._name}/{key}")

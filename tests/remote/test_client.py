@@ -167,7 +167,8 @@ def test_keys_reach_the_server_as_they_are(bucket: Store, ours: Bucket, key: str
     client = bucket.client
     client.put_object(Bucket=bucket.name, Key=key, Body=data)
     assert client.get_object(Bucket=bucket.name, Key=key)["Body"].read() == data, "the server itself keeps it"
-    version = ObjectVersion(ours.endpoint, ours.name, key, "", len(data))
+    etag = client.head_object(Bucket=bucket.name, Key=key)["ETag"]
+    version = ObjectVersion(ours.endpoint, ours.name, key, etag, len(data))
     buffer = bytearray(1000)
     body = ours.open_range(version, 1000, 2000)
     body.readinto(memoryview(buffer))
@@ -205,7 +206,7 @@ def test_a_range_is_signed_with_the_credentials_of_now(ours: Bucket) -> None:
     client._endpoint.http_session = recorder = Recorder()
     sender = RangeSender(client, Rotating())
     for _ in range(2):
-        answer = sender.send("bucket", "key", SPAN, '"tag"')
+        answer = sender.send("bucket", "key", {**SPAN, "If-Match": '"tag"'})
         assert answer is not None
         assert answer.headers["content-range"] == "bytes 0-9/10"
     first, second = (request.headers for request in recorder.sent)
@@ -213,7 +214,7 @@ def test_a_range_is_signed_with_the_credentials_of_now(ours: Bucket) -> None:
     assert first["If-Match"] == '"tag"'
     assert "AWS4-HMAC-SHA256 Credential=AK/" in first["Authorization"]
     assert all("?" not in request.url for request in recorder.sent), "no credentials in the URL"
-    RangeSender(client, None).send("bucket", "key", SPAN, "")
+    RangeSender(client, None).send("bucket", "key", SPAN)
     assert "Authorization" not in recorder.sent[2].headers
 
 
@@ -226,7 +227,7 @@ def asking() -> Any:
 @given(key=st.text(st.characters(codec="utf-8"), min_size=1))
 def test_a_key_is_asked_for_where_the_client_would(asking: Any, key: str) -> None:
     recorder = asking._endpoint.http_session = Recorder()
-    assert RangeSender(asking, None).send("bucket", key, SPAN, "") is not None
+    assert RangeSender(asking, None).send("bucket", key, SPAN) is not None
     signed = asking.generate_presigned_url("get_object", Params={"Bucket": "bucket", "Key": key})
     assert recorder.sent[0].url == signed.partition("?")[0]
 
@@ -251,11 +252,11 @@ def test_what_is_not_there_costs_one_request(bucket: Store, ours: Bucket, monkey
 
 def test_what_is_no_plain_request_is_left_to_the_client() -> None:
     client = botocore.session.Session().create_client("s3", "us-east-1", endpoint_url="http://127.0.0.1:1")
-    assert RangeSender(client, Rotating()).send("name--usw2-az1--x-s3", "key", SPAN, "") is None
+    assert RangeSender(client, Rotating()).send("name--usw2-az1--x-s3", "key", SPAN) is None
     client = botocore.session.Session().create_client(
         "s3", "us-east-1", endpoint_url="http://127.0.0.1:1", config=Config(signature_version="s3")
     )
-    assert RangeSender(client, Rotating()).send("bucket", "key", SPAN, "") is None
+    assert RangeSender(client, Rotating()).send("bucket", "key", SPAN) is None
 
 
 @pytest.mark.parametrize(
