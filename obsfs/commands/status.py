@@ -103,6 +103,8 @@ def _rows(mount: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("last error", mount["last_error"]))
     if mount["hidden_keys"]:
         rows.append(("hidden keys", f"{mount['hidden_keys']} whose names no directory can show"))
+    if mount.get("bad_entries"):
+        rows.append(("bad entries", f"{mount['bad_entries']} that the server lists and nobody can read: left out"))
     if mount["corrupt_blocks"] or mount["cache_write_errors"]:
         rows.append(
             ("cache faults", f"{mount['corrupt_blocks']} corrupt blocks, {mount['cache_write_errors']} failed writes")

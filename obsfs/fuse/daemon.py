@@ -34,6 +34,7 @@ from obsfs.fuse.supervisor import RETRY
 from obsfs.fuse.tree import Source, Tree
 from obsfs.library import snapshot
 from obsfs.limits import allow_open_files
+from obsfs.logs import VisibleFormatter
 from obsfs.remote.address import Address, parse_address
 from obsfs.remote.client import Bucket
 from obsfs.remote.objects import Page
@@ -233,7 +234,7 @@ def _check(bucket: Bucket, address: Address) -> Page:
 
 def log_to(handler: logging.Handler, level: str) -> None:
     """Send obsfs's own log there. Other libraries' debug output, which may hold headers, goes nowhere."""
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(VisibleFormatter())
     logger = logging.getLogger("obsfs")
     logger.addHandler(handler)
     logger.setLevel(level.upper())

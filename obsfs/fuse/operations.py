@@ -377,6 +377,7 @@ class Operations:
             "listed": self.tree.listed_count,
             "max_entries": self.tree.max_entries,
             "hidden_keys": self.tree.hidden,
+            "bad_entries": self.tree.bad_entries,
             **self.engine.statistics(),
         }
 

@@ -60,6 +60,8 @@ class Listing:
     entries: dict[str, Entry]
     loaded: float
     hidden: int = 0
+    bad: int = 0
+    """Entries that could not be read."""
     known_to: str | None = None
     pages: int = 1
     """How many pages the whole of it has, as far as that is known."""
@@ -379,6 +381,12 @@ class Tree:
             return sum(listing.hidden for listing in self._listings.values())
 
     @property
+    def bad_entries(self) -> int:
+        """Entries of the listings now held that could not be read, and are left out."""
+        with self._guard:
+            return sum(listing.bad for listing in self._listings.values())
+
+    @property
     def listed_count(self) -> int:
         """Names in the listings now held, with the listings themselves."""
         return self._listed
@@ -479,6 +487,7 @@ class Tree:
         refreshed, before = self._refreshed, self._listings.get(prefix)
         for number, page in enumerate(pages, 1):
             listing.hidden += read_page(page, prefix, listing.entries)
+            listing.bad += page.bad
             listing.pages = number
             if not whole:
                 if not page.is_last:

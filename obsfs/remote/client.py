@@ -37,11 +37,13 @@ from obsfs.errors import (
 )
 from obsfs.remote import address as addresses
 from obsfs.remote.address import Address
+from obsfs.remote.answers import bound
+from obsfs.remote.bounds import MAX_SIZE, parse_count, read_at_most
 from obsfs.remote.checksums import Checksum, offered
 from obsfs.remote.credentials import Keys, explicit_keys, has_keys
 from obsfs.remote.failures import NO_CREDENTIALS, explained, translated
-from obsfs.remote.listing import epoch, pages
-from obsfs.remote.objects import WHOLE_BYTES, Content, ObjectInfo, ObjectVersion, Page, tag
+from obsfs.remote.listing import pages
+from obsfs.remote.objects import WHOLE_BYTES, Content, ObjectInfo, ObjectVersion, Page, epoch, tag
 from obsfs.remote.pins import Pin
 from obsfs.remote.ranges import CheckedBody, RangeAnswer, RangeBody, RangeSender, wrong_bytes
 from obsfs.remote.replicas import Replicas
@@ -55,6 +57,8 @@ _T = TypeVar("_T")
 _NO_PIN = Pin()
 _RENEW_SECONDS = 1.0
 _CHECKSUM_MODE = "x-amz-checksum-mode"
+MAX_SMALL = 64 << 20
+"""Bytes of an object that is read whole, such as a manifest: one of 100,000 files has 40 MiB."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,8 @@ class _Site:
         else:
             credentials = connection.session.get_credentials()
         self._sender = RangeSender(self.client, credentials)
+        if self._sender.session is not None:
+            bound(self.client, self._sender.session)
 
     def get(self, bucket: str, key: str, span: str = "", pin: Pin = _NO_PIN) -> RangeAnswer:
         """An object, or a `span` of it (a Range header), pinned as far as is known. Raises what botocore raises."""
@@ -339,8 +345,14 @@ class Bucket:
 
     def walk(self, prefix: str) -> Iterator[ObjectInfo]:
         """All objects under a prefix, however deep."""
+        bad = 0
         for page in self.list(prefix, delimiter=""):
+            bad += page.bad
             yield from page.objects
+        if bad:
+            log.warning(
+                "entries of the listing of %s that cannot be read, and are left out: %d", self._what(prefix), bad
+            )
 
     def head(self, key: str) -> ObjectInfo:
         """The object at `key` as it is now. Raises NotFoundError."""
@@ -351,20 +363,19 @@ class Bucket:
             return answer
 
         answer = self._ask_again(ask)
-        modified = epoch(answer.get("LastModified"))
-        return ObjectInfo(key, answer["ContentLength"], modified, tag(answer.get("ETag"), modified))
+        size, modified = answer.get("ContentLength", -1), epoch(answer.get("LastModified"))
+        if not 0 <= size <= MAX_SIZE:
+            raise UnavailableError(f"the server does not say how large {self._what(key)} is")
+        return ObjectInfo(key, size, modified, tag(answer.get("ETag"), modified))
 
-    def get(self, key: str, *, most: int = 64 << 20) -> Content:
+    def get(self, key: str, *, most: int = MAX_SMALL) -> Content:
         """A small object, whole and as it is now. Raises NotFoundError, and UsageError for one above `most` bytes."""
 
         def ask(number: int) -> Content:
             site = self._sites[number]
             with translated(self._what(key)):
                 answer = site.get(self.name, key)
-                if int(answer.headers.get("content-length", 0)) > most:
-                    answer.stream.close()
-                    raise UsageError(f"{self._what(key)} is too large to be what it should be", "look at it")
-                return self._content(answer, key)
+                return self._content(answer, key, most)
 
         return self._ask_again(ask, may_lag=True)
 
@@ -373,15 +384,19 @@ class Bucket:
         with translated(self._what(key)):
             answer = self.client.list_object_versions(Bucket=self.name, Prefix=key)
             found = [one for one in answer.get("Versions", ()) if one["Key"] == key]
-            for one in sorted(found, key=lambda one: epoch(one["LastModified"]), reverse=True):
+            for one in sorted(found, key=lambda one: epoch(one.get("LastModified")), reverse=True):
                 if (one.get("VersionId") or "null") != "null":
-                    yield self._content(self._sites[0].get(self.name, key, pin=Pin(version_id=one["VersionId"])), key)
+                    answer = self._sites[0].get(self.name, key, pin=Pin(version_id=one["VersionId"]))
+                    yield self._content(answer, key, MAX_SMALL)
 
-    def _content(self, answer: RangeAnswer, key: str) -> Content:
+    def _content(self, answer: RangeAnswer, key: str, most: int) -> Content:
         """A whole object, checked: here and not by botocore, which knows nothing of MD5 ETags."""
+        length = parse_count(answer.headers.get("content-length"))
         with closing(answer.stream) as stream:
-            data: bytes = stream.read()
-        if len(data) != int(answer.headers.get("content-length", len(data))):
+            data = read_at_most(stream, most) if (length or 0) <= most else None
+        if data is None:
+            raise UsageError(f"{self._what(key)} is too large to be what it should be", "look at it")
+        if length is not None and len(data) != length:
             raise UnavailableError(f"the server closed the body of {key} early")
         checksum = self._offered(answer.headers)
         if checksum and not checksum.is_of(data):

@@ -196,7 +196,7 @@ def translated(what: str, *, pinned: bool = False) -> Iterator[None]:
         raise _from_response(error, what, pinned) from None
     except botocore.ParamValidationError as error:
         raise UsageError(f"{what} cannot be asked for ({visible(error, _MAX_SAID)})", "check the name") from None
-    except (botocore.BotoCoreError, HTTPError, HTTPException, OSError) as error:
+    except (botocore.BotoCoreError, HTTPError, HTTPException, OSError, ValueError, LookupError) as error:
         raise _network(error, what) from None
 
 

@@ -8,12 +8,11 @@ error, so that no server can keep anybody asking for ever.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from typing import Any
 
 from obsfs.errors import RefusedError
 from obsfs.remote.failures import translated
-from obsfs.remote.objects import ObjectInfo, Page, tag
+from obsfs.remote.objects import ObjectInfo, Page, epoch, tag
 
 _MAX_EMPTY_PAGES = 100
 """Empty pages in a row; S3 sends one here and there, where what was deleted has left gaps."""
@@ -49,6 +48,7 @@ def pages(
         request["Delimiter"] = delimiter
     on: dict[str, str] = {}
     asked, by_marker, last, empty = -1, False, "", 0
+    seen: set[int] = set()
 
     def ask_page(number: int) -> tuple[int, bool, dict[str, Any]]:
         with translated(what):
@@ -60,18 +60,21 @@ def pages(
 
     while True:
         number, was_marked, answer = ask(ask_page)
+        listed, shared = answer.get("Contents", ()), answer.get("CommonPrefixes", ())
         objects = [
             ObjectInfo(entry["Key"], entry["Size"], modified, tag(entry.get("ETag"), modified))
-            for entry in answer.get("Contents", ())
+            for entry in listed
+            if entry["Key"].startswith(prefix)
             for modified in (epoch(entry.get("LastModified")),)
         ]
-        prefixes = [entry["Prefix"] for entry in answer.get("CommonPrefixes", ())]
+        prefixes = [entry["Prefix"] for entry in shared if entry["Prefix"].startswith(prefix)]
+        bad = answer.get("BadEntries", 0) + len(listed) - len(objects) + len(shared) - len(prefixes)
         is_last = not answer.get("IsTruncated")
         if was_marked:
             # A server that takes the marker as the first name of a page, not as the last one before it.
             objects = [info for info in objects if info.key != last]
             prefixes = [name for name in prefixes if name != last]
-        yield Page(objects, prefixes, is_last)
+        yield Page(objects, prefixes, is_last, bad)
         if is_last:
             return
         names = [info.key for info in objects] + prefixes
@@ -79,7 +82,8 @@ def pages(
         token = answer.get("NextContinuationToken", "")
         end = max([info.key for info in objects[-1:]] + prefixes[-1:], default=last)
         if token:
-            goes_on = (number, token) != (asked, on.get("ContinuationToken")) and (not names or end != last)
+            goes_on = hash((number, token)) not in seen and (not names or end != last)
+            seen.add(hash((number, token)))
         else:
             end = max(end, answer.get("NextMarker", ""))
             by_marker, goes_on = True, end > last
@@ -89,8 +93,3 @@ def pages(
                 "the server pages wrongly; see whether it has a newer version, or a setting for ListObjectsV2",
             )
         asked, on, last = number, {"ContinuationToken": token}, end
-
-
-def epoch(value: datetime | None) -> float:
-    """Return a time as seconds since the epoch; 0 for none."""
-    return value.timestamp() if value else 0.0

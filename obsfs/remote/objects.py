@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -42,6 +43,8 @@ class Page(NamedTuple):
     objects: list[ObjectInfo]
     prefixes: list[str]
     is_last: bool = True
+    bad: int = 0
+    """Entries that cannot be read, and are left out."""
 
 
 class Content(NamedTuple):
@@ -58,8 +61,12 @@ class Content(NamedTuple):
     @property
     def age(self) -> float:
         """How many seconds ago it was written, by the server's own clock. (Few ask, and dates are slow to read.)"""
-        now, then = (self.headers.get(name) for name in ("date", "last-modified"))
-        return max(0.0, (parse_time(now) - parse_time(then)).total_seconds()) if now and then else 0.0
+        try:
+            now, then = (parse_time(self.headers[name]) for name in ("date", "last-modified"))
+            # Go's zero time, of the year 1, is no date.
+            return max(0.0, (now - then).total_seconds()) if then.year >= _UNIX_YEAR else 0.0
+        except (KeyError, ValueError):
+            return 0.0
 
 
 _MODIFIED = "last-modified:"
@@ -95,17 +102,49 @@ def modified_of(etag: str) -> int | None:
 def last_modified(headers: Mapping[str, str]) -> float:
     """Return the Last-Modified of an answer in seconds since the epoch; 0 where it has none, or none to be read."""
     try:
-        return parse_time(headers["last-modified"]).timestamp()
-    except (KeyError, ValueError, OverflowError, TypeError):
+        return epoch(parse_time(headers["last-modified"]))
+    except (KeyError, ValueError):
         return 0.0
 
 
+MAX_TIME = 253402300799.0
+"""Seconds since the epoch: the end of the year 9999."""
+
+
+def epoch(value: datetime | None) -> float:
+    """Return seconds since the epoch; 0 for what is unknown, or before (Go's zero time is of the year 1)."""
+    try:
+        return min(max(value.timestamp(), 0.0), MAX_TIME) if value else 0.0
+    except (ValueError, OverflowError, OSError):
+        return 0.0
+
+
+_UNIX_YEAR = 1970
+MAX_DATE = 64
+"""Characters of a date."""
+_HTTP_DATE = re.compile(r"[A-Z][a-z]{2}, ([0-9]{2}) ([A-Z][a-z]{2}) ([0-9]{4}) ([0-9]{2}):([0-9]{2}):([0-9]{2}) GMT")
+"""RFC 9110, section 5.6.7. Others read the year 0001, which servers written in Go send for none, as 2001."""
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
 def parse_time(value: Any) -> datetime:
-    """A time as botocore reads it, whose own way to do so takes four fifths of the computing for a page of names."""
+    """Return a time as botocore reads it, whose own way takes four fifths of the computing for a page of names.
+
+    Raises:
+        ValueError: It is no time.
+    """
+    if len(str(value)) > MAX_DATE:
+        raise ValueError("too long for a date")
+    if (said := _HTTP_DATE.fullmatch(str(value))) and said[2] in _MONTHS:
+        day, year, hour, minute, second = (int(said[number]) for number in (1, 3, 4, 5, 6))
+        return datetime(year, _MONTHS.index(said[2]) + 1, day, hour, minute, second, tzinfo=UTC)
     try:
         found = datetime.fromisoformat(value)
     except (TypeError, ValueError):
         from botocore.utils import parse_timestamp  # large, and not needed for what servers usually say
 
-        return cast(datetime, parse_timestamp(value))
+        try:
+            found = cast(datetime, parse_timestamp(value))
+        except Exception as error:  # it asks dateutil at last, which raises whatever happens to it
+            raise ValueError(f"{value!r} is no date") from error
     return found if found.tzinfo else found.replace(tzinfo=UTC)

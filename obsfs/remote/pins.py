@@ -16,7 +16,7 @@ from typing import Any
 from obsfs.errors import RefusedError, UnavailableError, VersionChangedError
 from obsfs.remote.objects import ObjectVersion, last_modified, modified_of, parse_time
 
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
 _SETTLED_SECONDS = 2.0
 """How old an object without an ETag must be to be read: Last-Modified counts whole seconds (RFC 9110 5.6.7), so that
 one replaced within them has the same."""

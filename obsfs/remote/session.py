@@ -11,7 +11,7 @@ import botocore.session
 import msgspec
 from botocore.loaders import JSONFileLoader, Loader
 
-from obsfs.remote.objects import parse_time
+from obsfs.remote.bounds import parse_date
 
 
 class _JSONFiles(JSONFileLoader):  # type: ignore[misc]
@@ -37,7 +37,7 @@ def new_session(profile: str | None = None) -> Any:
     """A ``botocore.session.Session``; what is wrong with `profile` is raised when it is first used."""
     session = botocore.session.Session(profile=profile)
     session.lazy_register_component("data_loader", lambda: _Loader(_extra_paths(session)))
-    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse_time)
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse_date)
     return session
 
 
