@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fsspec.asyn import get_loop
 from fsspec.callbacks import DEFAULT_CALLBACK
@@ -29,8 +31,24 @@ from obsfs.remote.credentials import Keys
 from obsfs.remote.objects import ObjectVersion, tag
 from obsfs.settings import Settings, knobs
 
+_T = TypeVar("_T")
+
 _BUFFER = 128 << 10
 _COPY = 8 << 20
+_WAITING = 256
+"""Requests, and reads, that may wait for the bucket at a time: objects that do not answer hold up no others. The
+defaults of botocore and asyncio are 10 and a few."""
+_living: weakref.WeakValueDictionary[int, OBSFileSystem | OBSFile] = weakref.WeakValueDictionary()
+"""By their id(), as file systems with the same options are equal."""
+
+
+def _after_fork() -> None:
+    """In a forked child: no thread of the parent's is here, and any lock of its engines may be held for ever."""
+    for one in list(_living.values()):
+        one.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextmanager
@@ -48,6 +66,8 @@ class OBSFileSystem(S3FileSystem):
     Takes s3fs's arguments (``key``, ``secret``, ``token``, ``anon``, ``endpoint_url``, ``profile``, ``client_kwargs``)
     and the fields of :class:`~obsfs.settings.Settings` (``region``, ``cache_dir``, ``cache_size``, ``connections``).
     Raises UsageError when they do not fit.
+
+    In a forked child (a DataLoader's worker) it begins anew, with an engine and connections of its own.
     """
 
     protocol = ("obs",)
@@ -68,7 +88,9 @@ class OBSFileSystem(S3FileSystem):
         if self.settings.profile:
             options["profile"] = self.settings.profile
         self._engine_guard = threading.Lock()
-        self._engine: tuple[int, Engine] | None = None
+        self._engine: Engine | None = None
+        self._threads = ThreadPoolExecutor(_WAITING, thread_name_prefix="obsfs-read")
+        self._is_forked = False
         super().__init__(
             anon=self.settings.no_sign_request,
             endpoint_url=connection.endpoint,
@@ -80,18 +102,55 @@ class OBSFileSystem(S3FileSystem):
                 **({"verify": False} if self.settings.insecure_tls else {}),
                 **client_kwargs,
             },
-            config_kwargs={**config, **(options.pop("config_kwargs", None) or {})},
+            config_kwargs={
+                "max_pool_connections": _WAITING,
+                **config,
+                **(options.pop("config_kwargs", None) or {}),
+            },
             **options,
         )
+        _living[id(self)] = self
 
     @property
     def engine(self) -> Engine:
-        """The engine of this process; made when first needed, and anew after a fork, which threads do not survive."""
+        """The engine of this process; made when first needed."""
         with self._engine_guard:
-            if self._engine is None or self._engine[0] != os.getpid():
+            if self._engine is None:
                 bucket = Bucket(Address("obs", ""), self.settings, keys=self._keys)
-                self._engine = os.getpid(), Engine(bucket, self.settings)
-            return self._engine[1]
+                self._engine = Engine(bucket, self.settings)
+            return self._engine
+
+    def after_fork(self) -> None:
+        """In a forked child: have the next use begin anew. Takes no lock."""
+        engine, self._engine = self._engine, None
+        self._engine_guard = threading.Lock()
+        self._threads = ThreadPoolExecutor(_WAITING, thread_name_prefix="obsfs-read")
+        self._is_forked = True
+        if engine is not None:
+            engine.abandon()
+
+    def _begin_anew(self) -> None:
+        """After a fork: forget the parent's event loop, sessions and listings."""
+        guard = self._engine_guard
+        with guard:
+            if self._is_forked:
+                engine = self._engine
+                fresh = type(self)(*self.storage_args, skip_instance_cache=True, **self.storage_options)
+                self.__dict__.update(fresh.__dict__)
+                self._engine_guard, self._engine = guard, engine
+
+    @property
+    def loop(self) -> Any:
+        """The event loop that requests are made in."""
+        if self._is_forked:
+            self._begin_anew()
+        return super().loop
+
+    async def set_session(self, refresh: bool = False, kwargs: Any = None) -> Any:
+        """As s3fs's, which every request begins with."""
+        if self._is_forked:
+            self._begin_anew()
+        return await super().set_session(refresh=refresh, kwargs=kwargs or {})
 
     def _version(self, path: str, info: dict[str, Any]) -> ObjectVersion:
         bucket, key, _ = self.split_path(path)
@@ -115,7 +174,11 @@ class OBSFileSystem(S3FileSystem):
             return data
         version = self._version(path, await self._info(path))
         first, last, _ = slice(start, end).indices(version.size)
-        return await asyncio.to_thread(self._read, version, first, last)
+        return await self._in_thread(self._read, version, first, last)
+
+    async def _in_thread(self, call: Callable[..., _T], *arguments: Any) -> _T:
+        """Run what waits for blocks in a thread, of which there are enough for some to wait for long."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *arguments))
 
     def _read(self, version: ObjectVersion, start: int, stop: int) -> bytes:
         with _as_oserror(), self._reader(version) as reader:
@@ -142,7 +205,7 @@ class OBSFileSystem(S3FileSystem):
         if info["type"] == "directory":
             Path(lpath).mkdir(parents=True, exist_ok=True)
             return
-        await asyncio.to_thread(self._copy, self._version(rpath, info), Path(lpath), callback)
+        await self._in_thread(self._copy, self._version(rpath, info), Path(lpath), callback)
 
     def _copy(self, version: ObjectVersion, target: Path, callback: Any) -> None:
         callback.set_size(version.size)
@@ -156,30 +219,58 @@ class OBSFileSystem(S3FileSystem):
 class OBSFile(AbstractBufferedFile):
     """An object open for reading, pinned to the version (ETag) it had when it was opened.
 
-    Reads raise OSError with ESTALE when the object was replaced and the bytes are not in the cache.
+    Reads raise OSError with ESTALE when the object was replaced and the bytes are not in the cache. A forked child may
+    read on with an engine of its own, and so may who unpickles it: the same version, from the same place on.
     """
 
-    def __init__(self, fs: OBSFileSystem, path: str, *, block_size: int) -> None:
+    cache: Any
+
+    def __init__(
+        self, fs: OBSFileSystem, path: str, *, block_size: int, version: ObjectVersion | None = None, position: int = 0
+    ) -> None:
         self._release: Any = None
-        info = fs.info(path)
-        version = fs._version(path, info)
+        info = None
+        if version is None:
+            info = fs.info(path)
+            version = fs._version(path, info)
         super().__init__(fs, path, mode="rb", block_size=block_size, cache_type="readahead", size=version.size)
-        self.details = info
-        engine = fs.engine
-        with _as_oserror():
-            self._reader = engine.open(version)
-        self._release = partial(engine.release, self._reader)
+        if info is not None:
+            self.details = info
+        self.loc = position
+        self._version = version
+        self._guard = threading.Lock()
+        self._reader: Reader | None = None
+        self._hold()
+        _living[id(self)] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.fs, self.path, self.blocksize, self._version, self.loc)
+
+    def _hold(self) -> Reader:
+        with self._guard:
+            if self._reader is None:
+                engine = self.fs.engine
+                with _as_oserror():
+                    self._reader = engine.open(self._version)
+                self._release = partial(engine.release, self._reader)
+            return self._reader
+
+    def after_fork(self) -> None:
+        """In a forked child: forget the parent's reader, and a buffer that it was perhaps just changing."""
+        self._guard = threading.Lock()
+        self._reader = self._release = None
+        self.cache = type(self.cache)(self.blocksize, self._fetch_range, self.size)
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         with _as_oserror():
-            return self._reader.read(start, end - start)
+            return self._hold().read(start, end - start)
 
     def close(self) -> None:
         """Give the reader back."""
         super().close()
-        if self._release is not None:
-            self._release()
-            self._release = None
+        release, self._release = self._release, None
+        if release is not None:
+            release()
 
     def __del__(self) -> None:
         # Garbage is collected in any thread, at any point: also in one that holds a lock which giving back takes.
@@ -187,3 +278,7 @@ class OBSFile(AbstractBufferedFile):
         if release is not None:
             with suppress(RuntimeError):  # Python is about to end
                 get_loop().call_soon_threadsafe(release)
+
+
+def _reopen(fs: OBSFileSystem, path: str, block_size: int, version: ObjectVersion, position: int) -> OBSFile:
+    return OBSFile(fs, path, block_size=block_size, version=version, position=position)

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from obsfs.blocks.held import HeldBlocks
@@ -296,6 +297,11 @@ class Cache:
     def close(self) -> None:
         """Close the directory's lock file."""
         os.close(self._lock_fd)
+
+    def abandon(self) -> None:
+        """As :meth:`CachedObject.abandon`."""
+        with suppress(OSError):
+            os.close(self._lock_fd)
 
 
 def cached_sizes(directory: Path, endpoint: str, bucket: str) -> dict[tuple[str, str], int]:

@@ -161,6 +161,11 @@ class DirectoryLock:
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
+    @classmethod
+    def after_fork(cls) -> None:
+        """In a forked child: whichever thread of the parent's had the lock, it is not here to give it back."""
+        cls._threads = threading.RLock()
+
     def __enter__(self) -> None:
         self._threads.acquire()
         fcntl.flock(self._fd, fcntl.LOCK_EX)
@@ -168,6 +173,9 @@ class DirectoryLock:
     def __exit__(self, *_: object) -> None:
         fcntl.flock(self._fd, fcntl.LOCK_UN)
         self._threads.release()
+
+
+os.register_at_fork(after_in_child=DirectoryLock.after_fork)
 
 
 def read_entry(path: Path) -> CacheEntry | None:

@@ -211,8 +211,9 @@ class CachedObject:
 
     def _close_claims(self) -> None:
         if not self._claimed and self._claims_fd >= 0:
-            os.close(self._claims_fd)
-            self._claims_fd = -1
+            # In this order: a child that is forked in between must not close it a second time.
+            fd, self._claims_fd = self._claims_fd, -1
+            os.close(fd)
 
     def _open_map(self, flags: int) -> int:
         """The map file, opened once more, without the locks that we have on it; -1 when it is not at its name.
@@ -364,3 +365,15 @@ class CachedObject:
             # Litter on a disk that takes no changes is no reason to fail.
             with suppress(OSError), self._cache.exclusive:
                 remove_empty(self._path)
+
+    def abandon(self) -> None:
+        """In a forked child: close the files, and leave all locks as the parent has them; it shares them."""
+        try:
+            self._words.release()
+            self._map.nbytes  # noqa: B018 - fails when it was closed before
+        except ValueError:
+            return
+        self._mapped.close()
+        for fd in (self._claims_fd, self.data_fd):
+            if fd >= 0:
+                os.close(fd)

@@ -512,6 +512,13 @@ class Engine:
             self._readers.clear()
         self.cache.close()
 
+    def abandon(self) -> None:
+        """In a forked child: close the descriptors that were inherited, by which it would hold the parent's locks for
+        longer than the parent lives. Takes no lock; the engine must not be used afterwards."""
+        for reader in list(self._readers.values()):
+            reader.cached.abandon()
+        self.cache.abandon()
+
 
 def _pieces(blocks: Iterable[int], longest: int) -> Iterator[range]:
     """Blocks that follow each other, so many at a time."""
