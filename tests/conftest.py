@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import hypothesis
 import psutil
 import pytest
 
-from obsfs.demo.server import EmbeddedServer
+from obsfs.demo.server import EmbeddedServer, find_program
 from obsfs.fuse import mounts
 from obsfs.fuse.kernel import channel
 from obsfs.settings import Settings
@@ -110,6 +110,23 @@ class Store:
     def put(self, key: str, data: bytes) -> str:
         etag: str = self.client.put_object(Bucket=self.name, Key=key, Body=data)["ETag"]
         return etag
+
+
+@contextmanager
+def rclone_server(home: Path, *options: str) -> Iterator[tuple[str, Path]]:
+    """``rclone serve s3`` with the keys ``key`` and ``secret``: its endpoint, and the directory of its buckets."""
+    root, address = home / "rclone", home / "address"
+    (root / "models").mkdir(parents=True)
+    with address.open("wb") as output:
+        command = [find_program("rclone", "test"), "serve", "s3", "--config", "/dev/null", "--addr", "127.0.0.1:0"]
+        command += ["--auth-key", "key,secret", *options, str(root)]
+        process = subprocess.Popen(command, stderr=output, stdout=output)
+    try:
+        wait_for(lambda: process.poll() is not None or "http://" in address.read_text())
+        yield "http://" + address.read_text().split("http://")[1].split("/")[0], root
+    finally:
+        process.terminate()
+        process.wait(10)
 
 
 @pytest.fixture

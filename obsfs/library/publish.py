@@ -5,6 +5,9 @@ has them; small ones wait. When everything is staged, the publisher takes the cl
 create, makes all files appear, writes the manifest and gives the claim back. So a version exists whole or not at all,
 and of two who publish the same one, one wins whole.
 
+What a server has copied is believed only if its ETag is the MD5 of what it should be, or if the server was seen to
+refuse to copy another version; else the file is sent. What has appeared is looked at before the manifest says so.
+
 What was staged outlives its process: the ids of its uploads are noted on this machine, and the parts that the server
 has are compared, by their MD5, with what would be sent. What nobody goes on with any more is dropped when the model is
 published.
@@ -14,18 +17,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import re
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-from obsfs.errors import ExistsError, NotFoundError, ObsfsError, UsageError, VersionChangedError
+from obsfs.errors import (
+    ExistsError,
+    NotFoundError,
+    ObsfsError,
+    RefusedError,
+    UnsupportedError,
+    UsageError,
+    VersionChangedError,
+)
 from obsfs.library import catalog
 from obsfs.library.catalog import Model
 from obsfs.library.manifest import About, File, Manifest, now, parse_manifest
@@ -38,6 +51,14 @@ _CLAIM = f"{OWN}claim.json"
 _CLAIM_SECONDS = 900.0
 _SETTLE_SECONDS = 2.0
 _HASHERS = 4
+_NOBODYS = '"00000000000000000000000000000000"'
+"""An ETag that no object has."""
+_PROBE_PART = 10_000
+"""The number of a part that is never used: the last one (of an upload of the largest size, which is not probed)."""
+_DIGEST = re.compile(r'"[0-9a-f]{32}(-\d+)?"')
+_T = TypeVar("_T")
+
+log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -115,6 +136,8 @@ class _Item:
     digest: OrderedHash | None = None
     kept: Written | None = None
     copied: tuple[Model, File] | None = None
+    copy_md5s: list[str] = field(default_factory=list)
+    """What each part (of `part` bytes) that is to be copied must have as its ETag."""
     written: Written | None = None
 
     @property
@@ -160,6 +183,8 @@ class Publication:
         self._items = [_Item(source, f"{name.prefix}{source.path}", part=part_size(source.size)) for source in sources]
         self.sent_bytes = 0
         self._guard = threading.Lock()
+        self._parts_refused: bool | None = None
+        self._copies_refused: bool | None = None
 
     def run(self) -> Manifest:
         """Publish. Returns the manifest: the one that is there, if it says the same files already."""
@@ -216,7 +241,8 @@ class Publication:
             candidates = [(model, file) for model, file in of_size.get(item.size, ()) if file.sha256]
             if not candidates and (found is None or found.size != item.size):
                 return
-            item.sha256, etag = _hashes(item, crew)
+            hashes = _hashes(item, crew)
+            item.sha256, etag = hashes.sha256, hashes.etag
             if found and found.size == item.size and found.etag.strip('"') == etag:
                 item.kept = Written(found.etag, "")
             for model, file in candidates:
@@ -229,7 +255,7 @@ class Publication:
             if item.kept:
                 self._advance(item.size)
             elif item.copied:
-                item.part = max(COPY_PART, item.part)
+                item.part, item.copy_md5s = hashes.copy_part, hashes.copy_md5s
 
         crew = Crew(_HASHERS, self._retry_timeout)
         crew.run(each(self._items, compare))
@@ -239,9 +265,6 @@ class Publication:
     def _stage(self) -> None:
         crew = self._crew()
         large = [item for item in self._items if item.size > PART and not item.kept]
-        sent = [item for item in large if not item.copied]
-        for item in sent:
-            item.digest = OrderedHash(crew)
 
         def begin(item: _Item) -> None:
             upload = self._notes.uploads.get(item.key, "")
@@ -250,20 +273,34 @@ class Publication:
                     item.had = crew.retried(lambda: self._writer.parts(item.key, upload))
                 except NotFoundError:
                     upload = ""
-            if not upload:
-                upload = crew.retried(lambda: self._writer.begin(item.key))
-                self._notes.note(item.key, upload)
-            item.upload = upload
+            if upload:
+                item.upload = upload
+            else:
+                begin_anew(item)
+
+        def begin_anew(item: _Item) -> None:
+            if item.upload:
+                with suppress(ObsfsError):
+                    self._writer.abort(item.key, item.upload)
+            item.upload = crew.retried(lambda: self._writer.begin(item.key))
+            item.had = {}
+            self._notes.note(item.key, item.upload)
 
         crew.run(each(large, begin))
 
-        def tasks() -> Iterator[Callable[[], None]]:
-            for item in large:
-                bring = self._copy if item.copied else self._send
+        def tasks(items: list[_Item], bring: Callable[..., None]) -> Iterator[Callable[[], None]]:
+            for item in items:
                 for index, offset, size in item.pieces():
                     yield partial(bring, crew, item, index, offset, size)
 
-        crew.run(tasks())
+        copied = [item for item in large if item.copied]
+        crew.run(tasks(copied, self._copy))
+        # Not in the same upload: rclone takes no part twice.
+        crew.run(each([item for item in copied if not item.copied], begin_anew))
+        sent = [item for item in large if not item.copied]
+        for item in sent:
+            item.digest = OrderedHash(crew)
+        crew.run(tasks(sent, self._send))
         for item in sent:
             assert item.digest is not None
             self._check(item, item.digest.hexdigest())
@@ -283,13 +320,51 @@ class Publication:
         self._advance(size)
 
     def _copy(self, crew: Crew, item: _Item, index: int, offset: int, size: int) -> None:
+        if not item.copied:
+            return  # another part of it could not be copied
         version = self._original(item)
         number, span = index + 1, range(offset, offset + size)
         with _replaced(version), self._gone(item):
-            item.etags[number] = crew.retried(
-                lambda: self._writer.copy_part(item.key, item.upload, number, version, span)
+            etag = _unless_refused(
+                lambda: crew.retried(lambda: self._writer.copy_part(item.key, item.upload, number, version, span))
             )
-        self._advance(size)
+        with self._guard:
+            if not item.copied:
+                return
+            if self._is_copy(etag or "", item.copy_md5s[index], partial(self._refuses_parts, crew, item)):
+                item.etags[number] = etag or ""
+                self._advance(size)
+            else:
+                self._send_instead(item)
+
+    def _is_copy(self, etag: str, md5: str, refuses: Callable[[], bool]) -> bool:
+        """Whether what was copied is what it should be: by its MD5, or since the server `refuses` other versions."""
+        return etag.strip('"') == md5 or (bool(etag) and refuses())
+
+    def _refuses_parts(self, crew: Crew, item: _Item) -> bool:
+        """Whether the server looks at the version that it is to copy a part of: asked once, with a wrong one."""
+        if self._parts_refused is None:
+            wrong = replace(self._original(item), etag=_NOBODYS)
+            call = partial(self._writer.copy_part, item.key, item.upload, _PROBE_PART, wrong, range(1))
+            self._parts_refused = _is_refused(crew, call)
+        return self._parts_refused
+
+    def _refuses_copies(self, crew: Crew, item: _Item) -> bool:
+        """As `_refuses_parts`, of whole objects. What is copied all the same is overwritten by what is sent then."""
+        if self._copies_refused is None:
+            wrong = replace(self._original(item), etag=_NOBODYS)
+            self._copies_refused = _is_refused(crew, partial(self._writer.copy, wrong, item.key))
+        return self._copies_refused
+
+    def _send_instead(self, item: _Item) -> None:
+        """Forget the parts of an item that were copied: it is sent instead."""
+        log.info("%s: the server does not copy %s as it should: it is sent instead", self._name, item.path)
+        undone = sum(size for index, _, size in item.pieces() if index + 1 in item.etags)
+        if undone:
+            self._advance(-undone)
+        item.copied = None
+        item.etags.clear()
+        item.part = part_size(item.size)
 
     def _original(self, item: _Item) -> ObjectVersion:
         """What an item is to be a copy of."""
@@ -345,6 +420,8 @@ class Publication:
 
         crew.run(each(self._items, appear))
         claim.check()
+        crew.run(each([item for item in self._items if not item.kept], partial(self._confirm, crew)))
+        claim.check()
         self._sweep()
         manifest = self._manifest()
         self._put_manifest(crew, manifest)
@@ -366,7 +443,12 @@ class Publication:
     def _put_manifest(self, crew: Crew, manifest: Manifest) -> None:
         text, is_new = manifest.to_json(), bool(self._name.version)
         try:
-            crew.retried(lambda: self._writer.put(self._name.manifest_key, text, new=is_new))
+            try:
+                crew.retried(lambda: self._writer.put(self._name.manifest_key, text, new=is_new))
+            except UnsupportedError:
+                if not is_new or catalog.read(self._writer.bucket, self._name):
+                    raise
+                crew.retried(lambda: self._writer.put(self._name.manifest_key, text))
         except ExistsError:
             # It may be our own, the answer to which was lost.
             if self._writer.bucket.get(self._name.manifest_key).data != text:
@@ -377,10 +459,7 @@ class Publication:
             return item.kept
         if item.upload:
             return self._complete(crew, item)
-        if item.copied:
-            version = self._original(item)
-            with _replaced(version):
-                written = crew.retried(lambda: self._writer.copy(version, item.key))
+        if item.copied and (written := self._copy_small(crew, item)):
             self._advance(item.size)
             return written
         data = crew.retried(lambda: item.source.read(0, item.size))
@@ -389,6 +468,35 @@ class Publication:
         self._count(item.size)
         self._advance(item.size)
         return written
+
+    def _copy_small(self, crew: Crew, item: _Item) -> Written | None:
+        """A copy inside the server, if it is what it should be."""
+        version = self._original(item)
+        with _replaced(version):
+            written = _unless_refused(lambda: crew.retried(lambda: self._writer.copy(version, item.key)))
+        if written is None:
+            return None
+        etag = written.etag or self._head(crew, item).etag
+        with self._guard:
+            is_right = self._is_copy(etag, item.copy_md5s[0], partial(self._refuses_copies, crew, item))
+        return written if is_right else None
+
+    def _head(self, crew: Crew, item: _Item) -> ObjectInfo:
+        return crew.retried(lambda: self._writer.bucket.head(item.key))
+
+    def _confirm(self, crew: Crew, item: _Item) -> None:
+        """Look at an object that has appeared: the manifest says of it what the server does, to whom pulls it."""
+        assert item.written is not None
+        found, said = self._head(crew, item), item.written.etag
+        if found.size != item.size:
+            raise RefusedError(
+                f"the server has {found.size} bytes of {item.path} of {self._name}, and was sent {item.size}",
+                "nothing was published; see the server's own log",
+            )
+        # Servers have one ETag for what was just completed, and another later; of one kind, they are comparable.
+        if _kind(said) and _kind(said) == _kind(found.etag) and said != found.etag:
+            raise ExistsError(f"{item.path} of {self._name} was replaced just now", "push again")
+        item.written = item.written._replace(etag=found.etag)
 
     def _complete(self, crew: Crew, item: _Item) -> Written:
         with self._gone(item):
@@ -431,16 +539,57 @@ def _replaced(version: ObjectVersion) -> Iterator[None]:
         raise UsageError(f"{version.key} was replaced just now", "push again") from None
 
 
-def _hashes(item: _Item, crew: Crew) -> tuple[str, str]:
-    """SHA-256, and the ETag that it has when we upload it."""
-    sha = hashlib.sha256()
-    parts = []
+def _unless_refused(call: Callable[[], _T]) -> _T | None:
+    """What `call` returns, None when the server will not do it: there is another way."""
+    try:
+        return call()
+    except (VersionChangedError, NotFoundError):
+        raise
+    except ObsfsError as error:
+        log.info("the server does not copy: %s", error)
+        return None
+
+
+def _is_refused(crew: Crew, call: Callable[[], object]) -> bool:
+    try:
+        crew.retried(call)
+    except VersionChangedError:
+        return True
+    except ObsfsError:
+        return False
+    return False
+
+
+def _kind(etag: str) -> str:
+    """Which kind of digest an ETag is: of one piece, or of so many parts; empty for others."""
+    found = _DIGEST.fullmatch(etag)
+    return f"md5{found[1]}" if found else ""
+
+
+class _Hashes(NamedTuple):
+    sha256: str
+    etag: str
+    """That it has when we upload it."""
+    copy_part: int
+    """Bytes in a part that is copied inside the server."""
+    copy_md5s: list[str]
+    """Of each of those parts."""
+
+
+def _hashes(item: _Item, crew: Crew) -> _Hashes:
+    sha, copied = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    parts, copies = [], []
     size = item.part if item.size > PART else max(item.size, 1)
+    copy_part = size * max(1, COPY_PART // size)
     for offset in range(0, max(item.size, 1), size):
         data = crew.retried(lambda offset=offset: item.source.read(offset, min(size, item.size - offset)))  # type: ignore[misc]
         sha.update(data)
         parts.append(hashlib.md5(data, usedforsecurity=False).digest())
-    return sha.hexdigest(), parts_etag(parts)
+        copied.update(data)
+        if (offset + size) % copy_part == 0 or offset + size >= item.size:
+            copies.append(copied.hexdigest())
+            copied = hashlib.md5(usedforsecurity=False)
+    return _Hashes(sha.hexdigest(), parts_etag(parts), copy_part, copies)
 
 
 class _Claim:
@@ -482,10 +631,13 @@ class _Claim:
             self._writer.put(self._key, self._text, new=True)
         except ExistsError:
             return False
-        try:
-            self._writer.put(self._key, self._text, new=True)
-        except ExistsError:
-            return True
+        except UnsupportedError:
+            self._writer.put(self._key, self._text)
+        else:
+            try:
+                self._writer.put(self._key, self._text, new=True)
+            except ExistsError:
+                return True
         time.sleep(_SETTLE_SECONDS)
         found = self._read()
         return found is not None and found[0].get("nonce") == self._nonce

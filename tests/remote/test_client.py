@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,13 @@ from botocore.utils import parse_timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from obsfs.demo.server import find_program
 from obsfs.errors import CorruptError, ForbiddenError, NotFoundError, UnavailableError, VersionChangedError
 from obsfs.remote.address import parse_address
 from obsfs.remote.client import Bucket
 from obsfs.remote.objects import ObjectVersion, parse_time
 from obsfs.remote.ranges import RangeSender
 from obsfs.settings import Settings
-from tests.conftest import MIB, Mounter, Store, random_bytes
+from tests.conftest import MIB, Mounter, Store, random_bytes, rclone_server
 from tests.faulty import FaultyServer
 
 
@@ -126,22 +123,8 @@ def test_listings_come_in_pages(bucket: Store, ours: Bucket) -> None:
 
 @pytest.fixture
 def rclone(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    root = tmp_path / "rclone"
-    (root / "models").mkdir(parents=True)
-    program = find_program("rclone", "test")
-    address = tmp_path / "address"
-    with address.open("wb") as log:
-        command = [program, "serve", "s3", "--addr", "127.0.0.1:0", "--auth-key", "key,secret", str(root)]
-        process = subprocess.Popen(command, stderr=log, stdout=log)
-    try:
-        deadline = time.monotonic() + 20
-        while "http://" not in (text := address.read_text()):
-            assert time.monotonic() < deadline and process.poll() is None, text
-            time.sleep(0.05)
-        yield "http://" + text.split("http://")[1].split("/")[0], root
-    finally:
-        process.terminate()
-        process.wait(10)
+    with rclone_server(tmp_path) as found:
+        yield found
 
 
 def test_a_server_that_answers_ranges_with_200(
