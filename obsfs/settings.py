@@ -249,6 +249,21 @@ class Settings:
         return cls(**{name: known[name].convert(value, place) for name, (place, value) in values.items()})
 
     @classmethod
+    def adopt(cls, values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+        """Settings from another version of obsfs, and what was left out of them, a line each.
+
+        What is not known here has no effect, and what does not fit is as if it was not given.
+        """
+        fitting, notes = {}, []
+        for name, value in values.items():
+            try:
+                cls.parse({name: value})
+                fitting[name] = value
+            except UsageError as error:
+                notes.append(f"setting {name} is left out: {error}")
+        return cls.parse(fitting), notes
+
+    @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Settings:
         """Settings from these values and the defaults. Raises UsageError as :meth:`load`."""
         known = knobs()

@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 from obsfs.blocks.reader import Engine
 from obsfs.errors import ObsfsError, UsageError
+from obsfs.fuse import journal as journals
 from obsfs.fuse import state
 from obsfs.fuse.journal import Journal
-from obsfs.fuse.journal import read as read_journal
 from obsfs.fuse.keeper import Keeper
 from obsfs.fuse.kernel import channel
 from obsfs.fuse.operations import Operations
-from obsfs.fuse.supervisor import RETRY
+from obsfs.fuse.supervisor import FORMAT, RETRY
 from obsfs.fuse.tree import Source, Tree
 from obsfs.library import snapshot
 from obsfs.limits import allow_open_files
@@ -57,14 +57,30 @@ class Takeover:
     fds: list[int]
     direct: bool
     restarts: int
+    server: int
+    """The number of this server of the mount: greater than those of its predecessors."""
+    is_whole: bool
+    """Whether the journal has all that was to be recorded."""
 
     @staticmethod
     def parse(request: dict[str, Any]) -> Takeover:
-        """From the supervisor's request."""
-        lock, *fds = request["connection"]
-        for fd in (lock, *fds):
+        """From the supervisor's request. What is not known of it is left out.
+
+        Raises UsageError for one that was made by a program of another kind.
+        """
+        try:
+            lock, *fds = map(int, request["connection"])
+            restarts = int(request["restarts"])
+            server = int(request.get("servers", restarts))
+            direct, is_whole = bool(request["direct"]), bool(request.get("is_whole", True))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"the takeover request cannot be read ({error!r})", "mount again") from None
+        return Takeover(lock, fds, direct, restarts, server, is_whole)
+
+    def own(self) -> None:
+        """Keep the descriptors from children."""
+        for fd in (self.lock, *self.fds):
             os.set_inheritable(fd, False)
-        return Takeover(lock, fds, request["direct"], request["restarts"])
 
 
 class Stop:
@@ -114,7 +130,8 @@ def serve(
         names: Source = bucket
         page: Page | None = None
         if settings.snapshot:
-            names = snapshot.take(bucket, address, settings.snapshot)
+            names, file = _snapshot(bucket, address, settings.snapshot, mountpoint, is_successor=takeover is not None)
+            cleanup.callback(file.unlink, missing_ok=True)
             page = next(names.list(address.prefix))
         elif takeover is None:
             page = _check(bucket, address)
@@ -123,10 +140,18 @@ def serve(
         place = state.path(mountpoint, "journal")
         journal = Journal(place, keep=takeover is not None)
         cleanup.callback(journal.close)
-        tree = Tree(names, address.prefix, settings.metadata_ttl, journal.record, max_entries=settings.max_entries)
+        tree = Tree(
+            names,
+            address.prefix,
+            settings.metadata_ttl,
+            # Nobody follows a server of libfuse.
+            journal.record if settings.engine == "native" else lambda *changes: None,
+            max_entries=settings.max_entries,
+            server=takeover.server if takeover else 0,
+        )
         journal.snapshot = tree.snapshot
         if takeover is not None:
-            tree.restore(read_journal(place))
+            _restore(tree, place, bucket, takeover)
             journal.renew()
         if page is not None:
             tree.prime(page)
@@ -144,11 +169,55 @@ def serve(
         operations = Operations(tree, engine, settings, identity, lambda: bucket.sites)
         if settings.engine == "native":
             native = _Native(operations, mountpoint, settings, keeper, lock)
+            journal.on_whole = native.note_whole
             native.serve(on_ready, stop, takeover, is_serving)
         else:
             from obsfs.fuse import portable
 
             portable.serve(operations, mountpoint, settings, on_ready, stop.wait)
+
+
+def _snapshot(
+    bucket: Bucket, address: Address, wanted: str, mountpoint: Path, *, is_successor: bool
+) -> tuple[snapshot.Snapshot, Path]:
+    """What the mount shows, and the file in which it is kept for successors. Raises ObsfsError."""
+    file = state.path(mountpoint, "snapshot")
+    if is_successor:
+        try:
+            return snapshot.restore(file.read_bytes(), bucket), file
+        except (OSError, ValueError) as error:
+            log.warning("%s cannot be read (%s): the bucket is asked again", file, error)
+    try:
+        taken = snapshot.take(bucket, address, wanted)
+    except UsageError as error:
+        if not is_successor:
+            raise
+        # What is open is in the journal.
+        log.error("the snapshot cannot be taken again: %s", error)
+        taken = snapshot.Snapshot(())
+    try:
+        new = file.with_suffix(".new-snapshot")
+        new.touch(mode=0o600)
+        new.write_bytes(taken.to_json())
+        new.replace(file)
+    except OSError as error:
+        log.warning("%s cannot be written (%s): a server that follows asks the bucket again", file, error)
+    return taken, file
+
+
+def _restore(tree: Tree, place: Path, bucket: Bucket, takeover: Takeover) -> None:
+    """Take over what the journal tells. What it does not costs the files that it is about, never the mount."""
+    try:
+        found = journals.read(place)
+    except OSError as error:
+        log.error("%s cannot be read (%s): what is open is lost", place, error)
+        return
+    is_counted = takeover.is_whole and found.format > 0 and not found.damaged
+    lost = found.damaged + tree.restore(found.records, bucket.version, is_counted=is_counted)
+    if lost:
+        log.error("%d of %d records of %s cannot be read: those files are lost", lost, len(found.records), place)
+    if not is_counted:
+        log.warning("the names that the kernel knows were not all counted: they are kept until the mount ends")
 
 
 @contextmanager
@@ -171,6 +240,7 @@ class _Native:
     def __init__(self, operations: Operations, mountpoint: Path, settings: Settings, keeper: Keeper, lock: int) -> None:
         self._operations, self._mountpoint, self._settings = operations, mountpoint, settings
         self._keeper, self._lock = keeper, lock
+        self._is_whole = True
 
     def serve(
         self, on_ready: Callable[[], None], stop: Stop, takeover: Takeover | None, is_serving: threading.Event
@@ -191,6 +261,7 @@ class _Native:
             log.warning("took over %s from a server that died", self._mountpoint)
             self._keeper.keep("connection", [self._lock, *takeover.fds], self._state)
         is_serving.set()
+        self._keeper.listen(self._on_refused)
         try:
             if takeover is None:
                 self._begin(server)
@@ -209,7 +280,17 @@ class _Native:
 
     @property
     def _state(self) -> dict[str, object]:
-        return {"direct": self._operations.can_be_direct}
+        return {"direct": self._operations.can_be_direct, "is_whole": self._is_whole}
+
+    def note_whole(self, is_whole: bool) -> None:
+        """The journal has lost records, or has all of them again."""
+        self._is_whole = is_whole
+        if self._operations.identity["can_be_followed"]:
+            self._keeper.note(self._state)
+
+    def _on_refused(self, refused: dict[str, Any]) -> None:
+        log.error("no other server follows this one: %s", refused.get("reason"))
+        self._operations.identity["upgrade_refused"] = refused
 
     def _begin(self, server: Server) -> None:
         try:
@@ -241,13 +322,50 @@ def log_to(handler: logging.Handler, level: str) -> None:
     logger.propagate = False
 
 
+def _read_request() -> tuple[Settings, Takeover | None, list[str]]:
+    """The supervisor's request on stdin: settings, what is taken over, and what was left out of the settings.
+
+    Raises UsageError for a later format.
+    """
+    request = json.loads(sys.stdin.buffer.readline())
+    if request.get("format", 0) > FORMAT:
+        raise UsageError("this mount is supervised by a later version of obsfs", "install that version, or mount again")
+    if "takeover" not in request:
+        return Settings.parse(request["settings"]), None, []
+    settings, notes = Settings.adopt(request["settings"])
+    return settings, Takeover.parse(request["takeover"]), notes
+
+
+def _probe(source: str, mountpoint: Path) -> int:
+    """Say whether this program could take over a mount, without touching it: exit status 0, or a line and 2."""
+    from obsfs.fuse.kernel import server  # noqa: F401 - so that all of it was imported
+
+    try:
+        settings, _, notes = _read_request()
+        parse_address(source)
+        for note in notes:
+            print(note)
+        if settings.engine != "native":
+            raise UsageError(f"the engine {settings.engine} cannot take over", "mount again")
+        journals.read(state.path(mountpoint, "journal"))
+        file = state.path(mountpoint, "snapshot")
+        if settings.snapshot and file.exists():
+            snapshot.check(file.read_bytes())
+    except (ObsfsError, OSError, ValueError) as error:
+        print(error)
+        return 2
+    return 0
+
+
 def main() -> int:
     """Run as a child of the supervisor. The exit status is 0, 2 after a reported error, or RETRY when it could not take
     over yet."""
+    if sys.argv[1] == "--probe":
+        return _probe(sys.argv[2], Path(sys.argv[3]))
     source, mountpoint = sys.argv[1], Path(sys.argv[2])
-    request = json.loads(sys.stdin.buffer.readline())
-    settings = Settings.parse(request["settings"])
-    takeover = Takeover.parse(request["takeover"]) if "takeover" in request else None
+    settings, takeover, notes = _read_request()
+    if takeover is not None:
+        takeover.own()
     stop = Stop()
     stop.on_signals()
     allow_open_files()
@@ -267,6 +385,8 @@ def main() -> int:
     try:
         path = state.path(mountpoint, "log")
         log_to(logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1), settings.log_level)
+        for note in notes:
+            log.warning("%s", note)
         serve(source, mountpoint, settings, on_ready, stop, takeover=takeover)
     except Exception as error:
         if isinstance(error, ObsfsError):

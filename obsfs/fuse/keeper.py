@@ -7,12 +7,14 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from obsfs.fuse.supervisor import CONTROL
+from obsfs.fuse.supervisor import CONTROL, FORMAT
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_MOST_MESSAGE = 64 << 10
 
 
 class Keeper:
@@ -31,10 +33,32 @@ class Keeper:
         """Whether there is a supervisor."""
         return self._control is not None
 
+    def listen(self, on_refused: Callable[[dict[str, Any]], None]) -> None:
+        """Have it told, from a thread, why the supervisor did not replace this server: ``number`` and ``reason``."""
+        if self._control is not None:
+            threading.Thread(target=self._listen, args=(on_refused,), name="obsfs-supervisor", daemon=True).start()
+
+    def _listen(self, on_refused: Callable[[dict[str, Any]], None]) -> None:
+        assert self._control is not None
+        while True:
+            try:
+                data = self._control.recv(_MOST_MESSAGE)
+                message = json.loads(data) if data else None
+            except (OSError, ValueError):
+                message = None
+            if message is None:
+                return
+            if isinstance(message, dict) and isinstance(message.get("refused"), dict):
+                on_refused(message["refused"])
+
     def keep(self, name: str, fds: Sequence[int], state: dict[str, Any] | None = None) -> None:
         """Have descriptors kept open under a name, in place of those that it had; `state` is for a successor."""
-        message: dict[str, Any] = {"keep": name, **({"state": state} if state is not None else {})}
-        self._send(message, fds)
+        self._send({"keep": name, **({"state": state} if state is not None else {})}, fds)
+
+    def note(self, state: dict[str, Any]) -> None:
+        """Change what a successor is told, and nothing that is kept. (A supervisor of format 0 knows no message
+        without a name.)"""
+        self._send({"keep": "note", "state": state}, [])
 
     def drop(self, name: str) -> None:
         """What is kept under a name may close."""
@@ -43,6 +67,6 @@ class Keeper:
     def _send(self, message: dict[str, Any], fds: Sequence[int]) -> None:
         if self._control is not None:
             try:
-                socket.send_fds(self._control, [json.dumps(message).encode()], list(fds))
+                socket.send_fds(self._control, [json.dumps({"format": FORMAT, **message}).encode()], list(fds))
             except OSError:
                 pass  # it is gone, and so are we in a moment

@@ -339,6 +339,12 @@ def replace_server(mountpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         after = status(mountpoint)
         if after["pid"] != before["pid"]:
             return before, after
+        refused = after.get("upgrade_refused")
+        if refused and refused != before.get("upgrade_refused"):
+            raise UsageError(
+                f"the server of {mountpoint} stays: the obsfs that is installed now cannot follow it",
+                str(refused.get("reason")),
+            )
         time.sleep(_PAUSE_SECONDS)
     raise UsageError(f"the server of {mountpoint} was not replaced", "see its log in ~/.local/state/obsfs")
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ from obsfs.settings import Settings
 from obsfs.version import __version__
 
 __all__ = ["ROOT", "UNKNOWN_INO", "Attributes", "Opened", "Operations", "StatFs"]
+
+log = logging.getLogger(__name__)
 
 UNKNOWN_INO = 0xFFFFFFFF
 """Stands in a directory for an inode number that has not been looked up, as libfuse has it; 0 would hide the name."""
@@ -132,16 +135,30 @@ class Operations:
         its supervisor."""
         for node in self.tree.opened():
             if node.version is not None:
-                for _ in range(node.opens + node.direct_opens):
-                    self._readers[node.id] = self.engine.open(node.version)
                 self._inherited[node.id] = node.direct_opens
+                try:
+                    self._reopen(node, node.version)
+                except ObsfsError as error:
+                    # It costs this file, for now: whoever reads it has it tried again.
+                    log.warning("%s is open, and could not be opened again: %s", node.key, error)
+
+    def _reopen(self, node: Node, version: ObjectVersion) -> Reader:
+        """The reader of what a predecessor had open, held once for each open. Raises ObsfsError."""
+        reader = self.engine.open(version)
+        for _ in range(node.opens + node.direct_opens - 1):
+            self.engine.open(version)
+        self._readers[node.id] = reader
+        return reader
 
     # names and attributes
 
-    def lookup(self, parent: int, name: str, *, wait: bool = True) -> Attributes:
-        """The attributes of a name; counts one lookup of its node, to be given back with `forget`."""
+    def lookup(self, parent: int, name: str, *, wait: bool = True, unique: int = 0) -> Attributes:
+        """The attributes of a name; counts one lookup of its node, to be given back with `forget`.
+
+        `unique` is the request's number, if it has one: :meth:`unanswered` takes back what it counted.
+        """
         directory = self._directory(parent)
-        node = self.tree.lookup(directory, name, wait=wait, renew=self._should_renew)
+        node = self.tree.lookup(directory, name, wait=wait, renew=self._should_renew, unique=unique)
         return self._attributes(node, self.tree.lifetime(directory, name))
 
     def absence_ttl(self, parent: int, name: str) -> float:
@@ -165,9 +182,13 @@ class Operations:
             return False
         return not reader.cached.is_full() if node.direct_opens else node.opens > 0 and reader.is_complete
 
-    def forget(self, node: int, count: int) -> None:
-        """`count` lookups of a node are over."""
-        self.tree.forget(node, count)
+    def forget(self, lookups: Iterable[tuple[int, int]]) -> None:
+        """So many lookups of some nodes are over."""
+        self.tree.forget(lookups)
+
+    def unanswered(self, unique: int) -> None:
+        """The kernel did not get the answer to a request that counted lookups."""
+        self.tree.unanswered(unique)
 
     def getattr(self, node: int) -> Attributes:
         """The attributes of a node, which never change."""
@@ -207,11 +228,12 @@ class Operations:
         names, entries = listing.names, listing.entries
         return ((names[i], entries[names[i]].info is None, i + 1) for i in range(offset, len(names)))
 
-    def enter(self, node: int, handle: int, name: str) -> Attributes:
-        """Like `lookup`, for a name that `readdir` of this handle has just given."""
-        directory = self.tree.node(node)
-        entered = self.tree.enter(directory, self._listings[handle].entries[name], self._should_renew)
-        return self._attributes(entered, self.tree.lifetime(directory, name))
+    def enter(self, node: int, handle: int, names: Sequence[str], unique: int = 0) -> list[Attributes]:
+        """Like `lookup`, for names that `readdir` of this handle has just given."""
+        directory, entries = self.tree.node(node), self._listings[handle].entries
+        entered = self.tree.enter(directory, [entries[name] for name in names], self._should_renew, unique)
+        lifetimes = (self.tree.lifetime(directory, name) for name in names)
+        return [self._attributes(node, lifetime) for node, lifetime in zip(entered, lifetimes, strict=True)]
 
     def releasedir(self, handle: int) -> None:
         """The directory was closed."""
@@ -258,7 +280,7 @@ class Operations:
         if not direct or self.tree.node(number).backing:
             return Opened(number << 1 | direct, None)
         # Nobody kept the file as it was, nor was the kernel told how it is open.
-        cached = self._readers[number].cached
+        cached = self.reader(number << 1).cached
         if self.tree.node(number).opens or not cached.hold_whole():
             return self.reopen_indirect(number << 1 | 1, unique)
         self._inherited[number] -= 1
@@ -286,7 +308,7 @@ class Operations:
             node = self.tree.node(number)
             if node.version is None or not (node.opens or node.direct_opens):
                 raise _BadHandleError(f"handle {handle} is not open")
-            reader = self._readers[number] = self.engine.open(node.version)
+            reader = self._reopen(node, node.version)
         return reader
 
     def open_nodes(self, reader: Reader) -> list[int]:

@@ -71,7 +71,7 @@ class _Adapter(mfusepy.Operations):
                 yield found
             finally:
                 for node in held:
-                    self._operations.forget(node, 1)
+                    self._operations.forget([(node, 1)])
 
     def getattr(self, path: str, fh: int | None = None) -> dict[str, Any]:
         with self._found(path) as found:

@@ -3,7 +3,8 @@
 A node is one version of one path: its size and ETag never change. When the object at a path is replaced, the next
 lookup after the metadata lifetime gives the path a new node, and whoever has the old one open keeps the old one.
 Every node that the kernel may know, and every open of it, is written to a journal before the kernel is told, so
-that a successor process can restore the tree (:meth:`Tree.restore`).
+that a successor process can restore the tree (:meth:`Tree.restore`). So is every lookup that the kernel counts: a
+node that it knows must be here, and one that it has forgotten may go.
 
 What a listing shows: ``a/b`` under ``a/`` makes a directory ``a``; a directory hides an object of the same name; a
 key that ends in ``/`` is a directory and no file; names that no directory can show (:func:`is_valid_name`) are
@@ -13,17 +14,16 @@ hidden and counted.
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from obsfs.errors import NotFoundError
+from obsfs.errors import NotFoundError, VersionChangedError
 from obsfs.remote.address import is_valid_name
 from obsfs.remote.objects import ObjectInfo, ObjectVersion, Page
 
@@ -31,7 +31,11 @@ ROOT = 1
 _MAX_COUNTED = 4096
 _MAX_PROBED = 4096
 _MAX_ABSENT = 4096
-_RESTORED = 1 << 62
+_MAX_LOOKED = 1024
+_UNCOUNTED = 1 << 62
+"""Lookups of a node that a predecessor did not count: it is never forgotten."""
+_SERVER_BITS = 40
+"""A server gives at most so many bits of ids, above its number: none of a predecessor, also one that was lost."""
 
 
 class Source(Protocol):
@@ -146,8 +150,9 @@ class Tree:
     """The directory tree under `prefix`. Listings and absences are believed for `ttl` seconds.
 
     Beyond `max_entries` names the oldest listings are forgotten, all but the newest, and :meth:`spare` names what the
-    kernel should forget. `record` is given every change that a successor must know, as a JSON-serialisable list. Safe
-    to use from many threads; only one of them asks the bucket about a directory at a time.
+    kernel should forget. `record` is given every change that a successor must know, as lists for JSON. `server` is the
+    number of this server of a mount, greater than those of its predecessors. Safe to use from many threads; only one of
+    them asks the bucket about a directory at a time.
     """
 
     def __init__(
@@ -155,10 +160,11 @@ class Tree:
         source: Source,
         prefix: str,
         ttl: float,
-        record: Callable[[list[object]], None] = lambda change: None,
+        record: Callable[..., None] = lambda *changes: None,
         *,
         now: Callable[[], float] = time.monotonic,
         max_entries: int = 250_000,
+        server: int = 0,
     ) -> None:
         self.ttl = ttl
         self.max_entries = max_entries
@@ -169,12 +175,15 @@ class Tree:
         self._asking: dict[str, _Asking] = {}
         self._listings: dict[str, Listing] = {}
         self._listed = 0
-        self._next_id = ROOT + 1
+        self._next_id = (server << _SERVER_BITS) + ROOT + 1
         started = time.time()
         self._nodes = {ROOT: Node(ROOT, ROOT, "", prefix, None, started, lookups=1)}
         self._current: dict[tuple[int, str], int] = {}
         # Opens and releases by the kernel's numbers, the newest last, and whether each was direct.
         self._counted: OrderedDict[int, bool] = OrderedDict()
+        # By the numbers of the last requests: the nodes of which they counted a lookup.
+        self._looked: OrderedDict[int, list[int]] = OrderedDict()
+        self._uncounted = 0
         # (parent id, name) of what the kernel was told is not there, the newest last.
         self._absent: OrderedDict[tuple[int, str], None] = OrderedDict()
         self._refreshed = 0
@@ -182,53 +191,98 @@ class Tree:
     # nodes
 
     def node(self, node_id: int) -> Node:
-        """The node with this id. Raises NotFoundError."""
+        """The node with this id. Raises VersionChangedError: the kernel looks up the path anew then, if it can."""
         try:
             return self._nodes[node_id]
         except KeyError:
-            raise NotFoundError(f"node {node_id} is not known") from None
+            raise VersionChangedError(f"node {node_id} is not known") from None
 
     def lookup(
-        self, parent: Node, name: str, *, wait: bool = True, renew: Callable[[Node], bool] | None = None
+        self,
+        parent: Node,
+        name: str,
+        *,
+        wait: bool = True,
+        renew: Callable[[Node], bool] | None = None,
+        unique: int = 0,
     ) -> Node:
         """The node of a name now, with one more lookup counted.
 
         Raises NotFoundError, WouldBlockError if the bucket must be asked and `wait` is false, and what the bucket
         says. `renew` tells of a node that is still right whether the path should get a fresh one all the same.
+        `unique` is the number of the request, for :meth:`unanswered`.
         """
-        return self.enter(parent, self._find(parent, name, wait), renew)
+        return self.enter(parent, [self._find(parent, name, wait)], renew, unique)[0]
 
-    def enter(self, parent: Node, entry: Entry, renew: Callable[[Node], bool] | None = None) -> Node:
-        """The node of a directory entry, with one more lookup counted."""
+    def enter(
+        self,
+        parent: Node,
+        entries: Iterable[Entry],
+        renew: Callable[[Node], bool] | None = None,
+        unique: int = 0,
+    ) -> list[Node]:
+        """The nodes of directory entries, with one more lookup counted of each."""
+        changes: list[list[object]] = []
+        with self._guard:
+            nodes = [self._enter(parent, entry, renew, changes) for entry in entries]
+            for node in nodes:
+                node.lookups += 1
+            ids = [node.id for node in nodes]
+            if unique:
+                self._remember_lookups(unique, ids)
+            if ids:
+                self._record(*changes, ["looked", unique, ids])
+            return nodes
+
+    def _enter(
+        self, parent: Node, entry: Entry, renew: Callable[[Node], bool] | None, changes: list[list[object]]
+    ) -> Node:
         version = self._source.version(entry.info) if entry.info else None
-        with self._guard:
-            known = self._nodes.get(self._current.get((parent.id, entry.name), 0))
-            if known is None or known.version != version or (renew is not None and renew(known)):
-                key = entry.info.key if entry.info else f"{parent.key}{entry.name}/"
-                mtime = entry.info.mtime if entry.info else self._nodes[ROOT].mtime
-                known = Node(self._next_id, parent.id, entry.name, key, version, mtime)
-                self._next_id += 1
-                self._nodes[known.id] = known
-                self._current[parent.id, entry.name] = known.id
-                etag = version.etag if version else None
-                self._record(["node", known.id, known.parent, known.name, known.key, etag, known.size, mtime])
-            known.lookups += 1
-            return known
+        known = self._nodes.get(self._current.get((parent.id, entry.name), 0))
+        if known is None or known.version != version or (renew is not None and renew(known)):
+            key = entry.info.key if entry.info else f"{parent.key}{entry.name}/"
+            mtime = entry.info.mtime if entry.info else self._nodes[ROOT].mtime
+            known = Node(self._next_id, parent.id, entry.name, key, version, mtime)
+            self._next_id += 1
+            self._nodes[known.id] = known
+            self._current[parent.id, entry.name] = known.id
+            changes.extend(_describe(known))
+        return known
 
-    def forget(self, node_id: int, count: int) -> None:
-        """The kernel dropped `count` lookups of a node."""
+    def _remember_lookups(self, unique: int, ids: list[int]) -> None:
+        self._looked[unique] = ids
+        if len(self._looked) > _MAX_LOOKED:
+            self._looked.popitem(last=False)
+
+    def unanswered(self, unique: int) -> None:
+        """The kernel did not get the answer to a request: the lookups that it counted are none."""
         with self._guard:
-            node = self._nodes.get(node_id)
-            if node is None or node_id == ROOT:
-                return
-            node.lookups -= count
-            self._drop_if_unused(node)
+            ids = self._looked.pop(unique, ())
+            self.forget([(number, 1) for number in ids])
+
+    def forget(self, lookups: Iterable[tuple[int, int]]) -> None:
+        """The kernel dropped lookups: ``(node id, how many)``."""
+        counts: list[object] = []
+        with self._guard:
+            left: list[Node] = []
+            for number, count in lookups:
+                node = self._nodes.get(number)
+                if node is None or number == ROOT:
+                    continue
+                node.lookups -= count
+                counts += [number, count]
+                left.append(node)
+            if counts:
+                self._record(["forgot", *counts])
+            for node in left:
+                self._drop_if_unused(node)
 
     def _drop_if_unused(self, node: Node) -> None:
         # FORGET and RELEASE are served by different threads, so that either may come last.
         if node.lookups > 0 or node.opens or node.direct_opens:
             return
-        self._nodes.pop(node.id, None)
+        if self._nodes.pop(node.id, None) is None:
+            return
         self._drop_name(node)
         self._record(["forget", node.id])
 
@@ -287,57 +341,138 @@ class Tree:
             for node in self._nodes.values():
                 if node.id == ROOT:
                     continue
-                etag = node.version.etag if node.version else None
-                yield ["node", node.id, node.parent, node.name, node.key, etag, node.size, node.mtime]
+                yield from _describe(node)
+                yield ["lookups", node.id, max(0, node.lookups)]
                 if node.opens or node.direct_opens:
                     yield ["open", node.id, node.opens, node.direct_opens, 0, False]
                     yield ["backing", node.id, node.backing]
             for unique, direct in self._counted.items():
                 yield ["counted", unique, direct]
+            for unique, ids in self._looked.items():
+                yield ["answered", unique, ids]
 
-    def restore(self, records: Iterable[list[object]]) -> None:
-        """Take over what a predecessor recorded: the same node ids, versions and open counts.
+    def restore(
+        self,
+        records: Iterable[list[object]],
+        pinned: Callable[[ObjectInfo], ObjectVersion] | None = None,
+        *,
+        is_counted: bool = True,
+    ) -> int:
+        """Take over what a predecessor recorded: the same node ids, versions, lookups and opens.
 
-        Lookup counts were not recorded. They are set so high that a FORGET never removes a restored node.
+        Args:
+            records: its journal. A record that cannot be understood costs what it is about: the kernel gets ESTALE.
+            pinned: the version that an object had. The source may know another one by now.
+            is_counted: whether the journal has all lookups. Else no restored node is forgotten, ever: one that the
+                kernel knows must be here.
+
+        Returns:
+            How many records could not be understood.
         """
-        for kind, number, *rest in json.loads(json.dumps(list(records))):
-            if kind == "node":
-                parent, name, key, etag, size, mtime = rest
-                version = None if etag is None else self._source.version(ObjectInfo(key, size, mtime, etag))
-                self._nodes[number] = Node(number, parent, name, key, version, mtime, lookups=_RESTORED)
-                self._current[parent, name] = number
-                self._next_id = max(self._next_id, number + 1)
-            elif kind == "open" and number in self._nodes:
-                self._nodes[number].opens, self._nodes[number].direct_opens, unique, direct = rest
-                self._remember(unique, direct)
-            elif kind == "counted":
-                self._remember(number, *rest)
-            elif kind == "backing" and number in self._nodes:
-                (self._nodes[number].backing,) = rest
-            elif kind == "forget" and (node := self._nodes.pop(number, None)):
-                self._drop_name(node)
+        pinned = pinned or self._source.version
+        lost = 0
+        with self._guard:
+            for record in records:
+                try:
+                    self._restore(record, pinned)
+                except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError):
+                    lost += 1
+            for node in list(self._nodes.values()):
+                if node.id == ROOT:
+                    continue
+                if lost or not is_counted or node.lookups >= _UNCOUNTED // 2:
+                    node.lookups = _UNCOUNTED
+                    self._uncounted += 1
+                elif node.lookups <= 0 and not (node.opens or node.direct_opens):
+                    del self._nodes[node.id]
+                    self._drop_name(node)
+            self._next_id = max(self._next_id, max(self._nodes) + 1)
+        return lost
+
+    def _restore(self, record: list[object], pinned: Callable[[ObjectInfo], ObjectVersion]) -> None:
+        kind, number, *rest = record
+        values: list[Any] = rest
+        if kind == "looked":
+            (ids,) = values
+            for one in ids:
+                if one in self._nodes:
+                    self._nodes[one].lookups += 1
+            if number:
+                self._remember_lookups(_whole(number), [_whole(one) for one in ids])
+        elif kind == "answered":
+            (ids,) = values
+            self._remember_lookups(_whole(number), [_whole(one) for one in ids])
+        elif kind == "counted":
+            self._remember(_whole(number), bool(values[0]))
+        elif kind == "forgot":
+            for one, count in zip([number, *values[1::2]], values[::2], strict=True):
+                if (node := self._nodes.get(_whole(one))) is not None:
+                    node.lookups -= _whole(count)
+        elif kind == "node":
+            node = self._node_of(_whole(number), values, pinned)
+            self._nodes[node.id] = node
+            self._current[node.parent, node.name] = node.id
+        elif (node := self._nodes.get(_whole(number))) is None:
+            return
+        elif kind == "version":
+            key, version_id = map(_text, values)
+            info = ObjectInfo(key, node.size, node.mtime, node.version.etag if node.version else "")
+            node.version = replace(pinned(info), version_id=version_id)
+        elif kind == "lookups":
+            node.lookups = _whole(values[0])
+        elif kind == "open":
+            opens, direct_opens, unique, direct = values
+            node.opens, node.direct_opens = _whole(opens), _whole(direct_opens)
+            self._remember(_whole(unique), bool(direct))
+        elif kind == "backing":
+            node.backing = _whole(values[0])
+        elif kind == "forget":
+            del self._nodes[node.id]
+            self._drop_name(node)
+
+    def _node_of(self, number: int, values: list[Any], pinned: Callable[[ObjectInfo], ObjectVersion]) -> Node:
+        parent, name, key, etag, size, mtime = values
+        if number <= ROOT or not isinstance(mtime, int | float):
+            raise ValueError(number)
+        version: ObjectVersion | None = None
+        if etag is not None:
+            info = ObjectInfo(_text(key), _whole(size), float(mtime), _text(etag))
+            version = self._known_version(info) or pinned(info)
+        return Node(number, _whole(parent), _text(name), _text(key), version, float(mtime))
+
+    def _known_version(self, info: ObjectInfo) -> ObjectVersion | None:
+        """The source's own version of what is recorded, if that is the same: it knows more of it."""
+        with suppress(KeyError):
+            found = self._source.version(info)
+            if (found.etag, found.size) == (info.etag, info.size):
+                return found
+        return None
 
     @property
     def is_crowded(self) -> bool:
         """Whether the kernel may know more nodes than it should."""
-        return len(self._nodes) > self.max_entries
+        return len(self._nodes) - self._uncounted > self.max_entries
 
     def spare(self) -> list[tuple[int, str]]:
         """``(parent id, name)`` of the files that the kernel has known for longest and nobody has open: as many as make
         room for a tenth of `max_entries`, and none while it is not crowded.
 
-        Directories stay: one of them may be somebody's working directory.
+        Directories stay: one of them may be somebody's working directory. What was named has its next turn last: the
+        kernel may not be able to forget it now.
         """
         with self._guard:
             if not self.is_crowded:
                 return []
-            excess = len(self._nodes) - self.max_entries + self.max_entries // 10
+            excess = len(self._nodes) - self._uncounted - self.max_entries + self.max_entries // 10
             idle = (
-                (node.parent, node.name)
+                node
                 for node in self._nodes.values()
-                if not (node.is_dir or node.opens or node.direct_opens) and node.lookups < _RESTORED
+                if not (node.is_dir or node.opens or node.direct_opens) and node.lookups < _UNCOUNTED // 2
             )
-            return list(islice(idle, excess))
+            chosen = list(islice(idle, excess))
+            for node in chosen:
+                self._nodes[node.id] = self._nodes.pop(node.id)
+            return [(node.parent, node.name) for node in chosen]
 
     def opened(self) -> list[Node]:
         """The nodes that somebody has open."""
@@ -532,3 +667,26 @@ class _Asking:
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     users: int = 0
+
+
+def _describe(node: Node) -> Iterator[list[object]]:
+    """The records of a node."""
+    version = node.version
+    etag = version.etag if version else None
+    yield ["node", node.id, node.parent, node.name, node.key, etag, node.size, node.mtime]
+    if version is not None and (version.version_id or version.key != node.key):
+        yield ["version", node.id, version.key, version.version_id]
+
+
+def _whole(value: object) -> int:
+    """A number from a journal. Raises ValueError for anything else."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(value)
+    return value
+
+
+def _text(value: object) -> str:
+    """Text from a journal. Raises ValueError for anything else."""
+    if not isinstance(value, str):
+        raise ValueError(value)
+    return value

@@ -8,8 +8,11 @@ was, by the version id that the manifest has noted.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 from obsfs.errors import NotFoundError, UsageError
 from obsfs.library import catalog
@@ -19,6 +22,9 @@ from obsfs.library.names import MANIFEST, ModelName, by_age, nearest, split_labe
 from obsfs.remote.address import Address
 from obsfs.remote.client import Bucket
 from obsfs.remote.objects import ObjectInfo, ObjectVersion, Page
+
+FORMAT = 1
+"""Of :meth:`Snapshot.to_json`."""
 
 
 class Snapshot:
@@ -31,8 +37,10 @@ class Snapshot:
         self._versions: dict[str, ObjectVersion] = {}
         self._infos: dict[str, dict[str, ObjectInfo]] = {}
         self._below: dict[str, set[str]] = {}
+        self._mtimes: dict[str, float] = {}
         for key, version, mtime in files:
             self._versions[key] = version
+            self._mtimes[key] = mtime
             prefix = key[: key.rfind("/") + 1]
             self._infos.setdefault(prefix, {})[key] = ObjectInfo(key, version.size, mtime, version.etag)
             while prefix:
@@ -53,8 +61,16 @@ class Snapshot:
         return info
 
     def version(self, info: ObjectInfo) -> ObjectVersion:
-        """What a file stands for."""
+        """What a file stands for. Raises KeyError for one that is not of this snapshot."""
         return self._versions[info.key]
+
+    def to_json(self) -> bytes:
+        """For :func:`restore`, in another process: what it shows stays the same whatever happens in the bucket."""
+        files = [
+            [key, version.key, version.etag, version.size, version.version_id, self._mtimes[key]]
+            for key, version in self._versions.items()
+        ]
+        return json.dumps({"format": FORMAT, "files": files}).encode()
 
 
 def take(bucket: Bucket, address: Address, wanted: str) -> Snapshot:
@@ -72,6 +88,31 @@ def take(bucket: Bucket, address: Address, wanted: str) -> Snapshot:
     if not models:
         raise UsageError(f"no model of {address} is as old as {wanted}", "see `obsfs models show NAME`")
     return Snapshot(_of_time(bucket, address, models))
+
+
+def check(data: bytes) -> None:
+    """Raises ValueError for what :func:`restore` would not read."""
+    _read(data)
+
+
+def _read(data: bytes) -> dict[str, Any]:
+    found = json.loads(data)
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError("the snapshot was written by another version of obsfs")
+    return found
+
+
+def restore(data: bytes, bucket: Bucket) -> Snapshot:
+    """What :meth:`Snapshot.to_json` has written. Raises ValueError for anything else, also of a later format."""
+    try:
+        found = _read(data)
+        files = []
+        for shown, key, etag, size, version_id, mtime in found["files"]:
+            version = bucket.version(ObjectInfo(key, size, mtime, etag))
+            files.append((str(shown), replace(version, version_id=version_id), float(mtime)))
+        return Snapshot(files)
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
 
 
 def parse_time(text: str) -> datetime | None:

@@ -14,7 +14,7 @@ def test_records_come_back_and_a_torn_line_does_not(tmp_path: Path) -> None:
     written.record(["forget", 2])
     with (tmp_path / "j").open("ab") as file:
         file.write(b'["node", 3')
-    assert journal.read(tmp_path / "j") == [["node", 2, "name\n"], ["forget", 2]]
+    assert journal.read(tmp_path / "j").records == [["node", 2, "name\n"], ["forget", 2]]
 
 
 def test_it_does_not_grow_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,7 +22,7 @@ def test_it_does_not_grow_without_end(tmp_path: Path, monkeypatch: pytest.Monkey
     written = Journal(tmp_path / "j", lambda: [["kept", 1]])
     for number in range(1000):
         written.record(["passing", number])
-    found = journal.read(tmp_path / "j")
+    found = journal.read(tmp_path / "j").records
     assert len(found) < 200
     assert found[0] == ["kept", 1]
     assert found[-1] == ["passing", 999]

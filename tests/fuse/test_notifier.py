@@ -30,7 +30,9 @@ def ends() -> Iterator[tuple[Notifier, socket.socket]]:
 
 
 def the_process() -> psutil.Process:
-    (found,) = (child for child in psutil.Process().children() if child.cmdline()[-1].endswith("writer.py"))
+    (found,) = (
+        child for child in psutil.Process().children() if any(part.endswith("writer.py") for part in child.cmdline())
+    )
     return found
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from obsfs.errors import NotFoundError
+from obsfs.errors import NotFoundError, VersionChangedError
 from obsfs.fuse.tree import ROOT, Entry, Tree, WouldBlockError, read_page
 from obsfs.remote.address import is_valid_name
 from obsfs.remote.objects import ObjectInfo, ObjectVersion, Page
@@ -101,7 +101,7 @@ def test_beyond_the_bound_the_oldest_listings_go_and_the_kernel_is_to_forget_fil
     for n in range(20):
         directory = tree.lookup(root, f"d{n:02}")
         for entry in tree.listing(directory).entries.values():
-            tree.enter(directory, entry)
+            tree.enter(directory, [entry])
             assert tree.listed_count <= 1000 + 101
     assert tree.is_crowded
     opened = tree.lookup(tree.lookup(root, "d00"), "000")
@@ -111,7 +111,7 @@ def test_beyond_the_bound_the_oldest_listings_go_and_the_kernel_is_to_forget_fil
     assert not any(nodes[place].is_dir for place in spare)
     assert (opened.parent, opened.name) not in spare
     for place in spare:
-        tree.forget(nodes[place].id, 1)
+        tree.forget([(nodes[place].id, 1)])
     assert tree.node_count == 900
     assert tree.spare() == []
 
@@ -204,31 +204,33 @@ def test_forgotten_nodes_go_and_open_ones_stay() -> None:
     tree = Tree(MemoryBucket({"a": "1"}), "", 10, now=Clock())
     node = tree.lookup(tree.node(ROOT), "a")
     tree.count_open(node, 1, direct=False)
-    tree.forget(node.id, 1)
+    tree.forget([(node.id, 1)])
     assert tree.node(node.id) is node
     tree.count_open(node, -1, direct=False)
-    with pytest.raises(NotFoundError):
+    with pytest.raises(VersionChangedError):
         tree.node(node.id)
-    tree.forget(ROOT, 1)
+    tree.forget([(ROOT, 1)])
     assert tree.node(ROOT).is_dir
 
 
 def test_a_successor_knows_what_its_predecessor_told_the_kernel() -> None:
     records: list[list[object]] = []
-    tree = Tree(MemoryBucket({"a/x": "1", "b": "22", "c": "3"}), "", 10, records.append, now=Clock())
+    tree = Tree(
+        MemoryBucket({"a/x": "1", "b": "22", "c": "3"}), "", 10, lambda *changes: records.extend(changes), now=Clock()
+    )
     root = tree.node(ROOT)
     inner = tree.lookup(tree.lookup(root, "a"), "x")
     opened = tree.lookup(root, "b")
     tree.count_open(opened, 1, direct=True)
     gone = tree.lookup(root, "c")
-    tree.forget(gone.id, 1)
+    tree.forget([(gone.id, 1)])
     for source in (records, list(tree.snapshot())):
         successor = Tree(MemoryBucket({}), "", 10, now=Clock())
         successor.restore(source)
         assert successor.node(inner.id).version == inner.version
         assert successor.node(opened.id).direct_opens == 1
         assert successor.node(opened.id).ino == opened.ino
-        with pytest.raises(NotFoundError):
+        with pytest.raises(VersionChangedError):
             successor.node(gone.id)
 
 

@@ -106,7 +106,7 @@ class Notifier:
                 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 with theirs:
                     process = subprocess.Popen(
-                        [sys.executable, "-I", "-S", writer.__file__],
+                        [sys.executable, "-I", "-S", writer.__file__, writer.FORMAT],
                         stdin=theirs.fileno(),
                         stdout=subprocess.DEVNULL,
                         stderr=subprocess.DEVNULL,

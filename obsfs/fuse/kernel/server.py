@@ -247,7 +247,9 @@ class Server:
             log.exception("opcode %d failed", request.opcode)
             self._answer_error(fd, request, errno.EIO, wait)
         else:
-            if parts is not None and (not wait or self._claim(request.unique)):
+            if parts is not None and wait and not self._claim(request.unique):
+                self._operations.unanswered(_number(request))
+            elif parts is not None:
                 self._reply(fd, request.unique, *([parts] if isinstance(parts, bytes) else parts))
 
     def _answer_error(self, fd: int, request: Request, number: int, deferred: bool) -> None:
@@ -369,11 +371,18 @@ class Server:
     def _lookup(self, request: Request, view: memoryview, wait: bool) -> bytes:
         name = wire.text(view, request.body, request.end)
         try:
-            found = self._operations.lookup(request.node, name, wait=wait)
+            found = self._operations.lookup(request.node, name, wait=wait, unique=self._counted_once(request))
         except NotFoundError:
             return wire.entry_out(0, self._operations.absence_ttl(request.node, name), bytes(wire.ATTR.size))
         self._check_room()
         return _entry(found)
+
+    def _counted_once(self, request: Request) -> int:
+        """The number of a request that counts lookups. What a predecessor has counted, and not answered, is none."""
+        unique = _number(request)
+        if unique != request.unique:
+            self._operations.unanswered(unique)
+        return unique
 
     def _check_room(self) -> None:
         if self._operations.tree.is_crowded:
@@ -384,13 +393,12 @@ class Server:
 
     def _forget(self, request: Request, view: memoryview) -> None:
         if request.opcode == Opcode.FORGET:
-            self._operations.forget(request.node, *wire.FORGET_IN.unpack_from(view, request.body))
+            self._operations.forget([(request.node, *wire.FORGET_IN.unpack_from(view, request.body))])
             return
         count, _ = wire.BATCH_FORGET_IN.unpack_from(view, request.body)
         start = request.body + wire.BATCH_FORGET_IN.size
         count = min(count, max(0, request.end - start) // wire.FORGET_ONE.size)
-        for node, lookups in wire.FORGET_ONE.iter_unpack(view[start : start + count * wire.FORGET_ONE.size]):
-            self._operations.forget(node, lookups)
+        self._operations.forget(wire.FORGET_ONE.iter_unpack(view[start : start + count * wire.FORGET_ONE.size]))
 
     def _statfs(self, request: Request, view: memoryview, wait: bool) -> bytes:
         found = self._operations.statfs()
@@ -425,7 +433,7 @@ class Server:
     def _open(self, request: Request, view: memoryview, wait: bool) -> bytes:
         flags, _ = wire.OPEN_IN.unpack_from(view, request.body)
         with self._guard:
-            unique = request.unique & ~wire.UNIQUE_RESEND
+            unique = _number(request)
             before = self._operations.tree.counted(unique)
             if before is None:
                 opened = self._operations.open(request.node, flags, unique)
@@ -468,7 +476,7 @@ class Server:
     def _release(self, request: Request, view: memoryview, wait: bool) -> bytes:
         handle, *_ = wire.RELEASE_IN.unpack_from(view, request.body)
         with self._guard:
-            unique = request.unique & ~wire.UNIQUE_RESEND
+            unique = _number(request)
             if self._operations.tree.counted(unique) is not None:
                 return b""
             if handle & 1:
@@ -548,14 +556,17 @@ class Server:
             left -= fixed + length + -length % 8
             return bool(left >= 0)
 
-        entries = operations.readdir(request.node, handle, offset, wait=wait)
-        for name, is_dir, following in takewhile(fits, entries):
+        shown = list(takewhile(fits, operations.readdir(request.node, handle, offset, wait=wait)))
+        found: list[Attributes] = []
+        if plus:
+            names = [name for name, *_ in shown]
+            found = operations.enter(request.node, handle, names, self._counted_once(request))
+        for index, (name, is_dir, following) in enumerate(shown):
             kind = wire.DT_DIR if is_dir else wire.DT_REG
             ino = UNKNOWN_INO
             if plus:
-                found = operations.enter(request.node, handle, name)
-                parts.append(_entry(found))
-                ino = found.ino
+                parts.append(_entry(found[index]))
+                ino = found[index].ino
             parts.append(wire.dirent(ino, following, kind, name.encode()))
         self._check_room()
         return [b"".join(parts)]
@@ -564,6 +575,11 @@ class Server:
         handle, *_ = wire.RELEASE_IN.unpack_from(view, request.body)
         self._operations.releasedir(handle)
         return b""
+
+
+def _number(request: Request) -> int:
+    """The number of a request, also of one that is sent again."""
+    return request.unique & ~wire.UNIQUE_RESEND
 
 
 def _notify(notifier: Notifier, messages: list[bytes]) -> None:

@@ -14,6 +14,8 @@ import socket
 import struct
 import sys
 
+FORMAT = "1"
+"""Of the messages; the process is given that of whoever sends them. Another program may be installed meanwhile."""
 MOST_BYTES = 64 << 10
 """Bytes of notifications in one message to the process."""
 STORE = struct.Struct("=QQQQ")
@@ -133,7 +135,10 @@ def _write(fd: int, data: bytes) -> int:
 
 
 def main() -> None:
-    """Run the process, with the other end of a socket on stdin."""
+    """Run the process, with the other end of a socket on stdin, and the format of its messages as argument (none is
+    the first)."""
+    if sys.argv[1:2] not in ([], [FORMAT]):
+        sys.exit(f"messages of format {sys.argv[1]} are not known here")
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=_STDIN) as control:
