@@ -23,6 +23,7 @@ import msgspec
 from msgspec import Meta
 
 from obsfs.errors import SettingWarning, UsageError
+from obsfs.private import make_directory
 from obsfs.text import visible
 
 MIB = 1 << 20
@@ -85,6 +86,10 @@ def _same(value: object) -> object:
     return value
 
 
+def _size_or_auto(value: object) -> object:
+    return None if value is None or str(value).strip().lower() == "auto" else parse_size(value)
+
+
 def _switch(value: object) -> object:
     if isinstance(value, str) and value.lower() not in _SWITCHES:
         raise ValueError(f"{value!r} is neither on nor off")
@@ -102,6 +107,9 @@ Several = Annotated[str | None, _Kind(_joined)]
 """Text; several are separated by commas."""
 Number = Annotated[int, _Kind(_same, "N")]
 Size = Annotated[int, _Kind(parse_size, "SIZE")]
+OptionalSize = Annotated[Annotated[int, Meta(ge=0)] | None, _Kind(_size_or_auto, "SIZE")]
+"""Bytes; None, which is also written ``auto``, leaves the choice to whom it is for."""
+CacheSize = Annotated[Annotated[int, Meta(ge=16 * MIB)] | None, _Kind(_size_or_auto, "SIZE")]
 Seconds = Annotated[float, _Kind(parse_seconds, "TIME")]
 Octal = Annotated[int, _Kind(_octal, "OCTAL"), Meta(ge=0, le=0o777)]
 Owner = Annotated[Annotated[int, Meta(ge=0)] | None, _Kind(_same, "N")]
@@ -119,11 +127,11 @@ def config_path() -> Path:
 def state_dir() -> Path:
     """What outlives a process and is no cache: ``$XDG_STATE_HOME/obsfs``, by default ``~/.local/state/obsfs``.
 
-    Made if it is not there. Raises UsageError.
+    Made if it is not there; nobody else can look into it. Raises UsageError.
     """
     path = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "obsfs"
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directory(path, "state directory", "set XDG_STATE_HOME to another place")
     except OSError as error:
         raise UsageError(f"{path} cannot be made ({error.strerror})", "set XDG_STATE_HOME") from None
     return path
@@ -171,8 +179,13 @@ class Settings:
     )
     # the cache
     cache_dir: LocalPath = _knob(_default_cache_dir, "Where fetched blocks are kept (an SSD is best).")
-    cache_size: Annotated[Size, Meta(ge=16 * MIB)] = _knob(
-        100 << 30, "Most bytes to keep; least recently used blocks go first."
+    cache_size: CacheSize = _knob(
+        None,
+        "Most bytes to keep; least recently used blocks go first. Default: what the disk can give, less "
+        "--cache-min-free.",
+    )
+    cache_min_free: OptionalSize = _knob(
+        None, "Bytes of the cache's disk to leave free. Default: the larger of 5 % and 1 GiB, at most half of it."
     )
     # the engine
     connections: Annotated[Number, Meta(ge=1, le=256)] = _knob(

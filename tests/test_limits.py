@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from obsfs.blocks import object as objects
 from obsfs.blocks.cache import Cache
 from obsfs.errors import TooManyFilesError
 from obsfs.fuse.kernel import channel
@@ -38,7 +39,9 @@ def test_the_soft_limit_becomes_the_hard_one(soft: int, hard: int, expected: str
     assert found.stdout.strip() == expected
 
 
-def test_an_open_object_has_one_descriptor(tmp_path: Path) -> None:
+def test_an_open_object_has_one_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a few of them, a second one of the map file."""
+    monkeypatch.setattr(objects, "_MOST_MAPS", 3)
     cache = Cache(tmp_path / "c", 1 << 30)
 
     def to_cache() -> int:
@@ -46,12 +49,15 @@ def test_an_open_object_has_one_descriptor(tmp_path: Path) -> None:
 
     before = to_cache()
     opened = [cache.open(ObjectVersion("http://here", "bucket", f"k{n}", '"e"', 3 << 20)) for n in range(10)]
-    assert to_cache() == before + 10
+    assert to_cache() == before + 10 + 3
     assert all(cached.lock(range(2)) for cached in opened)
     assert to_cache() == before + 20
     for cached in opened:
+        cached.put(1, memoryview(bytes(1 << 20)))
         cached.unlock(range(2))
-    assert to_cache() == before + 10
+    assert all(cached.has(1) and not cached.has(0) for cached in reversed(opened))
+    cache.open(ObjectVersion("http://here", "bucket", "k", '"e"', 3 << 20)).close()
+    assert to_cache() <= before + 10 + 3
     for cached in opened:
         cached.close()
     assert to_cache() == before

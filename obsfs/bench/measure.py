@@ -24,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from obsfs import private
 from obsfs.errors import CacheError, UnavailableError, UsageError
 from obsfs.fuse import mounts
 from obsfs.settings import Settings
@@ -218,7 +219,7 @@ class Mounts:
     def __init__(self, source: str, settings: Settings) -> None:
         self.name = source
         try:
-            settings.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private.make_directory(settings.cache_dir, "cache directory", "choose another --cache-dir", CacheError)
             self._home = Path(tempfile.mkdtemp(prefix="bench-", dir=settings.cache_dir))
         except OSError as error:
             raise CacheError(

@@ -8,24 +8,26 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import logging
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
+from obsfs import private
 from obsfs.blocks.held import HeldBlocks
 from obsfs.blocks.layout import (
     BLOCK,
-    ENTRY,
     FORMAT,
     HEADER,
-    LOCK_OPEN,
+    LOCK_USED,
     CacheEntry,
     DirectoryLock,
     StoredBlock,
-    block_count,
     evict_blocks,
     header,
     identity_bytes,
@@ -34,57 +36,109 @@ from obsfs.blocks.layout import (
     is_pinned,
     lock_range,
     map_path,
+    map_paths,
+    map_size,
     read_blocks,
     read_entry,
+    read_map,
+    remove_empty,
     takes_holes,
     unlink,
 )
-from obsfs.blocks.object import CachedObject
+from obsfs.blocks.object import CachedObject, MapDescriptors
 from obsfs.blocks.pins import Pins
 from obsfs.errors import CacheError, TooManyFilesError
 from obsfs.limits import open_files_limit
 from obsfs.remote.objects import ObjectVersion
+from obsfs.settings import Settings
+from obsfs.text import visible
+
+log = logging.getLogger(__name__)
+
+_MIN_FREE_SHARE = 0.05
+_MIN_FREE = 1 << 30
+_MOST_SLACK = 8 << 30
+"""Bytes that one eviction frees, at most, beyond what is needed now."""
+_MOST_ESTIMATED = 20_000
+"""Objects whose files are looked at when a process starts: 0.1 s."""
+_OPEN_ATTEMPTS = 2000
+_COMPLAINT_SECONDS = 60.0
+_TAKES_NOTHING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""What a disk says that is full, read-only or broken. What is there already may still be readable."""
+_NOT_OURS = (errno.ELOOP, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 
 
 class Cache:
     """The cache directory: opens objects, counts bytes, and evicts the least recently used blocks.
 
-    `limit` is the most bytes of blocks to keep; `held` has what the disk does not take, `pins` what is never evicted.
-    Raises CacheError when the directory cannot be used.
+    `held` has what the disk does not take, `pins` what is never evicted. Where the directory takes no files, objects
+    are opened in memory.
+
+    Args:
+        limit: The most bytes to keep, with what the map files take. None: what the disk can give.
+        min_free: Bytes of the disk to leave free. None: the larger of 5 % and 1 GiB, but at most half of the disk.
+
+    Raises:
+        CacheError: The directory cannot be used, or other users could read or change what is in it.
     """
 
-    def __init__(self, directory: Path, limit: int) -> None:
+    def __init__(self, directory: Path, limit: int | None = None, *, min_free: int | None = None) -> None:
         self.directory = directory
-        self.limit = limit
         self.corrupt_blocks = 0
         self.evicted_bytes = 0
         self.held = HeldBlocks()
+        self.map_descriptors = MapDescriptors()
         self._root = directory / FORMAT
+        self._fixed_limit = limit
+        self._fixed_min_free = min_free
         self._guard = threading.Lock()
         self._evicting = threading.Lock()
         self._used = 0
+        self._room_of_maps = 0
         self._reserved = 0
         self._stored = 0
         self._stored_at_scan = 0
         self._next_scan = 0.0
+        self._next_complaint = 0.0
+        self._was_made = False
+        self.exclusive = DirectoryLock(self._root / "lock", self._make)
+        self.pins = Pins(self._root, lambda: self.limit, self.exclusive)
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if directory.stat().st_uid != os.geteuid():
-                raise CacheError(f"cache directory {directory} belongs to another user", "choose --cache-dir")
-            self._root.mkdir(mode=0o700, exist_ok=True)
-            self._lock_fd = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            os.pwrite(self._lock_fd, b"\n", 0)
-            if not takes_holes(self._lock_fd):
+            self.exclusive.open()
+            if not self._takes_holes():
                 raise CacheError(
                     f"cache directory {directory} lies on a file system that takes no holes in files",
                     "choose a --cache-dir on ext4, xfs, btrfs or tmpfs",
                 )
-            self.exclusive = DirectoryLock(self._lock_fd)
-            self.pins = Pins(self._root, limit, self.exclusive)
         except OSError as error:
-            raise CacheError(
-                f"cache directory {directory} cannot be used ({error.strerror})", "choose another --cache-dir"
-            ) from None
+            if error.errno not in _TAKES_NOTHING:
+                raise CacheError(
+                    f"cache directory {directory} cannot be used ({error.strerror})", "choose another --cache-dir"
+                ) from None
+            self.note_fault(error)
+        self._used, self._room_of_maps = self._estimate()
+
+    @classmethod
+    def of(cls, settings: Settings) -> Cache:
+        """The cache that these settings describe. Raises CacheError."""
+        return cls(settings.cache_dir, settings.cache_size, min_free=settings.cache_min_free)
+
+    def _make(self) -> None:
+        """Make the directory, also again: somebody may have removed it."""
+        if self._was_made:
+            log.warning("somebody has removed what was in %s: it is made again", self.directory)
+        private.make_directory(self.directory, "cache directory", "choose another --cache-dir", CacheError)
+        private.make_level(self._root)
+        self._was_made = True
+
+    def _takes_holes(self) -> bool:
+        try:
+            os.pwrite(self.exclusive.fd, b"\n", 0)
+        except OSError as error:
+            if error.errno in _TAKES_NOTHING:
+                return True
+            raise
+        return takes_holes(self.exclusive.fd)
 
     @property
     def is_strained(self) -> bool:
@@ -96,66 +150,135 @@ class Cache:
         """Bytes of blocks in the cache, as far as this process knows."""
         return self._used
 
-    def open(self, version: ObjectVersion) -> CachedObject:
-        """The blocks of `version`, with its files made if they are not there. Raises CacheError."""
-        path = map_path(self._root, version)
-        size = HEADER + ENTRY * block_count(version.size)
+    @property
+    def limit(self) -> int:
+        """The most bytes that the cache may hold at present: the setting, or less if the disk cannot give it."""
+        able = self._used + self._room_of_maps + max(0, self._free_bytes() - self.min_free)
+        return able if self._fixed_limit is None else min(self._fixed_limit, able)
+
+    @property
+    def min_free(self) -> int:
+        """Bytes of the disk that the cache leaves free."""
+        return self._disk()[1]
+
+    def _free_bytes(self) -> int:
+        return self._disk()[0]
+
+    def _disk(self) -> tuple[int, int]:
+        """Bytes that the cache's file system has free, and those to leave free."""
         try:
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            while True:
-                data_fd, map_fd = self._open_files(path, version.size, size, identity_bytes(version))
-                # Whoever evicts takes this lock alone before it unlinks; then the files are no longer at their names.
-                if lock_range(map_fd, LOCK_OPEN, 1, fcntl.F_RDLCK) and is_at(map_fd, path):
-                    break
-                os.close(data_fd)
-                os.close(map_fd)
-                time.sleep(0.001)
+            disk = os.statvfs(self.directory)
+        except OSError:
+            return 0, 0
+        size = disk.f_blocks * disk.f_frsize
+        least = max(int(size * _MIN_FREE_SHARE), min(_MIN_FREE, size // 2))
+        return disk.f_bavail * disk.f_frsize, least if self._fixed_min_free is None else self._fixed_min_free
+
+    def note_fault(self, error: OSError) -> None:
+        """The directory did not take or give something. The log says so, once in a while."""
+        now = time.monotonic()
+        if now >= self._next_complaint:
+            self._next_complaint = now + _COMPLAINT_SECONDS
+            log.warning(
+                "cache directory %s: %s; what it does not take is read from memory", self.directory, error.strerror
+            )
+
+    def open(self, version: ObjectVersion) -> CachedObject:
+        """The blocks of `version`, with its files made if they are not there; in memory, where none can be.
+
+        Raises CacheError when there is no memory or no descriptor for it either.
+        """
+        path = map_path(self._root, version)
+        data_fd = -1
+        try:
             try:
+                data_fd, map_fd = self.open_files(version)
                 return CachedObject(self, version, path, data_fd, map_fd)
-            except OSError:
-                os.close(data_fd)
-                os.close(map_fd)
-                raise
+            except OSError as error:
+                if data_fd >= 0:
+                    os.close(data_fd)
+                    os.close(map_fd)
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise
+                self.note_fault(error)
+                return CachedObject(self, version, path, self.memory_file(), -1)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise TooManyFilesError(
                     f"{version.key} cannot be opened ({error.strerror})",
                     f"the limit is {open_files_limit()}: raise it (LimitNOFILE= of a unit, `ulimit -n`)",
                 ) from None
-            raise CacheError(
-                f"cache directory {self.directory} cannot be used ({error.strerror})", "make room, or --cache-dir"
-            ) from None
+            raise CacheError(f"a file of the cache cannot be opened ({error.strerror})", "see the log") from None
 
-    def _open_files(self, map_path: Path, size: int, map_size: int, identity: bytes) -> tuple[int, int]:
+    def open_files(self, version: ObjectVersion) -> tuple[int, int]:
+        """Descriptors of the data file and the map file of a version. Raises OSError."""
+        path = map_path(self._root, version)
+        for _ in range(_OPEN_ATTEMPTS):
+            data_fd, map_fd = self._open_files(path, version)
+            # Whoever evicts takes this lock alone before it unlinks; then the files are no longer at their names.
+            is_ours = lock_range(data_fd, LOCK_USED, 1, fcntl.F_RDLCK) and is_at(map_fd, path)
+            if is_ours and is_at(data_fd, path.with_suffix(".data")):
+                return data_fd, map_fd
+            os.close(data_fd)
+            os.close(map_fd)
+            time.sleep(0.001)
+        raise OSError(errno.EBUSY, "others keep removing it")
+
+    def memory_file(self) -> int:
+        """A descriptor in place of that of a data file. Nothing is ever stored in it. Raises OSError."""
+        return os.memfd_create("obsfs-data", os.MFD_CLOEXEC)
+
+    def _open_files(self, path: Path, version: ObjectVersion) -> tuple[int, int]:
         with self.exclusive:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-            data_fd = os.open(map_path.with_suffix(".data"), flags, 0o600)
             try:
-                map_fd = os.open(map_path, flags, 0o600)
-            except OSError:
-                os.close(data_fd)
+                private.make_level(path.parent)
+                data_fd = private.open_file(path.with_suffix(".data"))
+                try:
+                    map_fd = private.open_file(path)
+                except OSError:
+                    os.close(data_fd)
+                    raise
+            except OSError as error:
+                if error.errno not in _NOT_OURS:
+                    raise
+                # Somebody has put something else there: it goes.
+                log.warning("there is something in %s that is not a cache file: it is removed", path.parent)
+                self._remove_foreign(path)
                 raise
             try:
-                if not os.fstat(map_fd).st_size:
-                    if os.fstat(data_fd).st_size:
-                        # What was known of it is lost, and somebody may read it: by another name, or a map of it.
-                        unlink(map_path)
-                        return data_fd, map_fd
-                    os.ftruncate(data_fd, size)
-                    # Every page is allocated now: a full disk must not surface as SIGBUS when the map is written.
-                    os.posix_fallocate(map_fd, 0, map_size)
-                    os.pwrite(map_fd, header(b"", size, identity), 0)
-                head = os.pread(map_fd, HEADER, 0)
-                fits = head == header(head, size, identity) and os.fstat(map_fd).st_size == map_size
-                if not fits or os.fstat(data_fd).st_size != size:
-                    # Damaged. The files go, rather than shrink under a process that has them mapped.
-                    unlink(map_path)
+                self._check_files(path, version, data_fd, map_fd)
             except OSError:
-                unlink(map_path)
+                with suppress(OSError):
+                    unlink(path)
                 os.close(data_fd)
                 os.close(map_fd)
                 raise
             return data_fd, map_fd
+
+    def _remove_foreign(self, path: Path) -> None:
+        with suppress(OSError):
+            if path.parent.is_symlink() or not path.parent.is_dir():
+                path.parent.unlink()
+            else:
+                unlink(path)
+
+    def _check_files(self, path: Path, version: ObjectVersion, data_fd: int, map_fd: int) -> None:
+        """Make what is new, and unlink what is damaged: the caller looks whether the files are still at their names."""
+        identity, length = identity_bytes(version), map_size(version.size)
+        if not os.fstat(map_fd).st_size:
+            if os.fstat(data_fd).st_size:
+                # What was known of it is lost, and somebody may read it: by another name, or a map of it.
+                unlink(path)
+                return
+            os.ftruncate(data_fd, version.size)
+            os.ftruncate(map_fd, length)
+            os.pwrite(map_fd, header(b"", version.size, identity), 0)
+        head = os.pread(map_fd, HEADER, 0)
+        fits = head == header(head, version.size, identity) and os.fstat(map_fd).st_size == length
+        if not fits or os.fstat(data_fd).st_size != version.size:
+            log.warning("a cache file of %s is damaged: it is fetched again", visible(version.key))
+            # The files go, rather than shrink under a process that has them open.
+            unlink(path)
 
     # counting
 
@@ -187,7 +310,7 @@ class Cache:
         if self._is_scan_due():
             with self._evicting:
                 if self._is_scan_due():
-                    self.evict(self.limit)
+                    self.trim()
         if self._take(size):
             return True
         with self._evicting:
@@ -195,40 +318,86 @@ class Cache:
             if not self._take(size):
                 if time.monotonic() < self._next_scan:
                     return False
-                self.evict(self.limit - self._reserved - size)
+                self._evict(self._bound - self._reserved - size, size)
                 if not self._take(size):
                     self._next_scan = time.monotonic() + 1.0
                     return False
             return True
 
+    @property
+    def _bound(self) -> int:
+        return sys.maxsize if self._fixed_limit is None else self._fixed_limit
+
     def _take(self, size: int) -> bool:
+        shortfall = self._shortfall(size)
         with self._guard:
-            fits = self._used + self._reserved + size <= self.limit
+            fits = shortfall <= 0 and self._used + self._room_of_maps + self._reserved + size <= self._bound
             if fits:
                 self._reserved += size
             return fits
 
+    def _shortfall(self, size: int) -> int:
+        """Bytes that the disk lacks to take so many more, and keep free what is to be left free."""
+        free, least = self._disk()
+        return least + self._reserved + size - free
+
     def _is_scan_due(self) -> bool:
-        return self._stored - self._stored_at_scan >= max(self.limit // 16, 64 * BLOCK)
+        return self._stored - self._stored_at_scan >= max(min(self._bound, self.limit) // 16, 64 * BLOCK)
+
+    def trim(self) -> None:
+        """Bring the cache to its limit, and give the disk back what it is to have free."""
+        self._evict(self._bound, 0)
 
     def evict(self, target: int) -> None:
         """Bring the cache to `target` bytes, or to 95% of it when it has to go down at all; oldest blocks first."""
+        self._evict(target, None)
+
+    def _evict(self, target: int, size: int | None) -> None:
+        """Evict to `target` bytes, and so that the disk takes `size` more (None: whatever it has free)."""
         with self.exclusive:
             stored = self._stored
-            evictable = (path for path in self._maps() if not (is_pinned(path) or is_linked(path)))
-            blocks = sorted(block for path in evictable for block in read_blocks(path))
+            blocks: list[StoredBlock] = []
+            rooms: dict[Path, int] = {}
+            shares: dict[Path, int] = {}
+            for path in map_paths(self._root):
+                found = read_map(path)
+                if not found.is_readable:
+                    with suppress(OSError):
+                        remove_empty(path)
+                rooms[path] = found.room
+                shares[path] = found.room // max(1, len(found.blocks))
+                if not (is_pinned(path) or is_linked(path)):
+                    blocks += found.blocks
+            blocks.sort()
             total = sum(block.size for block in blocks) + self.pins.cached_bytes()
-            excess = total - target + target // 20 if total > target else 0
+            excess = total + sum(rooms.values()) - target
+            if size is not None:
+                excess = max(excess, self._shortfall(size))
+            if excess > 0:
+                excess += min(max(0, total - excess) // 20, _MOST_SLACK)
             oldest, freed = iter(blocks), 0
             # In rounds: what is in use by passthrough frees nothing, so that more must be chosen.
-            while freed < excess and (victims := _take_bytes(oldest, excess - freed)):
-                freed += sum(evict_blocks(path, of_file) for path, of_file in victims.items())
-            self.evicted_bytes += freed
-            total -= freed
+            while freed < excess and (victims := _take_bytes(oldest, excess - freed, shares)):
+                for path, of_file in victims.items():
+                    size_freed = evict_blocks(path, of_file)
+                    self.evicted_bytes += size_freed
+                    total -= size_freed
+                    freed += size_freed + (0 if path.exists() else rooms.pop(path, 0))
             with self._guard:
                 # What was stored during the scan may have been seen by it or not.
                 self._used = total + self._stored - stored
+                self._room_of_maps = sum(rooms.values())
                 self._stored_at_scan = stored
+
+    def _estimate(self) -> tuple[int, int]:
+        """About how many bytes the data files and the map files take, before all of them have been read."""
+        data = maps = 0
+        for path in islice(map_paths(self._root), _MOST_ESTIMATED):
+            with suppress(OSError):
+                maps += path.lstat().st_blocks * 512
+                found = path.with_suffix(".data").lstat()
+                data += found.st_blocks * 512 if found.st_nlink == 1 else 0
+        return data, maps
 
     def clean(self, *, older_than: float = 0.0, prefix: tuple[str, str] | None = None) -> int:
         """Drop what was not used for `older_than` seconds, of the objects whose (bucket, key) start so; no pins.
@@ -238,7 +407,7 @@ class Cache:
         horizon = (time.time() - older_than) * 1e9
         freed = 0
         with self.exclusive:
-            for path in list(self._maps()):
+            for path in map_paths(self._root):
                 entry = read_entry(path)
                 if entry is None:
                     unlink(path)
@@ -247,7 +416,7 @@ class Cache:
                     continue
                 if entry.last_used * 1e9 > horizon:
                     continue
-                freed += evict_blocks(path, list(read_blocks(path)))
+                freed += evict_blocks(path, read_blocks(path))
             self.discount(freed)
         return freed
 
@@ -279,7 +448,7 @@ class Cache:
             if is_linked(path):
                 unlink(path)
             else:
-                evict_blocks(path, list(read_blocks(path)))
+                evict_blocks(path, read_blocks(path))
 
     def present_blocks(self, version: ObjectVersion) -> list[int]:
         """The numbers of the blocks that the cache has of a version, ascending."""
@@ -287,39 +456,38 @@ class Cache:
 
     def entries(self) -> Iterator[CacheEntry]:
         """Everything in the cache."""
-        for path in self._maps():
+        for path in map_paths(self._root):
             if (entry := read_entry(path)) is not None:
                 yield entry
 
-    def _maps(self) -> Iterator[Path]:
-        return self._root.glob("??/*.map")
-
     def close(self) -> None:
         """Close the directory's lock file."""
-        os.close(self._lock_fd)
+        self.exclusive.close()
 
     def abandon(self) -> None:
         """As :meth:`CachedObject.abandon`."""
-        with suppress(OSError):
-            os.close(self._lock_fd)
+        self.exclusive.abandon()
 
 
 def cached_sizes(directory: Path, endpoint: str, bucket: str) -> dict[tuple[str, str], int]:
     """Bytes that a cache directory has of each (key, ETag) of a bucket. Opens nothing that could be written."""
     found: dict[tuple[str, str], int] = {}
-    for path in (directory / FORMAT).glob("??/*.map"):
+    for path in map_paths(directory / FORMAT):
         entry = read_entry(path)
         if entry and (entry.version.endpoint, entry.version.bucket) == (endpoint, bucket):
             found[entry.version.key, entry.version.etag] = entry.cached_bytes
     return found
 
 
-def _take_bytes(blocks: Iterator[StoredBlock], size: int) -> dict[Path, list[StoredBlock]]:
-    """The next blocks that have `size` bytes together, by map file; empty when there are none left."""
+def _take_bytes(blocks: Iterator[StoredBlock], size: int, shares: Mapping[Path, int]) -> dict[Path, list[StoredBlock]]:
+    """The next blocks that have `size` bytes together, by map file; empty when there are none left.
+
+    `shares`: the bytes that each block of a map file has of that file.
+    """
     taken: dict[Path, list[StoredBlock]] = {}
     while size > 0 and (block := next(blocks, None)) is not None:
         taken.setdefault(block.path, []).append(block)
-        size -= block.size
+        size -= block.size + shares.get(block.path, 0)
     return taken
 
 

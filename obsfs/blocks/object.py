@@ -1,47 +1,134 @@
-"""The blocks of one object version that is open: which are in its file and right, and putting more there."""
+"""The blocks of one object version that is open: which are in its file and right, and putting more there.
+
+Reads never fail for the cache's sake. Where no files can be made (a full disk, one that takes no changes), an object
+lives in memory until they can; where its files were cut off or cannot be read, it goes on with new ones. Both swap the
+descriptors in place, so that who holds the object need not know.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
 import threading
 import time
 from array import array
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from obsfs import private
 from obsfs.blocks.layout import (
     BLOCK,
     ENTRY,
     GIVEN_AT,
-    HEADER,
     LOCK_OPEN,
     LOCK_WHOLE,
     PRESENT,
     SEAL,
     SEAL_AT,
     STATE_AT,
+    USED_AT,
+    WORD,
+    StoredBlock,
     block_count,
     checksum,
     entry_at,
+    give_back,
+    is_at,
     lock_range,
+    map_size,
     remove_empty,
     seal_of,
+    stored_blocks,
 )
-from obsfs.blocks.mapped import MappedFile
+from obsfs.limits import open_files_limit
 from obsfs.remote.objects import ObjectVersion
+from obsfs.text import visible
 
 if TYPE_CHECKING:
     from obsfs.blocks.cache import Cache
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 4096
+"""Blocks whose trust is noted together: 32 KiB of memory for each 4 GiB of an object that are touched."""
+_MOST_MAPS = 256
+"""Map files that have a descriptor at the same time; an eighth of the limit of open files, if that is less."""
+_RETRY_SECONDS = 5.0
+"""How often it is tried again to make files where none could be made."""
+_TOUCH_SECONDS = 0.5
+"""Within so long a second use of the same blocks is not noted."""
+
+
+class _Trust:
+    """The state word at which each block was verified or written by this process; 0 means not yet."""
+
+    def __init__(self) -> None:
+        self._chunks: dict[int, array[int]] = {}
+
+    def __getitem__(self, block: int) -> int:
+        chunk = self._chunks.get(block // _CHUNK)
+        return chunk[block % _CHUNK] if chunk else 0
+
+    def __setitem__(self, block: int, word: int) -> None:
+        chunk = self._chunks.get(block // _CHUNK)
+        if chunk is None:
+            chunk = self._chunks.setdefault(block // _CHUNK, array("Q", bytes(8 * _CHUNK)))
+        chunk[block % _CHUNK] = word
+
+    def part(self, blocks: range) -> array[int] | None:
+        """The words of blocks of one chunk; None when none of them was verified."""
+        chunk = self._chunks.get(blocks.start // _CHUNK)
+        first = blocks.start % _CHUNK
+        return chunk[first : first + len(blocks)] if chunk else None
+
+
+class MapDescriptors:
+    """The objects whose map files have a descriptor at present: a bounded number, as descriptors are scarce."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._open: OrderedDict[CachedObject, None] = OrderedDict()
+
+    def add(self, owner: CachedObject) -> None:
+        """Note that an object has opened its map file, and have others close theirs if there are too many."""
+        limit = max(1, min(_MOST_MAPS, open_files_limit() // 8))
+        with self._guard:
+            self._open[owner] = None
+            self._close(len(self._open) - limit, owner)
+
+    def forget(self, owner: CachedObject) -> None:
+        """Note that an object has closed its map file."""
+        with self._guard:
+            self._open.pop(owner, None)
+
+    def close_all(self) -> None:
+        """Have all close theirs, as far as they are not in use: there is no descriptor left."""
+        with self._guard:
+            self._close(len(self._open), None)
+
+    def _close(self, excess: int, spared: CachedObject | None) -> None:
+        for other in list(self._open) if excess > 0 else ():
+            if excess > 0 and other is not spared and other.close_map():
+                del self._open[other]
+                excess -= 1
 
 
 class CachedObject:
     """The blocks of one object version. Safe to use from many threads; made by ``Cache.open``.
 
-    Raises OSError, and leaves both descriptors open then. It keeps one of them, of the data file: descriptors are
-    scarce. The map keeps the lock of `map_fd`, and whoever claims blocks has a descriptor for that long.
+    It keeps one descriptor all the time, of the data file, and one of the map file as long as that is in use.
+
+    Args:
+        path: Its map file.
+        map_fd: Its descriptor; -1 where no files could be made, and `data_fd` is of memory.
+
+    Raises:
+        OSError: The descriptors stay open.
     """
 
     def __init__(self, cache: Cache, version: ObjectVersion, path: Path, data_fd: int, map_fd: int) -> None:
@@ -51,32 +138,124 @@ class CachedObject:
         self.data_fd = data_fd
         self._cache = cache
         self._path = path
-        self._mapped = MappedFile(map_fd, HEADER + ENTRY * self.blocks)
-        self._map = self._mapped.view
-        self._words = self._map[HEADER:].cast("Q")
-        # While it is mapped, no other file has this inode.
-        self._inode = os.fstat(map_fd)
-        os.close(map_fd)
-        # The state word at which a block was verified or written by us; 0 means not yet.
-        self._trusted = array("Q", bytes(8 * self.blocks))
-        self._whole_users = 0
-        self._claims_fd = -1
+        self._in_memory = map_fd < 0
+        self._map_fd = -1
+        self._map_inode: os.stat_result | None = None
+        self._map_guard = threading.RLock()
         self._claimed: set[int] = set()
-        self._is_gone = False
+        self._next_try = time.monotonic() + _RETRY_SECONDS
+        self._trusted = _Trust()
+        self._touched: tuple[range, float] = range(0), 0.0
+        self._whole_users = 0
         self._guard = threading.Lock()
         # Else whoever has to wait for the kernel's lock of the file spins: a twentieth of the CPU time was measured.
         self._writing = threading.Lock()
-        if self._is_sealed():
-            for block in range(self.blocks):
-                self._trusted[block] = self._present_word(block)
+        self._take_map(map_fd)
+        self._was_sealed = self._is_sealed()
+        if self._was_sealed:
+            for block in self._stored():
+                self._trusted[block.number] = block.word
+
+    # the map file
+
+    def _take_map(self, fd: int) -> None:
+        with self._map_guard:
+            self._map_inode = os.fstat(fd) if fd >= 0 else None
+            self._map_fd = fd
+        if fd >= 0:
+            self._cache.map_descriptors.add(self)
+
+    def _open_map(self, flags: int = os.O_RDWR) -> int:
+        """The map file, opened once more; -1 when it is not at its name. Raises OSError."""
+        try:
+            fd = private.open_file(self._path, flags)
+        except FileNotFoundError:
+            return -1
+        # The number of an inode that is gone may be another file's; ours of the data file is not gone.
+        is_ours = self._map_inode is not None and os.path.samestat(os.fstat(fd), self._map_inode)
+        if is_ours and is_at(self.data_fd, self._path.with_suffix(".data")):
+            return fd
+        os.close(fd)
+        return -1
+
+    def _map(self) -> int:
+        """The descriptor of the map file. The caller holds its guard. Raises OSError, also when it is not there."""
+        if self._map_fd < 0 and self._map_inode is not None:
+            try:
+                self._map_fd = self._open_map()
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise
+                self._cache.map_descriptors.close_all()
+                self._map_fd = self._open_map()
+            if self._map_fd >= 0:
+                self._cache.map_descriptors.add(self)
+        if self._map_fd < 0:
+            raise FileNotFoundError(errno.ENOENT, "the map file is not there")
+        return self._map_fd
+
+    def close_map(self) -> bool:
+        """Close the descriptor of the map file until it is needed; False when it is needed now."""
+        if not self._map_guard.acquire(blocking=False):
+            return False
+        try:
+            if self._claimed:
+                return False
+            # In this order: a child that is forked in between must not close it a second time.
+            fd, self._map_fd = self._map_fd, -1
+            if fd >= 0:
+                os.close(fd)
+            return True
+        finally:
+            self._map_guard.release()
+
+    def _map_bytes(self, offset: int, size: int) -> bytes:
+        """Bytes of the map file. What was cut off, or cannot be read, says that nothing is there."""
+        try:
+            with self._map_guard:
+                data = os.pread(self._map(), size, offset)
+        except OSError:
+            data = b""
+        return data.ljust(size, b"\0")
+
+    def _write_map(self, data: bytes, offset: int) -> None:
+        with self._map_guard:
+            os.pwrite(self._map(), data, offset)
+
+    def _word(self, block: int) -> int:
+        word: int = WORD.unpack(self._map_bytes(entry_at(block) + STATE_AT, WORD.size))[0]
+        return word
 
     def _present_word(self, block: int) -> int:
-        word = self._words[3 * block + 2]
+        word = self._word(block)
         return word if word & PRESENT else 0
 
+    def _words(self, blocks: range) -> array[int]:
+        return array("Q", self._map_bytes(entry_at(blocks.start), ENTRY * len(blocks)))[2::3]
+
+    def _set_word(self, block: int, word: int) -> None:
+        self._write_map(WORD.pack(word), entry_at(block) + STATE_AT)
+
+    def _drop_word(self, block: int, word: int) -> None:
+        """The block is absent from now on, if it is as it was when it had this state word."""
+        with suppress(OSError):
+            if word and self._word(block) == word:
+                self._set_word(block, word + 1)
+
+    def _stored(self) -> list[StoredBlock]:
+        try:
+            with self._map_guard:
+                return list(stored_blocks(self._map(), self._path))
+        except OSError:
+            return []
+
     def _is_sealed(self) -> bool:
-        seal = SEAL.unpack_from(self._map, SEAL_AT)
+        seal = SEAL.unpack(self._map_bytes(SEAL_AT, SEAL.size))
         return any(seal) and seal == seal_of(self.data_fd)
+
+    def _write_seal(self, seal: tuple[int, int, int, int]) -> None:
+        self._write_map(SEAL.pack(*seal), SEAL_AT)
+        self._was_sealed = True
 
     # reading
 
@@ -86,7 +265,7 @@ class CachedObject:
 
     def is_trusted(self, block: int) -> bool:
         """Whether the block is in the file and was verified by this process, or sealed."""
-        return 0 != self._trusted[block] == self._words[3 * block + 2]
+        return 0 != self._trusted[block] == self._word(block)
 
     def witness(self, block: int) -> tuple[int, int, int] | None:
         """By what another process sees that bytes of a block are right, which it has taken from the file.
@@ -115,25 +294,36 @@ class CachedObject:
         word = self._present_word(block)
         if not word:
             return None
-        length = self.length_of(block)
-        data = os.pread(self.data_fd, length, block * BLOCK)
-        if len(data) == length and checksum(data) == self._words[3 * block]:
-            self._trusted[block] = word
-            return data
-        if self._words[3 * block + 2] == word:
+        trusted = self._trusted
+        data = self._data(block * BLOCK, self.length_of(block))
+        if not self.check_bytes(block, word, data):
+            return None
+        trusted[block] = word
+        return data
+
+    def check_bytes(self, block: int, word: int, data: bytes | memoryview) -> bool:
+        """Whether these are the bytes of a block, as it was when its state word was `word`; if not, it is gone."""
+        (digest,) = WORD.unpack(self._map_bytes(entry_at(block), WORD.size))
+        if len(data) == self.length_of(block) and checksum(data) == digest:
+            return True
+        if self._word(block) == word:
             self._cache.count_corrupt()
-            self._words[3 * block + 2] = word + 1  # absent, next generation
-        return None
+            log.warning("block %d of %s is damaged in the cache: it will be fetched again", block, self._name)
+            self._drop_word(block, word)
+        return False
 
     def check(self, advance: Callable[[int], None] = lambda size: None) -> int:
         """Read every block that is in the file, sealed or not, and tell `advance` of each. Returns how many were
         damaged: they are gone then, and will be fetched again."""
         damaged = 0
-        for block in range(self.blocks):
-            if self.is_present(block):
-                damaged += self.read_checked(block) is None and not self.is_present(block)
-                advance(self.length_of(block))
+        for block in self._stored():
+            damaged += self.read_checked(block.number) is None and not self.is_present(block.number)
+            advance(block.size)
         return damaged
+
+    @property
+    def _name(self) -> str:
+        return visible(f"obs://{self.version.bucket}/{self.version.key}")
 
     def length_of(self, block: int) -> int:
         """Bytes in this block: BLOCK, or less for the last."""
@@ -143,9 +333,12 @@ class CachedObject:
         """Bytes ``[offset, offset + size)``, which lie in the file, or None when a block of them is not there."""
         blocks = range(offset // BLOCK, block_count(offset + size))
         if self.in_file(blocks):
-            data = os.pread(self.data_fd, size, offset)
-            if self.in_file(blocks) and len(data) == size:
-                return data
+            data = self._data(offset, size)
+            if self.in_file(blocks):
+                if len(data) == size:
+                    return data
+                self.lose(blocks)
+                return None
         parts = []
         for block in blocks:
             held = self._cache.held.get(self, block)
@@ -154,80 +347,90 @@ class CachedObject:
             if held is not None:
                 parts.append(held[start:stop])
             elif self.has(block):
-                part = os.pread(self.data_fd, stop - start, block * BLOCK + start)
+                part = self._data(block * BLOCK + start, stop - start)
                 if not self.is_trusted(block):
+                    return None
+                if len(part) != stop - start:
+                    self.lose(range(block, block + 1))
                     return None
                 parts.append(part)
             else:
                 return None
         return b"".join(parts)
 
+    def _data(self, offset: int, size: int) -> bytes:
+        """Bytes of the data file; fewer where it was cut off, none where the disk fails."""
+        try:
+            return os.pread(self.data_fd, size, offset)
+        except OSError as error:
+            self._cache.note_fault(error)
+            return b""
+
     def readinto(self, offset: int, buffer: memoryview) -> bool:
         """Fill `buffer` with the bytes from `offset` on, if their blocks are all in the file."""
         blocks = range(offset // BLOCK, block_count(offset + len(buffer)))
         if not self.in_file(blocks):
             return False
-        return os.preadv(self.data_fd, [buffer], offset) == len(buffer) and self.in_file(blocks)
+        try:
+            return os.preadv(self.data_fd, [buffer], offset) == len(buffer) and self.in_file(blocks)
+        except OSError:
+            return False
 
     def in_file(self, blocks: range) -> bool:
         """Whether all these blocks lie verified in the data file. Ask again after the bytes were taken."""
-        return all(0 != self._trusted[block] == self._words[3 * block + 2] for block in blocks)
+        trusted = self._trusted
+        if len(blocks) == 1:
+            return 0 != trusted[blocks.start] == self._word(blocks.start)
+        for part in _chunks(blocks):
+            words = trusted.part(part)
+            if words is None or 0 in words or words != self._words(part):
+                return False
+        return True
+
+    def lose(self, blocks: range) -> None:
+        """The file does not have the bytes of verified blocks: it was cut off, or the disk fails. They are absent from
+        now on, and will be fetched again."""
+        lost = {block: word for block in blocks if (word := self._trusted[block])}
+        if lost:
+            log.warning("bytes of %s are gone from its cache file: they will be fetched again", self._name)
+        for block, word in lost.items():
+            self._trusted[block] = 0
+            self._drop_word(block, word)
 
     def touch(self, blocks: range) -> None:
         """Note that these blocks were used now."""
-        now = time.time_ns()
+        now = time.monotonic()
+        if self._touched[0] == blocks and now < self._touched[1] + _TOUCH_SECONDS:
+            return
+        self._touched = blocks, now
+        used = WORD.pack(time.time_ns())
         for block in blocks:
-            self._words[3 * block + 1] = now
+            # Others have no entry yet, which would take room.
+            if self._trusted[block]:
+                with suppress(OSError):
+                    self._write_map(used, entry_at(block) + USED_AT)
 
     # writing
 
     def lock(self, blocks: range) -> bool:
         """Claim blocks for fetching, among processes; False when another process fetches one of them."""
-        with self._guard:
-            if self._claims_fd < 0 and not self._is_gone:
-                try:
-                    self._claims_fd = self._open_map(os.O_RDWR)
-                except OSError:
+        if not self._has_files():
+            self._renew()
+        try:
+            with self._map_guard:
+                if not lock_range(self._map(), entry_at(blocks.start), ENTRY * len(blocks), fcntl.F_WRLCK):
                     return False
-                if self._claims_fd < 0:
-                    # Evicted as a whole, or removed: whoever evicts finds it no more, once this lock was free.
-                    with self._cache.exclusive:
-                        self._is_gone = True
-            is_ours = self._is_gone or lock_range(
-                self._claims_fd, entry_at(blocks.start), ENTRY * len(blocks), fcntl.F_WRLCK
-            )
-            if is_ours:
                 self._claimed.update(blocks)
-            self._close_claims()
-            return is_ours
+        except OSError:
+            pass  # without a map there is nothing that other processes could share
+        return True
 
     def unlock(self, blocks: range) -> None:
         """Give up a claim."""
-        with self._guard:
-            if self._claims_fd >= 0:
-                lock_range(self._claims_fd, entry_at(blocks.start), ENTRY * len(blocks), fcntl.F_UNLCK)
+        with self._map_guard:
             self._claimed.difference_update(blocks)
-            self._close_claims()
-
-    def _close_claims(self) -> None:
-        if not self._claimed and self._claims_fd >= 0:
-            # In this order: a child that is forked in between must not close it a second time.
-            fd, self._claims_fd = self._claims_fd, -1
-            os.close(fd)
-
-    def _open_map(self, flags: int) -> int:
-        """The map file, opened once more, without the locks that we have on it; -1 when it is not at its name.
-
-        Raises OSError.
-        """
-        try:
-            fd = os.open(self._path, flags | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return -1
-        if os.path.samestat(os.fstat(fd), self._inode):
-            return fd
-        os.close(fd)
-        return -1
+            if self._map_fd >= 0:
+                lock_range(self._map_fd, entry_at(blocks.start), ENTRY * len(blocks), fcntl.F_UNLCK)
 
     def put(self, block: int, data: memoryview) -> None:
         """Store a block that was fetched under a claim. A disk that takes no more makes it stay in memory."""
@@ -239,33 +442,92 @@ class CachedObject:
     def store(self, block: int, data: memoryview) -> bool:
         """Write a block that was claimed to the file; False when there is no room for it."""
         digest = checksum(data)
-        if not self._cache.reserve(len(data)):
+        if self._in_memory or not self._cache.reserve(len(data)):
             return False
+        with self._writing:
+            is_stored = self._write(block, data, digest)
+        self._cache.settle(len(data), stored=is_stored)
+        return is_stored
+
+    def _write(self, block: int, data: memoryview, digest: int) -> bool:
+        """Bytes, then checksum, then state. The caller keeps the files from being swapped."""
+        if self._in_memory or not self._has_files():
+            return False
+        trusted, word = self._trusted, self._word(block)
+        entry = WORD.pack(digest) + WORD.pack(time.time_ns())
         try:
-            with self._writing:
-                written = os.pwrite(self.data_fd, data, block * BLOCK)
-        except OSError:
-            written = 0
-        if written != len(data):
-            self._cache.settle(len(data), stored=False)
+            if not word & PRESENT:
+                # First of all, so that a full disk refuses the entry before the bytes have taken room.
+                self._write_map(entry + WORD.pack(word), entry_at(block))
+            if os.pwrite(self.data_fd, data, block * BLOCK) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if word & PRESENT:
+                self._write_map(entry, entry_at(block))
+            word = (word | PRESENT) + 2
+            self._set_word(block, word)
+        except OSError as error:
+            self._cache.note_fault(error)
+            if not word & PRESENT and self._map_bytes(GIVEN_AT, 1) == b"\0":
+                with suppress(OSError):
+                    give_back(self.data_fd, block)
             return False
-        base = 3 * block
-        self._words[base] = digest
-        self._words[base + 1] = time.time_ns()
-        word = (self._words[base + 2] | PRESENT) + 2
-        self._words[base + 2] = word
-        self._trusted[block] = word
-        self._cache.settle(len(data), stored=True)
+        trusted[block] = word
+        self._was_sealed = False
         return True
+
+    def _has_files(self) -> bool:
+        """Whether the files are as long as they were made; for an object in memory, whether to try again to make some.
+
+        Somebody may have cut them off.
+        """
+        if self._in_memory:
+            return time.monotonic() < self._next_try
+        try:
+            with self._map_guard:
+                sizes = os.fstat(self.data_fd).st_size, os.fstat(self._map()).st_size
+        except OSError:
+            return False
+        return sizes == (self.size, map_size(self.size))
+
+    def _renew(self) -> None:
+        """Go on with other files, as these were cut off, or are memory. What was in them will be fetched again."""
+        with self._writing, self._guard:
+            if self._has_files() or self._whole_users:
+                return
+            if not self._in_memory:
+                log.warning("the cache file of %s has another length: it is fetched again", self._name)
+                # Whoever is about to take bytes of it looks at these words once more.
+                for block in self._stored():
+                    self._drop_word(block.number, block.word)
+            self._next_try = time.monotonic() + _RETRY_SECONDS
+            try:
+                data_fd, map_fd = self._cache.open_files(self.version)
+            except OSError as error:
+                self._cache.note_fault(error)
+                if self._in_memory:
+                    return
+                data_fd, map_fd = self._cache.memory_file(), -1
+            self._in_memory = map_fd < 0
+            self._trusted = _Trust()
+            self._was_sealed = False
+            os.dup2(data_fd, self.data_fd, inheritable=False)
+            os.close(data_fd)
+            with self._map_guard:
+                self._claimed.clear()
+                self.close_map()
+            self._take_map(map_fd)
 
     def seal(self) -> None:
         """If every block is verified, sync the data and note it, so that a later process need not verify again."""
-        if not self.is_complete() or self._is_sealed():
+        if not self.is_complete() or self._is_sealed() or seal_of(self.data_fd) is None:
             return
-        os.fsync(self.data_fd)
-        seal = seal_of(self.data_fd)
-        if self.is_complete():
-            SEAL.pack_into(self._map, SEAL_AT, *seal)
+        try:
+            os.fsync(self.data_fd)
+            seal = seal_of(self.data_fd)
+            if seal is not None and self.is_complete():
+                self._write_seal(seal)
+        except OSError as error:
+            self._cache.note_fault(error)
 
     def link(self, path: Path) -> bool:
         """Give the data file a second name, if every block is verified and in it; says whether it has one.
@@ -277,9 +539,9 @@ class CachedObject:
                 return False
             was_sealed = self._is_sealed()
             os.link(self._path.with_suffix(".data"), path)
-            if was_sealed:
+            if was_sealed and (seal := seal_of(self.data_fd)):
                 # The link has changed the inode's ctime, and nothing else.
-                SEAL.pack_into(self._map, SEAL_AT, *seal_of(self.data_fd))
+                self._write_seal(seal)
         self._cache.discount(self.size)
         return True
 
@@ -289,15 +551,12 @@ class CachedObject:
 
     def is_full(self) -> bool:
         """Whether all blocks are in the file, verified or not."""
-        return all(map(self.is_present, range(self.blocks)))
+        return all(word & PRESENT for part in _chunks(range(self.blocks)) for word in self._words(part))
 
     @property
     def cached_bytes(self) -> int:
         """Bytes of this version that are in the file."""
-        blocks = sum(1 for block in range(self.blocks) if self.is_present(block))
-        if blocks and self.is_present(self.blocks - 1):
-            return (blocks - 1) * BLOCK + self.length_of(self.blocks - 1)
-        return blocks * BLOCK
+        return sum(block.size for block in self._stored())
 
     def hold_whole(self, *, again: bool = False) -> bool:
         """Keep the data file as it is while the kernel reads it by itself; False when it is not complete.
@@ -309,20 +568,35 @@ class CachedObject:
             if not self._whole_users and not lock_range(self.data_fd, LOCK_WHOLE, 1, fcntl.F_RDLCK):
                 return False
             self._whole_users += 1
-        if self.is_full() if again else self.is_complete():
-            self._map[GIVEN_AT] = 1
-            self.touch(range(self.blocks))
-            return True
+        if (self.is_full() if again else self.is_complete()) and self._is_untouched():
+            with suppress(OSError):
+                self._write_map(b"\1", GIVEN_AT)
+                # It is evicted whole: one block stands for all.
+                self.touch(range(1))
+                return True
         self.release_whole()
+        if not self._has_files():
+            self._renew()
+        return False
+
+    def _is_untouched(self) -> bool:
+        """Whether nobody has changed the data file, as far as its inode tells. Else nothing of it is trusted."""
+        if not self._has_files():
+            return False
+        if not self._was_sealed or self._is_sealed():
+            return True
+        log.warning("somebody has touched the cache file of %s: it is verified again", self._name)
+        self._trusted, self._was_sealed = _Trust(), False
         return False
 
     @property
     def is_in_cache(self) -> bool:
         """Whether the file is still at its name: it may be evicted while it is open, as a whole."""
         try:
-            return os.path.samestat(self._inode, self._path.stat())
-        except FileNotFoundError:
+            is_there = self._map_inode is not None and os.path.samestat(self._map_inode, self._path.lstat())
+        except OSError:
             return False
+        return is_there and is_at(self.data_fd, self._path.with_suffix(".data"))
 
     def open_lock(self) -> int:
         """A descriptor that says that this object is open, for as long as anybody has it.
@@ -330,7 +604,7 @@ class CachedObject:
         The caller closes it. -1 for a file that is no longer in the cache, and when no more can be opened.
         """
         try:
-            fd = self._open_map(os.O_RDWR)
+            fd = self._open_map()
         except OSError:
             return -1
         if fd >= 0 and not lock_range(fd, LOCK_OPEN, 1, fcntl.F_RDLCK):
@@ -349,18 +623,20 @@ class CachedObject:
         with self._guard:
             self._whole_users -= 1
             if not self._whole_users:
-                self.touch(range(self.blocks))
+                self.touch(range(1))
                 lock_range(self.data_fd, LOCK_WHOLE, 1, fcntl.F_UNLCK)
 
     def close(self) -> None:
         """Close the files, and remove them if nothing is in them; the object must not be used afterwards."""
         self._cache.held.forget(self)
-        is_empty = not any(map(self.is_present, range(self.blocks)))
-        self._words.release()
-        self._mapped.close()
-        for fd in (self._claims_fd, self.data_fd):
-            if fd >= 0:
-                os.close(fd)
+        is_empty = not self._in_memory and not self._stored()
+        with self._map_guard:
+            self._claimed.clear()
+            self.close_map()
+            self._map_inode = None
+        self._cache.map_descriptors.forget(self)
+        fd, self.data_fd = self.data_fd, -1
+        os.close(fd)
         if is_empty:
             # Litter on a disk that takes no changes is no reason to fail.
             with suppress(OSError), self._cache.exclusive:
@@ -368,12 +644,18 @@ class CachedObject:
 
     def abandon(self) -> None:
         """In a forked child: close the files, and leave all locks as the parent has them; it shares them."""
-        try:
-            self._words.release()
-            self._map.nbytes  # noqa: B018 - fails when it was closed before
-        except ValueError:
-            return
-        self._mapped.close()
-        for fd in (self._claims_fd, self.data_fd):
+        # In this order: a second call must not close what others have opened since.
+        fds = self._map_fd, self.data_fd
+        self._map_fd = self.data_fd = -1
+        for fd in fds:
             if fd >= 0:
                 os.close(fd)
+
+
+def _chunks(blocks: range) -> Iterator[range]:
+    """The same blocks, so that none of the ranges lies across two chunks."""
+    start = blocks.start
+    while start < blocks.stop:
+        stop = min(blocks.stop, start - start % _CHUNK + _CHUNK)
+        yield range(start, stop)
+        start = stop

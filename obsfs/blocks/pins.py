@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from obsfs import private
 from obsfs.blocks.layout import DirectoryLock, identity, is_linked, is_pinned, map_path, pin_path, read_blocks
 from obsfs.errors import CacheError
 from obsfs.remote.objects import ObjectVersion
@@ -14,9 +15,9 @@ _MOST = 0.9
 
 
 class Pins:
-    """Those of a cache directory, for all its processes. `limit` is what the cache may hold (bytes)."""
+    """Those of a cache directory, for all its processes. `limit` says what the cache may hold (bytes)."""
 
-    def __init__(self, root: Path, limit: int, exclusive: DirectoryLock) -> None:
+    def __init__(self, root: Path, limit: Callable[[], int], exclusive: DirectoryLock) -> None:
         self._root, self._limit, self._exclusive = root, limit, exclusive
 
     def add(self, version: ObjectVersion) -> None:
@@ -26,11 +27,11 @@ class Pins:
         """
         path = map_path(self._root, version)
         with self._exclusive:
-            if not is_pinned(path) and self.size() + version.size > self._limit * _MOST:
+            if not is_pinned(path) and self.size() + version.size > self._limit() * _MOST:
                 raise CacheError(f"pins would fill more than {_MOST:.0%} of the cache", "unpin others, or --cache-size")
             try:
-                path.parent.mkdir(mode=0o700, exist_ok=True)
-                pin_path(path).write_text(json.dumps(identity(version)))
+                private.make_level(path.parent)
+                private.write_file(pin_path(path), json.dumps(identity(version)).encode())
             except OSError as error:
                 raise CacheError(f"{pin_path(path)} cannot be written ({error.strerror})", "make room") from None
 

@@ -241,7 +241,7 @@ class Engine:
     def __init__(self, bucket: Bucket, settings: Settings, *, seals: bool = True) -> None:
         self.seals = seals
         self._bucket = bucket
-        self.cache = Cache(settings.cache_dir, int(settings.cache_size))
+        self.cache = Cache.of(settings)
         self.fetcher = Fetcher(
             bucket.open_range, connections=settings.connections, retry_timeout=settings.retry_timeout
         )
@@ -259,7 +259,7 @@ class Engine:
         self.fetcher.background.in_steps(self._bound_cache())
 
     def _bound_cache(self) -> Iterator[None]:
-        self.cache.evict(self.cache.limit)
+        self.cache.trim()
         yield
 
     def open(self, version: ObjectVersion) -> Reader:

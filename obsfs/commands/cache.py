@@ -148,7 +148,7 @@ def _open(given: dict[str, Any]) -> Cache:
     settings = Settings.load(**given)
     if not settings.cache_dir.is_dir():
         raise UsageError(f"there is no cache at {settings.cache_dir}", "choose --cache-dir")
-    return Cache(settings.cache_dir, int(settings.cache_size))
+    return Cache.of(settings)
 
 
 def _ago(seconds: float) -> str:

@@ -71,7 +71,7 @@ def _verify_model(url: str, settings: Settings, where: str, as_json: bool) -> No
         if where == "bucket":
             result = verifying.in_bucket(bucket, model, advance)
         else:
-            cache = Cache(settings.cache_dir, int(settings.cache_size))
+            cache = Cache.of(settings)
             result = verifying.in_cache(cache, model, bucket.endpoint, advance)
     _tell(str(model.name), f"the {where}", result, as_json)
 

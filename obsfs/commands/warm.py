@@ -91,12 +91,10 @@ def _warm(
     if most is not None:
         wanted = warming.at_most(wanted, most)
     size = sum(one.size for one in wanted)
-    if size > settings.cache_size:
-        raise UsageError(
-            f"{url} needs {human(size)} of a cache of {human(settings.cache_size)}", "--cache-size, or --max-bytes"
-        )
     engine = Engine(bucket, settings, seals=False)
     try:
+        if size > (limit := engine.cache.limit):
+            raise UsageError(f"{url} needs {human(size)} of a cache of {human(limit)}", "--cache-size, or --max-bytes")
         if pin:
             for one in wanted:
                 engine.cache.pins.add(one.version)
@@ -116,7 +114,7 @@ def _record(url: str, settings: Settings, profile: str) -> dict[str, Any]:
 
     name = parse_model(url, settings.library)
     bucket = Bucket(name.address, settings)
-    cache = Cache(settings.cache_dir, int(settings.cache_size))
+    cache = Cache.of(settings)
     size = warming.record_profile(bucket, cache, catalog.resolve(bucket, name), profile)
     return {"url": url, "profile": profile, "bytes": size}
 
@@ -141,5 +139,5 @@ def unpin(targets: tuple[str, ...], *, everything: bool, **given: Any) -> None:
             not start or version.key == start or version.key.startswith((f"{start}/", f"{start}@")) for start in starts
         )
 
-    found = Cache(settings.cache_dir, int(settings.cache_size)).pins.remove(is_meant)
+    found = Cache.of(settings).pins.remove(is_meant)
     click.echo(f"{counted(found, 'object')} unpinned in {settings.cache_dir}")

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from obsfs import private
 from obsfs.blocks.reader import Engine
 from obsfs.errors import ObsfsError, UsageError
 from obsfs.fuse import journal as journals
@@ -370,6 +371,7 @@ def main() -> int:
     stop.on_signals()
     allow_open_files()
     os.chdir("/")
+    os.umask(private.OTHERS)
     answer = os.fdopen(os.dup(1), "w")
     quiet = os.open(os.devnull, os.O_RDWR)
     os.dup2(quiet, 1)

@@ -9,6 +9,7 @@ import os
 import time
 from pathlib import Path
 
+from obsfs import private
 from obsfs.errors import UsageError
 from obsfs.settings import state_dir
 
@@ -27,7 +28,7 @@ def lock(mountpoint: Path, keeper: int) -> int:
     """
     file = path(mountpoint, "lock")
     try:
-        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = private.open_file(file)
     except OSError as error:
         raise UsageError(f"{file} cannot be written ({error.strerror})", "set XDG_STATE_HOME") from None
     if not _flock(fd, fcntl.LOCK_EX):
@@ -50,7 +51,7 @@ def is_abandoned(mountpoint: Path) -> bool:
 def wait_until_free(mountpoint: Path, timeout: float) -> bool:
     """Wait at most `timeout` seconds until the process that serves a mountpoint has ended."""
     try:
-        fd = os.open(path(mountpoint, "lock"), os.O_RDWR | os.O_CLOEXEC)
+        fd = private.open_file(path(mountpoint, "lock"), os.O_RDWR)
     except OSError:
         return True
     try:

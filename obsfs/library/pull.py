@@ -24,11 +24,12 @@ from typing import NamedTuple
 
 import msgspec
 
+from obsfs import private
 from obsfs.blocks.cache import cached_sizes
 from obsfs.blocks.layout import BLOCK, block_count
 from obsfs.blocks.object import CachedObject
 from obsfs.blocks.reader import Engine, Reader
-from obsfs.errors import ObsfsError, UnavailableError, UsageError, VersionChangedError
+from obsfs.errors import CacheError, ObsfsError, UnavailableError, UsageError, VersionChangedError
 from obsfs.library import catalog
 from obsfs.library.manifest import File, Manifest, parse_manifest
 from obsfs.library.names import MANIFEST, OWN, ModelName, is_chosen
@@ -84,7 +85,8 @@ class Pull:
         A file there that is something else, and that obsfs did not put there as it is now, is replaced only by
         `force`.
         """
-        local = Local(directory)
+        cache_dir = self._settings.cache_dir
+        local = Local(directory, cache_dir if directory.is_relative_to(cache_dir / SNAPSHOTS) else None)
         missing = []
         for file in files:
             if local.has(file):
@@ -294,16 +296,37 @@ class _Arrival:
 
 
 class Local:
-    """A directory that models are pulled into."""
+    """A directory that models are pulled into. Below the cache directory, if it is in `cache_dir`, all is private."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, cache_dir: Path | None = None) -> None:
         self.directory = directory
+        self._cache_dir = cache_dir
         self._guard = threading.Lock()
         try:
             found = json.loads((directory / _RECORD).read_bytes())
         except (OSError, ValueError):
             found = {}
         self._record: dict[str, list[object]] = found if isinstance(found, dict) else {}
+
+    @property
+    def _mode(self) -> int:
+        return 0o644 if self._cache_dir is None else private.FILE_MODE
+
+    def _mkdir(self, path: Path) -> None:
+        if self._cache_dir is None:
+            path.mkdir(parents=True, exist_ok=True)
+            return
+        private.make_directory(self._cache_dir, "cache directory", "choose another --cache-dir", CacheError)
+        level = self._cache_dir
+        for part in path.relative_to(level).parts:
+            level /= part
+            private.make_level(level)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        if self._cache_dir is None:
+            write_whole(path, data)
+        else:
+            private.write_file(path, data)
 
     def has(self, file: File) -> bool:
         """Whether the file is there, as it was when it was verified."""
@@ -317,7 +340,7 @@ class Local:
     def prepare(self, files: Sequence[File], *, force: bool) -> None:
         """See that these files can be written. Raises UsageError, and leaves everything as it is then."""
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            self._mkdir(self.directory)
         except OSError as error:
             raise UsageError(f"{self.directory} cannot be made ({error.strerror})", "choose another place") from None
         for file in files:
@@ -332,11 +355,11 @@ class Local:
             raise UsageError(
                 f"{self.directory} has {free >> 20} MiB free, of {needed + _MARGIN >> 20} MiB needed", "make room"
             )
-        incomplete.mkdir(parents=True, exist_ok=True)
+        self._mkdir(incomplete)
 
     def begin(self, file: File) -> tuple[int, int]:
         """A descriptor of the incomplete file, and how many bytes of it are there from an earlier pull."""
-        fd = os.open(self._incomplete(file), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(self._incomplete(file), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, self._mode)
         # Only what will be hashed again can be gone on with. Pieces are written in any order: the first hole ends it.
         start = os.lseek(fd, 0, os.SEEK_HOLE) if file.sha256 and os.fstat(fd).st_size else 0
         return fd, start - start % _STEP
@@ -361,7 +384,7 @@ class Local:
     def accept(self, file: File) -> None:
         """It is right: give it its name."""
         path = self.directory / file.path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._mkdir(path.parent)
         self._incomplete(file).replace(path)
         self._note(file)
 
@@ -373,7 +396,7 @@ class Local:
             self._save()
 
     def _save(self) -> None:
-        write_whole(self.directory / _RECORD, json.dumps(self._record).encode())
+        self._write(self.directory / _RECORD, json.dumps(self._record).encode())
 
     def finish(self, manifest: Manifest) -> None:
         """What was wanted is there: files of an earlier version that are not in this one go, and the manifest comes.
@@ -391,9 +414,9 @@ class Local:
             if self._is_ours(gone):
                 (self.directory / gone).unlink(missing_ok=True)
             del self._record[gone]
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._mkdir(path.parent)
         self._save()
-        write_whole(path, text)
+        self._write(path, text)
         # The directory stays: in a third of the pulls, removing it waited 0.5 to 2 s for the file system's journal.
         for left in (self.directory / _INCOMPLETE).glob("*"):
             left.unlink(missing_ok=True)
@@ -402,8 +425,8 @@ class Local:
     def alone(self) -> Iterator[None]:
         """No other process pulls into the directory meanwhile. Raises UsageError when one does."""
         path = self.directory / _LOCK
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._mkdir(path.parent)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, self._mode)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield

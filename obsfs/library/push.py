@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from obsfs import private
 from obsfs.errors import UsageError
 from obsfs.library import manifest as manifests
 from obsfs.library import shelf
@@ -164,9 +165,9 @@ def publish(
 def notes_file(what: str, shown: str) -> Iterator[Path]:
     """The file in which one publication keeps its notes. Raises UsageError when another one has it."""
     directory = state_dir() / "push"
-    directory.mkdir(mode=0o700, exist_ok=True)
+    private.make_level(directory)
     path = directory / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.json"
-    fd = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = private.open_file(path.with_suffix(".lock"))
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from obsfs import private
+from obsfs.errors import UsageError
 from obsfs.settings import Settings
 
 _DIRECTORY = "library"
@@ -27,6 +29,8 @@ def _path(settings: Settings, library: str) -> Path:
 def load(settings: Settings, library: str) -> dict[str, Any] | None:
     """What was kept, if it is not older than the metadata lifetime."""
     path = _path(settings, library)
+    if not private.is_private(path.parent):
+        return None
     try:
         if time.time() - path.stat().st_mtime > settings.metadata_ttl:
             return None
@@ -40,12 +44,10 @@ def keep(settings: Settings, library: str, document: dict[str, Any]) -> None:
     """Keep it; a disk that takes nothing is no reason to fail."""
     path = _path(settings, library)
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        new = path.with_name(f"{path.name}.{os.getpid()}")
-        new.touch(mode=0o600)
-        new.write_text(json.dumps(document))
-        new.replace(path)
-    except OSError:
+        private.make_directory(settings.cache_dir, "cache directory", "choose another --cache-dir")
+        private.make_level(path.parent)
+        private.write_file(path, json.dumps(document).encode())
+    except (OSError, UsageError):
         pass
 
 

@@ -6,15 +6,18 @@ import errno
 import hashlib
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from obsfs.blocks.reader import Reader
@@ -312,14 +315,15 @@ def test_a_full_disk_does_not_fail_a_read(bucket: Store, mount: Mounter, tmp_pat
     bucket.put("file.bin", data)
     small = tmp_path / "small"
     small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", small], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", small], check=True)
     try:
-        path = mount(bucket, cache_dir=small / "blocks")
+        path = mount(bucket, cache_dir=small / "blocks", cache_min_free=0)
+        (small / "other").write_bytes(bytes(199 * MIB))
         assert hashlib.sha256((path / "file.bin").read_bytes()).digest() == hashlib.sha256(data).digest()
         failed = status(path)["cache_write_errors"]
         assert failed > 0
         # There is room again: what comes from now on is kept, and what had to stay in memory goes to the disk.
-        subprocess.run(["mount", "-o", "remount,size=200m", small], check=True)
+        (small / "other").unlink()
         bucket.put("other.bin", other := random_bytes(64 * MIB))
         wait_for(lambda: (path / "other.bin").exists())
         assert hashlib.sha256((path / "other.bin").read_bytes()).digest() == hashlib.sha256(other).digest()
@@ -396,3 +400,59 @@ def test_a_mistake_of_ours_is_answered(bucket: Store, tmp_path: Path) -> None:
     finally:
         subprocess.run(["umount", "-l", mountpoint], check=False, timeout=20)
         wait_for(lambda: os.waitpid(pid, os.WNOHANG)[0] == pid)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "inodes"])
+def test_files_that_are_new_to_a_full_disk_are_read(
+    bucket: Store, mount: Mounter, tmp_path: Path, engine: str, kind: str
+) -> None:
+    for size in (7, 3 * MIB, 9 * MIB + 5):
+        bucket.put(f"{size}.bin", random_bytes(size))
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,nr_inodes=16", "tmpfs", small], check=True)
+    try:
+        path = mount(bucket, cache_dir=small / "blocks", engine=engine, cache_min_free=0)
+        with suppress(OSError):
+            for number in range(100):
+                (small / f"other{number}").write_bytes(bytes(MIB if kind == "bytes" else 0))
+        for size in (7, 3 * MIB, 9 * MIB + 5):
+            assert (path / f"{size}.bin").read_bytes() == random_bytes(size)
+        assert status(path)["errors"] == 0
+        mount.close()
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
+
+
+@pytest.mark.parametrize("passthrough", [True, False])
+@pytest.mark.parametrize("how", ["cut", "replaced", "removed", "map"])
+def test_a_cache_file_that_somebody_spoils_costs_a_fetch(
+    bucket: Store, mount: Mounter, tmp_path: Path, how: str, passthrough: bool
+) -> None:
+    """While the file is open, and when it is opened next: the right bytes, at once, and no thread that spins."""
+    data = random_bytes(9 * MIB + 5)
+    bucket.put("file.bin", data)
+    bucket.put("next.bin", b"text")
+    path = mount(bucket, passthrough=passthrough) / "file.bin"
+    assert path.read_bytes() == data
+    wait_for(lambda: os.getxattr(path, "user.obsfs.served_by") == (b"passthrough" if passthrough else b"splice"))
+    (place,) = (tmp_path / "blocks").rglob("*.data")
+    if how == "cut":
+        os.truncate(place, 2 * MIB + 7)
+    elif how == "replaced":
+        (tmp_path / "other").write_bytes(bytes(len(data)))
+        (tmp_path / "other").replace(place)
+    elif how == "removed":
+        shutil.rmtree(tmp_path / "blocks")
+    else:
+        os.truncate(place.with_suffix(".map"), 100)
+    for _ in range(2):
+        # Past the page cache: the server is asked.
+        command = ["dd", f"if={path}", "iflag=direct", "bs=1M", "status=none"]
+        assert subprocess.run(command, capture_output=True, timeout=30, check=True).stdout == data
+    assert (path.parent / "next.bin").read_bytes() == b"text"
+    server = psutil.Process(status(path.parent)["pid"])
+    before = sum(server.cpu_times()[:2])
+    time.sleep(0.5)
+    assert sum(server.cpu_times()[:2]) - before < 0.25
+    assert status(path.parent)["restarts"] == 0

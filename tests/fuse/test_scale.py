@@ -138,7 +138,7 @@ def test_memory_and_descriptors_stay_bounded(bucket: Store, mount: Mounter, tmp_
     print(f"{_OPERATIONS} operations: {grown} bytes of memory more, descriptors {before} before and {open_now} after")
     assert (after["pid"], after["errors"], after["corrupt_blocks"]) == (shown["pid"], 0, 0)
     assert grown < 32 * MIB
-    # The data file of each object, and a descriptor of its map while blocks of it arrive; the directory's lock.
+    # The data file of each object, and its map file while that is in use; the directory's lock.
     assert open_now["cache"] <= 2 * 40 + 1
     # Every thread that answers has a pipe for splice, and there are two to the supervisor and the writer.
     assert open_now["pipe"] <= 2 * len(os.listdir(f"/proc/{shown['pid']}/task")) + 4

@@ -163,14 +163,8 @@ class Server:
 
     def _try_passthrough(self) -> bool:
         """Whether a file of the cache can be registered: privileges and the cache's file system decide."""
-        probe = self._operations.engine.cache.directory / ".passthrough"
         try:
-            fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                channel.close_backing(self._fd, channel.open_backing(self._fd, fd))
-            finally:
-                os.close(fd)
-                probe.unlink()
+            channel.close_backing(self._fd, channel.open_backing(self._fd, self._operations.engine.cache.exclusive.fd))
         except OSError as error:
             log.info("no passthrough: %s", error.strerror)
             return False
@@ -347,7 +341,11 @@ class Server:
         pipe = self._pipe()
         is_empty = False
         try:
-            if not pipe.fill(header, cached.data_fd, offset, size) or not cached.in_file(blocks):
+            is_filled = pipe.fill(header, cached.data_fd, offset, size)
+            if not cached.in_file(blocks):
+                return False
+            if not is_filled:
+                cached.lose(blocks)
                 return False
             is_empty = self._claim(unique) and pipe.send(fd, len(header) + size)
             return True

@@ -51,11 +51,16 @@ class Pipe:
         self.room = (1 << (pages.bit_length() - 1)) * _PAGE
 
     def fill(self, header: bytes, file_fd: int, offset: int, size: int) -> bool:
-        """Take a header and bytes ``[offset, offset + size)`` of a file; False when the file ends before."""
+        """Take a header and bytes ``[offset, offset + size)`` of a file; False when it ends before, or fails."""
         os.write(self._write_fd, header)
         moved = 0
         while moved < size:
-            count = os.splice(file_fd, self._write_fd, size - moved, offset_src=offset + moved)
+            try:
+                count = os.splice(file_fd, self._write_fd, size - moved, offset_src=offset + moved)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                count = 0  # the disk cannot read it
             if not count:
                 return False
             moved += count
