@@ -21,6 +21,10 @@ _MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library itself."""
 
 
+MAX_PARAMETERS = 1 << 62
+_MAX_DIMENSIONS = 64
+
+
 class Extent(NamedTuple):
     """The bytes ``[start, stop)`` of one tensor in the file."""
 
@@ -85,9 +89,12 @@ def parameters(entries: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
     for entry in entries.values():
         try:
             lengths = [int(length) for length in entry["shape"]]
-            if min(lengths, default=0) < 0:
+            # Of one of the bounds first: the product of what a hostile header has would take hours.
+            if not all(0 <= length <= MAX_PARAMETERS for length in lengths) or len(lengths) > _MAX_DIMENSIONS:
                 continue
             count = math.prod(lengths)
+            if count > MAX_PARAMETERS:
+                continue
             dtypes[str(entry["dtype"])] = dtypes.get(str(entry["dtype"]), 0) + count
         except (ValueError, TypeError, KeyError, OverflowError):
             continue

@@ -28,7 +28,9 @@ Examples:
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="No files like this (may be repeated).")
 @click.option("--to-hf-cache", is_flag=True, help="Into Hugging Face's cache: from_pretrained finds it by its name.")
 @click.option("--to-modelscope-cache", is_flag=True, help="Into ModelScope's cache.")
-@click.option("--as", "repository", metavar="ORG/NAME", help="Its name in those caches. Default: as it was imported.")
+@click.option(
+    "--as", "repository", metavar="ORG/NAME", help="Its name in those caches. Default: its place in the library."
+)
 @click.option("--force", is_flag=True, help="Replace files that are there with other content.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 @settings_options(*LIBRARY)

@@ -6,6 +6,7 @@ bucket's own listing is all that is known.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,13 +14,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from obsfs.blocks import safetensors
-from obsfs.errors import NotFoundError, UsageError, VersionChangedError
+from obsfs.errors import NotFoundError, ObsfsError, UnavailableError, UsageError, VersionChangedError
 from obsfs.library import manifest as manifests
 from obsfs.library.manifest import About, File, Manifest
 from obsfs.library.names import MANIFEST, ModelName, by_age, is_safe_path, nearest, split_label
 from obsfs.remote.address import Address
 from obsfs.remote.client import Bucket
 from obsfs.remote.objects import ObjectInfo, ObjectVersion
+
+log = logging.getLogger(__name__)
 
 _WORKERS = 32
 _HEADER = 64 << 10
@@ -64,8 +67,18 @@ def resolve(bucket: Bucket, name: ModelName) -> Model:
 
 
 def versions(bucket: Bucket, name: ModelName) -> list[Model]:
-    """All published versions of a name, the oldest first."""
-    found = {label: model for label in _version_labels(bucket, name) if (model := read(bucket, name.at(label)))}
+    """All published versions of a name that can be read, the oldest first. Raises UsageError when none can."""
+    found: dict[str, Model] = {}
+    damaged: UsageError | None = None
+    for label in _version_labels(bucket, name):
+        try:
+            if model := read(bucket, name.at(label)):
+                found[label] = model
+        except UsageError as error:
+            log.warning("%s", error)
+            damaged = error
+    if damaged and not found:
+        raise damaged
     order = by_age((model.manifest.created.timestamp(), version) for version, model in found.items())
     return [found[version] for version in order]
 
@@ -99,7 +112,10 @@ def models(bucket: Bucket, library: Address) -> tuple[list[Model], list[str]]:
         while places:
             looks = list(pool.map(lambda place: _look(bucket, library, *place), places))
             found += [look for look in looks if isinstance(look, Model)]
-            damaged += [str(look) for look in looks if isinstance(look, UsageError)]
+            errors = [look for look in looks if isinstance(look, ObsfsError)]
+            if errors and len(errors) == len(looks) and all(isinstance(one, UnavailableError) for one in errors):
+                raise errors[0]  # it is the server that is damaged
+            damaged += map(str, errors)
             is_first = all(prefix == library.prefix for prefix, _ in places)
             places = [place for look in looks if isinstance(look, list) for place in look] if is_first else []
     return sorted(found, key=lambda model: safetensors.natural(str(model.name))), damaged
@@ -118,19 +134,19 @@ def _places(bucket: Bucket, library: str) -> Iterator[tuple[str, str]]:
 
 def _look(
     bucket: Bucket, library: Address, prefix: str, label: str
-) -> Model | UsageError | list[tuple[str, str]] | None:
-    """The model there; or what is wrong with its manifest; or the directories in what is no model."""
+) -> Model | ObsfsError | list[tuple[str, str]] | None:
+    """The model there; or what is wrong with it; or the directories in what is no model."""
     parts = split_label(label)
     assert parts is not None
     name = ModelName(library.scheme, library.bucket, prefix, *parts)
     try:
         if model := read(bucket, name):
             return model
-    except UsageError as error:
+        pages = list(bucket.list(name.prefix))
+        if manifests.is_model(info.key[len(name.prefix) :] for page in pages for info in page.objects):
+            return _listed(bucket, name)
+    except ObsfsError as error:
         return error
-    pages = list(bucket.list(name.prefix))
-    if manifests.is_model(info.key[len(name.prefix) :] for page in pages for info in page.objects):
-        return _listed(bucket, name)
     labels = (below[len(name.prefix) :].rstrip("/") for page in pages for below in page.prefixes)
     return [(name.prefix, inner) for inner in labels if split_label(inner)]
 

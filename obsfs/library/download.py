@@ -11,9 +11,10 @@ from typing import Any
 from obsfs.errors import UsageError
 from obsfs.library import catalog
 from obsfs.library.catalog import Model
+from obsfs.library.inside import inside, write_whole
 from obsfs.library.manifest import File
 from obsfs.library.names import ModelName, parse_model
-from obsfs.library.pull import SNAPSHOTS, Pull, Pulled, read_local, write_whole
+from obsfs.library.pull import SNAPSHOTS, Pull, Pulled, read_local
 from obsfs.library.transfer import Advance
 from obsfs.remote.client import Bucket
 from obsfs.settings import Settings
@@ -28,18 +29,21 @@ MODEL_SCOPE = "ms"
 
 def default_directory(settings: Settings, name: ModelName) -> Path:
     """Where a model is pulled to when no place is given: beside the block cache."""
-    return settings.cache_dir / SNAPSHOTS / name.bucket / name.library / name.label
+    below = f"{SNAPSHOTS}/{name.bucket}/{name.library}{name.label}"
+    return inside(settings.cache_dir, f"{below}/x").parent
 
 
 def repository_of(model: Model, settings: Settings, given: str | None) -> str:
-    """The name that a hub would have for a model: as given, as imported, or where it lies in the library."""
+    """The name that a hub would have for a model: as given, or where it lies in the library.
+
+    Never the `source` that its manifest names: who may write to one model would so choose which repository of the
+    hub's cache is replaced.
+    """
     name = model.name
-    inside = f"{name.library}{name.name}"
-    if given is None and model.manifest.source.startswith(("hf:", "ms:")):
-        given = model.manifest.source[3:]
+    below = f"{name.library}{name.name}"
     if given is None and settings.library:
         root = parse_model(f"{settings.library.rstrip('/')}/x").library
-        given = inside.removeprefix(root) if inside.startswith(root) else None
+        given = below.removeprefix(root) if below.startswith(root) else None
     chosen = given or name.name
     if not _REPOSITORY.fullmatch(chosen):
         raise UsageError(f"{chosen!r} is no name of a hub", "give one with --as ORG/NAME")
@@ -49,10 +53,11 @@ def repository_of(model: Model, settings: Settings, given: str | None) -> str:
 def hub_directory(model: Model, repository: str, hub: str) -> Path:
     """The directory in a hub's cache that a model's files go to."""
     if hub == HUGGING_FACE:
-        return _hf_repository(repository) / _REVISIONS / _commit(model)
+        home = _hf_repository(repository)
+        return inside(home.parent, f"{home.name}/{_REVISIONS}/{_commit(model)}/x").parent
     # As modelscope_hub has it: {cache}/models/{owner}--{name}/snapshots/{revision}
-    cache = os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope"
-    return Path(cache).expanduser() / "models" / repository.replace("/", "--") / _REVISIONS / "master"
+    cache = Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser()
+    return inside(cache, f"models/{repository.replace('/', '--')}/{_REVISIONS}/master/x").parent
 
 
 def finish_hub(model: Model, repository: str, hub: str, directory: Path, files: Sequence[File]) -> None:
@@ -61,16 +66,15 @@ def finish_hub(model: Model, repository: str, hub: str, directory: Path, files: 
         return
     # As huggingface_hub has it: blobs by their hashes, links to them in snapshots, and what a branch stands for.
     home = _hf_repository(repository)
-    blobs = home / "blobs"
+    blobs, refs = (inside(home, f"{name}/x").parent for name in ("blobs", "refs"))
     blobs.mkdir(parents=True, exist_ok=True)
     for file in files:
-        path = directory / file.path
+        path = inside(directory, file.path)
         if path.is_symlink() or not file.sha256:
             continue
         blob = blobs / file.sha256
         path.replace(blob)
         path.symlink_to(os.path.relpath(blob, path.parent))
-    refs = home / "refs"
     refs.mkdir(exist_ok=True)
     for branch in filter(None, ("main", model.name.version)):
         write_whole(refs / branch, _commit(model).encode())

@@ -17,10 +17,13 @@ from msgspec import Meta, Struct
 from obsfs.blocks import safetensors
 from obsfs.errors import UsageError
 from obsfs.library.names import is_safe_path
+from obsfs.remote.bounds import MAX_SIZE
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
 _SMALL = 1 << 20
+_MAX_TEXT = 200
+"""Characters of what a configuration calls an architecture or a dtype."""
 _WEIGHTS = (safetensors.SUFFIX, ".gguf", ".bin", ".pt", ".pth", ".onnx")
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "F8_E4M3": "float8"}
 
@@ -33,7 +36,7 @@ class File(Struct, frozen=True, kw_only=True):
     """
 
     path: str
-    size: Annotated[int, Meta(ge=0)]
+    size: Annotated[int, Meta(ge=0, le=MAX_SIZE)]
     etag: str
     sha256: Annotated[str, Meta(pattern=r"\A([0-9a-f]{64})?\Z")] = ""
     version_id: str = ""
@@ -47,7 +50,7 @@ class About(Struct, frozen=True, kw_only=True):
     """What a model is, as its configuration and the headers of its weights tell."""
 
     architecture: str = ""
-    parameters: Annotated[int, Meta(ge=0)] = 0
+    parameters: Annotated[int, Meta(ge=0, le=safetensors.MAX_PARAMETERS)] = 0
     dtype: str = ""
 
 
@@ -143,7 +146,9 @@ def describe(config: bytes | None, adapter: bytes | None, headers: Mapping[str, 
         for dtype, numbers in found.items():
             dtypes[dtype] = dtypes.get(dtype, 0) + numbers
     most = max(dtypes, key=lambda dtype: dtypes[dtype], default="")
-    return About(architecture=architecture[:200], parameters=total, dtype=_DTYPES.get(most, most.lower()))
+    dtype = _DTYPES.get(most, most.lower())
+    parameters = min(total, safetensors.MAX_PARAMETERS)
+    return About(architecture=architecture[:_MAX_TEXT], parameters=parameters, dtype=dtype[:_MAX_TEXT])
 
 
 def _object(data: bytes | None) -> dict[str, Any]:

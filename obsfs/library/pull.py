@@ -31,11 +31,12 @@ from obsfs.blocks.object import CachedObject
 from obsfs.blocks.reader import Engine, Reader
 from obsfs.errors import CacheError, ObsfsError, UnavailableError, UsageError, VersionChangedError
 from obsfs.library import catalog
+from obsfs.library.inside import inside, open_file, read_small, state, write_whole
 from obsfs.library.manifest import File, Manifest, parse_manifest
-from obsfs.library.names import MANIFEST, OWN, ModelName, is_chosen
+from obsfs.library.names import MANIFEST, OWN, ModelName, is_chosen, is_safe_path
 from obsfs.library.transfer import Advance, Crew, OrderedHash
 from obsfs.remote.checksums import Checksum
-from obsfs.remote.client import Bucket
+from obsfs.remote.client import MAX_SMALL, Bucket
 from obsfs.remote.objects import ObjectVersion
 from obsfs.settings import Settings
 
@@ -302,11 +303,7 @@ class Local:
         self.directory = directory
         self._cache_dir = cache_dir
         self._guard = threading.Lock()
-        try:
-            found = json.loads((directory / _RECORD).read_bytes())
-        except (OSError, ValueError):
-            found = {}
-        self._record: dict[str, list[object]] = found if isinstance(found, dict) else {}
+        self._record = _read_record(directory)
 
     @property
     def _mode(self) -> int:
@@ -330,12 +327,12 @@ class Local:
 
     def has(self, file: File) -> bool:
         """Whether the file is there, as it was when it was verified."""
-        state = _state(self.directory / file.path)
-        return state is not None and self._record.get(file.path) == [*state, _identity(file)]
+        found = state(self.directory, file.path)
+        return found is not None and self._record.get(file.path) == [*found, _identity(file)]
 
     def _is_ours(self, path: str) -> bool:
-        state = _state(self.directory / path)
-        return state is not None and (self._record.get(path) or [])[:2] == list(state)
+        found = state(self.directory, path)
+        return found is not None and (self._record.get(path) or [])[:2] == list(found)
 
     def prepare(self, files: Sequence[File], *, force: bool) -> None:
         """See that these files can be written. Raises UsageError, and leaves everything as it is then."""
@@ -343,9 +340,15 @@ class Local:
             self._mkdir(self.directory)
         except OSError as error:
             raise UsageError(f"{self.directory} cannot be made ({error.strerror})", "choose another place") from None
+        inside(self.directory, f"{_INCOMPLETE}/x")
         for file in files:
-            path = self.directory / file.path
-            if not force and os.path.lexists(path) and not self._is_ours(file.path) and not _holds(path, file):
+            path = inside(self.directory, file.path)
+            if (
+                not force
+                and os.path.lexists(path)
+                and not self._is_ours(file.path)
+                and not _holds(self.directory, file)
+            ):
                 raise UsageError(f"{path} is there, with other content", "move it away, or --force replaces it")
         incomplete = self.directory / _INCOMPLETE
         had = sum(path.stat().st_size for path in incomplete.iterdir()) if incomplete.is_dir() else 0
@@ -359,14 +362,14 @@ class Local:
 
     def begin(self, file: File) -> tuple[int, int]:
         """A descriptor of the incomplete file, and how many bytes of it are there from an earlier pull."""
-        fd = os.open(self._incomplete(file), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, self._mode)
+        fd = os.open(self._incomplete(file), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, self._mode)
         # Only what will be hashed again can be gone on with. Pieces are written in any order: the first hole ends it.
         start = os.lseek(fd, 0, os.SEEK_HOLE) if file.sha256 and os.fstat(fd).st_size else 0
         return fd, start - start % _STEP
 
     def _incomplete(self, file: File) -> Path:
         name = hashlib.sha256(f"{file.path}\0{_identity(file)}".encode()).hexdigest()[:32]
-        return self.directory / _INCOMPLETE / name
+        return inside(self.directory, f"{_INCOMPLETE}/{name}")
 
     def drop(self, file: File) -> None:
         """What was written of it is wrong."""
@@ -383,20 +386,20 @@ class Local:
 
     def accept(self, file: File) -> None:
         """It is right: give it its name."""
-        path = self.directory / file.path
+        path = inside(self.directory, file.path)
         self._mkdir(path.parent)
-        self._incomplete(file).replace(path)
+        self._incomplete(file).replace(inside(self.directory, file.path))
         self._note(file)
 
     def _note(self, file: File) -> None:
-        state = _state(self.directory / file.path)
-        assert state is not None
+        found = state(self.directory, file.path)
+        assert found is not None
         with self._guard:
-            self._record[file.path] = [*state, _identity(file)]
+            self._record[file.path] = [*found, _identity(file)]
             self._save()
 
     def _save(self) -> None:
-        self._write(self.directory / _RECORD, json.dumps(self._record).encode())
+        self._write(inside(self.directory, _RECORD), json.dumps(self._record).encode())
 
     def finish(self, manifest: Manifest) -> None:
         """What was wanted is there: files of an earlier version that are not in this one go, and the manifest comes.
@@ -407,12 +410,12 @@ class Local:
         stale = [path for path in self._record if path not in wanted]
         here = tuple(file for file in manifest.files if self.has(file))
         text = msgspec.structs.replace(manifest, files=here).to_json()
-        path = self.directory / MANIFEST
+        path = inside(self.directory, MANIFEST)
         if not here or (not stale and path.is_file() and path.read_bytes() == text):
             return
         for gone in stale:
             if self._is_ours(gone):
-                (self.directory / gone).unlink(missing_ok=True)
+                inside(self.directory, gone).unlink(missing_ok=True)
             del self._record[gone]
         self._mkdir(path.parent)
         self._save()
@@ -424,9 +427,9 @@ class Local:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """No other process pulls into the directory meanwhile. Raises UsageError when one does."""
-        path = self.directory / _LOCK
+        path = inside(self.directory, _LOCK)
         self._mkdir(path.parent)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, self._mode)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, self._mode)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
@@ -438,19 +441,25 @@ class Local:
 
 def read_local(directory: Path) -> Manifest:
     """The manifest of a directory that was pulled. Raises UsageError when it has none."""
-    path = directory / MANIFEST
     try:
-        data = path.read_bytes()
+        data = read_small(directory, MANIFEST, MAX_SMALL)
     except OSError:
         raise UsageError(f"{directory} has no manifest", "it was not pulled by obsfs, or not wholly") from None
-    return parse_manifest(data, str(path))
+    return parse_manifest(data, str(directory / MANIFEST))
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file so that nobody sees a part of it."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_bytes(data)
-    new.replace(path)
+def _read_record(directory: Path) -> dict[str, list[object]]:
+    """Which files were brought, with their size, mtime and identity; what no pull has written is left out."""
+    try:
+        found = json.loads(read_small(directory, _RECORD, MAX_SMALL))
+    except (OSError, ValueError, RecursionError, UsageError):
+        return {}
+    entries = found.items() if isinstance(found, dict) else ()
+    return {
+        path: entry
+        for path, entry in entries
+        if is_safe_path(path) and isinstance(entry, list) and [type(one) for one in entry] == [int, int, str]
+    }
 
 
 def _piece_buffer() -> memoryview:
@@ -472,21 +481,14 @@ def _identity(file: File) -> str:
     return file.sha256 or file.etag
 
 
-def _holds(path: Path, file: File) -> bool:
+def _holds(directory: Path, file: File) -> bool:
     """Whether a file that is there has the right bytes: by the manifest, or an ETag that is their MD5."""
-    if not path.is_file() or path.stat().st_size != file.size:
+    found = state(directory, file.path)
+    if found is None or found[0] != file.size:
         return False
-    with path.open("rb") as source:
+    with os.fdopen(open_file(directory, file.path), "rb") as source:
         digest = hashlib.file_digest(source, "sha256" if file.sha256 else "md5").hexdigest()
     return digest == (file.sha256 or file.etag.strip('"'))
-
-
-def _state(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns
 
 
 def _local_error(error: OSError, directory: Path) -> ObsfsError:

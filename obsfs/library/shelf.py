@@ -35,9 +35,9 @@ def load(settings: Settings, library: str) -> dict[str, Any] | None:
         if time.time() - path.stat().st_mtime > settings.metadata_ttl:
             return None
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return found if isinstance(found, dict) and set(found) >= {"library", "endpoint", "models", "problems"} else None
 
 
 def keep(settings: Settings, library: str, document: dict[str, Any]) -> None:

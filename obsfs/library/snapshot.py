@@ -9,6 +9,7 @@ was, by the version id that the manifest has noted.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -21,7 +22,9 @@ from obsfs.library.manifest import parse_manifest
 from obsfs.library.names import MANIFEST, ModelName, by_age, nearest, split_label
 from obsfs.remote.address import Address
 from obsfs.remote.client import Bucket
-from obsfs.remote.objects import ObjectInfo, ObjectVersion, Page
+from obsfs.remote.objects import ObjectInfo, ObjectVersion, Page, epoch
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Of :meth:`Snapshot.to_json`."""
@@ -150,7 +153,11 @@ def _as_of(bucket: Bucket, model: Model, moment: datetime) -> Model | None:
     if model.manifest.created <= moment:
         return model
     for content in bucket.older(model.name.manifest_key):
-        manifest = parse_manifest(content.data, f"{model.name}/{MANIFEST}")
+        try:
+            manifest = parse_manifest(content.data, f"{model.name}/{MANIFEST}")
+        except UsageError as error:
+            log.warning("%s", error)
+            continue
         if manifest.created <= moment:
             return Model(model.name, manifest, content.etag)
     return None
@@ -187,4 +194,4 @@ def _files(
     if not shown.prefix.startswith(address.prefix):
         return
     for file in model.manifest.files:
-        yield f"{shown.prefix}{file.path}", model.version_of(file, bucket.endpoint), model.manifest.created.timestamp()
+        yield f"{shown.prefix}{file.path}", model.version_of(file, bucket.endpoint), epoch(model.manifest.created)

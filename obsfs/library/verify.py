@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from obsfs.blocks.cache import Cache
-from obsfs.errors import CorruptError, NotFoundError, VersionChangedError
+from obsfs.errors import CorruptError, NotFoundError, UsageError, VersionChangedError
 from obsfs.library.catalog import Model
+from obsfs.library.inside import open_file
 from obsfs.library.manifest import File, Manifest
 from obsfs.library.names import is_safe_path
 from obsfs.library.transfer import Advance, Crew, OrderedHash, each
@@ -113,10 +114,9 @@ def in_directory(directory: Path, manifest: Manifest, advance: Advance) -> Verif
     broken: dict[str, str] = {}
 
     def check(file: File) -> None:
-        path = directory / file.path
         digest = OrderedHash(crew)
         try:
-            with path.open("rb", buffering=0) as source:
+            with os.fdopen(open_file(directory, file.path), "rb", buffering=0) as source:
                 if os.fstat(source.fileno()).st_size != file.size:
                     broken[file.path] = f"{os.fstat(source.fileno()).st_size} bytes, not {file.size}"
                     advance(file.size)
@@ -129,6 +129,8 @@ def in_directory(directory: Path, manifest: Manifest, advance: Advance) -> Verif
             broken[file.path] = "it is gone"
         except OSError as error:
             broken[file.path] = f"it cannot be read ({error.strerror})"
+        except UsageError as error:
+            broken[file.path] = f"it cannot be read ({error.message})"
         found[file.path] = digest.hexdigest()
 
     crew.run(each(manifest.files, check))

@@ -112,10 +112,11 @@ def read_profile(bucket: Bucket, model: Model, profile: str) -> list[Wanted]:
     for file in model.manifest.files:
         version = model.version_of(file, bucket.endpoint)
         last = block_count(version.size)
-        found: set[int] = set()
-        for start, stop in ranges.get(file.path, ()):
-            found.update(range(max(start, 0) // BLOCK, min(block_count(stop), last)))
-        wanted.append(Wanted(version, sorted(found)))
+        found: list[int] = []
+        for start, stop in sorted(ranges.get(file.path, ())):
+            first = max(start // BLOCK, found[-1] + 1 if found else 0)
+            found.extend(range(first, min(block_count(max(stop, 0)), last)))
+        wanted.append(Wanted(version, found))
     return [one for one in wanted if one.blocks]
 
 

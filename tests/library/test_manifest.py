@@ -88,3 +88,27 @@ def test_what_a_model_is() -> None:
     assert describe(None, b'{"peft_type": "LORA", "base_model_name_or_path": "q"}', {}).architecture == "LORA for q"
     assert describe(b"no json", b"[]", {"x": {"a": {"shape": "?"}}}).architecture == ""
     assert is_model(iter(["x/model.safetensors"])) and not is_model(iter(["notes.txt"]))
+
+
+@pytest.mark.parametrize(
+    "size", ["1" + "0" * 400, "-1", str(1 << 64), str(1 << 63), "1e308", "NaN", "1.5", '"7"', "null", str(10**15)]
+)
+def test_a_size_that_no_object_has_is_refused(size: str) -> None:
+    text = f'{{"name":"a","created":"2026-01-01T00:00:00Z","files":[{{"path":"a","size":{size},"etag":"e"}}]}}'
+    with pytest.raises(UsageError, match="cannot be read"):
+        parse_manifest(text.encode(), "here")
+
+
+@pytest.mark.parametrize("created", ['"0000-01-01T00:00:00Z"', '"10000-01-01T00:00:00Z"', "1e400", '"now"', "-1"])
+def test_a_date_that_is_none_is_refused(created: str) -> None:
+    text = f'{{"name":"a","created":{created},"files":[{{"path":"a","size":1,"etag":"e"}}]}}'
+    with pytest.raises(UsageError, match="cannot be read"):
+        parse_manifest(text.encode(), "here")
+
+
+@pytest.mark.parametrize("shape", [[10**400], [1 << 61, 1 << 61], [2] * 5000, [-1], [1e300], ["9" * 5000], [[1]], None])
+def test_a_shape_that_no_tensor_has_counts_nothing(shape: object) -> None:
+    header = {"a": {"dtype": "BF16", "shape": [3]}, "b": {"dtype": "x" * 10_000, "shape": shape}}
+    about = describe(None, None, {"w": header})
+    assert about.parameters == 3
+    assert len(about.dtype) <= 200
