@@ -187,6 +187,11 @@ class Settings:
     cache_min_free: OptionalSize = _knob(
         None, "Bytes of the cache's disk to leave free. Default: the larger of 5 % and 1 GiB, at most half of it."
     )
+    scrub: Size = _knob(
+        20 * MIB,
+        "Bytes per second at which a mount reads its cache again while the disk is idle, each block once in 7 days, "
+        "to find what has rotted; 0: never.",
+    )
     # the engine
     connections: Annotated[Number, Meta(ge=1, le=256)] = _knob(
         64, "Most range requests in parallel; how many are used is found by measuring."

@@ -88,7 +88,7 @@ class Cache:
         self.evicted_bytes = 0
         self.held = HeldBlocks()
         self.map_descriptors = MapDescriptors()
-        self._root = directory / FORMAT
+        self.root = directory / FORMAT
         self._fixed_limit = limit
         self._fixed_min_free = min_free
         self._guard = threading.Lock()
@@ -101,8 +101,8 @@ class Cache:
         self._next_scan = 0.0
         self._next_complaint = 0.0
         self._was_made = False
-        self.exclusive = DirectoryLock(self._root / "lock", self._make)
-        self.pins = Pins(self._root, lambda: self.limit, self.exclusive)
+        self.exclusive = DirectoryLock(self.root / "lock", self._make)
+        self.pins = Pins(self.root, lambda: self.limit, self.exclusive)
         try:
             self.exclusive.open()
             if not self._takes_holes():
@@ -128,7 +128,7 @@ class Cache:
         if self._was_made:
             log.warning("somebody has removed what was in %s: it is made again", self.directory)
         private.make_directory(self.directory, "cache directory", "choose another --cache-dir", CacheError)
-        private.make_level(self._root)
+        private.make_level(self.root)
         self._was_made = True
 
     def _takes_holes(self) -> bool:
@@ -188,7 +188,7 @@ class Cache:
 
         Raises CacheError when there is no memory or no descriptor for it either.
         """
-        path = map_path(self._root, version)
+        path = map_path(self.root, version)
         data_fd = -1
         try:
             try:
@@ -212,7 +212,7 @@ class Cache:
 
     def open_files(self, version: ObjectVersion) -> tuple[int, int]:
         """Descriptors of the data file and the map file of a version. Raises OSError."""
-        path = map_path(self._root, version)
+        path = map_path(self.root, version)
         for _ in range(_OPEN_ATTEMPTS):
             data_fd, map_fd = self._open_files(path, version)
             # Whoever evicts takes this lock alone before it unlinks; then the files are no longer at their names.
@@ -359,7 +359,7 @@ class Cache:
             blocks: list[StoredBlock] = []
             rooms: dict[Path, int] = {}
             shares: dict[Path, int] = {}
-            for path in map_paths(self._root):
+            for path in map_paths(self.root):
                 found = read_map(path)
                 if not found.is_readable:
                     with suppress(OSError):
@@ -392,7 +392,7 @@ class Cache:
     def _estimate(self) -> tuple[int, int]:
         """About how many bytes the data files and the map files take, before all of them have been read."""
         data = maps = 0
-        for path in islice(map_paths(self._root), _MOST_ESTIMATED):
+        for path in islice(map_paths(self.root), _MOST_ESTIMATED):
             with suppress(OSError):
                 maps += path.lstat().st_blocks * 512
                 found = path.with_suffix(".data").lstat()
@@ -407,7 +407,7 @@ class Cache:
         horizon = (time.time() - older_than) * 1e9
         freed = 0
         with self.exclusive:
-            for path in map_paths(self._root):
+            for path in map_paths(self.root):
                 entry = read_entry(path)
                 if entry is None:
                     unlink(path)
@@ -443,7 +443,7 @@ class Cache:
 
     def drop(self, version: ObjectVersion) -> None:
         """Forget all that is cached of a version."""
-        path = map_path(self._root, version)
+        path = map_path(self.root, version)
         with self.exclusive:
             if is_linked(path):
                 unlink(path)
@@ -452,11 +452,11 @@ class Cache:
 
     def present_blocks(self, version: ObjectVersion) -> list[int]:
         """The numbers of the blocks that the cache has of a version, ascending."""
-        return [block.number for block in read_blocks(map_path(self._root, version))]
+        return [block.number for block in read_blocks(map_path(self.root, version))]
 
     def entries(self) -> Iterator[CacheEntry]:
         """Everything in the cache."""
-        for path in map_paths(self._root):
+        for path in map_paths(self.root):
             if (entry := read_entry(path)) is not None:
                 yield entry
 

@@ -226,7 +226,8 @@ class CachedObject:
         word: int = WORD.unpack(self._map_bytes(entry_at(block) + STATE_AT, WORD.size))[0]
         return word
 
-    def _present_word(self, block: int) -> int:
+    def present_word(self, block: int) -> int:
+        """The state word of a block that the map says is in the file; else 0."""
         word = self._word(block)
         return word if word & PRESENT else 0
 
@@ -261,7 +262,7 @@ class CachedObject:
 
     def is_present(self, block: int) -> bool:
         """Whether the map says that the block is in the file; says nothing about its being right."""
-        return bool(self._present_word(block))
+        return bool(self.present_word(block))
 
     def is_trusted(self, block: int) -> bool:
         """Whether the block is in the file and was verified by this process, or sealed."""
@@ -291,7 +292,7 @@ class CachedObject:
 
     def read_checked(self, block: int) -> bytes | None:
         """A block that is in the file, if it matches its checksum; one that does not is gone afterwards."""
-        word = self._present_word(block)
+        word = self.present_word(block)
         if not word:
             return None
         trusted = self._trusted

@@ -18,6 +18,7 @@ from obsfs.blocks.fetcher import Fetcher, Target, Waiter
 from obsfs.blocks.layout import BLOCK, block_count
 from obsfs.blocks.object import CachedObject
 from obsfs.blocks.readahead import Credit, LoadOrder, ReadAhead, runs
+from obsfs.blocks.scrub import Scrubber
 from obsfs.errors import CacheError, ObsfsError, TooManyFilesError, UnavailableError
 from obsfs.limits import allow_open_files
 from obsfs.remote.client import Bucket
@@ -40,7 +41,7 @@ _FIRST_UNSEEN = 32
 """Blocks of the first shard that are fetched with the headers, which would tell what to begin with."""
 _MILESTONE = 32
 _FILL_BLOCKS = 8
-_SEALED_FROM = 16 << 20
+_SEALED_FROM = 64 << 20
 """Bytes. To read and verify a smaller file after a restart takes less time than to sync it now."""
 _SHARD = re.compile(r"-\d+-of-(?=\d+)")
 
@@ -235,10 +236,10 @@ class Engine:
     be held up.
 
     `seals`: whether large files are synced and sealed when they are complete, which whoever is in a hurry leaves to
-    the next one.
+    the next one. `scrubs`: whether the cache is read again in the background, which is for processes that live long.
     """
 
-    def __init__(self, bucket: Bucket, settings: Settings, *, seals: bool = True) -> None:
+    def __init__(self, bucket: Bucket, settings: Settings, *, seals: bool = True, scrubs: bool = False) -> None:
         self.seals = seals
         self._bucket = bucket
         self.cache = Cache.of(settings)
@@ -257,6 +258,21 @@ class Engine:
         self._loads: dict[tuple[str, str], _Load] = {}
         self._guard = threading.Lock()
         self.fetcher.background.in_steps(self._bound_cache())
+        self._read_at_last_look = 0
+        self._scrubber: Scrubber | None = None
+        if scrubs and settings.scrub:
+            self._scrubber = Scrubber(self.cache, int(settings.scrub), self._is_idle, self._fetch_again)
+            self._scrubber.start()
+
+    def _is_idle(self) -> bool:
+        """Whether nothing is fetched, and nothing was read through us since this was asked last."""
+        before, self._read_at_last_look = self._read_at_last_look, self.bytes_read
+        return before == self.bytes_read and not self.fetcher.stats.requests_in_flight
+
+    def _fetch_again(self, version: ObjectVersion, blocks: list[int]) -> None:
+        """These blocks were found damaged. Those of other buckets wait until somebody reads them."""
+        if (version.endpoint, version.bucket) == (self._bucket.endpoint, self._bucket.name):
+            self.prefetch([(0, version, block) for block in blocks])
 
     def _bound_cache(self) -> Iterator[None]:
         self.cache.trim()
@@ -500,10 +516,16 @@ class Engine:
             "evicted_bytes": cache.evicted_bytes,
             "corrupt_blocks": cache.corrupt_blocks,
             "cache_write_errors": cache.held.count,
+            "cache_min_free": cache.min_free,
+            "scrubbed_bytes": self._scrubber.bytes if self._scrubber else 0,
+            "scrub_errors": self._scrubber.errors if self._scrubber else 0,
+            "last_scrub": self._scrubber.last_pass if self._scrubber else None,
         }
 
     def close(self) -> None:
         """End all fetching and close the files."""
+        if self._scrubber is not None:
+            self._scrubber.close()
         self.fetcher.close()
         with self._guard:
             for reader in self._readers.values():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from obsfs.commands.output import human, make_console
+from obsfs.commands.output import counted, human, make_console
 from obsfs.errors import UsageError
 from obsfs.fuse import mounts
 
@@ -109,4 +110,9 @@ def _rows(mount: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             ("cache faults", f"{mount['corrupt_blocks']} corrupt blocks, {mount['cache_write_errors']} failed writes")
         )
+    if mount.get("last_scrub") or mount.get("scrubbed_bytes"):
+        last = mount["last_scrub"]
+        when = f"last finished {time.strftime('%Y-%m-%d %H:%M', time.localtime(last))}" if last else "not finished yet"
+        damage = f", {counted(mount['scrub_errors'], 'damaged block')} fetched again" if mount["scrub_errors"] else ""
+        rows.append(("scrubbing", f"{when}, {human(mount['scrubbed_bytes'])} read by this server{damage}"))
     return rows

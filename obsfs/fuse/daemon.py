@@ -136,7 +136,7 @@ def serve(
             page = next(names.list(address.prefix))
         elif takeover is None:
             page = _check(bucket, address)
-        engine = Engine(bucket, settings)
+        engine = Engine(bucket, settings, scrubs=True)
         cleanup.callback(engine.close)
         place = state.path(mountpoint, "journal")
         journal = Journal(place, keep=takeover is not None)
