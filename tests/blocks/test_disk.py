@@ -6,11 +6,13 @@ import errno
 import os
 import shutil
 import stat
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from obsfs.blocks import layout
 from obsfs.blocks import object as objects
@@ -368,3 +370,39 @@ def test_a_sealed_file_that_was_touched_is_verified_before_the_kernel_has_it(tmp
     assert not cached.hold_whole()
     assert not cached.has(0)
     assert cached.has(1)
+
+
+def test_a_cache_of_an_earlier_version_is_used(tmp_path: Path) -> None:
+    """Its map files have room for every entry, a seal that knows no mounts, and the lock of whoever has it open."""
+    where = version(200 * BLOCK + 9, key="models/a.bin")
+    path = map_path(tmp_path / "c" / "v1", where)
+    path.parent.mkdir(parents=True, mode=0o700)
+    data = path.with_suffix(".data")
+    parts = {block: random_bytes(BLOCK if block < 200 else 9, block) for block in (0, 170, 171, 200)}
+    with data.open("wb") as file:
+        file.truncate(where.size)
+        for block, part in parts.items():
+            file.seek(block * BLOCK)
+            file.write(part)
+    found = data.stat()
+    seal = struct.pack("<4Q", found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    identity = (
+        b'{"bucket": "bucket", "endpoint": "http://here", "etag": "\\"e\\"", "key": "models/a.bin", "size": 209715209}'
+    )
+    head = b"OBSFSMAP" + struct.pack("<QQ", 1 << 20, where.size) + seal + struct.pack("<Q", len(identity)) + identity
+    with path.open("w+b") as file:
+        os.posix_fallocate(file.fileno(), 0, 4096 + 24 * 201)
+        file.write(head)
+        for block, part in parts.items():
+            file.seek(4096 + 24 * block)
+            file.write(struct.pack("<3Q", xxhash.xxh3_64_intdigest(part), 10**18, 3))
+    for one in (path, data):
+        one.chmod(0o600)
+    cache = Cache(tmp_path / "c")
+    (entry,) = cache.entries()
+    assert (entry.version, entry.cached_bytes) == (where, 3 * BLOCK + 9)
+    cached = cache.open(where)
+    assert not cached.is_trusted(0)
+    assert {block: cached.read_checked(block) for block in parts} == parts
+    put(cached, 5)
+    assert cached.cached_bytes == 4 * BLOCK + 9
