@@ -20,11 +20,13 @@ from typing import Any
 from transformers import TrainerCallback
 
 import obsfs
+from obsfs.errors import UsageError
+from trainer import notes
 from trainer.place import STEP, Place
 
 _SEAL = "obsfs-whole.json"
 _OUTBOX = ".outbox"
-_STATE = {_SEAL, "trainer_state.json"}
+_STATE = {_SEAL, "trainer_state.json", notes.NAME}
 _QUICK_START = re.compile(r"(?<=\n## Quick start\n).*?(?=\n## )", re.DOTALL)
 _NOT_PUBLISHED = {"training_args.bin", _SEAL}
 """The pickled arguments hold paths and tokens of this machine, and nobody needs them to go on."""
@@ -34,6 +36,8 @@ def seal(checkpoint: Path) -> None:
     """Say that a checkpoint is whole, once its bytes are on the disk."""
     sizes = {}
     for path in _files(checkpoint):
+        if path.name == _SEAL:  # of before, which this one replaces
+            continue
         with path.open("rb") as file:
             os.fsync(file.fileno())
         sizes[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
@@ -146,8 +150,8 @@ class Publisher:
 class Checkpointing(TrainerCallback):
     """Seals each checkpoint when every process has written its part, and hands it to a publisher."""
 
-    def __init__(self, output_dir: Path, base: str, publisher: Publisher | None) -> None:
-        self._output_dir, self._base, self._publisher = output_dir, base, publisher
+    def __init__(self, output_dir: Path, made_with: notes.Notes, publisher: Publisher | None) -> None:
+        self._output_dir, self._made_with, self._publisher = output_dir, made_with, publisher
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """See :class:`transformers.TrainerCallback`."""
@@ -160,7 +164,8 @@ class Checkpointing(TrainerCallback):
                 if (self._output_dir / name).exists():
                     shutil.copyfile(self._output_dir / name, checkpoint / name)
             place = self._publisher.place.version(state.global_step) if self._publisher else str(checkpoint)
-            describe(checkpoint, self._base, place)
+            describe(checkpoint, self._made_with.base, place)
+            self._made_with.write(checkpoint)
             seal(checkpoint)
             if self._publisher is not None:
                 best = STEP.search(state.best_model_checkpoint or "")
@@ -198,7 +203,53 @@ def newest(output_dir: Path, place: Place | None) -> Path | None:
         return None
     target = output_dir / f"checkpoint-{step}"
     if step not in here and place is not None:
-        obsfs.snapshot_download(place.version(step), local_dir=target, **place.settings)
-        shutil.rmtree(target / ".obsfs", ignore_errors=True)
-        seal(target)
+        _bring(place, step, target)
+    _relocate_best(target)
     return target
+
+
+def _bring(place: Place, step: int, target: Path) -> None:
+    obsfs.snapshot_download(place.version(step), local_dir=target, **place.settings)
+    shutil.rmtree(target / ".obsfs", ignore_errors=True)
+    seal(target)
+
+
+def _relocate_best(checkpoint: Path) -> None:
+    """Have a checkpoint name the run's best one by where it is here: on another machine it was elsewhere, and
+    transformers forgets a best one that it does not find."""
+    path = checkpoint / "trainer_state.json"
+    state = json.loads(path.read_bytes())
+    step = best_step(checkpoint)
+    if step is None:
+        return
+    here = str(checkpoint.with_name(f"checkpoint-{step}"))
+    if state["best_model_checkpoint"] != here:
+        path.write_text(json.dumps({**state, "best_model_checkpoint": here}, indent=2, sort_keys=True))
+        seal(checkpoint)
+
+
+def best_step(checkpoint: Path) -> int | None:
+    """Return the step of the best checkpoint of a run, as one of its checkpoints knows it; None if none was chosen."""
+    state = json.loads((checkpoint / "trainer_state.json").read_bytes())
+    found = STEP.search(state.get("best_model_checkpoint") or "")
+    return int(found[1]) if found else None
+
+
+def bring_best(checkpoint: Path, place: Place | None) -> Path | None:
+    """Return the best checkpoint of the run that a checkpoint is of, from the disk or brought from the bucket.
+
+    None if none was chosen yet. Raises UsageError if it is gone.
+    """
+    step = best_step(checkpoint)
+    if step is None:
+        return None
+    best = checkpoint.with_name(f"checkpoint-{step}")
+    if not is_whole(best):
+        if place is None or step not in place.steps():
+            raise UsageError(
+                f"the best checkpoint of the run, {best.name}, is gone",
+                "load_best_model_at_end: false goes on without it",
+            )
+        shutil.rmtree(best, ignore_errors=True)
+        _bring(place, step, best)
+    return best

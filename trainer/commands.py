@@ -107,6 +107,10 @@ def train(words: tuple[str, ...], *, is_guided: bool, only_check: bool, as_json:
     if (total := outcome.seconds.get("to first step")) is not None:
         parts = [f"{name} {s:.1f} s" for name, s in outcome.seconds.items() if name not in ("to first step", "publish")]
         click.echo(f"first step after {total:.1f} s: {', '.join(parts)} (partly at the same time)", err=True)
+    if outcome.reason:
+        click.echo(f"nothing was trained: {outcome.reason}", err=True)
+        click.echo(outcome.output)
+        return
     loss = outcome.metrics.get("train_loss")
     shown = f", loss {loss:.4f} on average" if loss else ""
     click.echo(f"{outcome.steps} steps{shown}", err=True)

@@ -19,6 +19,8 @@ from obsfs.commands.output import human
 from trainer.base import Base
 
 _LOOK_SECONDS = 0.2
+LINE_SECONDS = 10.0
+"""Between two lines for people where there is no terminal to draw a bar on."""
 
 
 class Timeline:
@@ -81,13 +83,17 @@ def say(text: str) -> None:
 
 
 class Progress(TrainerCallback):
-    """A bar on a terminal, a line per log without one, an object per log with `as_json`."""
+    """A bar on a terminal; without one a line for the first step, for the last, and now and then between them; with
+    `as_json` an object per log instead."""
 
     def __init__(self, base: Base, timeline: Timeline, *, as_json: bool, on_first_step: Callable[[], None]) -> None:
         self._base, self._timeline, self._as_json = base, timeline, as_json
         self._on_first_step = on_first_step
         self._bar: Any = None
         self._tokens: Any = 0
+        self._figures: dict[str, Any] = {}
+        self._told: tuple[float, int, int] | None = None
+        """When the last line was written, at which step, and how many tokens there had been."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """See :class:`transformers.TrainerCallback`."""
@@ -113,6 +119,13 @@ class Progress(TrainerCallback):
             self._on_first_step()
         if self._bar:
             self._bar.update(self._task, completed=state.global_step)
+        elif not control.should_log:  # the log of this step, which has its loss, comes right after
+            self._tell_if_due(state)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """See :class:`transformers.TrainerCallback`."""
+        if not self._bar:
+            self._tell_if_due(state, "evaluating  ")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         """See :class:`transformers.TrainerCallback`."""
@@ -122,15 +135,35 @@ class Progress(TrainerCallback):
         if tokens > before:
             figures["tokens_per_second"] = round((tokens - before) / max(now - began, 1e-6), 1)
             self._last = (now, tokens)
-        figures["memory_bytes"] = memory_used()
-        if mount := self._base.mount_status():
-            figures |= {"mount_bytes_fetched": mount["bytes_fetched"], "mount_hit_ratio": mount["hit_ratio"]}
         if self._as_json:
+            figures |= self._resources()
             click.echo(json.dumps({"step": state.global_step, "of": state.max_steps, **figures}))
         elif self._bar:
-            self._bar.update(self._task, description=line(figures))
+            self._bar.update(self._task, description=line({**figures, **self._resources()}))
         elif "train_runtime" not in figures:
-            say(f"step {state.global_step}/{state.max_steps}  {line(figures)}")
+            self._figures |= {name: figures[name] for name in _LOSSES if figures.get(name) is not None}
+            self._tell_if_due(state)
+
+    def _resources(self) -> dict[str, Any]:
+        """Memory, and what the mount of the model has done."""
+        found: dict[str, Any] = {"memory_bytes": memory_used()}
+        if mount := self._base.mount_status():
+            found |= {"mount_bytes_fetched": mount["bytes_fetched"], "mount_hit_ratio": mount["hit_ratio"]}
+        return found
+
+    def _tell_if_due(self, state: Any, doing: str = "") -> None:
+        if not self._as_json and (self._told is None or time.time() - self._told[0] >= LINE_SECONDS):
+            self._tell(state, doing)
+
+    def _tell(self, state: Any, doing: str = "") -> None:
+        """A line of the step, the losses of the newest logs, and the speed since the last line."""
+        now, tokens = time.time(), int(self._tokens) * self._processes
+        began, _, before = self._told or (self._began, 0, 0)
+        figures = {**self._figures, **self._resources()}
+        if tokens > before:
+            figures["tokens_per_second"] = (tokens - before) / max(now - began, 1e-6)
+        self._told = now, state.global_step, tokens
+        say(f"step {state.global_step}/{state.max_steps}  {doing}{line(figures)}")
 
     def _count(self, model: Any, unnamed: tuple[Any, ...], given: dict[str, Any]) -> None:
         """Count the tokens that are learned from: not all of TRL's trainers say how many they have seen."""
@@ -140,6 +173,8 @@ class Progress(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """See :class:`transformers.TrainerCallback`."""
+        if not self._bar and not self._as_json and (self._told is None or self._told[1] != state.global_step):
+            self._tell(state)
         self.close()
 
     def close(self) -> None:
@@ -149,10 +184,13 @@ class Progress(TrainerCallback):
             self._bar = None
 
 
+_LOSSES = ("loss", "eval_loss", "train_loss")
+
+
 def line(figures: dict[str, Any]) -> str:
     """The figures of a log, for people."""
     parts = []
-    for name in ("loss", "eval_loss", "train_loss"):
+    for name in _LOSSES:
         if figures.get(name) is not None:
             parts.append(f"{name} {figures[name]:.4f}")
     if figures.get("tokens_per_second"):

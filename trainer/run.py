@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from obsfs.commands.output import human, spinner
 from obsfs.errors import UsageError
 from obsfs.settings import state_dir
 from trainer import base as bases
-from trainer import bits, data
+from trainer import bits, data, notes, room
 from trainer.config import TASKS, Parts, TrainConfig, load_config
 from trainer.place import place_of
 from trainer.quiet import hush, hush_bars
@@ -34,9 +35,12 @@ _MARGIN = 1.25
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run has brought: where the result is (a directory or a URL), its steps, TRL's metrics of the last log, and
-    where the time went, in seconds. Of a check, the metrics are what was found, and the bytes of memory that training
-    needs by estimate, and that can be had."""
+    """What a run has brought.
+
+    Where the result is (a directory or a URL), its steps, TRL's metrics of the last log, and where the time went, in
+    seconds; `reason` is why no step was left to do. Of a check, the metrics are what was found, and the bytes of memory
+    that training needs by estimate, and that can be had.
+    """
 
     output: str
     steps: int
@@ -44,6 +48,7 @@ class Outcome:
     metrics: dict[str, float]
     seconds: dict[str, float] = field(default_factory=dict)
     published: list[str] = field(default_factory=list)
+    reason: str = ""
 
 
 def train(
@@ -77,7 +82,9 @@ def train(
             try:
                 importing.result()
                 show("checking, loading")
-                return _Run(chosen, base, as_json, started, callbacks).go(stop, only_check, waiting.close)
+                run = _Run(chosen, base, as_json, started, callbacks)
+                with room.told_when_full(run.output_dir, Path(tempfile.gettempdir())):
+                    return run.go(stop, only_check, waiting.close)
             except RuntimeError as error:
                 if _is_of_another(error):
                     raise UsageError("another process of this run has ended", "it has said why") from None
@@ -121,16 +128,21 @@ class _Run:
         self._timeline: Timeline = Timeline(started)
         self._timeline.mark("import and mount")
         self._place = place_of(config.output, config.settings)
+        self._notes = notes.Notes(base=base.name)  # the first process takes more
         if self._place and "@" in self._place.url.rpartition("/")[2]:
             raise UsageError(
                 f"{config.output} is a version", "name the output without one: its checkpoints become its versions"
             )
-        self._output_dir = self._find_output_dir()
-        self._parts: Parts = config.parts(self._output_dir)
+        self.output_dir = self._find_output_dir()
+        self._parts: Parts = config.parts(self.output_dir)
         self._is_main = self._parts.arguments.process_index == 0
+        if not as_json:
+            # What people see begins with the first step. (All processes must agree: a log gathers the loss of each.)
+            self._parts.arguments.logging_first_step = config.options.get("logging_first_step", True)
 
     def go(self, stop: threading.Event, only_check: bool, on_ready: Callable[[], None]) -> Outcome:
         from trainer import checkpoints
+        from trainer.progress import say
 
         arguments = self._parts.arguments
         first_step = threading.Event()
@@ -140,10 +152,15 @@ class _Run:
             tokenizer = bases.load_tokenizer(self._base.path, trust_remote_code=_trusts(arguments))
             bases.check_tokenizer(tokenizer, self._base, facts)
             lora = self._parts.lora
-            trainable = facts.parameters
+            trainable, plan = facts.parameters, None
             if lora is not None:
-                trainable = bases.adapter_parameters(self._base.path, lora, trust_remote_code=_trusts(arguments))
+                plan = bases.plan_adapter(self._base.path, lora, trust_remote_code=_trusts(arguments))
+                trainable = plan.parameters
             needed, there = self._check_memory(facts, trainable)
+            if (short := room.check(self.output_dir, arguments, trainable)) and self._is_main:
+                say(short)
+            if self._is_main:
+                self._notes = notes.take(self._config, self._parts, self._base, plan)
             checkpoint = self._prepare_output()
         if checkpoint and checkpoints.is_finished(checkpoint, arguments) and not only_check:
             return self._publish_finished(checkpoint)
@@ -151,6 +168,8 @@ class _Run:
             loading = None if only_check else pool.submit(self._load_model)
             with self._timeline.part("data"), arguments.main_process_first(desc="data"):
                 train_data, eval_data = self._load_data(tokenizer)
+            if self._is_main:
+                self._note_data(train_data, checkpoint)
             if loading is None:
                 on_ready()
                 checked: dict[str, float] = {
@@ -210,37 +229,60 @@ class _Run:
 
         arguments = self._parts.arguments
         try:
-            self._output_dir.mkdir(parents=True, exist_ok=True)
-            probe = self._output_dir / f".probe-{os.getpid()}"
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            probe = self.output_dir / f".probe-{os.getpid()}"
             probe.touch()
             probe.unlink()
         except OSError as error:
             raise UsageError(
-                f"{self._output_dir} cannot be written ({error.strerror})", "choose another output"
+                f"{self.output_dir} cannot be written ({error.strerror})", "choose another output"
             ) from None
         with arguments.main_process_first(desc="output"):
             if self._config.resume:
                 if self._place and self._is_main:
                     self._place.check()
-                return checkpoints.newest(self._output_dir, self._place)
+                checkpoint = checkpoints.newest(self.output_dir, self._place)
+                if checkpoint and self._is_main:
+                    self._compare(checkpoint)
+                return checkpoint
             if self._is_main:
-                is_taken = (
-                    self._place.is_taken() if self._place else (self._output_dir / "adapter_config.json").exists()
-                )
+                is_taken = self._place.is_taken() if self._place else (self.output_dir / "adapter_config.json").exists()
                 if is_taken:
                     raise UsageError(
                         f"there is a run at {self._config.output} already",
                         "--resume goes on with it, or choose another output",
                     )
-                if checkpoints.local_steps(self._output_dir):
+                if checkpoints.local_steps(self.output_dir):
                     raise UsageError(
-                        f"{self._output_dir} has checkpoints of a run to {self._config.output}",
+                        f"{self.output_dir} has checkpoints of a run to {self._config.output}",
                         "--resume goes on with it; or delete them, or choose another output",
                     )
                 if self._place:
                     self._place.check()
-                checkpoints.newest(self._output_dir, None)
+                checkpoints.newest(self.output_dir, None)
         return None
+
+    def _compare(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint that was made with what cannot change, and have the best one here that may be needed."""
+        from trainer import checkpoints
+        from trainer.progress import say
+
+        then = notes.read(checkpoint)
+        if then is None:
+            say(f"{checkpoint.name} does not say what it was made with: its base, method and modules are not compared")
+        else:
+            notes.refuse_other(checkpoint.name, then, self._notes)
+        if self._parts.arguments.load_best_model_at_end and not self._has_result(checkpoint):
+            checkpoints.bring_best(checkpoint, self._place)
+
+    def _note_data(self, train_data: Any, checkpoint: Path | None) -> None:
+        """Note what the data is, and say what is other than it was when the checkpoint was made."""
+        from trainer.progress import say
+
+        self._notes = replace(self._notes, data={**self._notes.data, **notes.data_of(train_data)})
+        then = notes.read(checkpoint) if checkpoint else None
+        if checkpoint and then and (changed := notes.changes(then, self._notes)):
+            say(f"since {checkpoint.name} the run has changed: {changed}")
 
     def _load_model(self) -> Any:
         from trl.trainer.utils import create_model_from_path
@@ -288,10 +330,10 @@ class _Run:
         trainer.remove_callback(PrinterCallback)
         for callback in self._callbacks:
             trainer.add_callback(callback)
-        trainer.add_callback(checkpoints.Checkpointing(self._output_dir, self._base.name, publisher))
+        trainer.add_callback(checkpoints.Checkpointing(self.output_dir, self._notes, publisher))
         if self._is_main:
             trainer.add_callback(progress)
-            (self._output_dir / "train.yaml").write_text(self._to_yaml())
+            (self.output_dir / "train.yaml").write_text(self._to_yaml())
             if checkpoint and not self._as_json:
                 say(f"going on from {checkpoint.name}")
         try:
@@ -303,17 +345,21 @@ class _Run:
             ) from None
         finally:
             progress.close()
-        trainer.save_model(str(self._output_dir))
+        trainer.save_model(str(self.output_dir))
         if self._is_main:
             trainer.create_model_card(
                 model_name=Path(self._config.output.rpartition("@")[0] or self._config.output).name
             )
             checkpoints.describe(
-                self._output_dir, self._base.name, self._place.url if self._place else str(self._output_dir)
+                self.output_dir, self._base.name, self._place.url if self._place else str(self.output_dir)
             )
+            replace(self._notes, ended_at=trainer.state.global_step).write(self.output_dir)
         metrics = {name: value for name, value in result.metrics.items() if isinstance(value, int | float)}
         outcome = self._publish(publisher, trainer.state.global_step, checkpoint, metrics)
         trainer.accelerator.wait_for_everyone()
+        if outcome.steps <= outcome.resumed_from:
+            last = f"the last step is {trainer.state.max_steps}, and the run is at {outcome.steps}"
+            return replace(outcome, reason=f"{last}: a larger max_steps or num_train_epochs goes on")
         return outcome
 
     def _make_publisher(self, checkpoint: Path | None) -> Publisher | None:
@@ -323,7 +369,7 @@ class _Run:
         if not self._is_main or self._place is None:
             return None
         keep = self._parts.arguments.save_total_limit
-        publisher = Publisher(self._place, self._output_dir, self._base.name, keep)
+        publisher = Publisher(self._place, self.output_dir, self._base.name, keep)
         if checkpoint and step_of(checkpoint) not in self._place.steps():
             publisher.put(checkpoint, step_of(checkpoint))
         return publisher
@@ -334,11 +380,11 @@ class _Run:
         from trainer.checkpoints import step_of
 
         if publisher is not None:
-            publisher.put(self._output_dir, None)
+            publisher.put(self.output_dir, None)
             with self._timeline.part("publish"):
                 publisher.finish()
         return Outcome(
-            self._place.url if self._place else str(self._output_dir),
+            self._place.url if self._place else str(self.output_dir),
             steps,
             step_of(checkpoint) if checkpoint else 0,
             metrics,
@@ -347,13 +393,30 @@ class _Run:
         )
 
     def _publish_finished(self, checkpoint: Path) -> Outcome:
-        """The run had come to its end: its last checkpoint has the result. (transformers would take one step more.)"""
+        """The run had come to its end: its last checkpoint, or its best, has the result. (transformers would take one
+        step more.) A result that is there already stays."""
         from trainer import checkpoints
 
-        if self._is_main:
-            checkpoints.copy_result(checkpoint, self._output_dir)
+        step = checkpoints.step_of(checkpoint)
+        if self._is_main and not self._has_result(checkpoint):
+            is_best = self._parts.arguments.load_best_model_at_end
+            source = (checkpoints.bring_best(checkpoint, self._place) if is_best else None) or checkpoint
+            checkpoints.copy_result(source, self.output_dir)
+            url = self._place.url if self._place else str(self.output_dir)
+            checkpoints.describe(self.output_dir, self._base.name, url)
+            replace(self._notes, ended_at=step).write(self.output_dir)
         publisher = self._make_publisher(checkpoint)
-        return self._publish(publisher, checkpoints.step_of(checkpoint), checkpoint, {})
+        outcome = self._publish(publisher, step, checkpoint, {})
+        reason = f"the run had come to its end at step {step}: a larger max_steps or num_train_epochs goes on"
+        return replace(outcome, reason=reason)
+
+    def _has_result(self, checkpoint: Path) -> bool:
+        """Whether what lies in the place of the result is that of the run that ended with a checkpoint."""
+        from trainer import checkpoints
+
+        found = notes.read(self.output_dir)
+        has_weights = any(self.output_dir.glob("*.safetensors"))
+        return has_weights and found is not None and found.ended_at == checkpoints.step_of(checkpoint)
 
     def _make_trainer(self, model: Any, tokenizer: Any, train_data: Any, eval_data: Any) -> Any:
         try:

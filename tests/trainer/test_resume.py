@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +19,8 @@ import pytest
 
 import obsfs
 from tests.conftest import Store, contents, stop_group
-from tests.trainer.conftest import QUICK, Losses
-from trainer import checkpoints
+from tests.trainer.conftest import QUICK, ROWS, Losses, write_lines
+from trainer import checkpoints, notes
 from trainer.place import Place
 
 RUN = {**QUICK, "method": "qlora", "max_steps": 12, "save_strategy": "steps", "save_steps": 2}
@@ -40,6 +42,12 @@ def finish(process: subprocess.Popen[str]) -> str:
     out, _ = process.communicate(timeout=_SECONDS)
     assert process.returncode == 0, out
     return out
+
+
+def checkpoint_place(url: str) -> Path:
+    """Where a run to a bucket keeps its checkpoints on this machine."""
+    (found,) = (Path(os.environ["XDG_STATE_HOME"]) / "obsfs" / "runs").glob(f"{url.rpartition('/')[2]}-*")
+    return found
 
 
 def history(checkpoint: Path) -> dict[int, float]:
@@ -106,6 +114,145 @@ def test_a_torn_checkpoint_is_none(run: Callable[..., Any], rows: Path, tmp_path
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_only_from_what_it_was_made_with(
+    run: Callable[..., Any], rows: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    given = {**RUN, "method": "lora", "data": str(rows), "lora_r": 4, "max_steps": 2, "model": str(tiny)}
+    run(**given)
+    other, same = tmp_path / "other", tmp_path / "same"
+    for copy in (other, same):
+        shutil.copytree(tiny, copy)
+    for shard in other.glob("*.safetensors"):  # the same shapes, names and sizes
+        save_file({name: one + torch.ones_like(one) for name, one in load_file(shard).items()}, shard, {"format": "pt"})
+    given |= {"max_steps": 4, "resume": True}
+    for changed, message in (
+        ({"model": str(other)}, f"checkpoint-2 is of the base {tiny}, and the model is {other}"),
+        ({"method": "qlora"}, "checkpoint-2 was made with method lora, not qlora"),
+        ({"lora_r": 8}, "checkpoint-2 was made with rank (lora_r) 4, not 8"),
+        ({"target_modules": ["q_proj", "v_proj"]}, "up_proj, v_proj, not q_proj, v_proj"),
+    ):
+        with pytest.raises(obsfs.ObsfsError) as caught:
+            run(**{**given, **changed})
+        assert message in str(caught.value)
+        assert "choose another output" in str(caught.value)
+    capsys.readouterr()
+    fewer = write_lines(tmp_path / "fewer.jsonl", ROWS[:12])
+    outcome = run(**{**given, "model": str(same), "data": str(fewer), "learning_rate": 1e-3})
+    assert (outcome.resumed_from, outcome.steps) == (2, 4)
+    told = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("since checkpoint-2"))
+    assert f"data {rows} then, {fewer} now" in told
+    assert "records 32 then, 12 now" in told
+    assert "learning_rate 0.005 then, 0.001 now (the optimiser's state has 0.005" in told
+    # What an older version has made says nothing; what a later one has made, nobody here can read.
+    checkpoint = tmp_path / "out" / "checkpoint-4"
+    made_with = json.loads((checkpoint / notes.NAME).read_bytes())
+    (checkpoint / notes.NAME).unlink()
+    checkpoints.seal(checkpoint)
+    assert run(**{**given, "max_steps": 6}).steps == 6
+    assert "checkpoint-4 does not say what it was made with" in capsys.readouterr().err
+    checkpoint = tmp_path / "out" / "checkpoint-6"
+    (checkpoint / notes.NAME).write_text(json.dumps({**made_with, "version": 2}))
+    checkpoints.seal(checkpoint)
+    with pytest.raises(obsfs.ObsfsError, match="by a later version of obsfs"):
+        run(**{**given, "max_steps": 8})
+
+
+@pytest.mark.slow
+def test_the_best_of_a_run_stays_its_result(
+    run: Callable[..., Any], rows: Path, bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = {
+        "eval_data": str(rows), "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss", "greater_is_better": True,  # the first is the best so
+    }  # fmt: skip
+    url = f"{bucket}/adapters/best"
+    given = {**RUN, "method": "lora", "data": str(rows), "max_steps": 6, "save_total_limit": 2, "output": url, **best}
+    outcome = run(**given)
+    assert outcome.reason == ""
+
+    def result(name: str) -> bytes:
+        place = obsfs.snapshot_download(url, local_dir=tmp_path / name)
+        return Path(place, "adapter_model.safetensors").read_bytes()
+
+    first = result("first")
+    last = obsfs.snapshot_download(f"{url}@checkpoint-6", local_dir=tmp_path / "last")
+    assert Path(last, "adapter_model.safetensors").read_bytes() != first
+    again = run(**given, resume=True)
+    assert (again.steps, again.resumed_from) == (6, 6)
+    assert again.reason.startswith("the run had come to its end at step 6")
+    assert result("again") == first
+    # Elsewhere neither the result nor the best checkpoint is on the disk, and the run may also go on.
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
+    run(**given, resume=True)
+    assert result("elsewhere") == first
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "third"))
+    further = run(**{**given, "max_steps": 8}, resume=True)
+    assert (further.resumed_from, further.steps) == (6, 8)
+    assert result("further") == first
+    assert checkpoints.local_steps(checkpoint_place(url)) == [2, 8]
+    # Without the best checkpoint there is nothing to give.
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "fourth"))
+    Place(url, {}).remove(2)
+    with pytest.raises(obsfs.ObsfsError, match="the best checkpoint of the run, checkpoint-2, is gone"):
+        run(**{**given, "max_steps": 10}, resume=True)
+
+
+def test_what_cannot_change_is_refused_and_what_can_is_said(tiny: Path, tmp_path: Path) -> None:
+    from trainer import base
+    from trainer.config import load_config
+
+    def noted(**given: Any) -> notes.Notes:
+        config = load_config({"model": str(tiny), "data": "d", "output": "o", "method": "lora", **given})
+        parts = config.parts(tmp_path)
+        return notes.take(config, parts, base.Base(tiny, str(tiny)), base.plan_adapter(tiny, parts.lora))
+
+    then = noted()
+    then.write(tmp_path)
+    assert notes.read(tmp_path) == then
+    for changed, message in (
+        ({"lora_alpha": 8}, "lora_alpha 32, not 8"),
+        ({"method": "dora"}, "method lora, not dora"),
+        ({"rank_pattern": {"q_proj": 2}}, "the adapter's parameters"),
+        ({"task": "dpo"}, "task sft, not dpo"),
+        ({"optim": "sgd"}, "optim adamw_torch, not sgd"),
+        ({"load_in_8bit": True}, "base in 4 or 8 bits False, not True"),
+    ):
+        with pytest.raises(obsfs.ObsfsError, match=re.escape(message)):
+            notes.refuse_other("checkpoint-2", then, noted(**changed))
+    now = noted(optim="adamw_torch", per_device_train_batch_size=3, seed=7, data=["d", "e"])
+    notes.refuse_other("checkpoint-2", then, now)
+    told = notes.changes(then, now)
+    for text in ("data d then, d, e now", "per_device_train_batch_size 8 then, 3 now", "seed 42 then, 7 now"):
+        assert text in told
+    assert notes.changes(then, noted()) == ""
+    (tmp_path / notes.NAME).write_text("{")
+    assert notes.read(tmp_path) is None
+
+
+def test_a_seal_can_be_renewed(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    checkpoints.seal(tmp_path)
+    (tmp_path / "b").write_bytes(b"abcdef" * 99)
+    checkpoints.seal(tmp_path)
+    assert checkpoints.is_whole(tmp_path)
+    (tmp_path / "b").write_bytes(b"")
+    assert not checkpoints.is_whole(tmp_path)
+
+
+def test_a_model_is_known_by_its_weights(tiny: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny, copy)
+    assert notes.digest_model(copy) == notes.digest_model(tiny)
+    shard = max(copy.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    size = shard.stat().st_size
+    shard.write_bytes(shard.read_bytes()[: size // 2] + bytes(size - size // 2))
+    assert notes.digest_model(copy) != notes.digest_model(tiny)
+
+
+@pytest.mark.slow
 def test_resuming_nothing_is_beginning(run: Callable[..., Any], rows: Path) -> None:
     outcome = run(data=str(rows), max_steps=1, resume=True)
     assert (outcome.resumed_from, outcome.steps) == (0, 1)
@@ -116,7 +263,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_mount(model: str, rows: Path, bucket: 
     process = start(tmp_path, model=model, data=str(rows), output=f"{bucket}/a", max_steps=100000, save_steps=50000)
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("step 3/"):
+        if line.startswith("step 1/"):
             break
     pid = process.pid
     os.kill(pid, signal.SIGINT)

@@ -62,7 +62,9 @@ def test_every_method_and_task_learns(
     told = list(losses.found.values())
     assert outcome.steps == len(told) == 12
     assert sum(told[-3:]) < sum(told[:3]) * 0.95, told
-    assert capsys.readouterr().err.count(" tokens/s ") == 12
+    shown = [line for line in capsys.readouterr().err.splitlines() if " tokens/s " in line]
+    assert shown[0].startswith("step 1/12  loss ")
+    assert shown[-1].startswith("step 12/12  loss ")
     out = Path(outcome.output)
     name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
     assert {name, "tokenizer.json", "README.md", "train.yaml"} <= {one.name for one in out.iterdir()}
@@ -248,6 +250,58 @@ def test_a_check_trains_nothing(run: Train, rows: Path, bucket: Store) -> None:
     assert Place(f"{bucket}/adapters/b", {}).is_taken()
 
 
+class _Clock:
+    """Goes on by itself only as far as the test says."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def time(self) -> float:
+        return self.now
+
+
+def test_without_a_terminal_a_line_comes_now_and_then(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from trainer import progress
+    from trainer.base import Base
+
+    clock = _Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    arguments, model = TrainingArguments("unused", use_cpu=True), torch.nn.Linear(2, 2)
+
+    def steps(number: int, *, seconds: float, log_every: int, as_json: bool = False) -> list[str]:
+        state, control = TrainerState(max_steps=number), TrainerControl()
+        shown = progress.Progress(Base(tiny, "m"), progress.Timeline(1000.0), as_json=as_json, on_first_step=list)
+        shown.on_train_begin(arguments, state, control, model=model)
+        for step in range(1, number + 1):
+            clock.now += seconds
+            state.global_step = step
+            control.should_log = step == 1 or step % log_every == 0
+            shown.on_step_end(arguments, state, control)
+            if control.should_log:
+                shown.on_log(arguments, state, control, {"loss": 100.0 - step})
+        shown.on_train_end(arguments, state, control)
+        told = capsys.readouterr()
+        assert bool(told.out) is as_json
+        return told.err.splitlines()
+
+    def numbers(lines: list[str]) -> list[int]:
+        return [int(line.removeprefix("step ").partition("/")[0]) for line in lines]
+
+    quick = steps(100, seconds=1, log_every=1)  # a log per second: every tenth is told, and the first and the last
+    assert numbers(quick) == [1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 100]
+    assert quick[1].startswith("step 11/100  loss 89.0000")
+    assert numbers(steps(5, seconds=1, log_every=1)) == [1, 5]
+    slow = steps(5, seconds=60, log_every=10)  # ten minutes to the next log: every step is told
+    assert numbers(slow) == [1, 2, 3, 4, 5]
+    assert slow[3].startswith("step 4/5  loss 99.0000")  # the newest that is known
+    assert steps(5, seconds=60, log_every=1, as_json=True) == []
+
+
 @pytest.mark.slow
 def test_what_people_and_machines_see(
     model: str, rows: Path, tmp_path: Path, obsfs_command: Callable[..., Any], other_processor: None
@@ -257,7 +311,7 @@ def test_what_people_and_machines_see(
     shown = obsfs_command(*common, "--output", tmp_path / "a", timeout=120)
     assert shown.code == 0, shown.err
     assert shown.out.strip() == str(tmp_path / "a")
-    for text in ("step 2/4  loss ", "tokens/s", "memory ", "fetched ", "first step after"):
+    for text in ("step 1/4  loss ", "step 4/4  loss ", "tokens/s", "memory ", "fetched ", "first step after"):
         assert text in shown.err
     for chatter in ("Warning", "Failed to load", "kernels-community"):
         assert chatter not in shown.err
