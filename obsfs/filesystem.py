@@ -7,10 +7,14 @@ the mount: what one of them has fetched, the other finds.
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
+import inspect
 import os
 import threading
+import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -18,22 +22,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fsspec.asyn import get_loop
+from aiobotocore.session import AioSession
+from botocore.exceptions import BotoCoreError, ClientError
+from fsspec.asyn import get_loop, sync_wrapper
 from fsspec.callbacks import DEFAULT_CALLBACK
-from fsspec.spec import AbstractBufferedFile
 from s3fs import S3FileSystem
+from s3fs.core import S3File
+from s3fs.utils import FileExpired
 
 from obsfs.blocks.reader import Engine, Reader
-from obsfs.errors import ObsfsError
+from obsfs.errors import ExpiredError, ObsfsError, UsageError, VersionChangedError
+from obsfs.remote import address as addresses
 from obsfs.remote.address import Address
 from obsfs.remote.client import Bucket, connect
 from obsfs.remote.credentials import Keys
+from obsfs.remote.failures import translated
 from obsfs.remote.objects import ObjectVersion, tag
-from obsfs.settings import Settings, knobs
+from obsfs.settings import Settings, did_you_mean, knobs
 
 _T = TypeVar("_T")
 
 _BUFFER = 128 << 10
+"""Bytes that an open file reads ahead by itself; the engine behind it reads further ahead."""
+_RENEW_SECONDS = 1.0
+_TO_FSSPEC = ("use_listings_cache", "listings_expiry_time", "max_paths")
+"""Options that s3fs hands to fsspec."""
+_DEFAULT_REGION = "us-east-1"
+"""The region for which Amazon refuses a LocationConstraint:
+https://docs.aws.amazon.com/AmazonS3/latest/API/API_CreateBucket.html."""
 _COPY = 8 << 20
 _WAITING = 256
 """Requests, and reads, that may wait for the bucket at a time: objects that do not answer hold up no others. The
@@ -51,13 +67,46 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
+class StaleFileError(FileExpired):
+    """The object was replaced after it was opened: s3fs's error for that, with the mount's errno (ESTALE)."""
+
+    def __init__(self, error: VersionChangedError) -> None:
+        OSError.__init__(self, error.errno, str(error))
+
+
 @contextmanager
 def _as_oserror() -> Iterator[None]:
     """fsspec's callers expect OSError and its kin (FileNotFoundError, PermissionError)."""
     try:
         yield
+    except VersionChangedError as error:
+        raise StaleFileError(error) from None
     except ObsfsError as error:
         raise OSError(error.errno, str(error)) from None
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raise UsageError for an option that neither s3fs, nor fsspec, nor a session of aiobotocore takes."""
+    takers = S3FileSystem.__init__, AioSession.__init__
+    taken = {*(name for taker in takers for name in inspect.signature(taker).parameters), *_TO_FSSPEC}
+    for name in options:
+        if name not in taken - {"self", "kwargs"}:
+            hint = did_you_mean(name, [*taken, *knobs()]) or "see the arguments of s3fs.S3FileSystem and obsfs.Settings"
+            raise UsageError(f"OBSFileSystem has no option {name!r}", hint)
+
+
+def _keys_of(options: dict[str, Any], client_kwargs: dict[str, Any]) -> Keys | None:
+    """Take the keys from where s3fs takes them. Raises UsageError for half a pair."""
+    names = (("key", "username", "aws_access_key_id"), ("secret", "password", "aws_secret_access_key"),
+             ("token", "aws_session_token"))  # fmt: skip
+    found = []
+    for meanings in names:
+        given = [place.pop(name, None) for name in meanings for place in (options, client_kwargs)]
+        found.append(next((value for value in given if value), None))
+    key, secret, token = found
+    if bool(key) != bool(secret):
+        raise UsageError(f"{'secret' if key else 'key'} is not given", "key and secret go together")
+    return Keys(key, secret, token) if key and secret else None
 
 
 class OBSFileSystem(S3FileSystem):
@@ -65,28 +114,35 @@ class OBSFileSystem(S3FileSystem):
 
     Takes s3fs's arguments (``key``, ``secret``, ``token``, ``anon``, ``endpoint_url``, ``profile``, ``client_kwargs``)
     and the fields of :class:`~obsfs.settings.Settings` (``region``, ``cache_dir``, ``cache_size``, ``connections``).
-    Raises UsageError when they do not fit.
+    What the block cache cannot do (requester pays, objects encrypted with a key of the client's), s3fs reads.
 
-    In a forked child (a DataLoader's worker) it begins anew, with an engine and connections of its own.
+    In a forked child (a DataLoader's worker) it starts again, with an engine and connections of its own.
+
+    Raises:
+        UsageError: An option is unknown, or does not fit.
     """
 
-    protocol = ("obs",)
+    protocol = ("obs", "s3", "s3a")
+    """The first is ours; paths of the others name the same objects, as on the command line."""
 
     def __init__(self, **options: Any) -> None:
         client_kwargs = dict(options.pop("client_kwargs", None) or {})
         given = {name: options.pop(name) for name in list(options) if name in knobs()}
+        _check_options(options)
         given.setdefault("endpoint_url", client_kwargs.pop("endpoint_url", None))
         given.setdefault("region", client_kwargs.pop("region_name", None))
         given["no_sign_request"] = given.get("no_sign_request") or options.pop("anon", None)
         self.settings = Settings.load(**given)
-        key, secret, token = (options.pop(name, None) for name in ("key", "secret", "token"))
-        self._keys = Keys(key, secret, token) if key and secret else None
+        self._keys = _keys_of(options, client_kwargs)
         connection = connect(self.settings, keys=self._keys)
         keys = connection.keys
         config = {name: value for name, value in connection.config.items() if name != "signature_version"}
         options.setdefault("listings_expiry_time", self.settings.metadata_ttl)
         if self.settings.profile:
             options["profile"] = self.settings.profile
+        self._region = connection.region
+        self._renewed = float("-inf")
+        self._read_size: int = options.get("default_block_size") or _BUFFER
         self._engine_guard = threading.Lock()
         self._engine: Engine | None = None
         self._threads = ThreadPoolExecutor(_WAITING, thread_name_prefix="obsfs-read")
@@ -97,12 +153,10 @@ class OBSFileSystem(S3FileSystem):
             key=keys.access_key if keys else None,
             secret=keys.secret_key if keys else None,
             token=keys.token if keys else None,
-            client_kwargs={
-                "region_name": connection.region,
-                **({"verify": False} if self.settings.insecure_tls else {}),
-                **client_kwargs,
-            },
+            client_kwargs={**({"verify": False} if self.settings.insecure_tls else {}), **client_kwargs},
             config_kwargs={
+                # Not in client_kwargs: s3fs would send it as the place of every new bucket, also where it is refused.
+                "region_name": connection.region,
                 "max_pool_connections": _WAITING,
                 **config,
                 **(options.pop("config_kwargs", None) or {}),
@@ -147,10 +201,40 @@ class OBSFileSystem(S3FileSystem):
         return super().loop
 
     async def set_session(self, refresh: bool = False, kwargs: Any = None) -> Any:
-        """As s3fs's, which every request begins with."""
+        """Connect, as s3fs does; with `refresh`, with the credentials that there are now."""
         if self._is_forked:
             self._begin_anew()
-        return await super().set_session(refresh=refresh, kwargs=kwargs or {})
+        if refresh and self._keys is None and not self.anon:
+            # s3fs would sign with the keys that it was made with for as long as it lives.
+            keys = await asyncio.to_thread(lambda: connect(self.settings).keys)
+            self.key = keys.access_key if keys else None
+            self.secret = keys.secret_key if keys else None
+            self.token = keys.token if keys else None
+        client = await super().set_session(refresh=refresh)
+        if not addresses.is_aws(self.endpoint_url):
+            client.meta.events.register("before-sign.s3.DeleteObjects", _use_md5, unique_id="obsfs-content-md5")
+        return client
+
+    async def _call_s3(self, method: str, *arguments: Any, **options: Any) -> Any:
+        try:
+            return await super()._call_s3(method, *arguments, **options)
+        except (OSError, ClientError) as error:
+            if self._keys is not None or self.anon or not _is_expired(error):
+                raise
+        if time.monotonic() - self._renewed >= _RENEW_SECONDS:
+            self._renewed = time.monotonic()
+            await self.set_session(refresh=True)
+        return await super()._call_s3(method, *arguments, **options)
+
+    call_s3 = sync_wrapper(_call_s3)
+
+    async def _mkdir(self, path: str, acl: Any = False, create_parents: bool = True, **options: Any) -> None:
+        region = options.pop("region_name", None) or self._region
+        if region != _DEFAULT_REGION:
+            options["region_name"] = region
+        await super()._mkdir(path, acl=acl, create_parents=create_parents, **options)
+
+    mkdir = sync_wrapper(_mkdir)
 
     def _version(self, path: str, info: dict[str, Any]) -> ObjectVersion:
         bucket, key, _ = self.split_path(path)
@@ -161,15 +245,36 @@ class OBSFileSystem(S3FileSystem):
         etag = tag(info.get("ETag"), modified)
         return ObjectVersion(self.endpoint_url, bucket, key, etag, info["size"], modified=modified)
 
-    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> Any:
-        if mode != "rb" or options.get("version_id") or self.split_path(path)[2]:
-            return super()._open(path, mode=mode, block_size=block_size, **options)
-        return OBSFile(self, path, block_size=block_size or _BUFFER)
+    def _is_beyond_cache(self, path: str, version_id: str | None = None, **options: Any) -> bool:
+        """Whether s3fs has to read this: an older version, or with what the engine's requests do not carry."""
+        return bool(
+            version_id
+            or self.version_aware
+            or self.split_path(path)[2]
+            or self.requester_pays
+            or options.get("requester_pays")
+            or any(name.startswith("SSECustomer") for name in (*self.s3_additional_kwargs, *options))
+        )
+
+    def _open(
+        self, path: str, mode: str = "rb", block_size: int | None = None, cache_type: str | None = None, **options: Any
+    ) -> Any:
+        if mode != "rb" or self._is_beyond_cache(path, **options):
+            return super()._open(path, mode=mode, block_size=block_size, cache_type=cache_type, **options)
+        taken = ("fill_cache", "size", "cache_options")
+        chosen = {name: options[name] for name in taken if options.get(name) is not None}
+        return OBSFile(
+            self,
+            path,
+            block_size=block_size or self._read_size,
+            cache_type=cache_type or self.default_cache_type,
+            **{"fill_cache": self.default_fill_cache, **chosen},
+        )
 
     async def _cat_file(
         self, path: str, version_id: str | None = None, start: int | None = None, end: int | None = None, **options: Any
     ) -> bytes:
-        if version_id or self.split_path(path)[2]:
+        if self._is_beyond_cache(path, version_id, **options):
             data: bytes = await super()._cat_file(path, version_id=version_id, start=start, end=end, **options)
             return data
         version = self._version(path, await self._info(path))
@@ -196,7 +301,7 @@ class OBSFileSystem(S3FileSystem):
     async def _get_file(
         self, rpath: str, lpath: str, callback: Any = DEFAULT_CALLBACK, version_id: str | None = None, **options: Any
     ) -> None:
-        if version_id or self.split_path(rpath)[2]:
+        if self._is_beyond_cache(rpath, version_id, **options):
             await super()._get_file(rpath, lpath, callback=callback, version_id=version_id, **options)
             return
         if Path(lpath).is_dir():
@@ -205,9 +310,9 @@ class OBSFileSystem(S3FileSystem):
         if info["type"] == "directory":
             Path(lpath).mkdir(parents=True, exist_ok=True)
             return
-        await self._in_thread(self._copy, self._version(rpath, info), Path(lpath), callback)
+        await self._in_thread(self._download, self._version(rpath, info), Path(lpath), callback)
 
-    def _copy(self, version: ObjectVersion, target: Path, callback: Any) -> None:
+    def _download(self, version: ObjectVersion, target: Path, callback: Any) -> None:
         callback.set_size(version.size)
         with _as_oserror(), self._reader(version) as reader, target.open("wb") as file:
             for start in range(0, version.size, _COPY):
@@ -216,7 +321,34 @@ class OBSFileSystem(S3FileSystem):
                 callback.relative_update(len(data))
 
 
-class OBSFile(AbstractBufferedFile):
+def _use_md5(request: Any, **_: Any) -> None:
+    """Send the checksum that a bulk delete must carry as Content-MD5, which OBS and others ask for, and not as CRC32.
+
+    botocore calls it just before it signs the request.
+    """
+    for name in [
+        name for name in request.headers if name.lower().startswith(("x-amz-checksum-", "x-amz-sdk-checksum"))
+    ]:
+        del request.headers[name]
+    body = request.body if isinstance(request.body, bytes) else request.body.encode()
+    request.headers["Content-MD5"] = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
+
+
+def _is_expired(error: OSError | ClientError) -> bool:
+    """Whether the server refused the token because its time is over."""
+    cause = error if isinstance(error, ClientError) else error.__cause__
+    if not isinstance(cause, ClientError | BotoCoreError):
+        return False
+    try:
+        with translated("the bucket"):
+            raise cause
+    except ExpiredError:
+        return True
+    except ObsfsError:
+        return False
+
+
+class OBSFile(S3File):
     """An object open for reading, pinned to the version (ETag) it had when it was opened.
 
     Reads raise OSError with ESTALE when the object was replaced and the bytes are not in the cache. A forked child may
@@ -226,25 +358,28 @@ class OBSFile(AbstractBufferedFile):
     cache: Any
 
     def __init__(
-        self, fs: OBSFileSystem, path: str, *, block_size: int, version: ObjectVersion | None = None, position: int = 0
+        self,
+        fs: OBSFileSystem,
+        path: str,
+        *,
+        version: ObjectVersion | None = None,
+        position: int = 0,
+        size: int | None = None,
+        **options: Any,
     ) -> None:
         self._release: Any = None
-        info = None
-        if version is None:
-            info = fs.info(path)
-            version = fs._version(path, info)
-        super().__init__(fs, path, mode="rb", block_size=block_size, cache_type="readahead", size=version.size)
-        if info is not None:
-            self.details = info
+        self._options = options
+        super().__init__(fs, path, "rb", size=version.size if version and size is None else size, **options)
         self.loc = position
-        self._version = version
+        self._version = version or fs._version(path, self.details)
         self._guard = threading.Lock()
         self._reader: Reader | None = None
         self._hold()
         _living[id(self)] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.fs, self.path, self.blocksize, self._version, self.loc)
+        again = partial(OBSFile, version=self._version, position=self.loc, size=self.size, **self._options)
+        return again, (self.fs, self.path)
 
     def _hold(self) -> Reader:
         with self._guard:
@@ -259,7 +394,8 @@ class OBSFile(AbstractBufferedFile):
         """In a forked child: forget the parent's reader, and a buffer that it was perhaps just changing."""
         self._guard = threading.Lock()
         self._reader = self._release = None
-        self.cache = type(self.cache)(self.blocksize, self._fetch_range, self.size)
+        options = self._options.get("cache_options") or {}
+        self.cache = type(self.cache)(self.blocksize, self._fetch_range, self.size, **options)
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         with _as_oserror():
@@ -278,7 +414,3 @@ class OBSFile(AbstractBufferedFile):
         if release is not None:
             with suppress(RuntimeError):  # Python is about to end
                 get_loop().call_soon_threadsafe(release)
-
-
-def _reopen(fs: OBSFileSystem, path: str, block_size: int, version: ObjectVersion, position: int) -> OBSFile:
-    return OBSFile(fs, path, block_size=block_size, version=version, position=position)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import gc
 import hashlib
+import inspect
 import multiprocessing
 import os
 import pickle
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,12 @@ import fsspec
 import pandas
 import pyarrow.parquet
 import pytest
+from botocore.awsrequest import AWSResponse
+from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 import obsfs
+from obsfs.filesystem import OBSFile
 from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for
 from tests.faulty import FaultyLink
 
@@ -163,3 +170,133 @@ def test_keys_given_as_s3fs_takes_them(bucket: Store, monkeypatch: pytest.Monkey
         skip_instance_cache=True,
     )
     assert filesystem.cat_file(f"{bucket.name}/a") == b"a"
+
+
+def test_copying_is_s3fs_s(bucket: Store) -> None:
+    filesystem = fsspec.filesystem("obs")
+    filesystem.pipe({f"{bucket.name}/from/{name}": name.encode() for name in "abc"})
+    filesystem.copy(f"{bucket.name}/from/", f"{bucket.name}/to/", recursive=True, batch_size=2)
+    assert filesystem.cat([f"{bucket.name}/to/{name}" for name in "abc"]) == {
+        f"{bucket.name}/to/{name}": name.encode() for name in "abc"
+    }
+    filesystem.mv(f"{bucket.name}/to/a", f"{bucket.name}/to/d")
+    assert filesystem.ls(f"{bucket.name}/to", detail=False, refresh=True) == [
+        f"{bucket.name}/to/{name}" for name in "bcd"
+    ]
+
+
+def test_nothing_that_fsspec_awaits_is_hidden_by_another_thing() -> None:
+    for name, own in vars(obsfs.OBSFileSystem).items():
+        inherited = getattr(S3FileSystem, name, None)
+        assert inspect.iscoroutinefunction(own) == inspect.iscoroutinefunction(inherited) or inherited is None, name
+
+
+@pytest.fixture(scope="module")
+def amazon() -> Iterator[str]:
+    """A server as strict about regions as Amazon."""
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    running.start()
+    host, port = running.get_host_and_port()
+    yield f"http://{host}:{port}"
+    running.stop()
+
+
+@pytest.mark.parametrize("region", [None, "us-east-1", "eu-west-2"])
+def test_a_bucket_is_made_in_any_region(region: str | None, amazon: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    filesystem = obsfs.OBSFileSystem(endpoint_url=amazon, region=region, skip_instance_cache=True)
+    filesystem.mkdir(f"bucket-{region}")
+    filesystem.makedirs(f"bucket-{region}/dir", exist_ok=True)
+    filesystem.mkdir(f"given-{region}", region_name="us-east-1" if region != "eu-west-2" else "eu-west-2")
+    assert {f"bucket-{region}", f"given-{region}"} <= set(filesystem.ls("", detail=False))
+    place = filesystem.call_s3("get_bucket_location", Bucket=f"bucket-{region}")["LocationConstraint"]
+    assert place == (region if region == "eu-west-2" else None)
+
+
+def test_a_bulk_delete_carries_what_obs_asks_for(bucket: Store) -> None:
+    filesystem = fsspec.filesystem("obs", skip_instance_cache=True)
+    filesystem.pipe({f"{bucket.name}/dir/{name}": b"x" for name in "abc"})
+    sent: list[Any] = []
+    filesystem.s3.meta.events.register("before-send.s3.DeleteObjects", lambda request, **_: sent.append(request))
+    filesystem.rm(f"{bucket.name}/dir", recursive=True)
+    (request,) = sent
+    body = request.body if isinstance(request.body, bytes) else request.body.encode()
+    names = {name.lower(): value for name, value in request.headers.items()}
+    md5 = names["content-md5"]
+    assert base64.b64decode(md5) == hashlib.md5(body).digest()
+    assert not [name for name in names if "checksum" in name]
+    assert "Contents" not in bucket.client.list_objects_v2(Bucket=bucket.name)
+
+
+def test_an_open_file_offers_what_s3fs_s_does(bucket: Store) -> None:
+    filesystem = fsspec.filesystem("obs", skip_instance_cache=True, default_cache_type="bytes", default_block_size=MIB)
+    path = f"{bucket.name}/x"
+    filesystem.pipe_file(path, random_bytes(3 * MIB))
+    with filesystem.open(path) as file:
+        file.setxattr(color="blue")
+        assert file.getxattr("color") == "blue"
+        assert file.metadata()["color"] == "blue"
+        assert bucket.name in file.url()
+        assert (file.version_id, file.blocksize, file.cache.name) == (None, MIB, "bytes")
+    with filesystem.open(path, size=100, cache_type="none", block_size=77) as file:
+        assert (file.size, file.blocksize, file.cache.name) == (100, 77, "none")
+        assert file.read() == random_bytes(3 * MIB)[:100]
+        again = pickle.loads(pickle.dumps(file))
+        assert (again.tell(), again.size, again.cache.name) == (100, 100, "none")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"cach_dir": "/x"}, "OBSFileSystem has no option 'cach_dir': did you mean 'cache_dir'?"),
+        ({"endpoint": "http://x"}, "OBSFileSystem has no option 'endpoint': did you mean 'endpoint_url'?"),
+        ({"max_concurency": 3}, "OBSFileSystem has no option 'max_concurency': did you mean 'max_concurrency'?"),
+        ({"key": "k"}, "secret is not given: key and secret go together"),
+        ({"client_kwargs": {"aws_secret_access_key": "s"}}, "key is not given: key and secret go together"),
+        ({"cache_size": "lots"}, "--cache-size lots: "),
+    ],
+)
+def test_a_wrong_option_is_one_error_of_ours(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(obsfs.ObsfsError) as caught:
+        fsspec.filesystem("obs", region="cn-south-1", skip_instance_cache=True, **options)
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
+
+
+def test_keys_in_client_kwargs_are_the_engine_s_too(bucket: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket.put("a", b"a")
+    server = bucket.server
+    for name in server.environment:
+        monkeypatch.delenv(name)
+    keys = {"aws_access_key_id": server.access_key, "aws_secret_access_key": server.secret_key}
+    filesystem = obsfs.OBSFileSystem(client_kwargs={"endpoint_url": server.endpoint, **keys}, skip_instance_cache=True)
+    assert filesystem.cat_file(f"{bucket.name}/a") == b"a"
+
+
+def test_keys_that_expire_are_replaced_in_s3fs_s_requests_too(bucket: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that is over: SeaweedFS has none that end, so that botocore is told the server's answer by a hook."""
+    bucket.put("a", b"a")
+    server = bucket.server
+    monkeypatch.setenv("OBSFS_ACCESS_KEY_ID", "over")
+    monkeypatch.setenv("OBSFS_SECRET_ACCESS_KEY", "over")
+    filesystem = obsfs.OBSFileSystem(skip_instance_cache=True)
+
+    def answer(**_: Any) -> Any:
+        refused = {"Error": {"Code": "ExpiredToken", "Message": "The provided token has expired."}}
+        return AWSResponse(bucket.server.endpoint, 400, {}, None), refused
+
+    filesystem.s3.meta.events.register("before-call.s3", answer)
+    monkeypatch.setenv("OBSFS_ACCESS_KEY_ID", server.access_key)
+    monkeypatch.setenv("OBSFS_SECRET_ACCESS_KEY", server.secret_key)
+    assert filesystem.ls(bucket.name, detail=False) == [f"{bucket.name}/a"]
+    assert filesystem.key == server.access_key
+
+
+def test_what_the_cache_cannot_read_s3fs_reads(bucket: Store) -> None:
+    bucket.put("a", b"a")
+    filesystem = fsspec.filesystem("obs", skip_instance_cache=True)
+    with filesystem.open(f"{bucket.name}/a", requester_pays=True) as file:
+        assert not isinstance(file, OBSFile)
+        assert file.read() == b"a"
+    assert isinstance(filesystem.open(f"s3://{bucket.name}/a"), OBSFile)

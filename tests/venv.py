@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / ".venv"
 PYTHON = HOME / "bin" / "python"
+S3FS_SOURCE = HOME / "s3fs"
 _CONSTRAINTS = ROOT / "tests" / "constraints.txt"
 _TORCH = "torch==2.13.0"
 
@@ -35,11 +36,19 @@ def ensure() -> None:
         _pip("install", "-q", "-U", "pip")
     _install_torch()
     _pip("install", "-q", "-c", str(_CONSTRAINTS), "-e", f"{ROOT}[test,bench]")
+    _fetch_s3fs_tests()
     stamp.write_text(wanted.hexdigest())
 
 
 def _pip(*arguments: str) -> None:
     subprocess.run([PYTHON, "-m", "pip", "--disable-pip-version-check", *arguments], check=True)
+
+
+def _fetch_s3fs_tests() -> None:
+    """s3fs's own tests, which obsfs runs on its file system, are in its source distribution only."""
+    show = "from importlib.metadata import version; print(version('s3fs'))"
+    version = subprocess.run([PYTHON, "-c", show], capture_output=True, text=True, check=True).stdout.strip()
+    _pip("download", "-q", "--no-deps", "--no-binary", "s3fs", "-d", str(S3FS_SOURCE), f"s3fs=={version}")
 
 
 def _install_torch() -> None:
