@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from obsfs.library.push import push_directory as push
     from obsfs.settings import Settings
 
+DISTRIBUTION = "obsfs-mount"
+"""Of which distribution this package is: others of its name exist (see :mod:`obsfs.ours`)."""
+
 __all__ = [
     "Mount",
     "OBSFileSystem",

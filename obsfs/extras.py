@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shlex
 from importlib import metadata
+from importlib.util import find_spec
 
 from packaging.requirements import InvalidRequirement, Requirement
 
 from obsfs.errors import UsageError
-
-DISTRIBUTION = "obsfs-mount"
-"""The name of our distribution. It is not on an index, so no hint may say ``pip install 'obsfs-mount[...]'``."""
+from obsfs.ours import DISTRIBUTION
 
 
 def missing(extra: str) -> list[str]:
@@ -60,8 +59,6 @@ def remedy(extra: str) -> str:
 
 def require(extra: str, *modules: str) -> None:
     """Raise UsageError, with the remedy, if one of `modules` (by import name) of an extra cannot be found."""
-    from importlib.util import find_spec
-
     for name in modules:
         try:
             is_there = find_spec(name) is not None

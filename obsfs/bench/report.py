@@ -11,6 +11,7 @@ from typing import Any
 
 from obsfs.bench.measure import Figure
 from obsfs.errors import UsageError
+from obsfs.extras import remedy
 
 KINDS = (".html", ".png")
 _COLD, _WARM = "#0072b2", "#e69f00"
@@ -32,7 +33,7 @@ def require(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UsageError(
-            "matplotlib, which draws the report, is missing", "pip install 'obsfs-mount[bench]', or --no-report"
+            "matplotlib, which draws the report, is missing", f"{remedy('bench')}, or --no-report"
         ) from None
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from obsfs.errors import ObsfsError, SettingWarning
+from obsfs.errors import ObsfsError, SettingWarning, UsageError
+from obsfs.ours import check_ours
 from obsfs.settings import did_you_mean
 from obsfs.text import visible
 from obsfs.version import __version__
@@ -82,17 +83,21 @@ class _Verbs(Group):
             if point is None:
                 return None
             try:
+                if point.module.partition(".")[0] == "trainer":
+                    check_ours("trainer")
                 found = point.load()
+            except UsageError as error:
+                return _broken(cmd_name, error.message, error.remedy)
             except ImportError as error:
                 return _broken(cmd_name, f"{point.value} cannot be loaded ({error})")
         return found if isinstance(found, click.Command) else None
 
 
-def _broken(name: str, reason: str) -> click.Command:
+def _broken(name: str, reason: str, remedy: str = "see to the package that has it") -> click.Command:
     """In place of a third party's verb, so that the others go on."""
 
     def tell(**_: object) -> None:
-        raise ObsfsError(f"obsfs {name}: {reason}", "see to the package that has it")
+        raise UsageError(f"obsfs {name}: {reason}", remedy)
 
     anything = click.Argument(["words"], nargs=-1, type=click.UNPROCESSED)
     settings = {"ignore_unknown_options": True}
@@ -117,6 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     shown = warnings.showwarning
     warnings.showwarning = _show_warning
     try:
+        check_ours()
         status = obsfs.main(arguments, prog_name="obsfs", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:

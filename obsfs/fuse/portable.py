@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from obsfs.errors import ObsfsError, UsageError, VersionChangedError
+from obsfs.extras import remedy
 from obsfs.fuse.kernel import channel
 from obsfs.fuse.operations import ROOT, UNKNOWN_INO, Attributes, Operations
 from obsfs.settings import Settings
@@ -24,7 +25,7 @@ from obsfs.settings import Settings
 try:
     import mfusepy
 except ImportError:
-    raise UsageError("--engine fusepy needs mfusepy", "pip install 'obsfs-mount[fusepy]'") from None
+    raise UsageError("--engine fusepy needs mfusepy", remedy("fusepy")) from None
 except OSError as error:
     raise UsageError(f"--engine fusepy needs libfuse ({error})", "install the package fuse3 (apt, dnf)") from None
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import urllib3
 
 from obsfs.errors import ForbiddenError, NotFoundError, ObsfsError, UnavailableError, UsageError
+from obsfs.extras import remedy
 from obsfs.library import manifest as manifests
 from obsfs.library.names import is_chosen, is_safe_path
 from obsfs.library.publish import Details
@@ -170,7 +171,7 @@ def _library(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError:
-        raise UsageError(f"the package {name.partition('.')[0]} is missing", "pip install 'obsfs-mount[hub]'") from None
+        raise UsageError(f"the package {name.partition('.')[0]} is missing", remedy("hub")) from None
 
 
 def _refused(status: int, what: str) -> ObsfsError:

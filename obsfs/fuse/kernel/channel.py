@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from obsfs.errors import UsageError
-from obsfs.fuse.kernel import wire
+from obsfs.fuse.kernel import privileges, wire
+from obsfs.fuse.kernel.privileges import Rights
 
 DEVICE = Path("/dev/fuse")
 FS_TYPE = "fuse.obsfs"
@@ -69,12 +70,12 @@ def mount(source: str, mountpoint: Path, *, allow_other: bool) -> int:
     Raises UsageError where neither way is open.
     """
     if not DEVICE.exists():
-        raise UsageError("/dev/fuse is missing", "load the fuse module; in a container, run it with --device /dev/fuse")
+        raise UsageError("/dev/fuse is missing", privileges.device_remedy(errno.ENOENT, Rights.of_process()))
     try:
         fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         # fusermount3 opens it with the user's rights too, so it could do no more.
-        remedy = "chmod 666 /dev/fuse as root, or run as root; in a container, --device /dev/fuse --cap-add SYS_ADMIN"
+        remedy = privileges.device_remedy(error.errno or 0, Rights.of_process())
         raise UsageError(f"/dev/fuse cannot be opened ({error.strerror})", remedy) from None
     options = f"fd={fd},rootmode={stat.S_IFDIR:o},user_id={os.getuid()},group_id={os.getgid()},default_permissions"
     if allow_other:
@@ -87,13 +88,16 @@ def mount(source: str, mountpoint: Path, *, allow_other: bool) -> int:
     os.close(fd)
     if failure == errno.EPERM:
         return _mount_by_helper(source, mountpoint, allow_other)
-    raise UsageError(f"cannot mount on {mountpoint} ({os.strerror(failure)})", "see dmesg")
+    raise UsageError(f"cannot mount on {mountpoint} ({os.strerror(failure)})", privileges.mount_remedy(failure))
 
 
 def _mount_by_helper(source: str, mountpoint: Path, allow_other: bool) -> int:
     helper = shutil.which("fusermount3")
     if helper is None:
-        raise UsageError("mounting as a user needs fusermount3", "install the package fuse3, or run as root")
+        raise UsageError(
+            f"mounting on {mountpoint} is not permitted, and there is no fusermount3",
+            privileges.no_helper_remedy(Rights.of_process()),
+        )
     ours, theirs = socket.socketpair()
     options = f"ro,nosuid,nodev,default_permissions,fsname={_escape(source)},subtype=obsfs"
     if allow_other:
@@ -111,7 +115,8 @@ def _mount_by_helper(source: str, mountpoint: Path, allow_other: bool) -> int:
         fds = socket.recv_fds(ours, 1, 1)[1] if done.returncode == 0 else []
     if not fds:
         reason = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
-        raise UsageError(f"cannot mount on {mountpoint} ({reason})", "own the directory, and see fusermount3(1)")
+        remedy = privileges.helper_remedy(reason, Rights.of_process(), Path(helper))
+        raise UsageError(f"cannot mount on {mountpoint} ({reason})", remedy)
     os.set_inheritable(fds[0], False)
     return fds[0]
 
