@@ -169,7 +169,7 @@ def serve(
         }
         operations = Operations(tree, engine, settings, identity, lambda: bucket.sites)
         if settings.engine == "native":
-            native = _Native(operations, mountpoint, settings, keeper, lock)
+            native = _Native(operations, mountpoint, settings, keeper=keeper, lock=lock, journal=journal)
             journal.on_whole = native.note_whole
             native.serve(on_ready, stop, takeover, is_serving)
         else:
@@ -238,10 +238,19 @@ def _retried(takeover: Takeover | None) -> Iterator[threading.Event]:
 class _Native:
     """The native engine on a mountpoint: from a new mount, or from the connection of a server that died."""
 
-    def __init__(self, operations: Operations, mountpoint: Path, settings: Settings, keeper: Keeper, lock: int) -> None:
+    def __init__(
+        self,
+        operations: Operations,
+        mountpoint: Path,
+        settings: Settings,
+        *,
+        keeper: Keeper,
+        lock: int,
+        journal: Journal,
+    ) -> None:
         self._operations, self._mountpoint, self._settings = operations, mountpoint, settings
         self._keeper, self._lock = keeper, lock
-        self._is_whole = True
+        self._journal = journal
 
     def serve(
         self, on_ready: Callable[[], None], stop: Stop, takeover: Takeover | None, is_serving: threading.Event
@@ -281,11 +290,10 @@ class _Native:
 
     @property
     def _state(self) -> dict[str, object]:
-        return {"direct": self._operations.can_be_direct, "is_whole": self._is_whole}
+        return {"direct": self._operations.can_be_direct, "is_whole": self._journal.is_whole}
 
     def note_whole(self, is_whole: bool) -> None:
         """The journal has lost records, or has all of them again."""
-        self._is_whole = is_whole
         if self._operations.identity["can_be_followed"]:
             self._keeper.note(self._state)
 

@@ -52,10 +52,11 @@ class Journal:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | start | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._records = 0
         self._floor = 0
-        self._is_whole = True
         self._next_try = 0.0
+        self.is_whole = True
+        """Whether the file has all that was recorded."""
         if not keep:
-            os.write(self._fd, _line([_MAGIC, FORMAT]))
+            self.record([_MAGIC, FORMAT])
 
     def renew(self) -> None:
         """Write it anew from the snapshot, in one go. Raises OSError."""
@@ -69,7 +70,7 @@ class Journal:
         """
         with self._guard:
             try:
-                if self._is_whole:
+                if self.is_whole:
                     data = b"".join(map(_line, changes))
                     if os.write(self._fd, data) != len(data):
                         raise OSError("the disk is full")
@@ -77,14 +78,14 @@ class Journal:
                 if self._records > max(_COMPACT_AFTER, 4 * self._floor) or self._is_mending_due():
                     self._compact()
             except OSError as error:
-                if self._is_whole:
+                if self.is_whole:
                     log.error("%s cannot be written (%s): a server that follows will not know all", self.path, error)
-                    self._is_whole = False
+                    self.is_whole = False
                     self.on_whole(False)
                 self._next_try = time.monotonic() + _MEND_SECONDS
 
     def _is_mending_due(self) -> bool:
-        return not self._is_whole and time.monotonic() >= self._next_try
+        return not self.is_whole and time.monotonic() >= self._next_try
 
     def _compact(self) -> None:
         fresh = self.path.with_suffix(".new")
@@ -102,8 +103,8 @@ class Journal:
         os.close(self._fd)
         self._fd = fd
         self._records = self._floor = len(lines)
-        if not self._is_whole:
-            self._is_whole = True
+        if not self.is_whole:
+            self.is_whole = True
             self.on_whole(True)
 
     def close(self) -> None:

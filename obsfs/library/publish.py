@@ -48,6 +48,8 @@ from obsfs.remote.objects import ObjectInfo, ObjectVersion
 from obsfs.remote.writer import COPY_PART, PART, Part, Writer, Written, part_size, parts_etag
 
 _CLAIM = f"{OWN}claim.json"
+_NOTES_FORMAT = 1
+"""Of what is noted of uploads under way; without a number it is format 0, which is the same."""
 _CLAIM_SECONDS = 900.0
 _SETTLE_SECONDS = 2.0
 _HASHERS = 4
@@ -88,7 +90,8 @@ class Details:
 class Notes:
     """The uploads that are under way, by their keys, in a file: what a later run goes on with.
 
-    `path` is locked by its owner already.
+    `path` is locked by its owner already. What another version of obsfs has left there in a later format is not gone on
+    with: those files are sent anew.
     """
 
     def __init__(self, path: Path) -> None:
@@ -98,8 +101,12 @@ class Notes:
             found = json.loads(path.read_bytes() or b"{}")
         except (OSError, ValueError):
             found = {}
-        self.uploads: dict[str, str] = dict(found.get("uploads", {}))
-        self.nonce: str = found.get("nonce") or secrets.token_hex(8)
+        if not isinstance(found, dict) or found.get("format", 0) not in (0, _NOTES_FORMAT):
+            found = {}
+        uploads, nonce = found.get("uploads"), found.get("nonce")
+        known = uploads.items() if isinstance(uploads, dict) else ()
+        self.uploads = {key: upload for key, upload in known if isinstance(upload, str)}
+        self.nonce = nonce if isinstance(nonce, str) and nonce else secrets.token_hex(8)
 
     def note(self, key: str, upload: str | None) -> None:
         """An upload has begun; None: it is over."""
@@ -113,7 +120,7 @@ class Notes:
     def save(self) -> None:
         """Write it down."""
         new = self._path.with_suffix(".new")
-        new.write_text(json.dumps({"uploads": self.uploads, "nonce": self.nonce}))
+        new.write_text(json.dumps({"format": _NOTES_FORMAT, "uploads": self.uploads, "nonce": self.nonce}))
         new.replace(self._path)
 
     def clear(self) -> None:

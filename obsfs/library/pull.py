@@ -43,6 +43,10 @@ from obsfs.settings import Settings
 _STEP = 8 << 20
 _WORKERS = 8
 _RECORD = f"{OWN}pulled.json"
+_FORMAT_AT = f"{OWN}format"
+"""Under which name the record of what was pulled says its format: no model has a file of that name."""
+_FORMAT = 1
+"""Without a number it is format 0, which is the same. Of a later one nothing is believed: files are hashed again."""
 _LOCK = f"{OWN}lock"
 SNAPSHOTS = "snapshots"
 """Where models go, in the cache directory, when no place is given."""
@@ -399,7 +403,7 @@ class Local:
             self._save()
 
     def _save(self) -> None:
-        self._write(inside(self.directory, _RECORD), json.dumps(self._record).encode())
+        self._write(inside(self.directory, _RECORD), json.dumps({_FORMAT_AT: _FORMAT, **self._record}).encode())
 
     def finish(self, manifest: Manifest) -> None:
         """What was wanted is there: files of an earlier version that are not in this one go, and the manifest comes.
@@ -454,7 +458,8 @@ def _read_record(directory: Path) -> dict[str, list[object]]:
         found = json.loads(read_small(directory, _RECORD, MAX_SMALL))
     except (OSError, ValueError, RecursionError, UsageError):
         return {}
-    entries = found.items() if isinstance(found, dict) else ()
+    is_known = isinstance(found, dict) and found.get(_FORMAT_AT, 0) in (0, _FORMAT)
+    entries = found.items() if is_known else ()
     return {
         path: entry
         for path, entry in entries

@@ -15,6 +15,8 @@ from obsfs.errors import UsageError
 from obsfs.settings import Settings
 
 _DIRECTORY = "library"
+_FORMAT = 1
+"""Of what is kept; without a number it is format 0, which is the same."""
 
 
 def _path(settings: Settings, library: str) -> Path:
@@ -37,7 +39,9 @@ def load(settings: Settings, library: str) -> dict[str, Any] | None:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and set(found) >= {"library", "endpoint", "models", "problems"} else None
+    if not isinstance(found, dict) or found.pop("format", 0) not in (0, _FORMAT):
+        return None
+    return found if set(found) >= {"library", "endpoint", "models", "problems"} else None
 
 
 def keep(settings: Settings, library: str, document: dict[str, Any]) -> None:
@@ -46,7 +50,7 @@ def keep(settings: Settings, library: str, document: dict[str, Any]) -> None:
     try:
         private.make_directory(settings.cache_dir, "cache directory", "choose another --cache-dir")
         private.make_level(path.parent)
-        private.write_file(path, json.dumps(document).encode())
+        private.write_file(path, json.dumps({"format": _FORMAT, **document}).encode())
     except (OSError, UsageError):
         pass
 
