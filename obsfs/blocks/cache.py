@@ -469,13 +469,19 @@ class Cache:
         self.exclusive.abandon()
 
 
-def cached_sizes(directory: Path, endpoint: str, bucket: str) -> dict[tuple[str, str], int]:
-    """Bytes that a cache directory has of each (key, ETag) of a bucket. Opens nothing that could be written."""
-    found: dict[tuple[str, str], int] = {}
+def cached_sizes(directory: Path, endpoint: str, bucket: str) -> dict[tuple[str, str, int], int]:
+    """Bytes that a cache directory has of each (key, ETag, size) of a bucket. Opens nothing that could be written.
+
+    The size tells versions apart where a server gives no ETags, or the same one twice. A map file whose data file is
+    gone, or was cut off, stands for nothing.
+    """
+    found: dict[tuple[str, str, int], int] = {}
     for path in map_paths(directory / FORMAT):
         entry = read_entry(path)
         if entry and (entry.version.endpoint, entry.version.bucket) == (endpoint, bucket):
-            found[entry.version.key, entry.version.etag] = entry.cached_bytes
+            with suppress(OSError):
+                if entry.path.stat().st_size == entry.version.size:
+                    found[entry.version.key, entry.version.etag, entry.version.size] = entry.cached_bytes
     return found
 
 

@@ -115,7 +115,7 @@ def _add_cached(document: dict[str, Any], settings: Settings) -> None:
     bucket = document["library"].partition("://")[2].partition("/")[0]
     sizes = cached_sizes(settings.cache_dir, document["endpoint"], bucket)
     for model in document["models"]:
-        model["cached"] = sum(sizes.get((key, etag), 0) for key, etag, _ in model["files"])
+        model["cached"] = sum(sizes.get((key, etag, size), 0) for key, etag, size in model["files"])
 
 
 def _print(library: str, document: dict[str, Any]) -> None:

@@ -162,13 +162,13 @@ class Pull:
         family = (name.at(None).prefix, f"{name.library}{name.name}@")
         wanted = {file.sha256 for file in files if file.sha256 and file.size >= _STEP}
         cached = cached_sizes(self._settings.cache_dir, endpoint, name.bucket) if wanted else {}
-        if not any(key.startswith(family) and not key.startswith(name.prefix) for key, _ in cached):
+        if not any(key.startswith(family) and not key.startswith(name.prefix) for key, *_ in cached):
             return {}
         found: dict[str, tuple[int, ObjectVersion]] = {}
         for model in catalog.relatives(self._bucket, name):
             for file in model.manifest.files if model.name != name else ():
                 version = model.version_of(file, endpoint)
-                size = cached.get((version.key, version.etag), 0)
+                size = cached.get((version.key, version.etag, version.size), 0)
                 if file.sha256 in wanted and size > found.get(file.sha256, (0,))[0]:
                     found[file.sha256] = size, version
         return {sha256: version for sha256, (_, version) in found.items()}

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from obsfs.blocks.cache import Cache
+from obsfs.blocks.cache import Cache, cached_sizes
 from obsfs.blocks.layout import BLOCK, checksum, evict_blocks, map_path, read_blocks
 from obsfs.blocks.object import CachedObject
 from obsfs.errors import CacheError
@@ -36,6 +36,23 @@ def put(cached: CachedObject, block: int, seed: int = 0) -> bytes:
     cached.put(block, memoryview(bytearray(data)))
     cached.unlock(blocks)
     return data
+
+
+def test_what_is_cached_is_told_for_each_size_and_only_where_the_data_is(tmp_path: Path) -> None:
+    store = Cache(tmp_path, GIB)
+    for size, key in ((3 * BLOCK, "replaced"), (BLOCK, "replaced"), (BLOCK, "lost"), (BLOCK, "cut")):
+        # Servers without ETags: a replaced object differs in its size alone.
+        cached = store.open(version(size, key, etag=""))
+        for block in range(cached.blocks):
+            put(cached, block)
+        cached.close()
+    for entry in store.entries():
+        if entry.version.key == "lost":
+            entry.path.unlink()
+        elif entry.version.key == "cut":
+            os.truncate(entry.path, 5)
+    whole = {("replaced", "", 3 * BLOCK): 3 * BLOCK, ("replaced", "", BLOCK): BLOCK}
+    assert cached_sizes(tmp_path, "http://here", "bucket") == whole
 
 
 def test_blocks_come_back(tmp_path: Path) -> None:
