@@ -124,12 +124,17 @@ def config_path() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "obsfs" / "config.toml"
 
 
+def state_home() -> Path:
+    """Where :func:`state_dir` is, or would be."""
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser().absolute() / "obsfs"
+
+
 def state_dir() -> Path:
     """What outlives a process and is no cache: ``$XDG_STATE_HOME/obsfs``, by default ``~/.local/state/obsfs``.
 
     Made if it is not there; nobody else can look into it. Raises UsageError.
     """
-    path = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "obsfs"
+    path = state_home()
     try:
         make_directory(path, "state directory", "set XDG_STATE_HOME to another place")
     except OSError as error:

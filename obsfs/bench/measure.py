@@ -8,17 +8,15 @@ measured as it is: after the kernel was told to forget the file, and again from 
 from __future__ import annotations
 
 import itertools
-import mmap
-import multiprocessing
 import os
 import random
 import shutil
 import stat
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +24,7 @@ from typing import NamedTuple
 
 from obsfs import private
 from obsfs.errors import CacheError, UnavailableError, UsageError
-from obsfs.fuse import mounts
+from obsfs.fuse import children, mounts
 from obsfs.settings import Settings
 
 _MIB = 1 << 20
@@ -86,17 +84,18 @@ def _random(place: Path, sample: Sample, most: int) -> float:
 
 
 def _mmap(place: Path, sample: Sample, most: int) -> float:
-    # In a process of its own: a page that does not come ends whoever has it mapped.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(_touch, place / sample.path, min(sample.size, most)).result()
-        except BrokenProcessPool:
-            raise UnavailableError(f"{sample.path} could not be read", "see `obsfs status` and the log") from None
-
-
-def _touch(path: Path, size: int) -> float:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as memory:
-        return _rate(lambda: len(memory[:: mmap.PAGESIZE]) * mmap.PAGESIZE)
+    size = min(sample.size, most)
+    done = subprocess.run(
+        children.python("-m", "obsfs.bench.touch", str(place / sample.path), str(size)),
+        cwd="/",
+        env=children.environment(),
+        capture_output=True,
+        check=False,
+    )
+    try:
+        return float(done.stdout)
+    except ValueError:
+        raise UnavailableError(f"{sample.path} could not be read", "see `obsfs status` and the log") from None
 
 
 def _first_byte(place: Path, sample: Sample, most: int) -> float:
@@ -274,10 +273,12 @@ def place_of(target: str, settings: Settings) -> Directory | Mounts:
     if "://" in target:
         return Mounts(target, settings)
     path = mounts.resolve(target)
-    for found in mounts.find():
-        if not isinstance(found, mounts.Stale) and found["mountpoint"] == str(path):
-            endpoint = settings.endpoint_url or found["endpoint"]
-            return Mounts(found["source"], replace(settings, endpoint_url=endpoint))
+    for found in mounts.find(path):
+        if found.state in ("dead", "not answering"):
+            raise UsageError(f"the mount {path} is {found.state}", "mount it again, or `obsfs umount` it")
+        if found.state == "mounted":
+            endpoint = settings.endpoint_url or found.status["endpoint"]
+            return Mounts(found.entry.source, replace(settings, endpoint_url=endpoint))
     if not path.is_dir():
         raise UsageError(f"{target} is no directory", "give a mountpoint, a directory, or obs://BUCKET[/PREFIX]")
     return Directory(path)

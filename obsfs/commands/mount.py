@@ -29,7 +29,7 @@ OBSFS_SECRET_ACCESS_KEY, a profile, or an instance's role. Every flag can be set
 
 @click.command(epilog=_EPILOG)
 @click.argument("source", metavar="obs://BUCKET[/PREFIX]")
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=Path)
 @click.option("--foreground", "-f", is_flag=True, help="Stay, and log to the terminal; Ctrl-C unmounts.")
 @click.option(
     "-o",
@@ -59,7 +59,7 @@ def mount(source: str, mountpoint: Path, foreground: bool, mount_options: tuple[
 def _serve_here(source: str, path: Path, settings: Settings) -> None:
     from obsfs.fuse import daemon
 
-    mounts.prepare(path)
+    mounts.prepare(path, settings)
     daemon.log_to(logging.StreamHandler(), settings.log_level)
     stop = daemon.Stop()
     stop.on_signals()

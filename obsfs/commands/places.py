@@ -18,8 +18,8 @@ def locate(text: str, given: dict[str, Any]) -> tuple[str, Settings]:
     """
     if not is_url(text):
         path = Path(text)
+        found = mounts.on_mount(path)  # before anything else is asked of the path: its mount may be hung
         if path.exists():
-            found = mounts.on_mount(path)
             if found is None:
                 raise UsageError(f"{text} is on no mount of obsfs", "give obs://BUCKET/NAME, or a path on a mount")
             chosen = {name: value for name, value in given.items() if value is not None}

@@ -11,39 +11,51 @@ import click
 
 from obsfs.commands.output import counted, human, make_console
 from obsfs.errors import UsageError
-from obsfs.fuse import mounts
+from obsfs.fuse import mounts, state
+from obsfs.text import visible
 
 _EPILOG = """\b
 Examples:
   obsfs status
   obsfs status /mnt/models --json | jq .hit_ratio
 """
+_LOST = {"dead": "mount it again, or `obsfs umount` it", "not answering": "see its log, or `obsfs umount --lazy` it"}
+"""The states of a mount that nobody can read, and what to do."""
 
 
 @click.command(epilog=_EPILOG)
-@click.argument("mountpoint", required=False, type=click.Path(path_type=Path))
+@click.argument("mountpoint", required=False, type=Path)
 @click.option("--json", "as_json", is_flag=True, help="For machines: one object for a mountpoint, else a list.")
 def status(mountpoint: Path | None, as_json: bool) -> None:
-    """Show what is mounted, what the cache holds, and what is being fetched."""
-    found = [_shown(mount) for mount in mounts.find()]
-    if mountpoint is not None:
-        path = mounts.resolve(mountpoint)
-        found = [mount for mount in found if mount["mountpoint"] == str(path)]
-        if not found:
-            raise UsageError(f"no obsfs is mounted on {path}", "see `obsfs status`")
+    """Show what is mounted, what the cache holds, and what is being fetched.
+
+    The exit status is 1 when a mount is dead or does not answer. Another user's mount is named, and not asked.
+    """
+    path = None if mountpoint is None else mounts.resolve(mountpoint)
+    found = [_shown(one) for one in mounts.find(path)]
+    if path is not None and not found:
+        raise UsageError(f"no obsfs is mounted on {path}", "see `obsfs status`")
+    if path is not None:
+        found = found[-1:]  # what lies below it cannot be reached
     if as_json:
-        click.echo(json.dumps(found[-1] if mountpoint is not None else found, indent=2))
+        click.echo(json.dumps(found[0] if path is not None else found, indent=2))
     elif not found:
         click.echo("Nothing is mounted.")
     else:
         _print(found)
+    lost = [one for one in found if one["state"] in _LOST]
+    for one in lost:
+        click.echo(f"obsfs: {visible(one['mountpoint'])} is {one['state']}: {_LOST[one['state']]}", err=True)
+    if lost:
+        click.get_current_context().exit(1)
 
 
-def _shown(mount: dict[str, Any] | mounts.Stale) -> dict[str, Any]:
-    if isinstance(mount, mounts.Stale):
-        state = "dead" if mount.dead else "not answering"
-        return {"mountpoint": str(mount.mountpoint), "source": mount.source, "state": state}
-    return {**mount, "state": "mounted"}
+def _shown(mount: mounts.Found) -> dict[str, Any]:
+    entry = mount.entry
+    shown = {"mountpoint": str(entry.mountpoint), "source": entry.source, "state": mount.state}
+    if mount.state in _LOST and (log := state.path(entry.mountpoint, "log")).exists():
+        shown["log"] = str(log)
+    return {**mount.status, **shown}
 
 
 def _print(found: list[dict[str, Any]]) -> None:
@@ -52,16 +64,17 @@ def _print(found: list[dict[str, Any]]) -> None:
 
     console = make_console()
     for mount in found:
-        console.print(f"[bold]{escape(mount['mountpoint'])}[/]  {escape(mount['source'])}", highlight=False)
-        if mount["state"] != "mounted":
-            remedy = "mount it again, or `obsfs umount` it" if mount["state"] == "dead" else "obsfs umount --lazy"
-            console.print(f"  {mount['state']}: {remedy}", style="red")
-            continue
+        title = f"[bold]{escape(visible(mount['mountpoint']))}[/]  {escape(visible(mount['source']))}"
+        console.print(title, highlight=False)
+        if mount["state"] == "mounted":
+            rows = _rows(mount)
+        else:
+            rows = [("state", mount["state"]), *([("log", mount["log"])] if "log" in mount else [])]
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim", min_width=12)
         table.add_column(overflow="fold")
-        for name, text in _rows(mount):
-            table.add_row(f"  {name}", escape(text))
+        for name, text in rows:
+            table.add_row(f"  {name}", escape(visible(text)))
         console.print(table, highlight=False)
 
 
@@ -98,8 +111,11 @@ def _rows(mount: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory", f"{human(mount['memory_bytes'])}"),
         ("files open", str(mount["open_files"])),
         *([("restarts", f"{mount['restarts']}: the server died, and another took over")] if mount["restarts"] else []),
+        *([("upgrades", str(mount["upgrades"]))] if mount.get("upgrades") else []),
         ("retries", f"{mount['retries']}, hedges {mount['hedges']}, errors {mount['errors']}"),
     ]
+    if mount.get("log"):
+        rows.append(("log", mount["log"]))
     if mount["last_error"]:
         rows.append(("last error", mount["last_error"]))
     if mount["hidden_keys"]:

@@ -10,7 +10,7 @@ from obsfs.fuse import mounts
 
 
 @click.command(epilog="Example: obsfs umount /mnt/models")
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=Path)
 @click.option("--lazy", "-z", is_flag=True, help="Take it out of the tree now; files that are open stay readable.")
 def umount(mountpoint: Path, lazy: bool) -> None:
     """Unmount, and wait until the process behind it has ended. The cache stays."""

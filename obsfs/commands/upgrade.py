@@ -10,7 +10,7 @@ from obsfs.fuse import mounts
 
 
 @click.command(epilog="Example: pip install --upgrade obsfs-mount && obsfs upgrade /mnt/models")
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=Path)
 def upgrade(mountpoint: Path) -> None:
     """Serve a mount by the version of obsfs that is installed now, without unmounting it.
 

@@ -46,7 +46,7 @@ def verify(target: str, *, where: str | None, as_json: bool, **given: Any) -> No
 
     terminate_like_interrupt()
     path = Path(target)
-    if not is_url(target) and path.is_dir() and (path / MANIFEST).is_file() and mounts.on_mount(path) is None:
+    if not is_url(target) and mounts.on_mount(path) is None and path.is_dir() and (path / MANIFEST).is_file():
         manifest = read_local(path)
         with progress(f"verifying {path}", manifest.size, quiet=as_json) as advance:
             result = verifying.in_directory(path, manifest, advance)

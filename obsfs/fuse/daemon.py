@@ -40,11 +40,12 @@ from obsfs.remote.address import Address, parse_address
 from obsfs.remote.client import Bucket
 from obsfs.remote.objects import Page
 from obsfs.settings import Settings
+from obsfs.version import __version__
 
 if TYPE_CHECKING:
     from obsfs.fuse.kernel.server import Server
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("obsfs.fuse.daemon")  # by name: it runs as __main__, and the handlers hang on "obsfs"
 
 _LOG_BYTES = 4 << 20
 _LINGER_SECONDS = 5.0
@@ -62,6 +63,8 @@ class Takeover:
     """The number of this server of the mount: greater than those of its predecessors."""
     is_whole: bool
     """Whether the journal has all that was to be recorded."""
+    upgrades: int = 0
+    is_upgrade: bool = False
 
     @staticmethod
     def parse(request: dict[str, Any]) -> Takeover:
@@ -74,9 +77,10 @@ class Takeover:
             restarts = int(request["restarts"])
             server = int(request.get("servers", restarts))
             direct, is_whole = bool(request["direct"]), bool(request.get("is_whole", True))
+            upgrades, is_upgrade = int(request.get("upgrades", 0)), bool(request.get("is_upgrade", False))
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"the takeover request cannot be read ({error!r})", "mount again") from None
-        return Takeover(lock, fds, direct, restarts, server, is_whole)
+        return Takeover(lock, fds, direct, restarts, server, is_whole, upgrades, is_upgrade)
 
     def own(self) -> None:
         """Keep the descriptors from children."""
@@ -116,6 +120,7 @@ def serve(
     stop: Stop,
     *,
     takeover: Takeover | None = None,
+    log_file: Path | None = None,
 ) -> None:
     """Mount `source` on `mountpoint` and serve it, until it is unmounted or `stop` is called.
 
@@ -165,6 +170,8 @@ def serve(
             "engine": settings.engine,
             "supervisor": os.getppid() if keeper.is_there else None,
             "restarts": takeover.restarts if takeover else 0,
+            "upgrades": takeover.upgrades if takeover else 0,
+            "log": str(log_file) if log_file else None,
             "can_be_followed": takeover is not None,
         }
         operations = Operations(tree, engine, settings, identity, lambda: bucket.sites)
@@ -268,7 +275,14 @@ class _Native:
         if takeover is not None:
             operations.inherit()
             server.take_over(takeover.fds, direct=takeover.direct)
-            log.warning("took over %s from a server that died", self._mountpoint)
+            log.log(
+                logging.INFO if takeover.is_upgrade else logging.WARNING,
+                "took over %s from a server that %s (pid %d, obsfs %s)",
+                self._mountpoint,
+                "was upgraded" if takeover.is_upgrade else "died",
+                os.getpid(),
+                __version__,
+            )
             self._keeper.keep("connection", [self._lock, *takeover.fds], self._state)
         is_serving.set()
         self._keeper.listen(self._on_refused)
@@ -388,19 +402,20 @@ def main() -> int:
     def on_ready() -> None:
         if takeover is not None:
             return
+        log.info("serving %s on %s (pid %d, obsfs %s)", source, mountpoint, os.getpid(), __version__)
         print(json.dumps({"pid": os.getpid()}), file=answer, flush=True)
         answer.close()
-        log.info("serving %s on %s", source, mountpoint)
 
     try:
         path = state.path(mountpoint, "log")
         log_to(logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1), settings.log_level)
         for note in notes:
             log.warning("%s", note)
-        serve(source, mountpoint, settings, on_ready, stop, takeover=takeover)
+        serve(source, mountpoint, settings, on_ready, stop, takeover=takeover, log_file=path)
     except Exception as error:
         if isinstance(error, ObsfsError):
             message, remedy = error.message, error.remedy
+            log.error("%s ended: %s", mountpoint, error)
         else:
             log.exception("the mount ended")
             message, remedy = f"internal error: {type(error).__name__}: {error}", f"see {state.path(mountpoint, 'log')}"

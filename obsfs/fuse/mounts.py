@@ -6,26 +6,29 @@ import errno
 import json
 import os
 import select
+import selectors
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 from obsfs.errors import UsageError
-from obsfs.fuse import state
+from obsfs.fuse import asker, children, state
 from obsfs.fuse.kernel import channel
+from obsfs.fuse.kernel.channel import MountEntry
 from obsfs.remote.address import parse_address
-from obsfs.settings import Settings
+from obsfs.settings import Settings, state_home
 
-_T = TypeVar("_T")
+State = Literal["mounted", "dead", "not answering", "another user's", "covered"]
+_STATUS = "user.obsfs.status"
+_REFRESH = "user.obsfs.refresh"
 _START_SECONDS = 120.0
 _STATUS_SECONDS = 5.0
 _END_SECONDS = 10.0
@@ -86,12 +89,20 @@ class OnMount(NamedTuple):
     mountpoint: Path
 
 
-class Stale(NamedTuple):
-    """An obsfs mount that does not answer: its server died (`dead`), or is busy with something else."""
+class Found(NamedTuple):
+    """A mount of obsfs, and how it is.
 
-    mountpoint: Path
-    source: str
-    dead: bool
+    Only a mount that this user made is asked: any other may say what it likes, or never answer.
+
+    Attributes:
+        entry: what the kernel says of it.
+        state: "mounted" when it answers; "covered" when something else is mounted over it.
+        status: what its server says of itself; empty unless it is "mounted".
+    """
+
+    entry: MountEntry
+    state: State
+    status: dict[str, Any]
 
 
 def mount(source: str, mountpoint: str | os.PathLike[str] | None = None, **settings: Any) -> Mount:
@@ -122,15 +133,15 @@ def start(
     Raises ObsfsError; nothing is left behind then.
     """
     parse_address(source)
-    prepare(mountpoint)
-    arguments = [sys.executable, "-P", "-m", "obsfs.fuse.supervisor", source, str(mountpoint)]
+    prepare(mountpoint, settings)
     process = subprocess.Popen(
-        arguments,
+        children.python("-m", "obsfs.fuse.supervisor", source, str(mountpoint)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        cwd="/",
+        env=children.environment(),
     )
     assert process.stdin and process.stdout and process.stderr
     try:
@@ -166,7 +177,7 @@ def _end(process: subprocess.Popen[bytes], mountpoint: Path) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        if (entry := channel.mounted_at(mountpoint)) and entry.fs_type == channel.FS_TYPE:
+        if (entry := channel.mounted_at(mountpoint)) and entry.is_ours:
             channel.unmount(mountpoint, lazy=True)
 
 
@@ -179,18 +190,24 @@ def resolve(mountpoint: str | os.PathLike[str]) -> Path:
     return Path(os.path.realpath(path))
 
 
-def prepare(mountpoint: Path) -> None:
+def prepare(mountpoint: Path, settings: Settings) -> None:
     """See that `mountpoint` can be mounted on, and clear away a mount of ours whose server died.
 
-    Raises UsageError when it is missing, no directory, not empty, or mounted already.
+    Raises UsageError when it is missing, not a directory, not empty, mounted already, or would hide the cache.
     """
     entry = channel.mounted_at(mountpoint)
-    if entry is not None and entry.fs_type == channel.FS_TYPE and _is_dead(mountpoint):
+    if entry is not None and entry.is_ours and _is_dead(mountpoint):
         channel.unmount(mountpoint, lazy=True, force=True)
         state.wait_until_free(mountpoint, _END_SECONDS)
         entry = channel.mounted_at(mountpoint)
     if entry is not None:
-        raise UsageError(f"{mountpoint} is already mounted ({entry.source})", f"obsfs umount {mountpoint}")
+        whose = ", by another user" if entry.is_obsfs and not entry.is_ours else ""
+        raise UsageError(f"{mountpoint} is already mounted ({entry.source}{whose})", f"obsfs umount {mountpoint}")
+    below = channel.mount_of(mountpoint)
+    if below is not None and below.is_obsfs:
+        raise UsageError(f"{mountpoint} lies on a mount of obsfs ({below.mountpoint})", "mount elsewhere")
+    _check_apart(mountpoint, "cache directory", settings.cache_dir, "choose another --cache-dir")
+    _check_apart(mountpoint, "state directory", state_home(), "set XDG_STATE_HOME to another directory")
     try:
         with os.scandir(mountpoint) as entries:
             is_empty = next(entries, None) is None
@@ -204,119 +221,227 @@ def prepare(mountpoint: Path) -> None:
         raise UsageError(f"mountpoint {mountpoint} is not empty", "choose an empty directory")
 
 
+def _check_apart(mountpoint: Path, what: str, directory: Path, remedy: str) -> None:
+    """Refuse a directory that the server needs, and would only reach through a mount: its own, or another of obsfs.
+
+    A server that waits for itself cannot even be killed: the kernel waits for its answer first.
+    """
+    place, entry = channel.locate(directory)
+    if entry is not None and entry.is_obsfs:
+        raise UsageError(f"the {what} {directory} lies on a mount of obsfs ({entry.mountpoint})", remedy)
+    if _is_inside(place, mountpoint):
+        raise UsageError(f"the {what} {directory} lies in the mountpoint {mountpoint}", remedy)
+    if _is_inside(mountpoint, place):
+        raise UsageError(f"the mountpoint {mountpoint} lies in the {what} {directory}", "mount elsewhere")
+
+
+def _is_inside(path: Path, directory: Path) -> bool:
+    """Whether a path is a directory or lies below it, by whatever name (a bind mount gives it another)."""
+    if path.is_relative_to(directory):
+        return True
+    with suppress(OSError):
+        wanted = directory.stat()
+        for above in (path, *path.parents):
+            with suppress(OSError):
+                if os.path.samestat(above.stat(), wanted):
+                    return True
+    return False
+
+
 def _is_dead(mountpoint: Path) -> bool:
     """Whether nobody serves a mount of ours: also when its supervisor has died, and its server is about to."""
     deadline = time.monotonic() + _END_SECONDS
     while time.monotonic() < deadline:
         try:
-            supervisor = status(mountpoint).get("supervisor")
+            status(mountpoint)
         except OSError as error:
             if error.errno == errno.ECONNABORTED:  # it died while it was asked
                 continue
             return error.errno == errno.ENOTCONN
         except UsageError:
             return state.is_abandoned(mountpoint)
-        if supervisor is None or Path(f"/proc/{supervisor}").exists():
+        if not state.is_abandoned(mountpoint):
             return False
         time.sleep(_PAUSE_SECONDS)
     return False
 
 
 def status(mountpoint: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the server of a mount says of itself: what ``obsfs status --json`` shows.
+    """Return what the server of a mount says of itself: what ``obsfs status --json`` shows.
 
-    Raises UsageError when it does not answer within 5 seconds, and OSError (ENOTCONN) when it died.
+    Args:
+        mountpoint: the mountpoint, or a path on the mount.
+
+    Raises:
+        UsageError: no mount of obsfs that this user made is there, or it does not answer within 5 seconds.
+        OSError: ENOTCONN when its server died.
     """
-    answer: dict[str, Any] = json.loads(_asked(mountpoint, lambda: os.getxattr(mountpoint, "user.obsfs.status")))
-    return answer
+    entry = channel.locate(mountpoint)[1]
+    if entry is None or not entry.is_obsfs:
+        raise UsageError(f"no obsfs is mounted on {mountpoint}", "see `obsfs status`")
+    if not entry.is_ours:
+        raise UsageError(f"the mount {entry.mountpoint} is another user's", "its server is not asked")
+    return _status_of(entry, _ask([(entry, _STATUS, Path())])[0])
 
 
 def refresh(place: str | os.PathLike[str]) -> list[Path]:
     """Have mounts ask the bucket again for what they show of a place, whatever --metadata-ttl says.
 
-    A path means the mount that it is on, ``obs://BUCKET/...`` every mount of this machine that shows it; it need not be
+    A path means the mount that it is on, ``obs://BUCKET/...`` every mount of this user that shows it; it need not be
     there (yet). What is open stays as it is. Returns what was refreshed: the nearest paths that the mounts know. A
     mount that is dead, or does not answer within 5 seconds, is left out.
     """
-    found = []
-    for entry in channel.mounts():
-        with suppress(OSError, UsageError):
-            path = _path_on(entry, place) if entry.fs_type == channel.FS_TYPE else None
-            if path is not None:
-                found.append(_asked(entry.mountpoint, partial(_refresh, path, entry.mountpoint)))
-    return found
-
-
-def _path_on(mount: channel.MountEntry, place: str | os.PathLike[str]) -> Path | None:
-    """What a mount shows of a place, if anything."""
     text = os.fspath(place)
+    asked: list[tuple[MountEntry, str, Path]] = []
     if "://" not in text:
-        path = Path(text).absolute()
-        return path if path.is_relative_to(mount.mountpoint) else None
-    wanted, shown = parse_address(text), parse_address(mount.source)
+        path, on = channel.locate(text)
+        if on is not None and on.is_ours:
+            asked = [(on, _REFRESH, path.relative_to(on.mountpoint))]
+    else:
+        for entry in _reachable():
+            with suppress(UsageError):
+                if entry.is_ours and (inside := _shown(entry, text)) is not None:
+                    asked.append((entry, _REFRESH, inside))
+    answers = zip(asked, _ask(asked), strict=True)
+    return [one[0].mountpoint / answer.path for one, answer in answers if isinstance(answer, _Answer)]
+
+
+def _shown(mount: MountEntry, url: str) -> Path | None:
+    """What a mount shows of a URL, if anything: a path below the mountpoint. Raises UsageError."""
+    wanted, shown = parse_address(url), parse_address(mount.source)
     if wanted.bucket != shown.bucket:
         return None
     if shown.prefix.startswith(wanted.prefix):
-        return mount.mountpoint
-    return mount.mountpoint / wanted.prefix[len(shown.prefix) :] if wanted.prefix.startswith(shown.prefix) else None
+        return Path()
+    return Path(wanted.prefix[len(shown.prefix) :]) if wanted.prefix.startswith(shown.prefix) else None
 
 
-def _refresh(path: Path, mountpoint: Path) -> Path:
-    while True:
-        try:
-            os.getxattr(path, "user.obsfs.refresh")
-            return path
-        except (FileNotFoundError, NotADirectoryError):
-            if path == mountpoint:
-                raise
-            path = path.parent
+class _Answer(NamedTuple):
+    """What a mount answered, and which path (below its mountpoint) it was."""
+
+    path: Path
+    value: bytes
 
 
-def _asked(mountpoint: str | os.PathLike[str], ask: Callable[[], _T]) -> _T:
-    """What a call on a mount returns or raises; UsageError when it does not answer within 5 seconds."""
-    result: list[_T | OSError] = []
+def _ask(questions: Sequence[tuple[MountEntry, str, Path]]) -> list[_Answer | OSError | None]:
+    """Ask mounts for an attribute of a path each, all at the same time.
 
-    def work() -> None:
-        try:
-            result.append(ask())
-        except OSError as error:
-            result.append(error)
+    Returns an answer to each, or the error that it gave; None where there was none within 5 seconds. Who asks may be
+    stuck for good (see :mod:`obsfs.fuse.asker`), and is left behind.
+    """
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-I", "-S", asker.__file__, str(entry.number), entry.mountpoint, attribute, path],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            env=children.bare_environment(),
+        )
+        for entry, attribute, path in questions
+    ]
+    said = [bytearray() for _ in questions]
+    answers: list[_Answer | OSError | None] = [None for _ in questions]
+    deadline = time.monotonic() + _STATUS_SECONDS
+    with selectors.DefaultSelector() as selector:
+        for number, process in enumerate(processes):
+            assert process.stdout is not None
+            selector.register(process.stdout, selectors.EVENT_READ, number)
+        while selector.get_map() and (left := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(left):
+                piece = os.read(key.fd, 1 << 16)
+                said[key.data] += piece
+                if not piece:
+                    selector.unregister(key.fileobj)
+                    answers[key.data] = _parse(bytes(said[key.data]))
+    for process in processes:
+        _leave(process)
+    return answers
 
-    asking = threading.Thread(target=work, daemon=True)
-    asking.start()
-    asking.join(_STATUS_SECONDS)
-    if not result:
-        raise UsageError(f"the server of {mountpoint} does not answer", f"obsfs umount --lazy {mountpoint}")
-    if isinstance(result[0], OSError):
-        raise result[0]
-    return result[0]
+
+def _parse(said: bytes) -> _Answer | OSError | None:
+    code, _, rest = said.partition(b"\n")
+    if not code.isdigit():
+        return None
+    if number := int(code):
+        return OSError(number, os.strerror(number))
+    path, _, value = rest.partition(b"\0")
+    return _Answer(Path(os.fsdecode(path)), value)
 
 
-def find() -> list[dict[str, Any] | Stale]:
-    """The status of every obsfs mount that there is."""
-    found: list[dict[str, Any] | Stale] = []
-    for entry in channel.mounts():
-        if entry.fs_type == channel.FS_TYPE:
-            try:
-                found.append(status(entry.mountpoint))
-            except OSError as error:
-                found.append(Stale(entry.mountpoint, entry.source, error.errno == errno.ENOTCONN))
-            except UsageError:
-                found.append(Stale(entry.mountpoint, entry.source, state.is_abandoned(entry.mountpoint)))
+def _leave(process: subprocess.Popen[bytes]) -> None:
+    """End a process that has answered, or will not; wait for one that cannot be ended elsewhere."""
+    assert process.stdout is not None
+    process.stdout.close()
+    try:
+        process.wait(_PAUSE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        threading.Thread(target=process.wait, name="obsfs-asker", daemon=True).start()
+
+
+def _status_of(entry: MountEntry, answer: _Answer | OSError | None) -> dict[str, Any]:
+    """What an answer says; where the mount is, and what it shows, is the kernel's to say. Raises as :func:`status`."""
+    if isinstance(answer, OSError):
+        raise answer
+    found: Any = None
+    with suppress(ValueError):
+        found = json.loads(answer.value) if answer is not None else None
+    if not isinstance(found, dict):
+        raise UsageError(f"the server of {entry.mountpoint} does not answer", f"obsfs umount --lazy {entry.mountpoint}")
+    return {**found, "mountpoint": str(entry.mountpoint), "source": entry.source}
+
+
+def _reachable() -> list[MountEntry]:
+    """The mounts of obsfs that no other mount covers."""
+    entries = channel.mounts()
+    return [one for one in entries if one.is_obsfs and channel.mount_of(one.mountpoint, entries) == one]
+
+
+def find(mountpoint: Path | None = None) -> list[Found]:
+    """Return how every mount of obsfs is, or only what is mounted on `mountpoint`, within 5 seconds altogether."""
+    entries = [one for one in channel.mounts() if one.is_obsfs and mountpoint in (None, one.mountpoint)]
+    reachable = {one.number for one in _reachable()}
+    asked = [one for one in entries if one.is_ours and one.number in reachable]
+    answers = dict(zip((one.number for one in asked), _ask([(one, _STATUS, Path()) for one in asked]), strict=True))
+    found = []
+    for one in entries:
+        if one.number in answers:
+            found.append(_found(one, answers[one.number]))
+        else:
+            found.append(Found(one, "covered" if one.number not in reachable else "another user's", {}))
     return found
 
 
+def _found(entry: MountEntry, answer: _Answer | OSError | None) -> Found:
+    try:
+        return Found(entry, "mounted", _status_of(entry, answer))
+    except OSError as error:
+        if error.errno == errno.EXDEV:
+            return Found(entry, "covered", {})
+        return Found(entry, "dead" if error.errno == errno.ENOTCONN else "not answering", {})
+    except UsageError:
+        return Found(entry, "dead" if state.is_abandoned(entry.mountpoint) else "not answering", {})
+
+
 def on_mount(path: str | os.PathLike[str]) -> OnMount | None:
-    """What a path stands for, if it lies on a mount of obsfs: also one that is not there (yet)."""
-    place = Path(path).absolute()
-    for mount in find():
-        if isinstance(mount, dict) and place.is_relative_to(mount["mountpoint"]):
-            inside = place.relative_to(mount["mountpoint"]).as_posix()
-            url = mount["source"] if inside == "." else f"{mount['source'].rstrip('/')}/{inside}"
-            endpoints = [site["endpoint"] for site in mount["endpoints"]] or [mount["endpoint"]]
-            settings = {"endpoint_url": endpoints, "cache_dir": mount["cache_dir"]}
-            return OnMount(url, settings, Path(mount["mountpoint"]))
-    return None
+    """What a path stands for, if it lies on a mount of obsfs of this user: also one that is not there (yet).
+
+    No mount is asked but the one that the path lies on, as the kernel says. Raises UsageError when that one is dead, or
+    does not answer within 5 seconds.
+    """
+    place, entry = channel.locate(path)
+    if entry is None or not entry.is_ours:
+        return None
+    try:
+        found = status(entry.mountpoint)
+    except OSError as error:
+        reason = "has died" if error.errno == errno.ENOTCONN else f"does not answer ({error.strerror})"
+        raise UsageError(f"the server of {entry.mountpoint} {reason}", "mount it again, or `obsfs umount` it") from None
+    inside = place.relative_to(entry.mountpoint).as_posix()
+    url = entry.source if inside == "." else f"{entry.source.rstrip('/')}/{inside}"
+    endpoints = [site["endpoint"] for site in found["endpoints"]] or [found["endpoint"]]
+    return OnMount(url, {"endpoint_url": endpoints, "cache_dir": found["cache_dir"]}, entry.mountpoint)
 
 
 def replace_server(mountpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -325,7 +450,7 @@ def replace_server(mountpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises UsageError when no obsfs is mounted there, when nobody supervises it, or when the other does not answer.
     """
     entry = channel.mounted_at(mountpoint)
-    if entry is None or entry.fs_type != channel.FS_TYPE:
+    if entry is None or not entry.is_obsfs:
         raise UsageError(f"no obsfs is mounted on {mountpoint}", "see `obsfs status`")
     before = status(mountpoint)
     if not before.get("can_be_followed"):
@@ -333,10 +458,16 @@ def replace_server(mountpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"the server of {mountpoint} cannot be replaced",
             "it needs Linux 6.9, the native engine, and no --foreground",
         )
-    os.kill(before["supervisor"], signal.SIGHUP)
+    supervisor = state.open_keeper(mountpoint)
+    try:
+        signal.pidfd_send_signal(supervisor, signal.SIGHUP)
+    finally:
+        os.close(supervisor)
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
-        after = status(mountpoint)
+        after = before
+        with suppress(UsageError):  # the next server may take longer than one question does
+            after = status(mountpoint)
         if after["pid"] != before["pid"]:
             return before, after
         refused = after.get("upgrade_refused")
@@ -346,7 +477,7 @@ def replace_server(mountpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 str(refused.get("reason")),
             )
         time.sleep(_PAUSE_SECONDS)
-    raise UsageError(f"the server of {mountpoint} was not replaced", "see its log in ~/.local/state/obsfs")
+    raise UsageError(f"the server of {mountpoint} was not replaced", f"see {state.path(mountpoint, 'log')}")
 
 
 def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
@@ -357,10 +488,10 @@ def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
     entry = channel.mounted_at(mountpoint)
     if entry is None:
         raise UsageError(f"nothing is mounted on {mountpoint}", "see `obsfs status`")
-    if entry.fs_type != channel.FS_TYPE:
+    if not entry.is_obsfs:
         raise UsageError(f"what is mounted on {mountpoint} is no obsfs ({entry.fs_type})", "use umount(8)")
     if lazy:
-        channel.unmount(mountpoint, lazy=True, force=state.is_abandoned(mountpoint))
+        channel.unmount(mountpoint, lazy=True, force=entry.is_ours and state.is_abandoned(mountpoint))
         return
     channel.unmount(mountpoint, patience=_LOOK_SECONDS)
     state.wait_until_free(mountpoint, _END_SECONDS)

@@ -35,17 +35,94 @@ def lock(mountpoint: Path, keeper: int) -> int:
         os.close(fd)
         raise UsageError(f"{mountpoint} is being mounted or served by another obsfs", "see `obsfs status`")
     os.ftruncate(fd, 0)
-    os.write(fd, str(keeper).encode())
+    os.write(fd, f"{keeper} {_started(keeper)}".encode())
     return fd
 
 
 def is_abandoned(mountpoint: Path) -> bool:
     """Whether the process is gone with which the mount there should have ended; False where that is not known."""
-    try:
-        keeper = int(path(mountpoint, "lock").read_bytes())
-    except (OSError, ValueError):
+    keeper = _keeper(mountpoint)
+    if keeper is None:
         return False
-    return not Path(f"/proc/{keeper}").exists()
+    pid, started = keeper
+    return _started(pid) == 0 or (started is not None and _started(pid) != started)
+
+
+def open_keeper(mountpoint: Path) -> int:
+    """Return a pidfd of the process with which a mount ends, to signal it.
+
+    That process is proven, not believed: our own lock file names it, it runs as this user, and it holds that lock.
+
+    Raises:
+        UsageError: there is no such process.
+    """
+    unproven = UsageError(
+        f"it cannot be proven which process serves {mountpoint}", "see whether XDG_STATE_HOME is as it was at its start"
+    )
+    keeper = _keeper(mountpoint)
+    if keeper is None:
+        raise unproven
+    try:
+        pidfd = os.pidfd_open(keeper[0])
+    except OSError:
+        raise unproven from None
+    # What is looked at from here on is that process, or one that came after it, and then the signal goes nowhere.
+    try:
+        if Path(f"/proc/{keeper[0]}").stat().st_uid == os.geteuid() and _holds_lock(keeper[0], mountpoint):
+            return pidfd
+    except OSError:
+        pass
+    os.close(pidfd)
+    raise unproven
+
+
+def _keeper(mountpoint: Path) -> tuple[int, int | None] | None:
+    """The pid of the process with which a mount ends, and when it started; the first versions did not note that."""
+    try:
+        fd = os.open(path(mountpoint, "lock"), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        with os.fdopen(fd, "rb") as file:
+            if os.fstat(fd).st_uid != os.geteuid():
+                return None
+            numbers = [int(word) for word in file.read(100).split()]
+    except (OSError, ValueError, UsageError):
+        return None
+    if not numbers or numbers[0] <= 0:
+        return None
+    return numbers[0], numbers[1] if len(numbers) > 1 else None
+
+
+def _started(pid: int) -> int:
+    """When a process started, in clock ticks after the boot (proc_pid_stat(5), field 22); 0 when it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+    except (OSError, IndexError):
+        return 0
+
+
+def _holds_lock(pid: int, mountpoint: Path) -> bool:
+    """Whether a process has the lock of a mountpoint, by an open file that it shares with who took it. Raises OSError.
+
+    As the kernel says: the locks of an open file are in its fdinfo (proc_pid_fdinfo(5)).
+    """
+    fd = os.open(path(mountpoint, "lock"), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        wanted = _inode_line(Path(f"/proc/self/fdinfo/{fd}").read_bytes())
+    finally:
+        os.close(fd)
+    for info in Path(f"/proc/{pid}/fdinfo").iterdir():
+        try:
+            content = info.read_bytes()
+        except FileNotFoundError:
+            continue  # closed meanwhile
+        if wanted and _inode_line(content) == wanted:
+            locks = [line for line in content.split(b"\n") if line.startswith(b"lock:")]
+            if any(b"FLOCK" in line and b"WRITE" in line for line in locks):
+                return True
+    return False
+
+
+def _inode_line(info: bytes) -> bytes:
+    return next((line for line in info.split(b"\n") if line.startswith(b"ino:")), b"")
 
 
 def wait_until_free(mountpoint: Path, timeout: float) -> bool:

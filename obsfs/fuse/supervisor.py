@@ -124,6 +124,8 @@ class Supervisor:
         self._kept: dict[str, list[int]] = {}
         self._state: dict[str, Any] | None = None
         self._restarts = 0
+        self._upgrades = 0
+        self._is_replaced = False
         self._quick = 0
         self._servers = 0
         self._failed = 0
@@ -156,6 +158,8 @@ class Supervisor:
                 **self._state,
                 "restarts": self._restarts,
                 "servers": self._servers,
+                "upgrades": self._upgrades,
+                "is_upgrade": self._is_replaced,
                 "connection": self._kept["connection"],
             }
         return json.dumps(request).encode() + b"\n"
@@ -239,6 +243,7 @@ class Supervisor:
         if reason is not None:
             self._refuse(reason)
         elif self._is_serving and self._server is not None:
+            self._is_replaced = True
             self._server.kill()
 
     def _refuse(self, reason: str) -> None:
@@ -325,9 +330,13 @@ class Supervisor:
                 if time.monotonic() - self._since > _PATIENCE_SECONDS:
                     return 1
                 time.sleep(_PAUSE_SECONDS)
-            self._restarts += 1
+            if self._is_replaced:
+                self._upgrades += 1
+            else:
+                self._restarts += 1
             self._servers += 1
             self._server = self._start()
+            self._is_replaced = False
             if self._server is not None:
                 return None
             failed = True

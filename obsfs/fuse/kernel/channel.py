@@ -30,38 +30,125 @@ _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # <asm/unistd.h>, of every archite
 _CLOEXEC, _FSCONFIG_CMD_CREATE = 1, 6  # <linux/mount.h>
 _CONTROL = Path("/sys/fs/fuse/connections")
 _PAUSE_SECONDS = 0.01
+_MOST_LINKS = 40  # as many as the kernel follows: MAXSYMLINKS, <linux/namei.h>
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class MountEntry(NamedTuple):
-    """One line of ``/proc/self/mountinfo``. `minor` is the number of the device, and of a FUSE connection."""
+    """One line of ``/proc/self/mountinfo`` (proc_pid_mountinfo(5)).
+
+    `minor` is the number of the device, and of a FUSE connection; `user` the uid that mounted a FUSE file system
+    (``user_id=``, which the kernel and fusermount3 vouch for), None for others; `number` the ID of the mount and
+    `parent` that of the mount it is mounted on.
+    """
 
     mountpoint: Path
     fs_type: str
     source: str
     minor: int
+    user: int | None = None
+    number: int = 0
+    parent: int = 0
+
+    @property
+    def is_obsfs(self) -> bool:
+        """Whether obsfs serves it, or something that says so."""
+        return self.fs_type == FS_TYPE
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is a mount of obsfs that this user made: the only kind whose answers are believed."""
+        return self.is_obsfs and self.user == os.geteuid()
 
 
 def mounts() -> list[MountEntry]:
     """Everything that is mounted in this namespace, later mounts last."""
+    return parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())
+
+
+def parse_mountinfo(content: bytes) -> list[MountEntry]:
+    """Read mountinfo. Lines end in a newline and fields in a space, and nothing else: names hold any other byte."""
     found = []
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        left, _, right = line.partition(" - ")
-        fs_type, source, *_ = right.split(" ")
-        _, _, device, _, mountpoint, *_ = left.split(" ")
-        minor = int(device.partition(":")[2])
-        found.append(MountEntry(Path(_unescape(mountpoint)), fs_type, _unescape(source), minor))
+    for line in content.split(b"\n"):
+        left, _, right = line.partition(b" - ")
+        fields, super_fields = left.split(b" "), right.split(b" ")
+        if len(fields) < 6 or len(super_fields) < 3:
+            continue
+        fs_type, source, options = super_fields[0], super_fields[1], super_fields[-1]
+        user = next((one[8:] for one in options.split(b",") if one.startswith(b"user_id=")), b"")
+        found.append(
+            MountEntry(
+                Path(_unescape(fields[4])),
+                _unescape(fs_type),
+                _unescape(source),
+                int(fields[2].partition(b":")[2]),
+                int(user) if user.isdigit() else None,
+                int(fields[0]),
+                int(fields[1]),
+            )
+        )
     return found
 
 
-def _unescape(text: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+def _unescape(text: bytes) -> str:
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), text))
 
 
 def mounted_at(mountpoint: Path) -> MountEntry | None:
     """What is mounted exactly there, on top."""
     return next((entry for entry in reversed(mounts()) if entry.mountpoint == mountpoint), None)
+
+
+def mount_of(path: Path, entries: list[MountEntry] | None = None) -> MountEntry | None:
+    """The mount that an absolute path without symbolic links lies on, found as the kernel does. Asks no file system.
+
+    A mount that another one covers is not found, whatever its mountpoint.
+    """
+    entries = mounts() if entries is None else entries
+    numbers = {entry.number for entry in entries}
+    on_way = [entry for entry in entries if path.is_relative_to(entry.mountpoint)]
+    found: MountEntry | None = None
+    while True:
+        inside = [
+            entry
+            for entry in on_way
+            if (entry.parent == found.number if found else entry.parent not in numbers or entry.parent == entry.number)
+        ]
+        if not inside:
+            return found
+        found = min(inside, key=lambda entry: len(entry.mountpoint.parts))
+        on_way.remove(found)
+
+
+def locate(path: str | os.PathLike[str], entries: list[MountEntry] | None = None) -> tuple[Path, MountEntry | None]:
+    """The path without symbolic links, and the mount that it lies on. It need not be there.
+
+    Nothing is asked of a mount of obsfs: it shows no symbolic links, and may be hung or somebody else's. Raises OSError
+    (ELOOP).
+    """
+    entries = mounts() if entries is None else entries
+    rest = list(reversed(Path(path).absolute().parts[1:]))
+    place, links = Path("/"), 0
+    while rest:
+        name = rest.pop()
+        if name == "..":
+            place = place.parent
+            continue
+        place /= name
+        mount = mount_of(place, entries)
+        if mount is not None and mount.is_obsfs:
+            continue
+        try:
+            target = place.readlink()
+        except OSError:
+            continue  # no link, or not there
+        links += 1
+        if links > _MOST_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fspath(path))
+        place = Path("/") if target.is_absolute() else place.parent
+        rest += [part for part in reversed(target.parts) if not part.startswith("/")]
+    return place, mount_of(place, entries)
 
 
 def mount(source: str, mountpoint: Path, *, allow_other: bool) -> int:
@@ -92,7 +179,7 @@ def mount(source: str, mountpoint: Path, *, allow_other: bool) -> int:
 
 
 def _mount_by_helper(source: str, mountpoint: Path, allow_other: bool) -> int:
-    helper = shutil.which("fusermount3")
+    helper = _fusermount()
     if helper is None:
         raise UsageError(
             f"mounting on {mountpoint} is not permitted, and there is no fusermount3",
@@ -107,6 +194,7 @@ def _mount_by_helper(source: str, mountpoint: Path, allow_other: bool) -> int:
             [helper, "-o", options, "--", str(mountpoint)],
             env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
             pass_fds=[theirs.fileno()],
+            cwd="/",
             capture_output=True,
             text=True,
             check=False,
@@ -119,6 +207,11 @@ def _mount_by_helper(source: str, mountpoint: Path, allow_other: bool) -> int:
         raise UsageError(f"cannot mount on {mountpoint} ({reason})", remedy)
     os.set_inheritable(fds[0], False)
     return fds[0]
+
+
+def _fusermount() -> str | None:
+    """The helper, where a PATH that means the same in every working directory has it."""
+    return shutil.which("fusermount3", path=os.pathsep.join(one for one in os.get_exec_path() if one.startswith("/")))
 
 
 def _escape(text: str) -> str:
@@ -150,9 +243,11 @@ def _try_unmount(mountpoint: Path, lazy: bool, force: bool) -> tuple[str, bool] 
             return None
         failure = ctypes.get_errno()
         return os.strerror(failure), failure == errno.EBUSY
-    helper = shutil.which("fusermount3") or "fusermount3"
+    helper = _fusermount()
+    if helper is None:
+        return "unmounting as a user needs fusermount3: install the package fuse3", False
     arguments = [helper, "-u", *(["-z"] if lazy else []), "--", str(mountpoint)]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    done = subprocess.run(arguments, cwd="/", capture_output=True, text=True, check=False)
     reason = " ".join(done.stderr.split())
     return (reason, "busy" in reason) if done.returncode else None
 
