@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -17,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from obsfs.errors import UsageError
+from obsfs.fuse import children
+from obsfs.settings import state_dir
 from trainer.base import Base, open_base
 from trainer.merge import ADAPTER, merge, open_adapter
 
@@ -46,7 +46,7 @@ def choose_backend(given: str | None) -> str:
 def command_of(
     backend: str, model: Path, adapter: Path | None, where: Sequence[str], extra: Sequence[str]
 ) -> list[str]:
-    """How a backend is started, in the model's parent directory, so that it is asked for model and adapter by name.
+    """How a backend is started, in a directory with a link to the model, so that it is asked for both by name.
 
     `where` is to listen. transformers serves no adapters: it is given a merged model.
     """
@@ -56,8 +56,8 @@ def command_of(
         return ["vllm", "serve", str(model), *named, *lora, *extra]
     if backend == "sglang":
         lora = ["--lora-paths", f"{adapter.name}={adapter}"] if adapter else []
-        return [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), *named, *lora, *extra]
-    return [_transformers(), "serve", model.name, *where, *extra]
+        return [*children.python("-m", "sglang.launch_server", "--model-path", str(model)), *named, *lora, *extra]
+    return ["transformers", "serve", model.name, *where, *extra]
 
 
 @contextmanager
@@ -88,7 +88,17 @@ def serve(
         port = port or _free_port(host)
         command = command_of(chosen, path, adapter_path, ["--host", host, "--port", str(port)], extra)
         silence = subprocess.DEVNULL if quiet else None
-        process = subprocess.Popen(command, cwd=path.parent, stdout=silence, stderr=silence)
+        # In a directory of its own: the model's, or the one above it, may hold anything. transformers, which is told
+        # no other name to serve a model by, finds it there.
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="obsfs-serve-")))
+        (home / path.name).symlink_to(path.absolute())
+        process = subprocess.Popen(
+            [children.program(command[0]), *command[1:]],
+            cwd=home,
+            env=children.foreign_environment(),
+            stdout=silence,
+            stderr=silence,
+        )
         stack.callback(_end, process)
         url = f"http://{host}:{port}"
         _wait(url, process)
@@ -138,11 +148,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def chat(server: Server, extra: Sequence[str]) -> int:
-    """Talk to a server in the terminal, by ``transformers chat``. Returns its exit status."""
-    command = [_transformers(), "chat", server.model, server.url, *extra]
-    return subprocess.run(command, check=False).returncode
+    """Talk to a server in the terminal, by ``transformers chat``. Returns its exit status.
 
-
-def _transformers() -> str:
-    """Its program: on the PATH, or beside this Python."""
-    return shutil.which("transformers") or str(Path(sys.executable).with_name("transformers"))
+    What it saves goes below ``chat`` in the state directory, where it runs.
+    """
+    home = state_dir() / "chat"
+    home.mkdir(mode=0o700, exist_ok=True)
+    command = [children.program("transformers"), "chat", server.model, server.url, *extra]
+    return subprocess.run(command, cwd=home, env=children.foreign_environment(), check=False).returncode

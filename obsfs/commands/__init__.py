@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from obsfs.errors import ObsfsError, SettingWarning, UsageError
+from obsfs.fuse import children
 from obsfs.ours import check_ours
 from obsfs.settings import did_you_mean
 from obsfs.text import visible
@@ -118,6 +119,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, *
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Returns 0; 2 after a mistake of the user, told in one line; 130 after Ctrl-C."""
+    children.shut_import_path()
     warnings.simplefilter("always", SettingWarning)
     shown = warnings.showwarning
     warnings.showwarning = _show_warning

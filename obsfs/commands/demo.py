@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ import click
 
 from obsfs.commands.output import human, make_console, make_table, terminate_like_interrupt
 from obsfs.errors import ObsfsError
+from obsfs.fuse import children
 
 _BUCKET = "models"
 _NAME = "tiny-qwen2"
@@ -101,8 +101,14 @@ def _run(home: Path) -> _Run:
 
 def _load(directory: Path) -> dict[str, Any]:
     """In a child: whoever has weights mapped cannot be interrupted while a page is on its way."""
-    command = [sys.executable, "-m", "obsfs.demo.model", str(directory), _PROMPT]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    child = subprocess.Popen(
+        children.python("-m", "obsfs.demo.model", str(directory), _PROMPT),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        cwd="/",
+        env=children.environment(),
+    )
     try:
         out, err = child.communicate()
     finally:

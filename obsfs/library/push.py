@@ -194,7 +194,12 @@ def revision_of(directory: Path) -> str:
         return path.name
     try:
         found = subprocess.run(
-            ["git", "-C", path, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False
+            ["git", "-C", path, "rev-parse", "HEAD"],
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -110,6 +110,7 @@ class Notifier:
                         stdin=theirs.fileno(),
                         stdout=subprocess.DEVNULL,
                         stderr=subprocess.DEVNULL,
+                        cwd="/",
                         env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
                     )
                 self._running = process, ours
