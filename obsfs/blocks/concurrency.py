@@ -23,6 +23,9 @@ _HOLD = 60.0
 _LEAST_PATIENCE = 1.0
 _TIMES_AS_LONG = 4
 _FADING = 0.98
+_RISING = 1.02
+_SMOOTH = 0.9
+_MOST_GAP = 8
 
 
 class Concurrency:
@@ -94,3 +97,25 @@ class Patience:
     def seconds(self) -> float:
         """The patience now; infinite before the first block."""
         return max(_LEAST_PATIENCE, _TIMES_AS_LONG * self._slowest) if self._slowest else float("inf")
+
+
+class RoundTrip:
+    """How much one connection brings in the time that a request takes to be answered."""
+
+    def __init__(self) -> None:
+        self._latency = 0.0
+        self._block_seconds = 0.0
+
+    def on_answer(self, seconds: float) -> None:
+        """A request was answered so long after it was sent. The shortest counts; it fades by 2 % with each answer."""
+        self._latency = min(seconds, self._latency * _RISING) if self._latency else seconds
+
+    def on_block(self, seconds: float) -> None:
+        """A block has come, so long after the one before it in the same answer."""
+        before = self._block_seconds
+        self._block_seconds = _SMOOTH * before + (1 - _SMOOTH) * seconds if before else seconds
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that it is cheaper to fetch on the way than to ask anew beyond them, 8 at most; 0 while unknown."""
+        return min(_MOST_GAP, int(self._latency / self._block_seconds)) if self._block_seconds else 0

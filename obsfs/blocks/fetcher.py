@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from obsfs.blocks.background import Background
-from obsfs.blocks.concurrency import Concurrency, Patience
+from obsfs.blocks.concurrency import Concurrency, Patience, RoundTrip
 from obsfs.blocks.layout import BLOCK, PIECE
 from obsfs.blocks.object import CachedObject
 from obsfs.blocks.readahead import runs
@@ -189,6 +189,7 @@ class Fetcher:
         self._idle = 0
         self._workers: list[threading.Thread] = []
         self._patience = Patience()
+        self._trip = RoundTrip()
         self._flights: set[_Flight] = set()
         self._given_up = 0
         self._flying = threading.Event()
@@ -208,6 +209,11 @@ class Fetcher:
         """How many connections read-ahead uses at present; who waits may use all."""
         most = self._concurrency.most
         return min(self._concurrency.current, most - demand_reserve(most))
+
+    @property
+    def cheap_gap(self) -> int:
+        """Blocks that arrive in the time that another request would take to be answered."""
+        return self._trip.blocks
 
     def demand(self, target: Target, blocks: Iterable[int], waiter: Waiter) -> None:
         """Fetch blocks that somebody waits for, before all read-ahead."""
@@ -395,9 +401,13 @@ class Fetcher:
             body = self._open_range(cached.version, blocks.start * BLOCK, min(blocks.stop * BLOCK, cached.size))
             with self._changed:
                 self._concurrency.on_answer(time.monotonic() - sent)
+                self._trip.on_answer(time.monotonic() - sent)
             for block in blocks:
                 view = buffer[: cached.length_of(block)]
+                began = time.monotonic()
                 body.readinto(view)
+                if block > blocks.start and not target.is_whole:
+                    self._trip.on_block(time.monotonic() - began)
                 if self._arrived(flight, block):
                     cached.put(block, view)
                     self._landed(target, block, len(view))

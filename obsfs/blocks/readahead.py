@@ -5,12 +5,18 @@ page faults, so descriptors mean nothing here: a *stream* is a run of reads that
 and any number of streams run through a file side by side.
 
 * A stream earns its window by what it has read: nothing for the first 3 MiB, which may be one random read; then half
-  as much, so that one tensor costs at most one and a half times its bytes; as much after 16 MiB; twice as much after
-  32 MiB, up to the largest window. A stream from the start of a file is how files are copied, so that its window is
-  three times what was read from the second block on; as is that of a load that was announced.
-* A read that continues no stream begins a new one, and gets nothing beyond what it asked for. Only where
-  streams have gone on until now (:class:`Credit`; loaders jump from layer to layer and from shard to shard), a new
-  one is lent a quarter of what they have earned.
+  as much, so that one tensor costs at most one and a half times its bytes; as much after 16 MiB, up to the largest
+  window. A file that is read from its start, before anything else of it, is being copied: there the window is three
+  times what was read from the second block on; as is that of a load that was announced. (Who looks elsewhere first, as
+  into the directory of a zip file or the footer of a Parquet file, wants a part.)
+* A stream that skips blocks (every fourth tensor, one column of many) loses as much of its window as it skips, so that
+  it asks for less, and in the end for nothing beyond what is read. Skipped blocks that come sooner than another request
+  would be answered (`cheap_gap`) cost nothing of it. In any case what it has skipped and what it has not yet read
+  are together no more than what it has read, and 4 MiB: a part costs at most twice its bytes. The kernel's own
+  read-ahead arrives out of order; a block counts as skipped for as long as it has not come.
+* A read that continues no stream begins a new one, and gets nothing beyond what it asked for. Only in a loader's order
+  (below), where streams have gone on until now (:class:`Credit`; loaders jump from layer to layer and from shard to
+  shard), a new one is lent a quarter of what they have earned.
 * Where the file says what lies in it (*extents*: the tensors of a safetensors file), a young stream is given the rest
   of the extent that it is in at once, and nothing beyond; in the first, 3 MiB more, as far as a mapped reader's kernel
   reads: if it goes on there, it copies the file. One that goes from extent to extent is a loader's, though it may read
@@ -37,7 +43,9 @@ _ACTIVE = 64
 _YOUNG = 4
 _START = 16
 _START_FACTOR = 3
-_DOUBLE = 32
+_SPARE = 4
+_REORDERED = 32
+"""Positions behind a stream's tail that may still be read: by other threads, or the kernel's read-ahead."""
 _LEAST = 32
 _MOST_CREDIT = 256
 _LOADER = 2
@@ -84,6 +92,14 @@ class _Stream:
     """How many fences lay behind the stream when it began."""
     begin: int
     last_read: int
+    unread: dict[int, bool] = field(default_factory=dict)
+    """Positions before the tail that were not read, and may yet be; and whether the gap that they lie in is costly."""
+    skipped: int = 0
+    """Positions that were not read, and are too far behind to be."""
+    skipped_costly: int = 0
+    """Those of them that took longer to fetch than to ask anew."""
+    dense_from: int = 0
+    """Where it went on after it skipped something for the last time."""
     is_filled: bool = False
     """Whether what it skipped before it was known for a loader's has been wanted."""
 
@@ -102,6 +118,8 @@ class ReadAhead:
     fences: Sequence[int] = ()
     borders: Sequence[int] = ()
     gives_extents: bool = True
+    cheap_gap: int = 0
+    """Positions that arrive in the time that another request would take to be answered."""
     is_mapped: bool = False
     """Whether a stream was seen that looks at the start of each extent: a loader that has mapped the file."""
     _streams: list[_Stream] = field(default_factory=list)
@@ -116,11 +134,8 @@ class ReadAhead:
         stream = self._continuing(first)
         if stream is None:
             stream = self._begin(first, last)
-        elif last >= stream.tail:
-            stream.own += last + 1 - max(first, stream.tail)
-            if stream.own > _YOUNG:
-                self.credit.earn(last + 1 - stream.tail)
-            stream.tail = last + 1
+        else:
+            self._go_on(stream, first, last)
         stream.last_read = self._reads
         start = max(stream.tail, stream.ahead)
         stop = min(self.blocks, stream.tail + self._window(stream))
@@ -144,6 +159,34 @@ class ReadAhead:
                 stream.is_filled = True
         return wanted
 
+    def _go_on(self, stream: _Stream, first: int, last: int) -> None:
+        for position in range(first, min(last + 1, stream.tail)):
+            if stream.unread.pop(position, None) is not None:
+                stream.own += 1
+        if last < stream.tail:
+            return
+        if first > stream.tail and not self.fences:
+            is_costly = first - stream.tail > self.cheap_gap
+            near = max(stream.tail, first - _REORDERED)
+            stream.unread |= dict.fromkeys(range(near, first), is_costly)
+            stream.skipped += near - stream.tail
+            stream.skipped_costly += (near - stream.tail) * is_costly
+            stream.dense_from = first
+        stream.own += last + 1 - max(first, stream.tail)
+        if stream.own > _YOUNG:
+            self.credit.earn(last + 1 - stream.tail)
+        stream.tail = last + 1
+        # In ascending order but for what was skipped at different times, which lies behind.
+        for position in [position for position in stream.unread if position < stream.tail - _REORDERED]:
+            stream.skipped += 1
+            stream.skipped_costly += stream.unread.pop(position)
+        if stream.skipped and stream.tail - stream.dense_from >= _START:
+            # It reads all from here on, as if it had begun there.
+            stream.begin = stream.dense_from
+            stream.own = stream.tail - stream.begin
+            stream.skipped = stream.skipped_costly = 0
+            stream.unread = {position: costly for position, costly in stream.unread.items() if position >= stream.begin}
+
     def forget_wanted(self) -> None:
         """What was wanted and has not come will not come: streams want it again when they go on."""
         for stream in self._streams:
@@ -165,14 +208,18 @@ class ReadAhead:
         return behind < len(self.fences) and -_HOP <= first - self.fences[behind] <= _SLACK
 
     def _begin(self, first: int, last: int) -> _Stream:
-        lent = self.credit.lend()
+        lent = 0 if self.gives_extents else self.credit.lend()
         count = last + 1 - first
         passed = self._fences_behind(last)
         extent = self.fences[passed - 1] if passed else 0
         # A page fault reads around its page: who begins inside an extent, right before its end, means the next one.
         if passed < len(self.fences) and extent < first and self.fences[passed] <= last + _HOP:
             passed += 1
-        from_start = first == 0 and not self.fences
+        from_start = first == 0 and not self.fences and not self._streams
+        if self.gives_extents:
+            # Who has only looked at the start so far wants more than to copy the file.
+            for other in self._streams:
+                other.from_start = other.from_start and other.own > _YOUNG
         return self._add(_Stream(last + 1, last + 1, count, lent, from_start, passed, first, self._reads))
 
     def begin(self, count: int) -> list[tuple[int, int]]:
@@ -188,18 +235,14 @@ class ReadAhead:
         return stream
 
     def _window(self, stream: _Stream) -> int:
-        run = stream.own + stream.lent
+        gaps = stream.skipped + len(stream.unread)
+        run = stream.own + stream.lent - stream.skipped_costly - sum(stream.unread.values())
         from_start = self._is_from_start(stream)
-        if from_start and run > 1:
+        if from_start and run > 1 and gaps <= stream.own // 4:
             window = _START_FACTOR * run
-        elif run >= _DOUBLE:
-            window = 2 * run
-        elif run >= _START:
-            window = run
-        elif run >= _YOUNG:
-            window = run // 2
         else:
-            window = 0
+            window = run if run >= _START else run // 2 if run >= _YOUNG else 0
+            window = min(window, max(0, stream.own + stream.lent + _SPARE - gaps))
         active = sum(1 for other in self._streams if other.last_read + _ACTIVE > self._reads)
         window = min(window, max(self.max_window // max(active, 1), min(_LEAST, self.max_window)))
         crossed = self._crossed(stream)

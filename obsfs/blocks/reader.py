@@ -114,6 +114,7 @@ class Reader:
         load, version = self.load, self.version
         with load.guard:
             self._learn_tensors()
+            self._policy.cheap_gap = self._engine.fetcher.cheap_gap
             wanted = [(urgency, version, block) for urgency, block in self._policy.on_read(first, last)]
             if self._order is not None and load.shards.get(version.key) == version:
                 for urgency, key, block in self._order.on_read(version.key, first, last):

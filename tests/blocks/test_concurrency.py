@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from obsfs.blocks.concurrency import Concurrency, Patience
+from obsfs.blocks.concurrency import Concurrency, Patience, RoundTrip
 
 MB = 10**6
 BLOCK = 1 << 20
@@ -121,3 +121,16 @@ def test_patience_is_longer_than_what_blocks_take(seconds: list[float]) -> None:
     for _ in range(1000):
         patience.on_block(0.001)
     assert patience.seconds == 1.0
+
+
+@pytest.mark.parametrize(
+    ("latency", "block", "expected"), [(0.03, 0.0131, 2), (0.2, 0.0131, 8), (0.03, 0.2, 0), (0.001, 0.0004, 2)]
+)
+def test_what_comes_in_the_time_of_an_answer(latency: float, block: float, expected: int) -> None:
+    trip = RoundTrip()
+    assert trip.blocks == 0
+    for _ in range(50):
+        trip.on_answer(latency)
+        trip.on_answer(3 * latency)
+        trip.on_block(block)
+    assert trip.blocks == expected

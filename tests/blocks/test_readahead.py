@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Iterator
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -199,3 +200,118 @@ def test_what_was_dropped_is_wanted_again() -> None:
     assert any(first)
     policy.forget_wanted()
     assert 41 in wanted(policy, 40, 40)
+
+
+def cost(policy: ReadAhead, reads: Iterable[tuple[int, int]]) -> tuple[set[int], set[int], int]:
+    """What was touched, what was fetched, and how many reads had to wait."""
+    touched: set[int] = set()
+    fetched: set[int] = set()
+    late = 0
+    for first, last in reads:
+        touched |= set(range(first, last + 1))
+        late += not touched & set(range(first, last + 1)) <= fetched
+        fetched |= set(range(first, last + 1)) | wanted(policy, first, last)
+    return touched, fetched, late
+
+
+def strided(start: int, stride: float, size: float, end: int) -> Iterator[tuple[int, int]]:
+    """Blocks that reads of `size` MiB at each `stride` MiB touch."""
+    at = float(start)
+    while at + size < end:
+        yield int(at), int(at + size)
+        at += stride
+
+
+@given(
+    start=st.integers(0, 40),
+    stride=st.floats(1, 16),
+    size=st.floats(1 / 256, 2),
+    count=st.integers(1, 300),
+    cheap_gap=st.integers(0, 8),
+    footer=st.booleans(),
+)
+def test_strided_readers_fetch_at_most_twice_what_they_touch(
+    start: int, stride: float, size: float, count: int, cheap_gap: int, footer: bool
+) -> None:
+    policy = ReadAhead(5000, WINDOW, cheap_gap=cheap_gap)
+    reads = [*([(4999, 4999)] * footer), *list(strided(start, max(stride, size), size, 4900))[:count]]
+    touched, fetched, _ = cost(policy, reads)
+    if len(touched) < (max(touched - {4999}, default=0) - start) * 0.9:
+        assert len(fetched) <= 2 * len(touched) + 4
+
+
+@given(
+    chunk=st.integers(1, 80),
+    gap=st.integers(1, 300),
+    column=st.integers(0, 50),
+    groups=st.integers(1, 40),
+    order=st.permutations(range(4)),
+    cheap_gap=st.integers(0, 8),
+)
+def test_one_column_of_many_row_groups_costs_at_most_twice_its_bytes(
+    chunk: int, gap: int, column: int, groups: int, order: list[int], cheap_gap: int
+) -> None:
+    """After the footer, with the blocks of each four in any order, as the kernel's read-ahead brings them."""
+    size = column + groups * (chunk + gap) + 100
+    policy = ReadAhead(size, WINDOW, cheap_gap=cheap_gap)
+    reads = [size - 1]
+    for group in range(groups):
+        at = column + group * (chunk + gap)
+        reads += [at + base + off for base in range(0, chunk, 4) for off in order if base + off < chunk]
+    touched, fetched, _ = cost(policy, ((block, block) for block in reads))
+    assert len(fetched) <= 2 * len(touched) + 4
+
+
+@given(start=st.integers(0, 300), size=st.integers(1, 200), looks=st.lists(st.integers(0, 999), max_size=30))
+def test_one_part_of_a_zip_file_costs_at_most_twice_its_bytes(start: int, size: int, looks: list[int]) -> None:
+    """As torch.load(mmap=True) reads: the start, the directory at the end, a header here and there; then one tensor."""
+    policy = ReadAhead(1000, WINDOW)
+    reads = [0, 999, *(min(look * 7 % 1000, 999) for look in looks), *range(start, min(start + size, 1000))]
+    touched, fetched, _ = cost(policy, ((block, block) for block in reads))
+    assert len(fetched) <= 2 * len(touched) + 4
+
+
+@given(
+    start=st.integers(0, 40),
+    reorder=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+    footer=st.booleans(),
+    cheap_gap=st.integers(0, 8),
+)
+def test_who_reads_all_stays_ahead_though_reads_come_out_of_order(
+    start: int, reorder: int, seed: int, footer: bool, cheap_gap: int
+) -> None:
+    dice = random.Random(seed)
+    blocks = sorted(range(start, 1500), key=lambda block: block + dice.random() * reorder)
+    policy = ReadAhead(1500, WINDOW, cheap_gap=cheap_gap)
+    _, fetched, late = cost(policy, [*([(1499, 1499)] * footer), *((block, block) for block in blocks)])
+    assert late <= 16 + footer
+    assert fetched >= set(range(start, 1500))
+
+
+@given(streams=st.integers(2, 8), stride=st.integers(2, 16), seed=st.integers(0, 100))
+def test_strided_streams_side_by_side_fetch_at_most_twice_what_they_touch(streams: int, stride: int, seed: int) -> None:
+    dice = random.Random(seed)
+    at = [1000 * number + dice.randrange(50) for number in range(streams)]
+    reads = []
+    for _ in range(60 * streams):
+        number = dice.randrange(streams)
+        reads.append((at[number], at[number]))
+        at[number] += stride
+    touched, fetched, _ = cost(ReadAhead(20_000, WINDOW), reads)
+    assert len(fetched) <= 2 * len(touched) + 4 * streams
+
+
+def test_gaps_that_are_cheap_are_fetched_on_the_way() -> None:
+    """Three of four blocks: to ask for each part anew would wait for an answer each time."""
+    reads = [(block, block) for block in range(100, 1000) if block % 4]
+    touched, fetched, late = cost(ReadAhead(2000, WINDOW, cheap_gap=2), reads)
+    assert late <= 8
+    assert len(fetched) <= 2 * len(touched) + 4
+
+
+def test_a_reader_that_stops_skipping_has_its_window_again() -> None:
+    policy = ReadAhead(8000, WINDOW)
+    cost(policy, ((block, block) for block in range(100, 700, 6)))
+    _, _, late = cost(policy, ((block, block) for block in range(700, 2000)))
+    assert late <= 20

@@ -10,13 +10,17 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from obsfs.demo.model import generate, load_model, make_model
-from tests.conftest import MIB, Mounter, Store, status
+from tests.conftest import MIB, Mounter, Store, random_bytes, status
 
 _LOAD = """
 import sys, hashlib
@@ -79,6 +83,52 @@ def test_one_tensor_costs_little_more_than_its_bytes(bucket: Store, mount: Mount
             name = f"model.layers.{n}.weight"
             assert torch.equal(file.get_tensor(name), tensors[name])
         assert status(path)["bytes_fetched"] <= MIB + 2 * 8 * MIB
+
+
+def settled(path: Path) -> int:
+    """Bytes that were fetched, once nothing more comes."""
+    fetched = -1
+    while fetched != (fetched := status(path)["bytes_fetched"]):
+        time.sleep(0.3)
+    return fetched
+
+
+@pytest.mark.parametrize("column", ["c0", "c4"])
+def test_one_column_costs_at_most_twice_its_bytes(bucket: Store, mount: Mounter, tmp_path: Path, column: str) -> None:
+    rows = 300_000
+    table = pa.table({f"c{n}": np.random.default_rng(n).random(rows) for n in range(10)})
+    parquet.write_table(table, tmp_path / "t.parquet", row_group_size=rows // 2, use_dictionary=False)
+    data = (tmp_path / "t.parquet").read_bytes()
+    bucket.put("t.parquet", data)
+    path = mount(bucket)
+    assert parquet.read_table(path / "t.parquet", columns=[column])[column].equals(table[column])
+    # Two chunks of 1.2 MiB, each in 2 or 3 blocks, and the footer.
+    assert settled(path) <= 2 * (3 + 3 + 1) * MIB + 4 * MIB
+    filesystem = fsspec.filesystem("obs", cache_dir=str(tmp_path / "own"), skip_instance_cache=True)
+    with filesystem.open(f"{bucket.name}/t.parquet") as file:
+        assert parquet.read_table(file, columns=[column])[column].equals(table[column])
+    assert filesystem.engine.fetcher.stats.bytes_fetched <= 2 * (3 + 3 + 1) * MIB + 4 * MIB
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_strided_reads_cost_at_most_twice_their_bytes(bucket: Store, mount: Mounter, mapped: bool) -> None:
+    stride, size = 2.5, 0.1
+    data = random_bytes(100 * MIB)
+    bucket.put("file.bin", data)
+    path = mount(bucket)
+    touched: set[int] = set()
+    with (
+        (path / "file.bin").open("rb", buffering=0) as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory,
+    ):
+        for at in range(int(1.3 * MIB), 98 * MIB, int(stride * MIB)):
+            stop = at + int(size * MIB)
+            found = memory[at:stop] if mapped else os.pread(file.fileno(), stop - at, at)
+            assert found == data[at:stop]
+            # The kernel reads half a MiB around a page that is touched by a map.
+            around = MIB // 2 * mapped
+            touched |= set(range((at - around) // MIB, (stop + around) // MIB + 1))
+    assert settled(path) <= (2 * len(touched) + 4) * MIB
 
 
 @pytest.mark.slow
