@@ -17,6 +17,11 @@ from obsfs.errors import UsageError
 from obsfs.extras import remedy
 
 _PAGE = 4096
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""ChatML, as Qwen2 writes it, without tools."""
 
 
 def require() -> None:
@@ -72,9 +77,11 @@ def train_tokenizer(vocabulary: int) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(topics.topics.values(), trainer)
-    return PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
+    made.chat_template = CHAT_TEMPLATE
+    return made
 
 
 class Loaded(NamedTuple):

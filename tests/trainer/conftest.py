@@ -12,10 +12,6 @@ import pytest
 
 from tests.conftest import Store
 
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 ROWS = [{"instruction": f"name {i}", "input": "", "output": f"it is module {i}"} for i in range(8)] * 4
 CHOICES = [{"instruction": one["instruction"], "chosen": one["output"], "rejected": "return None"} for one in ROWS]
 JUDGED = [{**one, "output": one["output"] if i % 2 else "return", "label": bool(i % 2)} for i, one in enumerate(ROWS)]
@@ -38,17 +34,11 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import AutoTokenizer
-
     from obsfs.demo.model import make_model
 
     directory = tmp_path_factory.mktemp("model") / "tiny"
     directory.mkdir()
     make_model(directory, hidden_size=64, layers=2, vocabulary=1024, max_shard_size="300KB")
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
-    tokenizer.save_pretrained(directory)
     return directory
 
 
