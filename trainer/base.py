@@ -181,10 +181,19 @@ def load_tokenizer(path: Path, **options: Any) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, base: Base, facts: Facts) -> None:
-    """See that a model has a row for each token that it will be given. Raises UsageError."""
-    tokens = [*tokenizer.encode(PROBE), tokenizer.pad_token_id, tokenizer.eos_token_id]
-    largest = max(token for token in tokens if token is not None)
-    if facts.vocabulary and largest >= facts.vocabulary:
+    """See that a model has a row for each token that every run gives it. Raises UsageError."""
+    if not facts.vocabulary:
+        return
+    for name in ("pad_token", "eos_token"):
+        token = getattr(tokenizer, f"{name}_id")
+        if token is not None and facts.vocabulary <= token < len(tokenizer):
+            raise UsageError(
+                f"the {name} {getattr(tokenizer, name)!r} of {base.name} is token {token}, and the model knows "
+                f"{facts.vocabulary}",
+                f"name another with {name}: TOKEN, or resize the model (resize_token_embeddings) and save it",
+            )
+    largest = max(tokenizer.encode(PROBE))
+    if largest >= facts.vocabulary:
         raise UsageError(
             f"the tokenizer of {base.name} has a token {largest}, and the model knows {facts.vocabulary}",
             "it is the tokenizer of another model: push or pull the model again",

@@ -102,7 +102,9 @@ def train(words: tuple[str, ...], *, is_guided: bool, only_check: bool, as_json:
         return
     if only_check:
         click.echo("\n".join(columns(("", ""), _checked(config, outcome.metrics))).lstrip("\n"), err=True)
-        click.echo("all is well: nothing was trained", err=True)
+        is_well = len(outcome.notes) < 2
+        said = "all is well" if is_well else "it can start, but see above what was found in the data"
+        click.echo(f"{said}: nothing was trained", err=True)
         return
     if (total := outcome.seconds.get("to first step")) is not None:
         parts = [f"{name} {s:.1f} s" for name, s in outcome.seconds.items() if name not in ("to first step", "publish")]

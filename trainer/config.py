@@ -88,8 +88,8 @@ class TrainConfig:
     """A run. `options` takes every other key: TRL's, LoraConfig's, BitsAndBytesConfig's, and obsfs's for the bucket.
 
     `model` is a directory (on a mount or not) or ``obs://BUCKET/NAME[@VERSION]``; `data` and `eval_data` are files,
-    directories, URLs, names of :data:`trainer.data.BUILTIN` or of data sets on the hub; `output` is a directory, or
-    ``obs://BUCKET/NAME``.
+    directories, URLs, names of :data:`trainer.data.BUILTIN` or of data sets on the hub; `ignore_columns` are columns of
+    theirs to train without; `output` is a directory, or ``obs://BUCKET/NAME``.
     """
 
     model: str = ""
@@ -98,6 +98,7 @@ class TrainConfig:
     task: str = "sft"
     method: str = "qlora"
     eval_data: list[str] = field(default_factory=list)
+    ignore_columns: list[str] = field(default_factory=list)
     test_split_size: float | None = None
     split: str = "train"
     streaming: bool = False

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import yaml
 
 from obsfs.commands.output import human, spinner
-from obsfs.errors import UsageError
+from obsfs.errors import UsageError, first_line
 from obsfs.settings import state_dir
 from trainer import base as bases
 from trainer import bits, data, notes, room
@@ -39,7 +40,7 @@ class Outcome:
 
     Where the result is (a directory or a URL), its steps, TRL's metrics of the last log, and where the time went, in
     seconds; `reason` is why no step was left to do. Of a check, the metrics are what was found, and the bytes of memory
-    that training needs by estimate, and that can be had.
+    that training needs by estimate, and that can be had. `notes` say what was found in the data, a line each.
     """
 
     output: str
@@ -49,6 +50,7 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
     published: list[str] = field(default_factory=list)
     reason: str = ""
+    notes: list[str] = field(default_factory=list)
 
 
 def train(
@@ -139,6 +141,8 @@ class _Run:
         if not as_json:
             # What people see begins with the first step. (All processes must agree: a log gathers the loss of each.)
             self._parts.arguments.logging_first_step = config.options.get("logging_first_step", True)
+        self._data_figures: dict[str, float] = {}
+        self._data_notes: list[str] = []
 
     def go(self, stop: threading.Event, only_check: bool, on_ready: Callable[[], None]) -> Outcome:
         from trainer import checkpoints
@@ -150,7 +154,8 @@ class _Run:
         with self._timeline.part("check"):
             facts = bases.check_whole(self._base.path)
             tokenizer = bases.load_tokenizer(self._base.path, trust_remote_code=_trusts(arguments))
-            bases.check_tokenizer(tokenizer, self._base, facts)
+            target = data.Target(data.tokenizer_for(tokenizer, arguments), self._base.name, facts.vocabulary)
+            bases.check_tokenizer(target.tokenizer, self._base, facts)
             lora = self._parts.lora
             trainable, plan = facts.parameters, None
             if lora is not None:
@@ -164,28 +169,34 @@ class _Run:
             checkpoint = self._prepare_output()
         if checkpoint and checkpoints.is_finished(checkpoint, arguments) and not only_check:
             return self._publish_finished(checkpoint)
+        with self._timeline.part("data"), arguments.main_process_first(desc="data"):
+            found = self._read_data(target)
+            report = self._check_data(found, target)
+        if self._is_main:
+            self._note_data(found[0].records, checkpoint)
+        if only_check:
+            on_ready()
+            checked: dict[str, float] = {
+                "parameters": facts.parameters,
+                "bytes": facts.size,
+                "trainable": trainable,
+                "memory": needed,
+                "memory_free": there,
+                **self._data_figures,
+            }
+            if report.total is not None:
+                checked["records"] = report.total
+            return Outcome(self._config.output, 0, 0, checked, self._timeline.rounded(), notes=self._data_notes)
+        # The whole of the data becomes tokens while the weights are loaded.
         with ThreadPoolExecutor(1, "trainer-load") as pool:
-            loading = None if only_check else pool.submit(self._load_model)
+            loading = pool.submit(self._load_model)
             with self._timeline.part("data"), arguments.main_process_first(desc="data"):
-                train_data, eval_data = self._load_data(tokenizer)
-            if self._is_main:
-                self._note_data(train_data, checkpoint)
-            if loading is None:
-                on_ready()
-                checked: dict[str, float] = {
-                    "parameters": facts.parameters,
-                    "bytes": facts.size,
-                    "trainable": trainable,
-                    "memory": needed,
-                    "memory_free": there,
-                }
-                if not self._config.streaming:
-                    checked["records"] = len(train_data)
-                return Outcome(self._config.output, 0, 0, checked, self._timeline.rounded())
+                train_data, eval_data = self._prepare_data(found, target)
             model = loading.result()
         stop.set()
         with self._timeline.part("prepare"):
             trainer = self._make_trainer(model, tokenizer, train_data, eval_data)
+            self._count_dropped(train_data, trainer.train_dataset)
         on_ready()
         return self._train(trainer, checkpoint, first_step)
 
@@ -301,22 +312,79 @@ class _Run:
             kind = bases.model_class(self._base.path, trust_remote_code=_trusts(arguments))
             return bits.keep_as_loaded(create_model_from_path(str(self._base.path), kind, **options))
 
-    def _load_data(self, tokenizer: Any) -> tuple[Any, Any]:
-        config, arguments = self._config, self._parts.arguments
-        has_template = bool(tokenizer.chat_template or getattr(arguments, "chat_template_path", None))
-        options: dict[str, Any] = {"streaming": config.streaming, "chat": has_template, "settings": config.settings}
-        found = data.load(config.data, config.task, split=config.split, **options)
-        if not has_template and data.is_conversation(next(iter(found))):
+    def _read_data(self, target: data.Target) -> list[data.Loaded]:
+        """The records to train on, and those to evaluate with, if any."""
+        config, has_template = self._config, bool(target.tokenizer.chat_template)
+        found = [
+            data.load_all(
+                places,
+                config.task,
+                split=config.split,
+                streaming=config.streaming,
+                chat=has_template,
+                settings=config.settings,
+                ignored=config.ignore_columns,
+            )
+            for places in (config.data, config.eval_data)
+            if places
+        ]
+        if not has_template and any(data.is_conversation(next(iter(one.records))) for one in found):
             raise UsageError(
                 f"the data is conversations, and the tokenizer of {self._base.name} has no chat template",
                 "give one with chat_template_path: FILE.jinja, or train on plain prompts and completions",
             )
-        if config.eval_data:
-            return found, data.load(config.eval_data, config.task, split=config.split, **options)
-        if config.test_split_size and not config.streaming:
-            both = found.train_test_split(test_size=config.test_split_size, seed=arguments.seed)
+        return found
+
+    def _check_data(self, found: list[data.Loaded], target: data.Target) -> data.Report:
+        """Look at a sample of the records, and say what was found. Raises UsageError for what cannot be trained on."""
+        limits = data.Limits.of(self._config.task, self._parts.arguments)
+        reports = []
+        for one in found:
+            tokeniser, loss = self._tokeniser(one, target)
+            reports.append(data.look(one, tokeniser, target, limits, loss))
+        self._data_figures = reports[0].figures()
+        self._data_notes = [reports[0].summary(), *(line for one in reports for line in one.warnings())]
+        if self._is_main:
+            for line in self._data_notes:
+                click.echo(line, err=True)
+        return reports[0]
+
+    def _tokeniser(self, one: data.Loaded, target: data.Target) -> tuple[data.Tokeniser | None, str]:
+        """What makes tokens of the records (None where TRL does it), and in words what is learned of them."""
+        if self._config.task != "sft":
+            return None, "the answers only"
+        is_whole, loss = data.what_is_learned(next(iter(one.records)), self._config.options)
+        return data.Tokeniser(target, is_whole=is_whole, where=one.places.where), loss
+
+    def _prepare_data(self, found: list[data.Loaded], target: data.Target) -> tuple[Any, Any]:
+        """The records as TRL's trainer takes them: for task sft as tokens and labels."""
+        config, arguments = self._config, self._parts.arguments
+        parts = []
+        for one in found:
+            tokeniser, _ = self._tokeniser(one, target)
+            parts.append(one.records if tokeniser is None else data.tokenise(one.records, tokeniser))
+        if config.task == "sft":
+            arguments.assistant_only_loss = False  # The labels say it; TRL would look for messages.
+        if len(parts) == 1 and config.test_split_size and not config.streaming:
+            both = parts[0].train_test_split(test_size=config.test_split_size, seed=arguments.seed)
             return both["train"], both["test"]
-        return found, None
+        return parts[0], parts[1] if len(parts) > 1 else None
+
+    def _count_dropped(self, given: Any, kept: Any) -> None:
+        """Say how many records TRL has dropped: it does so without a word. Raises UsageError when none is left."""
+        arguments = self._parts.arguments
+        if self._config.streaming or getattr(arguments, "packing", False):
+            return
+        dropped = len(given) - len(kept)
+        if dropped <= 0:  # KTO makes two records of a pair.
+            return
+        behind = f"their answers lie behind max_length {arguments.max_length}"
+        if not len(kept):
+            raise UsageError(f"all {dropped:,} records are dropped: {behind}", "raise max_length, or shorten them")
+        self._data_figures["records_dropped"] = dropped
+        self._data_notes.append(f"{dropped:,} of {len(given):,} records are dropped: {behind}")
+        if self._is_main:
+            click.echo(self._data_notes[-1], err=True)
 
     def _train(self, trainer: Any, checkpoint: Path | None, began: threading.Event) -> Outcome:
         import torch
@@ -387,9 +455,10 @@ class _Run:
             self._place.url if self._place else str(self.output_dir),
             steps,
             step_of(checkpoint) if checkpoint else 0,
-            metrics,
+            {**metrics, **self._data_figures},
             self._timeline.rounded(),
             publisher.published if publisher else [],
+            notes=self._data_notes,
         )
 
     def _publish_finished(self, checkpoint: Path) -> Outcome:
@@ -419,6 +488,8 @@ class _Run:
         return has_weights and found is not None and found.ended_at == checkpoints.step_of(checkpoint)
 
     def _make_trainer(self, model: Any, tokenizer: Any, train_data: Any, eval_data: Any) -> Any:
+        from jinja2 import TemplateError
+
         try:
             trainer = self._parts.trainer(
                 model=model,
@@ -428,9 +499,9 @@ class _Run:
                 processing_class=tokenizer,
                 peft_config=self._parts.lora,
             )
-        except ValueError as error:
-            # What TRL and PEFT refuse: a template that cannot be masked, modules that the model does not have.
-            raise UsageError(f"{self._config.task} cannot be set up", str(error)) from None
+        except (ValueError, TemplateError) as error:
+            # What TRL and PEFT refuse: a record that the template does not take, modules that the model does not have.
+            raise UsageError(f"{self._config.task} cannot be set up", first_line(error)) from None
         if self._parts.lora is not None and not _is_sharded(self._parts.arguments):
             # TRL makes the adapter of a quantised base bfloat16, and PEFT float32 when it resumes: float32 at once, so
             # that a run that was cut off goes on as if it had not been. What shards a model wants one kind for all.

@@ -45,7 +45,11 @@ def load(place: object, task: str = "sft", *, chat: bool = True, streaming: bool
         ({"question": "a", "answer": "b"}, "sft", None),
         ({"text": "words"}, "sft", {"text": "words"}),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "dpo", {"prompt": "a", "chosen": "b", "rejected": "c"}),
-        ({"chosen": TURNS, "rejected": TURNS}, "simpo", {"chosen": TURNS, "rejected": TURNS}),
+        (
+            {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "no"}]},
+            "simpo",
+            {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [{"role": "assistant", "content": "no"}]},
+        ),
         ({"prompt": "a", "completion": "b", "label": 1}, "kto", {"prompt": "a", "completion": "b", "label": True}),
     ],
 )
@@ -130,7 +134,7 @@ def test_short_names_stand_for_the_users_bucket_first(bucket: Store, tmp_path: P
     [
         ({"text": "x"}, "different formats"),
         ({"prompt": "x", "completion": "y"}, "different formats"),
-        ({"prompt": [{"role": "user", "content": 1}], "completion": [{"role": "assistant", "content": 2}]}, "together"),
+        ({"prompt": [{"role": "user", "content": 1}], "completion": [{"role": "assistant", "content": 2}]}, "no text"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])
@@ -160,6 +164,203 @@ def test_what_cannot_be_read_is_told(name: str, content: str | None, message: st
 def test_what_is_not_in_the_bucket_is_told(bucket: Store) -> None:
     with pytest.raises(ObsfsError, match="there is no data at obs://"):
         load(f"{bucket}/nothing.jsonl")
+
+
+def said(record: dict[str, Any], task: str = "sft") -> Any:
+    """What a record becomes, as a conversation where it can be one."""
+    return data.recognise(record, task, "here").convert(record, True)
+
+
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+NO = {"role": "assistant", "content": "no"}
+SYSTEM = {"role": "system", "content": "be brief"}
+
+
+@pytest.mark.parametrize(
+    ("record", "task", "expected"),
+    [
+        ({"conversations": SHARED[1:], "system": "be brief"}, "sft", {"messages": [SYSTEM, USER, ANSWER]}),
+        ({"messages": TURNS, "system": "be brief"}, "sft", {"messages": [SYSTEM, USER, ANSWER]}),
+        ({"messages": [SYSTEM, *TURNS], "system": "be brief"}, "sft", {"messages": [SYSTEM, USER, ANSWER]}),
+        ({"messages": TURNS, "system": None, "images": []}, "sft", {"messages": TURNS}),
+        ({"messages": json.dumps(TURNS)}, "sft", {"messages": TURNS}),
+        (
+            {"prompt": "hi", "completion": "ho", "system": "be brief"},
+            "sft",
+            {"prompt": [SYSTEM, USER], "completion": [ANSWER]},
+        ),
+        (
+            {"instruction": "hi", "output": "ho", "history": [["a", "b"]], "system": "be brief"},
+            "sft",
+            {
+                "prompt": [SYSTEM, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, USER],
+                "completion": [ANSWER],
+            },
+        ),
+        (
+            {"query": "hi", "response": "ho", "history": [["a", "b"], ["c", "d"]]},
+            "sft",
+            {
+                "prompt": [
+                    *[{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate("abcd")],
+                    USER,
+                ],
+                "completion": [ANSWER],
+            },
+        ),
+        ({"instruction": "sum", "context": "up", "response": "ho"}, "sft", None),
+        (
+            {"conversations": SHARED[1:2], "chosen": SHARED[2], "rejected": {"from": "gpt", "value": "no"}},
+            "dpo",
+            {"prompt": [USER], "chosen": [ANSWER], "rejected": [NO]},
+        ),
+        (
+            {"messages": TURNS, "rejected_response": "no", "system": "be brief"},
+            "orpo",
+            {"prompt": [SYSTEM, USER], "chosen": [ANSWER], "rejected": [NO]},
+        ),
+        (
+            {"prompt": "hi", "messages": TURNS, "chosen": TURNS, "rejected": [USER, NO]},
+            "dpo",
+            {"prompt": [USER], "chosen": [ANSWER], "rejected": [NO]},
+        ),
+        (
+            {"conversations": SHARED[1:], "kto_tag": True},
+            "kto",
+            {"prompt": [USER], "completion": [ANSWER], "label": True},
+        ),
+        ({"prompt": "hi", "messages": TURNS}, "sft", {"messages": TURNS}),
+    ],
+)  # fmt: skip
+def test_nothing_that_a_record_holds_is_lost(record: dict[str, Any], task: str, expected: Any) -> None:
+    found = said(record, task)
+    if expected is None:
+        assert found["prompt"] == [{"role": "user", "content": "sum\n\nup"}]
+    else:
+        assert found == expected
+
+
+def test_without_a_template_system_and_history_stay_in_the_text() -> None:
+    record = {"instruction": "hi", "output": "ho", "system": "be brief", "history": [["a", "b"]]}
+    made = data.recognise(record, "sft", "here").convert(record, False)
+    assert made == {"prompt": "be brief\n\na\n\nb\n\nhi\n\n", "completion": "ho"}
+
+
+@pytest.mark.parametrize(
+    ("record", "task", "message"),
+    [
+        ({"messages": TURNS, "images": ["x.png"]}, "sft", "it has images"),
+        ({"messages": TURNS, "videos": ["x.mp4"]}, "sft", "it has videos"),
+        ({"prompt": "a", "completion": "b", "audio": {"path": "x"}}, "sft", "it has audio"),
+        ({"messages": [SYSTEM, *TURNS], "system": "other"}, "sft", "two different system prompts"),
+        ({"messages": TURNS, "history": [["a", "b"]]}, "sft", "history cannot be used beside messages"),
+        ({"text": "x", "system": "be"}, "sft", "system cannot be used beside text"),
+        ({"text": "x", "tools": [{"name": "f"}]}, "sft", "tools cannot be used"),
+        ({"instruction": "a", "output": "b", "history": ["a"]}, "sft", "pairs"),
+        ({"messages": TURNS[:1]}, "sft", "no message of the assistant"),
+        ({"messages": [USER, {**ANSWER, "loss": False}]}, "sft", "every answer in it has loss: false"),
+        ({"prompt": "a", "chosen": [{**ANSWER, "weight": 0}], "rejected": "b"}, "dpo", "loss: false"),
+        ({"messages": TURNS, "tools": "[{]"}, "sft", "no JSON"),
+        ({"chosen": TURNS, "rejected": [{"role": "user", "content": "x"}, ANSWER]}, "dpo", "same question"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(record: dict[str, Any], task: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        said(record, task)
+
+
+@pytest.mark.parametrize(
+    ("record", "task", "remedy"),
+    [
+        ({"conversations": SHARED, "chosen": SHARED[2], "rejected": SHARED[2]}, "sft", "choose task dpo"),
+        ({"messages": TURNS, "label": False}, "sft", "choose task kto"),
+        ({"instruction": "a", "output": "b"}, "dpo", "choose task sft"),
+        ({"messages": TURNS}, "kto", "a label"),
+    ],
+)
+def test_formats_are_told_apart_by_what_they_hold(record: dict[str, Any], task: str, remedy: str) -> None:
+    with pytest.raises(ObsfsError, match=f"is in no format for task {task}") as caught:
+        data.recognise(record, task, "here")
+    assert remedy in str(caught.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_objects_keep_their_own_keys(kind: str, streaming: bool, tmp_path: Path) -> None:
+    def calling(name: str, **arguments: Any) -> dict[str, Any]:
+        call = {"id": name, "type": "function", "function": {"name": name, "arguments": arguments}}
+        return {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}, ANSWER], "system": None}
+
+    rows = [calling("f", city="2020-01-01"), calling("g", days=3, unit=None), {"messages": TURNS, "system": "123"}]
+    path = tmp_path / f"d.{kind}"
+    path.write_text(json.dumps(rows) if kind == "json" else "".join(json.dumps(row) + "\n" for row in rows))
+    expected = [
+        *({"messages": row["messages"]} for row in rows[:2]),
+        {"messages": [{"role": "system", "content": "123"}, *TURNS]},
+    ]
+    assert list(load(path, streaming=streaming)) == expected
+
+
+def test_nulls_that_a_table_fills_in_are_left_out(tmp_path: Path) -> None:
+    calls = [[{"name": "f", "arguments": {"city": "x"}}], [{"name": "g", "arguments": {"days": 3}}]]
+    rows = [{"messages": [USER, {"role": "assistant", "content": None, "tool_calls": one}, ANSWER]} for one in calls]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "d.parquet")
+    found = [row["messages"][1]["tool_calls"][0]["function"]["arguments"] for row in load(tmp_path / "d.parquet")]
+    assert found == [{"city": "x"}, {"days": 3}]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": TURNS}, "it is messages, and the first is instruction, output"),
+        ({"instruction": "a"}, "output is empty"),
+        ({"instruction": "a", "output": ""}, "output is empty"),
+        ({}, "it is empty"),
+        ({"instruction": None, "output": None}, "it is empty"),
+    ],
+)
+def test_records_that_differ_from_the_first_are_told_by_number(
+    row: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    path = write_lines(tmp_path / "d.jsonl", [*ROWS[:2], row])
+    with pytest.raises(ObsfsError, match=rf"record 3 of {path} does not fit \({reason}"):
+        load(path)
+
+
+def load_all(*places: Path, task: str = "sft", **given: Any) -> data.Loaded:
+    options: dict[str, Any] = {"split": "train", "streaming": False, "chat": True, "settings": {}, **given}
+    return data.load_all([str(place) for place in places], task, **options)
+
+
+def test_columns_that_are_not_used_are_named_and_others_can_be_given_up(tmp_path: Path) -> None:
+    rows = [{**row, "id": n, "score": 0.5} for n, row in enumerate(ROWS)]
+    path = write_lines(tmp_path / "d.jsonl", rows)
+    assert load_all(path).notes == [f"{path}: columns id, score are not used"]
+    path = write_lines(tmp_path / "e.jsonl", [{**ROWS[0], "images": ["x"]}])
+    with pytest.raises(ObsfsError, match="ignore_columns: images"):
+        load_all(path)
+    assert load_all(path, ignored=["images"]).records.num_rows == 1
+
+
+def test_a_record_is_called_by_its_place(tmp_path: Path) -> None:
+    places = [write_lines(tmp_path / f"{n}.jsonl", ROWS[:n]) for n in (2, 3)]
+    found = load_all(*places)
+    names = [f"record 1 of {places[0]}", f"record 2 of {places[0]}", f"record 1 of {places[1]}"]
+    assert [found.places.where(index) for index in range(3)] == names
+    with pytest.raises(IndexError):
+        found.places.where(5)
+
+
+def test_tools_that_only_one_place_has(tmp_path: Path) -> None:
+    with_tools = [{"messages": TURNS, "tools": [{"name": "f", "parameters": {}}]}]
+    places = [write_lines(tmp_path / "a.jsonl", [{"messages": TURNS}]), write_lines(tmp_path / "b.jsonl", with_tools)]
+    first, second = load_all(*places).records
+    assert first["tools"] is None
+    wrapped = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    assert json.loads(second["tools"]) == [wrapped]
+    bad = write_lines(tmp_path / "c.jsonl", [{**CHOICES[0], "tools": '[{"name": "f"}]'}])
+    with pytest.raises(ObsfsError, match="TRL leaves out in task orpo"):
+        load_all(bad, task="orpo")
 
 
 def test_labels() -> None:

@@ -303,6 +303,64 @@ def test_without_a_terminal_a_line_comes_now_and_then(
 
 
 @pytest.mark.slow
+def test_the_data_is_looked_at_before_the_weights_are_loaded(
+    run: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer.run import _Run
+
+    long = {"instruction": "word " * 80, "input": "", "output": "ok"}
+    path = write_lines(tmp_path / "a.jsonl", [long, *ROWS[:3], long])
+    outcome = run(data=str(path), method="lora", max_steps=2)
+    assert outcome.metrics["records_cut"] == outcome.metrics["records_dropped"] == 2
+    told = capsys.readouterr().err
+    for text in (
+        "records checked: all 5, ",
+        "the loss covers the answers only",
+        "2 of 5 records checked are longer than max_length 64",
+        f"have no answer left within max_length 64 and are dropped (record 1 of {path})",
+        "2 of 5 records are dropped",
+    ):
+        assert text in told
+    assert told.index("records checked") < told.index("step 1/2")
+    checked = run(data=str(path), only_check=True, output=str(tmp_path / "other"))
+    assert (checked.metrics["records_without_answer"], len(checked.notes)) == (2, 3)
+
+    def refuse(self: Any) -> None:
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr(_Run, "_load_model", refuse)
+    for rows in ([long], [{"messages": [{"role": "narrator", "content": "x"}]}]):
+        with pytest.raises(ObsfsError, match=r"max_length 64|record 1 of"):
+            run(data=str(write_lines(tmp_path / "b.jsonl", rows)), output=str(tmp_path / "third"))
+
+
+@pytest.mark.slow
+def test_only_the_answers_of_conversations_are_learned(run: Train, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho", "weight": 0}]
+    rows = [{"messages": [*turns, turns[0], {"role": "assistant", "content": "hey"}]}] * 4
+    seen: list[Any] = []
+
+    def look(model: Any) -> None:
+        def keep(module: Any, args: Any, given: Any) -> None:
+            seen.append((given["input_ids"][0].tolist(), given["labels"][0].tolist()))
+
+        model.register_forward_pre_hook(keep, with_kwargs=True)
+
+    from transformers import TrainerCallback
+
+    class Start(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            look(model)
+
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    run(data=str(path), method="lora", max_steps=1, assistant_only_loss=True, callbacks=[Start()])
+    (ids, labels), *_ = seen
+    found = [one for one in labels if one != -100]
+    assert 0 < len(found) < len(ids) / 3
+    assert found == ids[-len(found) :]
+
+
+@pytest.mark.slow
 def test_what_people_and_machines_see(
     model: str, rows: Path, tmp_path: Path, obsfs_command: Callable[..., Any], other_processor: None
 ) -> None:

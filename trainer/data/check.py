@@ -1,0 +1,269 @@
+"""A look at the data before the weights are loaded: a sample of its records through the real template and tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from obsfs.errors import UsageError
+from obsfs.text import visible
+from trainer.data import messages as chats
+from trainer.data.formats import Record, is_conversation
+from trainer.data.loading import Loaded
+from trainer.data.tokens import IGNORED, Target, Tokeniser, check_vocabulary, common_length, refused_by_template, render
+
+SAMPLE = 256
+"""Records that are looked at: all of a small set, else so many, spread evenly."""
+_ROLE_SCAN = 5000
+"""Records whose sequence of roles is looked at, to add one of each sequence to the sample."""
+_MORE = 64
+_PREFERENCE_LENGTH = 512
+"""What TRL's ORPO and CPO take for max_length when it is not set."""
+_TAIL = 40
+_KNOWN_KEYS = {"role", "content", "tool_calls", "tool_call_id", "id", "name", chats.LOSS}
+
+
+@dataclass
+class Report:
+    """What was found in the records that were looked at.
+
+    `total` is how many there are (None when streamed), `longest` in tokens; `cut` records are longer than
+    `max_length`, by `cut_tokens` tokens in all; `gone` records have nothing left to learn. `loss` says what is learned.
+    """
+
+    total: int | None
+    max_length: int | None
+    loss: str
+    looked: int = 0
+    longest: int = 0
+    cut: int = 0
+    cut_tokens: int = 0
+    gone: int = 0
+    unfound: int = 0
+    example_cut: str = ""
+    example_gone: str = ""
+    left_out: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def figures(self) -> dict[str, float]:
+        """Return the counts, for JSON."""
+        return {
+            "records_checked": self.looked,
+            "records_cut": self.cut,
+            "tokens_cut": self.cut_tokens,
+            "records_without_answer": self.gone,
+            "longest_tokens": self.longest,
+        }
+
+    def summary(self) -> str:
+        """Return one line for people."""
+        of = "the first ones" if self.total is None else f"{self.total:,}"
+        which = f"all {of}" if self.looked == self.total else f"{self.looked:,} of {of}"
+        return f"records checked: {which}, up to {self.longest:,} tokens; the loss covers {self.loss}"
+
+    def warnings(self) -> list[str]:
+        """Return what a user should know before the run, a line each."""
+        found = [visible(note) for note in self.notes]
+        if self.cut:
+            found.append(
+                f"{self.cut:,} of {self.looked:,} records checked are longer than max_length {self.max_length} and are "
+                f"truncated, by {self.cut_tokens / self.cut:,.0f} tokens on average ({visible(self.example_cut)})"
+            )
+        if self.gone:
+            found.append(
+                f"{self.gone:,} of {self.looked:,} records checked have no answer left within max_length "
+                f"{self.max_length} and are dropped ({visible(self.example_gone)})"
+            )
+        if self.unfound:
+            found.append(
+                f"{self.unfound:,} answers of the records checked are not learned, only later ones: the chat template "
+                "writes earlier answers in another way"
+            )
+        for what, count in self.left_out.items():
+            found.append(f"the chat template leaves out {visible(what)} of {count:,} records checked")
+        return found
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run does with long records: the task, TRL's max_length (in tokens) and which end of a record stays."""
+
+    task: str
+    max_length: int | None
+    keeps_end: bool = False
+
+    @classmethod
+    def of(cls, task: str, arguments: Any) -> Limits:
+        """As TRL's config of the task says."""
+        length = getattr(arguments, "max_length", None)
+        if length is None and task in ("orpo", "cpo", "simpo"):
+            length = _PREFERENCE_LENGTH
+        if getattr(arguments, "packing", False) and getattr(arguments, "packing_strategy", "") != "bfd":
+            length = None  # What is too long goes on in the next sequence.
+        return cls(task, length, getattr(arguments, "truncation_mode", "") == "keep_end")
+
+
+def look(loaded: Loaded, tokeniser: Tokeniser | None, target: Target, limits: Limits, loss: str) -> Report:
+    """Look at a sample of the records.
+
+    `tokeniser` makes what task sft learns; the other tasks' tokens are counted as TRL makes them. `loss` says what is
+    learned. Raises UsageError for what cannot be trained on: a record that the template refuses or leaves out, a token
+    that the model does not know, answers that are all cut off.
+    """
+    records = loaded.records
+    total = len(records) if hasattr(records, "__len__") else None
+    report = Report(total, limits.max_length, loss, notes=list(loaded.notes))
+    extra = len(target.tokenizer) - target.vocabulary if target.vocabulary else 0
+    if extra > 0:
+        # Each record is looked at: the first batch with such a token would end the run.
+        report.notes.append(
+            f"{target.name} does not know {extra:,} tokens of its tokenizer: records must not have them"
+        )
+    for index, record in _sample(records, total, is_whole=extra > 0):
+        where = loaded.places.where(index)
+        if is_conversation(record):
+            _check_template(report, record, target, where)
+        if tokeniser is not None:
+            made = tokeniser.tokens(record, index)
+            labels = made.labels
+            report.unfound += made.unfound
+            sizes = [(len(made.input_ids), _has_label(labels, limits))]
+        else:
+            sizes = list(_sizes(record, target, limits, where))
+        _count(report, sizes, where)
+    if report.looked and report.gone == report.looked:
+        raise UsageError(
+            f"none of the {report.looked:,} records checked has an answer left within max_length {limits.max_length} "
+            f"(the longest has {report.longest:,} tokens)",
+            "raise max_length, or shorten the records",
+        )
+    return report
+
+
+def _sample(records: Any, total: int | None, *, is_whole: bool) -> Iterator[tuple[int, Record]]:
+    if total is None:
+        yield from enumerate(records.take(SAMPLE))
+        return
+    if is_whole or total <= SAMPLE:
+        yield from enumerate(records)
+        return
+    chosen = {i * (total - 1) // (SAMPLE - 1) for i in range(SAMPLE)}
+    chosen |= _one_of_each_kind(records.select(range(min(total, _ROLE_SCAN))))
+    for index in sorted(chosen):
+        yield index, records[index]
+
+
+def _one_of_each_kind(records: Any) -> set[int]:
+    """Return the first record of each sequence of roles: templates refuse sequences."""
+    found: dict[tuple[Any, ...], int] = {}
+    if not is_conversation(records[0]):
+        return set()
+    for index, record in enumerate(records):
+        kind = tuple((name, *(one["role"] for one in side)) for name, side in record.items() if isinstance(side, list))
+        if found.setdefault((*kind, bool(record.get("tools"))), index) == index and len(found) >= _MORE:
+            break
+    return set(found.values())
+
+
+def _count(report: Report, sizes: list[tuple[int, bool]], where: str) -> None:
+    report.looked += 1
+    length = max(size for size, _ in sizes)
+    report.longest = max(report.longest, length)
+    if report.max_length is not None and length > report.max_length:
+        report.cut += 1
+        report.cut_tokens += length - report.max_length
+        report.example_cut = report.example_cut or where
+    if not all(is_left for _, is_left in sizes):
+        report.gone += 1
+        report.example_gone = report.example_gone or where
+
+
+def _has_label(labels: list[int], limits: Limits) -> bool:
+    if limits.max_length is not None:
+        labels = labels[-limits.max_length :] if limits.keeps_end else labels[: limits.max_length]
+    return any(label != IGNORED for label in labels)
+
+
+def _sizes(record: Record, target: Target, limits: Limits, where: str) -> Iterator[tuple[int, bool]]:
+    """The tokens of a question with each of its answers, and whether TRL keeps anything of that answer."""
+    tokenizer = target.tokenizer
+    prompt, tools = record.get("prompt", ""), record.get("tools")
+    is_chat = isinstance(prompt, list)
+
+    def ids_of(value: Any, **options: Any) -> list[int]:
+        if not is_chat:
+            return list(tokenizer(value)["input_ids"])
+        try:
+            text = render(tokenizer, value, tools, **options)
+        except ValueError as error:
+            raise refused_by_template(target, where, record, str(error)) from None
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    asked = ids_of(prompt, add_generation_prompt=True) if is_chat or prompt else []
+    for name in ("completion", "chosen", "rejected"):
+        if name in record:
+            ids = ids_of(prompt + record[name])
+            check_vocabulary(ids, target, lambda: where)
+            start = common_length(asked, ids)
+            length = len(ids) + (0 if is_chat else 1)  # TRL ends a text with the end token.
+            yield length, limits.max_length is None or limits.keeps_end or start < limits.max_length
+
+
+def _check_template(report: Report, record: Record, target: Target, where: str) -> None:
+    """See that the template shows what the record holds. Raises UsageError."""
+    for messages in _conversations(record):
+        try:
+            text = render(target.tokenizer, messages, record.get("tools"))
+        except ValueError as error:
+            raise refused_by_template(target, where, record, str(error)) from None
+        lost, missed = _left_out(text, messages, record.get("tools"))
+        if lost:
+            raise UsageError(
+                f"the chat template of {target.name} leaves out {lost} of {where}",
+                "give a template that shows it with chat_template_path: FILE.jinja, or take it out of the record",
+            )
+        source = str(target.tokenizer.chat_template)
+        keys = {key for one in messages for key in one if key not in _KNOWN_KEYS and key not in chats.THOUGHTS}
+        missed |= {f"the key {key} of messages" for key in keys if key not in source}
+        if any("name" in one for one in messages if one["role"] != "tool") and "name" not in source:
+            missed.add("the key name of messages")
+        report.left_out.update(missed)
+
+
+def _conversations(record: Record) -> list[list[chats.Message]]:
+    if "messages" in record:
+        return [record["messages"]]
+    prompt = record["prompt"] if isinstance(record.get("prompt"), list) else []
+    sides = [record[name] for name in ("completion", "chosen", "rejected") if isinstance(record.get(name), list)]
+    return [[*prompt, *side] for side in sides]
+
+
+def _left_out(text: str, messages: list[chats.Message], tools: str | None) -> tuple[str, set[str]]:
+    """What must not be left out and is, or an empty text; and what is left out otherwise."""
+    missed: set[str] = set()
+    for number, one in enumerate(messages, 1):
+        if not _shows(text, one["content"]):
+            if one["role"] in ("system", "tool"):
+                return f"message {number} ({one['role']})", missed
+            missed.add(f"a message of the {one['role']}")
+        for call in one.get("tool_calls", []):
+            name = call["function"]["name"]
+            if name not in text:
+                return f"the call of {name} in message {number}", missed
+    for name in chats.tool_names(tools):
+        if name not in text:
+            return f"the tool {name}", missed
+    for key in chats.THOUGHTS:
+        thoughts = [one[key] for one in messages if isinstance(one.get(key), str)]
+        if thoughts and not any(_shows(text, one) for one in thoughts):
+            missed.add(f"the key {key} of messages")
+    return "", missed
+
+
+def _shows(text: str, content: str) -> bool:
+    tail = content.strip()[-_TAIL:].strip()
+    spellings = (tail, json.dumps(tail)[1:-1], json.dumps(tail, ensure_ascii=False)[1:-1])
+    return any(one in text for one in spellings)

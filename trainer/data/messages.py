@@ -1,0 +1,228 @@
+"""Messages of a conversation, from the spellings in use to the one that chat templates take. Pure.
+
+Every function raises ValueError with the reason and the remedy. The caller knows the file and the record's number.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+Message = dict[str, Any]
+
+_CALL = "function_call"
+_SYNONYMS = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai"),
+    "tool": (
+        "tool",
+        "observation",
+        "function",
+        "ipython",
+        "tool_response",
+        "tool_result",
+        "function_response",
+        "function_result",
+    ),
+    _CALL: (_CALL, "tool_call"),
+}
+"""Roles as ShareGPT, LLaMA-Factory, ms-swift, axolotl and OpenAI write them, by the role that templates know."""
+_ROLES = {word: role for role, words in _SYNONYMS.items() for word in words}
+ROLES = ("system", "user", "assistant", "tool")
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""Keys of what an assistant thinks before it answers. Some templates show it."""
+LOSS = "loss"
+"""The key of a message that is not learned from; its value is false. Other messages do not have it."""
+_LOSS_KEYS = (LOSS, "train", "training", "trainable", "weight")
+"""As ms-swift (loss), axolotl (train, training) and Mistral and OpenAI (weight) write it."""
+
+
+def turns(value: Any) -> list[Message]:
+    """Return a conversation as messages with the keys ``role`` and ``content``, and what else each one holds.
+
+    Keys without a value are left out: tables fill them in for every message. ``function_call`` turns become
+    ``tool_calls`` of an assistant message.
+    """
+    if isinstance(value, str):
+        value = _parsed(value, "the conversation")
+    if not isinstance(value, list) or not value:
+        raise ValueError("the conversation is no list of messages")
+    found: list[Message] = []
+    for number, turn in enumerate(value, 1):
+        try:
+            _add(found, turn)
+        except ValueError as error:
+            raise ValueError(f"message {number} {error}") from None
+    return found
+
+
+def learned(messages: list[Message]) -> list[int]:
+    """Return the indexes of the messages that are learned from: the assistant's, but for those with ``loss: false``."""
+    return [i for i, one in enumerate(messages) if one["role"] == "assistant" and one.get(LOSS, True)]
+
+
+def for_template(messages: list[Message]) -> list[Message]:
+    """Return the messages without the mark that only we understand."""
+    return [{key: value for key, value in one.items() if key != LOSS} for one in messages]
+
+
+def with_system(messages: list[Message], system: str) -> list[Message]:
+    """Put a system prompt in front. Refuse a second one that differs."""
+    if not system:
+        return messages
+    if messages and messages[0]["role"] == "system":
+        if messages[0]["content"] == system:
+            return messages
+        raise ValueError("its system column and its first message are two different system prompts: keep one of them")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def history(value: Any) -> list[Message]:
+    """Return the earlier turns of an alpaca or query/response record: pairs of question and answer, or messages."""
+    if isinstance(value, str):
+        value = _parsed(value, "history")
+    if not isinstance(value, list):
+        raise ValueError("history is no list of pairs (question, answer)")
+    if value and all(isinstance(one, dict) for one in value):
+        return turns(value)
+    found: list[Message] = []
+    for pair in value:
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(one, str) for one in pair)):
+            raise ValueError("history is no list of pairs (question, answer), each of two texts")
+        found += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return found
+
+
+def tools(value: Any) -> str | None:
+    """Return the tools that a record offers as JSON text of OpenAI's form, which TRL takes. None without any."""
+    if isinstance(value, str):
+        value = _parsed(value, "tools") if value.strip() else None
+    if value in (None, [], {}):
+        return None
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list):
+        raise ValueError("tools is no list of functions")
+    return json.dumps([_tool(_parsed(one, "a tool") if isinstance(one, str) else one) for one in value])
+
+
+def tool_names(value: str | None) -> list[str]:
+    """Return the names of the tools in what :func:`tools` has made."""
+    return [one["function"]["name"] for one in json.loads(value)] if value else []
+
+
+def _tool(one: Any) -> dict[str, Any]:
+    inner = one.get("function", one) if isinstance(one, dict) else None
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        raise ValueError("a tool has no name: each is {type: function, function: {name, description, parameters}}")
+    return one if "function" in one else {"type": "function", "function": inner}
+
+
+def _add(found: list[Message], turn: Any) -> None:
+    if not isinstance(turn, dict):
+        raise ValueError("is no object with role and content")
+    rest = {key: value for key, value in turn.items() if value is not None}
+    role = rest.pop("role", None) or rest.pop("from", None)
+    content = rest.pop("content") if "content" in rest else rest.pop("value", None)
+    if not isinstance(role, str):
+        raise ValueError("has no role")
+    word = "_".join(role.casefold().replace("-", " ").split())
+    known, is_call = _ROLES.get(word), _ROLES.get(word) == _CALL
+    if known is None:
+        raise ValueError(f"has the role {role!r}: known are {', '.join(ROLES)}, function_call and their usual names")
+    calls = [_call(one) for one in _listed(rest.pop("tool_calls", None), "tool_calls")]
+    calls += [_call(one) for one in _listed(rest.pop("function_call", None), "function_call")]
+    if is_call:
+        calls += [_call(one) for one in _listed(content, "function_call")]
+        known, content = "assistant", ""
+        if not calls:
+            raise ValueError("is a function_call without a name")
+    is_learned = _loss(rest, known)
+    if known == "tool" and isinstance(content, dict):
+        content = json.dumps(content, ensure_ascii=False)
+    message: Message = {"role": known, "content": _content(content, may_lack=bool(calls))}
+    if calls:
+        if known != "assistant":
+            raise ValueError(f"calls tools, and its role is {role!r}: only the assistant does")
+        message["tool_calls"] = calls
+    is_empty = not (message["content"] or calls or any(rest.get(key) for key in THOUGHTS))
+    if known == "assistant" and is_learned and is_empty:
+        raise ValueError("is an empty answer: take it out, or give it loss: false")
+    last = found[-1] if found else None
+    if is_call and last and last["role"] == "assistant" and (LOSS in last) is not is_learned:
+        # Calls of one answer that stand in turns of their own: templates know one assistant message.
+        last["tool_calls"] = [*last.get("tool_calls", []), *calls]
+        last.update(rest)
+        return
+    found.append({**message, **rest, **({} if is_learned or known != "assistant" else {LOSS: False})})
+
+
+def _loss(rest: Message, role: str) -> bool:
+    """Take the marks of what is learned out of a message, and return whether it is."""
+    is_learned = True
+    for key in _LOSS_KEYS:
+        value = rest.pop(key, None)
+        if value is None:
+            continue
+        if value not in (0, 1):
+            raise ValueError(f"has {key} {value!r}: only 0 and 1, or false and true, can be honoured")
+        if value and role != "assistant":
+            raise ValueError(f"of the {role} has {key}: {json.dumps(value)}, and only answers are learned: take it out")
+        is_learned = is_learned and bool(value)
+    return is_learned
+
+
+def _content(value: Any, *, may_lack: bool) -> str:
+    if value is None:
+        if may_lack:
+            return ""
+        raise ValueError("has no content")
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return "".join(_part(one) for one in value)
+    raise ValueError(f"has content that is no text ({type(value).__name__})")
+
+
+def _part(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "unknown") if isinstance(part, dict) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise ValueError(f"has a part of type {kind}: training is on text only")
+    return str(part["text"])
+
+
+def _call(one: Any) -> dict[str, Any]:
+    """A tool call as templates take it: its arguments an object, also where they came as JSON text."""
+    if isinstance(one, str):
+        one = _parsed(one, "a tool call")
+    inner = one.get("function", one) if isinstance(one, dict) else None
+    if isinstance(inner, str) and isinstance(one, dict):
+        inner = {"name": inner, **{key: one[key] for key in ("arguments", "parameters") if key in one}}
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        raise ValueError("has a tool call without a name: each is {name, arguments}")
+    given = inner.get("arguments")
+    given = inner.get("parameters") if given is None else given
+    if isinstance(given, str):
+        given = _parsed(given, f"the arguments of {inner['name']}") if given.strip() else {}
+    if given is not None and not isinstance(given, dict):
+        raise ValueError(f"calls {inner['name']} with arguments that are no object")
+    outer = {key: value for key, value in one.items() if value is not None and inner is not one and key != "function"}
+    kept = {key: one[key] for key in ("id",) if inner is one and one.get(key) is not None}
+    return {"type": "function", **kept, **outer, "function": {"name": inner["name"], "arguments": given or {}}}
+
+
+def _listed(value: Any, name: str) -> list[Any]:
+    if isinstance(value, str):
+        value = _parsed(value, name) if value.strip() else None
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _parsed(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ValueError(f"has {name} that is no JSON") from None

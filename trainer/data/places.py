@@ -1,0 +1,72 @@
+"""Where data comes from: files, directories, a bucket, or the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import obsfs
+from obsfs.errors import UsageError, first_line
+
+BUILTIN = {
+    "alpaca-en": "yahma/alpaca-cleaned",
+    "alpaca-zh": "shibing624/alpaca-zh",
+    "capybara": "trl-lib/Capybara",
+    "ultrafeedback": "trl-lib/ultrafeedback_binarized",
+    "kto-mix": "trl-lib/kto-mix-14k",
+}
+"""Short names of common data sets: ``LIBRARY/datasets/NAME`` in the bucket if it is there, else this on the hub."""
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def check_name(place: str) -> None:
+    """Raises UsageError for what can be no data, without looking into a bucket or on the hub."""
+    if "://" not in place and place not in BUILTIN:
+        find(place, {})
+
+
+def find(place: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What ``datasets.load_dataset`` is to be told of a place: its first argument, and the others.
+
+    Raises UsageError when there is nothing, or nothing that can be read as data.
+    """
+    if place in BUILTIN:
+        library = obsfs.Settings.load(**settings).library
+        for suffix in ("", *_BUILDERS) if library else ():
+            if found := _in_bucket(f"{str(library).rstrip('/')}/datasets/{place}{suffix}", settings):
+                return found
+        return BUILTIN[place], {}
+    if "://" in place:
+        if found := _in_bucket(place, settings):
+            return found
+        raise UsageError(f"there is no data at {place}", "see what is there with `obsfs mount`, or push it")
+    path = Path(place).expanduser()
+    if path.exists():
+        files = [str(one) for one in sorted(path.rglob("*")) if one.is_file()] if path.is_dir() else [str(path)]
+        return _builder(place, files, {})
+    if path.suffix in _BUILDERS or place.startswith((".", "/", "~")) or place.count("/") > 1:
+        raise UsageError(
+            f"there is no data at {place}", "give a file, a directory, obs://BUCKET/FILE, or a name of the hub"
+        )
+    return place, {}
+
+
+def _in_bucket(url: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    fs = obsfs.OBSFileSystem(**settings)
+    try:
+        if not fs.exists(url):
+            return None
+        files = [f"obs://{one}" for one in fs.find(url)] if fs.isdir(url) else [url]
+    except (OSError, obsfs.ObsfsError) as error:
+        raise UsageError(
+            f"data {url} cannot be read ({first_line(error)})", "see the README on endpoints and keys"
+        ) from None
+    return _builder(url, files, {"storage_options": settings} if settings else {})
+
+
+def _builder(place: str, files: list[str], options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    for suffix, builder in _BUILDERS.items():
+        if chosen := [file for file in files if file.removesuffix(".gz").endswith(suffix) and "/.obsfs/" not in file]:
+            return builder, {"data_files": chosen, **options}
+    raise UsageError(f"{place} has no data that can be read", f"it takes {', '.join(_BUILDERS)}")
