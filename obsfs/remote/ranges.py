@@ -12,6 +12,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from http.client import HTTPException, HTTPResponse
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
@@ -53,6 +54,7 @@ class RangeBody:
         inner = getattr(self._response, "_fp", None)
         self._readinto = inner.readinto if isinstance(inner, HTTPResponse) else self._response.readinto
         self._socket = getattr(self._response.connection, "sock", None)
+        acknowledge(self._socket)
         self._is_fast = False
 
     def readinto(self, buffer: memoryview) -> None:
@@ -93,6 +95,17 @@ class RangeBody:
         """What was read is not what it should be: `error`, to be raised."""
         self._on_failure()
         return error
+
+
+def acknowledge(connection: socket.socket | None) -> None:
+    """Acknowledge now what has come over a connection (TCP_QUICKACK, tcp(7)).
+
+    Servers that send headers and body apart, as Python's and other simple ones do, hold the body back until the headers
+    are acknowledged (Nagle's algorithm, RFC 896), which the kernel delays by 40 ms: a small object took 45 ms.
+    """
+    if connection is not None:
+        with suppress(OSError):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
 
 class CheckedBody:

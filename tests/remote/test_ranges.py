@@ -125,3 +125,11 @@ def _take(body: RangeBody, size: int) -> bytes:
     buffer = bytearray(size)
     body.readinto(memoryview(buffer))
     return bytes(buffer)
+
+
+def test_the_headers_of_an_answer_are_acknowledged_at_once() -> None:
+    """Else a server that sends headers and body apart waits for the kernel's delayed acknowledgement."""
+    told: list[tuple[int, int, int]] = []
+    connection = SimpleNamespace(setsockopt=lambda *option: told.append(option))
+    RangeBody(SimpleNamespace(readinto=None, connection=SimpleNamespace(sock=connection)), 10)
+    assert told == [(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)]
