@@ -67,7 +67,8 @@ _TOUCH_SECONDS = 0.5
 class _Trust:
     """The state word at which each block was verified or written by this process; 0 means not yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int) -> None:
+        self._length = min(_CHUNK, blocks)
         self._chunks: dict[int, array[int]] = {}
 
     def __getitem__(self, block: int) -> int:
@@ -77,7 +78,7 @@ class _Trust:
     def __setitem__(self, block: int, word: int) -> None:
         chunk = self._chunks.get(block // _CHUNK)
         if chunk is None:
-            chunk = self._chunks.setdefault(block // _CHUNK, array("Q", bytes(8 * _CHUNK)))
+            chunk = self._chunks.setdefault(block // _CHUNK, array("Q", bytes(8 * self._length)))
         chunk[block % _CHUNK] = word
 
     def part(self, blocks: range) -> array[int] | None:
@@ -144,7 +145,7 @@ class CachedObject:
         self._map_guard = threading.RLock()
         self._claimed: set[int] = set()
         self._next_try = time.monotonic() + _RETRY_SECONDS
-        self._trusted = _Trust()
+        self._trusted = _Trust(self.blocks)
         self._touched: tuple[range, float] = range(0), 0.0
         self._whole_users = 0
         self._guard = threading.Lock()
@@ -509,7 +510,7 @@ class CachedObject:
                     return
                 data_fd, map_fd = self._cache.memory_file(), -1
             self._in_memory = map_fd < 0
-            self._trusted = _Trust()
+            self._trusted = _Trust(self.blocks)
             self._was_sealed = False
             os.dup2(data_fd, self.data_fd, inheritable=False)
             os.close(data_fd)
@@ -587,7 +588,7 @@ class CachedObject:
         if not self._was_sealed or self._is_sealed():
             return True
         log.warning("somebody has touched the cache file of %s: it is verified again", self._name)
-        self._trusted, self._was_sealed = _Trust(), False
+        self._trusted, self._was_sealed = _Trust(self.blocks), False
         return False
 
     @property

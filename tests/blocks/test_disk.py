@@ -8,6 +8,7 @@ import shutil
 import stat
 import struct
 import subprocess
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -198,6 +199,21 @@ def test_the_map_grows_with_what_is_cached(tmp_path: Path) -> None:
     assert again.check() == 0
     cache.evict(0)
     assert [*map(again.is_present, at)] == [False] * len(at)
+
+
+def test_memory_grows_with_what_is_cached(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "c", GIB)
+    tracemalloc.start()
+    try:
+        opened = [cache.open(version(size, key=f"{size}-{n}")) for size in (99, 5 * TIB) for n in range(20)]
+        for cached in opened:
+            put(cached, 0)
+            if cached.blocks > 1:
+                put(cached, cached.blocks - 1)
+        small, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert small < 20 * (16 << 10) + 20 * (80 << 10) + MIB
 
 
 def test_maps_count(tmp_path: Path) -> None:
