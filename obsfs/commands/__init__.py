@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 import traceback
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from obsfs.commands.output import tell
 from obsfs.errors import ObsfsError, SettingWarning, UsageError
 from obsfs.fuse import children
+from obsfs.logs import VisibleFormatter
 from obsfs.ours import check_ours
 from obsfs.settings import did_you_mean
 from obsfs.text import visible
@@ -97,12 +100,12 @@ class _Verbs(Group):
 def _broken(name: str, reason: str, remedy: str = "see to the package that has it") -> click.Command:
     """In place of a third party's verb, so that the others go on."""
 
-    def tell(**_: object) -> None:
+    def refuse(**_: object) -> None:
         raise UsageError(f"obsfs {name}: {reason}", remedy)
 
     anything = click.Argument(["words"], nargs=-1, type=click.UNPROCESSED)
     settings = {"ignore_unknown_options": True}
-    return click.Command(name, context_settings=settings, callback=tell, params=[anything], short_help=reason)
+    return click.Command(name, context_settings=settings, callback=refuse, params=[anything], short_help=reason)
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -114,7 +117,7 @@ def obsfs() -> None:
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
     """A setting that has no effect is told in one line; what libraries warn of is no business of the user."""
     if issubclass(category, SettingWarning):
-        click.echo(f"obsfs: warning: {message}", err=True)
+        tell(f"obsfs: warning: {message}", err=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -123,23 +126,25 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.simplefilter("always", SettingWarning)
     shown = warnings.showwarning
     warnings.showwarning = _show_warning
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(VisibleFormatter("obsfs: %(message)s"))
     try:
         check_ours()
         status = obsfs.main(arguments, prog_name="obsfs", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.ctx.get_help() if error.ctx else "")
+        click.echo(error.ctx.get_help() if error.ctx else "")  # of our own text
         return 2
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context else ""
-        click.echo(f"obsfs: {error.format_message().rstrip('.')}{hint}", err=True)
+        tell(f"obsfs: {error.format_message().rstrip('.')}{hint}", err=True)
         return 2
     except ObsfsError as error:
-        click.echo(f"obsfs: {error}", err=True)
+        tell(f"obsfs: {error}", err=True)
         return 2
     except (click.Abort, KeyboardInterrupt):
-        click.echo("obsfs: interrupted", err=True)
+        tell("obsfs: interrupted", err=True)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -147,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("OBSFS_DEBUG"):
             traceback.print_exc()
-        click.echo(
+        tell(
             f"obsfs: internal error: {type(error).__name__}: {error} (OBSFS_DEBUG=1 shows where; please report it)",
             err=True,
         )

@@ -10,7 +10,15 @@ from typing import Any
 import click
 
 from obsfs.commands.options import BUCKET, byte_size, settings_options
-from obsfs.commands.output import human, make_console, make_table, terminate_like_interrupt
+from obsfs.commands.output import (
+    escape_markup,
+    human,
+    make_console,
+    make_table,
+    tell,
+    tell_json,
+    terminate_like_interrupt,
+)
 from obsfs.settings import Settings
 from obsfs.version import __version__
 
@@ -70,12 +78,12 @@ def bench(
         "cores": os.cpu_count() or 0,
     }
     if as_json:
-        click.echo(reports.document(facts, figures))
+        tell_json(reports.document(facts, figures))
     else:
         _print(place.name, f"{sample.path} ({human(sample.size)})", figures)
     if not no_report:
         reports.write(report, f"obsfs bench {place.name}", facts, figures)
-        click.echo(f"written: {report}, {report.with_suffix('.json')}", err=True)
+        tell(f"written: {report}, {report.with_suffix('.json')}", err=True)
 
 
 def _run(place: Any, file: str | None, most: int) -> Any:
@@ -96,12 +104,10 @@ def _run(place: Any, file: str | None, most: int) -> Any:
 
 
 def _print(name: str, file: str, figures: Any) -> None:
-    from rich.markup import escape
-
     from obsfs.bench.report import number
 
     console = make_console()
-    console.print(f"[bold]{escape(name)}[/]  {escape(file)}", highlight=False)
+    console.print(f"[bold]{escape_markup(name)}[/]  {escape_markup(file)}", highlight=False)
     table = make_table("cold", "warm")
     for figure in figures:
         table.add_row(figure.title, f"{number(figure.cold)} {figure.unit}", f"{number(figure.warm)} {figure.unit}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import closing
 from pathlib import Path
@@ -14,12 +13,13 @@ from obsfs.blocks.cache import Cache
 from obsfs.blocks.layout import CacheEntry
 from obsfs.commands import Group
 from obsfs.commands.options import CACHE, age, settings_options
-from obsfs.commands.output import counted, human, make_console, progress, terminate_like_interrupt
+from obsfs.commands.output import counted, human, make_console, progress, tell, tell_json, terminate_like_interrupt
 from obsfs.errors import UsageError
 from obsfs.fuse import mounts
 from obsfs.library.names import is_url
 from obsfs.remote.address import parse_address
 from obsfs.settings import Settings
+from obsfs.text import visible
 
 
 @click.group(
@@ -37,7 +37,7 @@ def info(as_json: bool, **given: Any) -> None:
     store = _open(given)
     entries = sorted(store.entries(), key=lambda entry: -entry.last_used)
     if as_json:
-        click.echo(json.dumps(_document(store, entries), indent=2))
+        tell_json(_document(store, entries))
         return
     from rich.table import Table
 
@@ -47,13 +47,13 @@ def info(as_json: bool, **given: Any) -> None:
     for entry in entries:
         ago = max(0.0, time.time() - entry.last_used)
         table.add_row(
-            f"obs://{entry.version.bucket}/{entry.version.key}",
+            visible(f"obs://{entry.version.bucket}/{entry.version.key}"),
             human(entry.cached_bytes),
             human(entry.version.size),
             _ago(ago),
         )
     console = make_console()
-    console.print(store.directory, highlight=False, markup=False, soft_wrap=True)
+    console.print(visible(store.directory), highlight=False, markup=False, soft_wrap=True)
     if entries:
         console.print(table, highlight=False, markup=False)
     console.print(
@@ -106,12 +106,12 @@ def verify(as_json: bool, **given: Any) -> None:
             "objects": len(entries),
             "damaged_blocks": damaged,
         }
-        click.echo(json.dumps(document, indent=2))
+        tell_json(document)
     else:
         for name, count in damaged.items():
-            click.echo(f"{name}: damaged blocks: {count}; they will be fetched again")
+            tell(f"{name}: damaged blocks: {count}; they will be fetched again")
         verdict = f"damaged: {counted(sum(damaged.values()), 'block')}" if damaged else "all is well"
-        click.echo(f"{human(size)} in {counted(len(entries), 'object')}: {verdict}", err=True)
+        tell(f"{human(size)} in {counted(len(entries), 'object')}: {verdict}", err=True)
     if damaged:
         click.get_current_context().exit(1)
 
@@ -130,7 +130,7 @@ def clean(path: str | None, older_than: str | None, **given: Any) -> None:
     """
     store = _open(given)
     freed = store.clean(older_than=age(older_than), prefix=_prefix(path) if path else None)
-    click.echo(f"{human(freed)} freed in {store.directory}")
+    tell(f"{human(freed)} freed in {store.directory}")
 
 
 def _prefix(path: str) -> tuple[str, str]:

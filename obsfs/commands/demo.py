@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from obsfs.commands.output import human, make_console, make_table, terminate_like_interrupt
+from obsfs.commands.output import escape_markup, human, make_console, make_table, terminate_like_interrupt
 from obsfs.errors import ObsfsError
 from obsfs.fuse import children
 
@@ -121,19 +121,17 @@ def _load(directory: Path) -> dict[str, Any]:
 
 
 def _report(console: Any, cold: _Run, warm: _Run) -> None:
-    from rich.markup import escape
-
     table = make_table("cold (from the bucket)", "warm (from the SSD)")
     runs = (cold, warm)
     table.add_row("mount until it answers", *(f"{run.mount_seconds:.2f} s" for run in runs))
     table.add_row("load, every weight read", *(f"{run.load_seconds:.2f} s" for run in runs))
     table.add_row("fetched from the bucket", *(human(run.status["bytes_fetched"]) for run in runs))
     table.add_row("range requests", *(str(run.status["requests"]) for run in runs))
-    table.add_row("weights served by", *(run.served_by for run in runs))
+    table.add_row("weights served by", *(escape_markup(run.served_by) for run in runs))
     console.print()
     console.print(table, highlight=False)
     console.print()
     console.print(f"{_PROMPT!r} goes on (random weights talk nonsense):", highlight=False)
-    console.print(f"  {escape(warm.text)!r}", highlight=False)
+    console.print(f"  {escape_markup(repr(warm.text))}", highlight=False)
     same = "the same text both times" if warm.text == cold.text else "NOT the same text both times: please report it"
     console.print(f"{same}; server, mount, cache and model are removed", highlight=False)

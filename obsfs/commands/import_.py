@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from obsfs.commands.options import PUBLISH, settings_options
-from obsfs.commands.output import counted, human, progress, spinner, terminate_like_interrupt
+from obsfs.commands.output import counted, human, progress, spinner, tell, tell_json, terminate_like_interrupt
 from obsfs.fuse import mounts
 from obsfs.settings import Settings
 
@@ -57,6 +57,6 @@ def import_(
         )
     mounts.refresh(str(model))
     if as_json:
-        click.echo(json.dumps({**json.loads(manifest.to_json()), "bytes_sent": sent, "url": str(model)}, indent=1))
+        tell_json({**json.loads(manifest.to_json()), "bytes_sent": sent, "url": str(model)})
     else:
-        click.echo(f"published {model}: {counted(len(manifest.files), 'file')}, {human(manifest.size)}")
+        tell(f"published {model}: {counted(len(manifest.files), 'file')}, {human(manifest.size)}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
 from obsfs.commands import Group
 from obsfs.commands.options import LIBRARY, settings_options
-from obsfs.commands.output import columns, count, human, spinner
+from obsfs.commands.output import columns, count, human, spinner, tell, tell_json
 from obsfs.settings import Settings
 
 _EPILOG = """\b
@@ -59,11 +58,11 @@ def list_(library: str | None, *, fresh: bool, as_json: bool, **given: Any) -> N
         shelf.keep(settings, chosen, document)
     _add_cached(document, settings)
     for problem in document["problems"]:
-        click.echo(f"obsfs: {problem}", err=True)
+        tell(f"obsfs: {problem}", err=True)
     if as_json:
         for model in document["models"]:
             del model["files"]
-        click.echo(json.dumps(document, indent=1))
+        tell_json(document)
     else:
         _print(chosen, document)
 
@@ -138,8 +137,8 @@ def _print(library: str, document: dict[str, Any]) -> None:
             )
         )
     titles = ("model", "versions", "architecture", ">parameters", "dtype", ">size", ">cached")
-    click.echo("\n".join(columns(titles, rows)))
-    click.echo(f"{len(by_name)} model{'' if len(by_name) == 1 else 's'} in {library}")
+    tell(*columns(titles, rows))
+    tell(f"{len(by_name)} model{'' if len(by_name) == 1 else 's'} in {library}")
 
 
 def _share(part: int, whole: int) -> str:
@@ -173,7 +172,7 @@ def show(name: str, *, as_json: bool, **given: Any) -> None:
         for file in model.manifest.files
     ]
     if as_json:
-        click.echo(json.dumps(document, indent=1))
+        tell_json(document)
         return
     _print_one(document)
 
@@ -191,6 +190,6 @@ def _print_one(document: dict[str, Any]) -> None:
         "source": f"{document['source']} {document['revision']}".strip(),
         "content": document["content"],
     }
-    click.echo("\n".join(columns(("", ""), [(title, text) for title, text in facts.items() if text])).lstrip("\n"))
+    tell(*list(columns(("", ""), [(title, text) for title, text in facts.items() if text]))[1:])
     rows = [(file["path"], human(file["size"]), file["sha256"][:16]) for file in document["files"]]
-    click.echo("\n" + "\n".join(columns(("file", ">size", "sha256"), rows)))
+    tell("", *columns(("file", ">size", "sha256"), rows))

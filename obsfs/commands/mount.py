@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from obsfs.commands.options import parse_mount_options, settings_options
+from obsfs.commands.output import spinner, tell
 from obsfs.fuse import mounts
 from obsfs.settings import Settings
 
@@ -50,9 +51,7 @@ def mount(source: str, mountpoint: Path, foreground: bool, mount_options: tuple[
     if foreground:
         _serve_here(source, path, settings)
     else:
-        from rich.console import Console
-
-        with Console(stderr=True).status(f"mounting {source} on {path}"):
+        with spinner(f"mounting {source} on {path}"):
             mounts.start(source, path, settings, lifeline=False)
 
 
@@ -64,5 +63,5 @@ def _serve_here(source: str, path: Path, settings: Settings) -> None:
     stop = daemon.Stop()
     stop.on_signals()
     daemon.serve(
-        source, path, settings, lambda: click.echo(f"{source} is mounted on {path}; Ctrl-C unmounts", err=True), stop
+        source, path, settings, lambda: tell(f"{source} is mounted on {path}; Ctrl-C unmounts", err=True), stop
     )

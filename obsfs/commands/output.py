@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import click
+
+from obsfs.text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 _WIDE = 240
+_MAX_LINE = 4000
+"""Characters of a line."""
 
 
 def make_console() -> Console:
@@ -35,6 +44,28 @@ def make_table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     return table
+
+
+def tell(*lines: object, err: bool = False) -> None:
+    """Print lines, each by `visible`: names, codes and messages from outside do no more than be read.
+
+    Commands print by this, by `tell_json`, by `tell_path`, or by rich with `escape_markup`, and by nothing else.
+    """
+    for line in lines:
+        click.echo(visible(line, _MAX_LINE), err=err)
+
+
+def tell_json(document: object) -> None:
+    """Print JSON, in ASCII: `document`, or text that is JSON."""
+    click.echo(document if isinstance(document, str) else json.dumps(document, indent=1))
+
+
+def tell_path(path: Path) -> None:
+    """Print a path: to a program exactly, to a terminal as `tell` does."""
+    if sys.stdout.isatty():
+        tell(path)
+    else:
+        click.echo(bytes(path))
 
 
 def counted(number: int, noun: str) -> str:
@@ -65,7 +96,7 @@ def columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[st
     For long tables: a thousand rows take rich half a second, and this a hundredth.
     """
     marks = [title.startswith(">") for title in titles]
-    lines = [[title.lstrip(">") for title in titles], *([_printable(text) for text in row] for row in rows)]
+    lines = [[title.lstrip(">") for title in titles], *([visible(text) for text in row] for row in rows)]
     widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = []
@@ -73,11 +104,6 @@ def columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[st
             space = " " * (width - _width(text))
             cells.append(space + text if is_figure else text + space)
         yield "  ".join(cells).rstrip()
-
-
-def _printable(text: str) -> str:
-    """Names come from a bucket: what would move the cursor or ring a bell is shown as a question mark."""
-    return text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)
 
 
 def _width(text: str) -> int:
@@ -118,10 +144,10 @@ def progress(title: str, total: int, *, quiet: bool = False) -> Iterator[Callabl
 
 
 def escape_markup(text: str) -> str:
-    """Text that rich shows as it is."""
+    """Text, from wherever it comes, that rich and the terminal show as it is, on one line."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape(visible(text))
 
 
 @contextmanager

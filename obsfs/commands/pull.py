@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from obsfs.commands.options import LIBRARY, settings_options
-from obsfs.commands.output import counted, human, progress, terminate_like_interrupt
+from obsfs.commands.output import counted, human, progress, tell, tell_json, tell_path, terminate_like_interrupt
 from obsfs.settings import Settings
 
 _EPILOG = """\b
@@ -87,12 +86,12 @@ def pull(
             "verified": all(file.sha256 for file in files),
             "content": model.manifest.content,
         }
-        click.echo(json.dumps(document, indent=1))
+        tell_json(document)
         return
     fetched = sum(one.fetched for one in done)
     how = (
         "" if all(file.sha256 for file in files) else "; it has no manifest, so only what the bucket offers was checked"
     )
-    click.echo(f"{model.name}: {counted(len(files), 'file')}, {human(fetched)} fetched{how}", err=True)
+    tell(f"{model.name}: {counted(len(files), 'file')}, {human(fetched)} fetched{how}", err=True)
     for one in done:
-        click.echo(one.directory)
+        tell_path(one.directory)

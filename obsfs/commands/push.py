@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from obsfs.commands.options import PUBLISH, settings_options
-from obsfs.commands.output import counted, human, progress, terminate_like_interrupt
+from obsfs.commands.output import counted, human, progress, tell, tell_json, terminate_like_interrupt
 from obsfs.fuse import mounts
 from obsfs.settings import Settings
 
@@ -66,7 +66,7 @@ def push(
         )
     mounts.refresh(str(model))
     if as_json:
-        click.echo(json.dumps({**json.loads(manifest.to_json()), "bytes_sent": sent, "url": str(model)}, indent=1))
+        tell_json({**json.loads(manifest.to_json()), "bytes_sent": sent, "url": str(model)})
     else:
         had = f", {human(manifest.size - sent)} of them were there" if sent < manifest.size else ""
-        click.echo(f"published {model}: {counted(len(manifest.files), 'file')}, {human(manifest.size)}{had}")
+        tell(f"published {model}: {counted(len(manifest.files), 'file')}, {human(manifest.size)}{had}")

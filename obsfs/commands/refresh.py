@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from obsfs.commands.output import tell
 from obsfs.errors import UsageError
 from obsfs.fuse import mounts
 
@@ -28,4 +29,4 @@ def refresh(places: tuple[str, ...]) -> None:
         if not found:
             raise UsageError(f"no obsfs mount shows {place}", "see `obsfs status`")
         for path in found:
-            click.echo(f"{path}: asks the bucket again")
+            tell(f"{path}: asks the bucket again")

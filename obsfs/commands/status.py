@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from obsfs.commands.output import counted, human, make_console
+from obsfs.commands.output import counted, escape_markup, human, make_console, tell, tell_json
 from obsfs.errors import UsageError
 from obsfs.fuse import mounts, state
-from obsfs.text import visible
 
 _EPILOG = """\b
 Examples:
@@ -38,14 +36,14 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
     if path is not None:
         found = found[-1:]  # what lies below it cannot be reached
     if as_json:
-        click.echo(json.dumps(found[0] if path is not None else found, indent=2))
+        tell_json(found[0] if path is not None else found)
     elif not found:
-        click.echo("Nothing is mounted.")
+        tell("Nothing is mounted.")
     else:
         _print(found)
     lost = [one for one in found if one["state"] in _LOST]
     for one in lost:
-        click.echo(f"obsfs: {visible(one['mountpoint'])} is {one['state']}: {_LOST[one['state']]}", err=True)
+        tell(f"obsfs: {one['mountpoint']} is {one['state']}: {_LOST[one['state']]}", err=True)
     if lost:
         click.get_current_context().exit(1)
 
@@ -59,12 +57,11 @@ def _shown(mount: mounts.Found) -> dict[str, Any]:
 
 
 def _print(found: list[dict[str, Any]]) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     console = make_console()
     for mount in found:
-        title = f"[bold]{escape(visible(mount['mountpoint']))}[/]  {escape(visible(mount['source']))}"
+        title = f"[bold]{escape_markup(mount['mountpoint'])}[/]  {escape_markup(mount['source'])}"
         console.print(title, highlight=False)
         if mount["state"] == "mounted":
             rows = _rows(mount)
@@ -74,7 +71,7 @@ def _print(found: list[dict[str, Any]]) -> None:
         table.add_column(style="dim", min_width=12)
         table.add_column(overflow="fold")
         for name, text in rows:
-            table.add_row(f"  {name}", escape(visible(text)))
+            table.add_row(f"  {name}", escape_markup(text))
         console.print(table, highlight=False)
 
 

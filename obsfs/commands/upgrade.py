@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from obsfs.commands.output import tell
 from obsfs.fuse import mounts
 
 
@@ -18,4 +19,4 @@ def upgrade(mountpoint: Path) -> None:
     """
     path = mounts.resolve(mountpoint)
     before, after = mounts.replace_server(path)
-    click.echo(f"{path}: obsfs {before['version']} (pid {before['pid']}) -> {after['version']} (pid {after['pid']})")
+    tell(f"{path}: obsfs {before['version']} (pid {before['pid']}) -> {after['version']} (pid {after['pid']})")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import click
 
 from obsfs.commands import places
 from obsfs.commands.options import LIBRARY, settings_options
-from obsfs.commands.output import counted, human, progress, terminate_like_interrupt
+from obsfs.commands.output import counted, human, progress, tell, tell_json, terminate_like_interrupt
 from obsfs.errors import UsageError
 from obsfs.fuse import mounts
 from obsfs.library.names import MANIFEST, is_url, parse_model
@@ -86,14 +85,14 @@ def _tell(what: str, where: str, result: Any, as_json: bool) -> None:
             "unknown": result.unknown,
             "differences": [one._asdict() for one in result.differences],
         }
-        click.echo(json.dumps(document, indent=1))
+        tell_json(document)
     else:
         for one in result.differences:
-            click.echo(f"{one.path}: {one.reason}")
+            tell(f"{one.path}: {one.reason}")
         wrong = len(result.differences)
         verdict = f"{wrong} of them differ" if wrong else "all as in the manifest"
         if not result.files and not result.differences:
             verdict = "nothing to compare"
-        click.echo(f"{what}, in {where}: {counted(result.files, 'file')}, {human(result.size)}: {verdict}", err=True)
+        tell(f"{what}, in {where}: {counted(result.files, 'file')}, {human(result.size)}: {verdict}", err=True)
     if result.differences:
         click.get_current_context().exit(1)

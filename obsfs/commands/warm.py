@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from obsfs.commands import places
 from obsfs.commands.options import CACHE, LIBRARY, byte_size, settings_options
-from obsfs.commands.output import counted, human, progress, terminate_like_interrupt
+from obsfs.commands.output import counted, human, progress, tell, tell_json, terminate_like_interrupt
 from obsfs.errors import UsageError
 from obsfs.remote.address import parse_address
 from obsfs.settings import Settings
@@ -62,14 +61,14 @@ def warm(
         else:
             done.append(_warm(url, settings, profile=profile, most=most, pin=pin, quiet=as_json))
     if as_json:
-        click.echo(json.dumps(done, indent=1))
+        tell_json(done)
         return
     for one in done:
         if record:
-            click.echo(f"{one['url']}: profile {record} has {human(one['bytes'])}")
+            tell(f"{one['url']}: profile {record} has {human(one['bytes'])}")
         else:
             pinned = ", pinned" if pin else ""
-            click.echo(f"{one['url']}: {human(one['bytes'])} cached, {human(one['bytes_fetched'])} fetched{pinned}")
+            tell(f"{one['url']}: {human(one['bytes'])} cached, {human(one['bytes_fetched'])} fetched{pinned}")
 
 
 def _warm(
@@ -140,4 +139,4 @@ def unpin(targets: tuple[str, ...], *, everything: bool, **given: Any) -> None:
         )
 
     found = Cache.of(settings).pins.remove(is_meant)
-    click.echo(f"{counted(found, 'object')} unpinned in {settings.cache_dir}")
+    tell(f"{counted(found, 'object')} unpinned in {settings.cache_dir}")
