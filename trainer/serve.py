@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -14,9 +16,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
+
 from obsfs.errors import UsageError
 from obsfs.fuse import children
 from obsfs.settings import state_dir
+from trainer import bits
 from trainer.base import Base, open_base
 from trainer.merge import ADAPTER, merge, open_adapter
 
@@ -57,7 +62,8 @@ def command_of(
     if backend == "sglang":
         lora = ["--lora-paths", f"{adapter.name}={adapter}"] if adapter else []
         return [*children.python("-m", "sglang.launch_server", "--model-path", str(model)), *named, *lora, *extra]
-    return ["transformers", "serve", model.name, *where, *extra]
+    # By way of a module of ours, which keeps the chatter of libraries from the terminal.
+    return [*children.python("-m", "trainer.backend"), "serve", model.name, *where, *extra]
 
 
 @contextmanager
@@ -80,6 +86,9 @@ def serve(
     chosen = choose_backend(backend)
     with ExitStack() as stack:
         base, tuned = _open(stack, model, adapter, settings)
+        if chosen == "transformers":
+            bits.refuse_unservable(base.path)
+        _tell_of_template(base, tuned, is_chat=quiet, extra=extra)
         path, adapter_path = base.path, tuned.path if tuned else None
         if tuned is not None and chosen == "transformers":
             path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="obsfs-serve-"))) / tuned.path.name
@@ -95,7 +104,7 @@ def serve(
         process = subprocess.Popen(
             [children.program(command[0]), *command[1:]],
             cwd=home,
-            env=children.foreign_environment(),
+            env=children.environment() if command[0] == sys.executable else children.foreign_environment(),
             stdout=silence,
             stderr=silence,
         )
@@ -114,6 +123,37 @@ def _open(stack: ExitStack, model: str, adapter: str | None, settings: dict[str,
         tuned, base = stack.enter_context(open_adapter(model, None, settings))
         return base, tuned
     return found, None
+
+
+def _tell_of_template(base: Base, tuned: Base | None, *, is_chat: bool, extra: Sequence[str]) -> None:
+    """Say at the start what every request for a chat would be refused for. Raises UsageError where that is all there is
+    to do."""
+    source = tuned if tuned and (tuned.path / "tokenizer_config.json").exists() else base
+    if has_chat_template(source.path) or any("chat-template" in word for word in extra):
+        return
+    if is_chat:
+        raise UsageError(
+            f"{source.name} has no chat template, so it cannot be talked to",
+            "put one into its directory as chat_template.jinja; obsfs serve completes text without one",
+        )
+    click.echo(
+        f"{source.name} has no chat template: /v1/completions works, and /v1/chat/completions does not "
+        "(put one into its directory as chat_template.jinja)",
+        err=True,
+    )
+
+
+def has_chat_template(model: Path) -> bool:
+    """Whether a model, or an adapter, says how a conversation is written."""
+    if any(
+        (model / name).exists() for name in ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+    ):
+        return True
+    try:
+        found = json.loads((model / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and bool(found.get("chat_template"))
 
 
 def _free_port(host: str) -> int:

@@ -87,6 +87,24 @@ def test_an_adapter_is_counted_without_weights(tmp_path: Path) -> None:
         base.adapter_parameters(tmp_path, lora_config(r=-4))
 
 
+def test_a_name_that_means_nothing_in_the_model_is_told(tiny: Path) -> None:
+    for given, message in (
+        ({"target_modules": ["q_proj", "vproj"]}, "nothing in the model is called 'vproj': the nearest is 'v_proj'"),
+        ({"target_modules": ["q_proj", "self_attn.k_prj"]}, "the nearest is 'k_proj'"),
+        ({"exclude_modules": ["lmhead"]}, "exclude_modules: nothing in the model is called 'lmhead'"),
+        ({"modules_to_save": ["embed_token"]}, "the nearest is 'embed_tokens'"),
+        ({"rank_pattern": {"o_proj": 4, "qproj": 8}}, "rank_pattern: nothing in the model is called 'qproj'"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0, 2]}, "there is no layer 2: the model has 2"),
+    ):  # fmt: skip
+        with pytest.raises(ObsfsError) as caught:
+            base.plan_adapter(tiny, lora_config(**given))
+        assert message in str(caught.value)
+    plan = base.plan_adapter(
+        tiny, lora_config(target_modules=["self_attn.q_proj", "v_proj"], modules_to_save=["lm_head"])
+    )
+    assert plan.modules == ("q_proj", "v_proj")
+
+
 def test_memory_grows_with_what_is_trained() -> None:
     seven = base.Facts(7_600_000_000, 1_090_000_000, 15_200_000_000, 28, 3584, 152_064)
     found = estimates(seven, "sft", 40_370_176)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 
 from obsfs import ObsfsError
 from tests.conftest import Store, stop_group
-from trainer.serve import choose_backend, command_of, serve
+from trainer.serve import choose_backend, command_of, has_chat_template, serve
 
 _QUESTION: Any = [{"role": "user", "content": "name 3"}]
 
@@ -76,6 +78,28 @@ def test_backends(tmp_path: Path) -> None:
     sglang = command_of("sglang", tmp_path, Path("/a"), where, [])
     assert "--lora-paths" in sglang
     assert " ".join(named) in " ".join(sglang)
+
+
+def test_a_model_without_a_chat_template_is_told_at_the_start(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = tmp_path / "plain"
+    shutil.copytree(tiny, plain)
+    assert has_chat_template(plain)
+    (plain / "chat_template.jinja").unlink()
+    assert not has_chat_template(plain)
+    monkeypatch.setattr("trainer.serve.command_of", lambda *_: ["false"])  # the words come before the server
+    with pytest.raises(ObsfsError, match="did not start"), serve(str(plain), None, backend="transformers"):
+        pass
+    assert "plain has no chat template: /v1/completions works" in capsys.readouterr().err
+    with (
+        pytest.raises(ObsfsError, match="has no chat template, so it cannot be talked to"),
+        serve(str(plain), None, backend="transformers", quiet=True),
+    ):
+        pass
+    config = json.loads((plain / "tokenizer_config.json").read_text())
+    (plain / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{{ messages }}"}))
+    assert has_chat_template(plain)
 
 
 @pytest.mark.slow
