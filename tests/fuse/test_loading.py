@@ -132,6 +132,31 @@ def test_strided_reads_cost_at_most_twice_their_bytes(bucket: Store, mount: Moun
 
 
 @pytest.mark.slow
+def test_a_pickle_of_tensors_is_opened_by_its_directory_alone(bucket: Store, mount: Mounter, tmp_path: Path) -> None:
+    """torch seeks to the start of each tensor, by a buffered file: a block of each, and those of the tensor used."""
+    tensors = 20
+    torch.save({f"t{i}": torch.randn(1024, 1024) for i in range(tensors)}, tmp_path / "x.pt")
+    bucket.put("x.pt", (tmp_path / "x.pt").read_bytes())
+    path = mount(bucket)
+    loaded = torch.load(path / "x.pt", weights_only=True, mmap=True)
+    expected = torch.load(tmp_path / "x.pt", weights_only=True, mmap=True)
+    assert torch.equal(loaded["t3"], expected["t3"])
+    touched = tensors + 1 + 5  # the start of each, the archive's own directory, and one tensor across five blocks
+    assert status(path)["bytes_fetched"] <= (touched + 8) * MIB
+
+
+def test_a_seek_of_a_buffered_reader_costs_the_block_that_it_touches(bucket: Store, mount: Mounter) -> None:
+    data = random_bytes(40 * MIB)
+    bucket.put("x.bin", data)
+    path = mount(bucket)
+    places = [number * 4 * MIB + 2192 for number in range(1, 10)]
+    with (path / "x.bin").open("rb") as file:
+        for place in places:
+            file.seek(place)
+            assert file.read(4096) == data[place : place + 4096]
+    assert status(path)["bytes_fetched"] == len(places) * MIB
+
+
 def test_a_mapped_load_fetches_every_byte_once(bucket: Store, mount: Mounter, tmp_path: Path) -> None:
     tensors = {f"model.layers.{n}.weight": torch.randn(1024, 512) for n in range(40)}
     save_file(tensors, tmp_path / "model.safetensors")

@@ -35,6 +35,10 @@ NOTIFY_INVAL_ENTRY_OUT = struct.Struct("=QII")  # followed by the name and a NUL
 NOTIFY_STORE_OUT = struct.Struct("=QQII")  # followed by the bytes
 BACKING_MAP = struct.Struct("=iIQ")
 
+BUFFER_BYTES = 128 << 10
+"""st_blksize, which Python and stdio take for the size of their buffers, so that a seek of a buffered reader costs as
+much. With 1 MiB, which is longer than the kernel's own read-ahead, the kernel read 3 MiB for each seek
+(``page_cache_sync_ra``, mm/readahead.c)."""
 _ATTR_SECONDS = 86400  # a node's attributes never change: the kernel may keep them as long as it likes
 
 # _IOR(229, 0, uint32), _IOW(229, 1, struct fuse_backing_map), _IOW(229, 2, uint32)
@@ -139,7 +143,7 @@ def attr(*, ino: int, mode: int, size: int, mtime: float, uid: int, gid: int) ->
     seconds, nanos = divmod(int(mtime * 1_000_000_000), 1_000_000_000)
     blocks = -(-size // 512)
     return ATTR.pack(
-        ino, size, blocks, seconds, seconds, seconds, nanos, nanos, nanos, mode, 1, uid, gid, 0, 1 << 20, 0
+        ino, size, blocks, seconds, seconds, seconds, nanos, nanos, nanos, mode, 1, uid, gid, 0, BUFFER_BYTES, 0
     )
 
 
