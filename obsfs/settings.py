@@ -296,6 +296,10 @@ class Settings:
         return cls(**{name: known[name].convert(value) for name, value in values.items()})
 
 
+_GROUPS = {"endpoint_url": "Bucket", "cache_dir": "Cache", "connections": "Fetching", "metadata_ttl": "Mount"}
+"""The first setting of each group, in the order of the fields above."""
+
+
 @dataclass(frozen=True)
 class Knob:
     """One setting, as it is read and shown."""
@@ -305,6 +309,8 @@ class Knob:
     default: Any
     hint: Any
     """Its type, with what is annotated."""
+    group: str
+    """The heading that it stands under in ``--help``."""
 
     @property
     def type(self) -> Any:
@@ -348,10 +354,11 @@ def knobs() -> dict[str, Knob]:
     """All settings, by their names."""
     hints = get_type_hints(Settings, include_extras=True)
     defaults = Settings()
-    return {
-        one.name: Knob(one.name, one.metadata["help"], getattr(defaults, one.name), hints[one.name])
-        for one in fields(Settings)
-    }
+    group, found = "", {}
+    for one in fields(Settings):
+        group = _GROUPS.get(one.name, group)
+        found[one.name] = Knob(one.name, one.metadata["help"], getattr(defaults, one.name), hints[one.name], group)
+    return found
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

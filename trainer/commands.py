@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from obsfs.commands.options import BUCKET, CACHE, settings_options
+from obsfs.commands.options import BUCKET, CACHE, Command, settings_options
 from obsfs.commands.output import columns, count, human, spinner, terminate_like_interrupt
 from obsfs.errors import UsageError, first_line
 from obsfs.extras import remedy
@@ -24,7 +24,7 @@ _PLACES = (*BUCKET, "library", *CACHE)
 _PASSED = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
-class _Verb(click.Command):
+class _Verb(Command):
     """One that needs what the extra ``train`` installs."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -44,7 +44,7 @@ Examples:
   obsfs train --guide
   obsfs train run.yaml
   obsfs train run.yaml --learning_rate 1e-4 --lora_r 32 --resume
-  obsfs train --model obs://models/Qwen2-7B --data alpaca-zh --output obs://models/adapters/zh-1
+  obsfs train --model obs://models/Qwen2-7B --data alpaca-zh --output ./zh-1
   accelerate launch --num_processes 8 -m trainer run.yaml
 
 \b
@@ -54,13 +54,15 @@ A run.yaml:
   output: obs://models/adapters/run-1
   method: qlora                      # lora, qlora, dora, full
   task: sft                          # dpo, kto, orpo, cpo, simpo
-  learning_rate: 2e-4                # and whatever else TRL's SFTConfig takes,
+  learning_rate: 2e-4                # and what else TRL's SFTConfig takes,
   lora_r: 16                         # PEFT's LoraConfig,
   bnb_4bit_quant_type: nf4           # and BitsAndBytesConfig
 """
 
 
-@click.command(cls=_Verb, context_settings=_PASSED, epilog=_TRAIN)
+@click.command(
+    cls=_Verb, short_help="Train an adapter, or a whole model, and publish it", context_settings=_PASSED, epilog=_TRAIN
+)
 @click.argument("words", nargs=-1, metavar="[CONFIG.yaml] [--KEY VALUE]...", type=click.UNPROCESSED)
 @click.option("--guide", "is_guided", is_flag=True, help="Ask a few questions, and write the YAML.")
 @click.option("--check", "only_check", is_flag=True, help="Check model, data, output and memory; train nothing.")
@@ -133,11 +135,12 @@ def _checked(config: TrainConfig, found: dict[str, float]) -> list[tuple[str, st
 
 @click.command(
     cls=_Verb,
+    short_help="Write base and adapter as one model",
     epilog="""\b
 Examples:
   obsfs merge obs://models/adapters/run-1 obs://models/Qwen2-7B-tuned@v1
   obsfs merge ./run-1 ./merged --base /mnt/models/Qwen2-7B --quantize bnb-4bit
-  obsfs merge ./run-1 ./merged --quantize awq --calibrate obs://models/data/chats.jsonl
+  obsfs merge ./run-1 ./merged --quantize awq --calibrate chats.jsonl
 """,
 )
 @click.argument("adapter")
@@ -206,12 +209,14 @@ _ADAPTER = click.option(
 
 @click.command(
     cls=_Verb,
+    short_help="Serve a model as OpenAI does",
     context_settings=_PASSED,
     epilog="""\b
 Examples:
   obsfs serve obs://models/Qwen2-7B --port 8000
-  obsfs serve /mnt/models/Qwen2-7B --adapter obs://models/adapters/run-1 --backend vllm -- --max-model-len 8192
-  curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": ..., "messages": ...}'
+  obsfs serve /mnt/models/Qwen2-7B --adapter obs://models/adapters/run-1
+  obsfs serve obs://models/Qwen2-7B --backend vllm -- --max-model-len 8192
+  curl localhost:8000/v1/models
 """,
 )
 @click.argument("model")
@@ -242,11 +247,13 @@ def serve(model: str, *, adapter: str | None, host: str, port: int, backend: str
 
 @click.command(
     cls=_Verb,
+    short_help="Talk to a model in the terminal",
     context_settings=_PASSED,
     epilog="""\b
 Examples:
   obsfs chat obs://models/Qwen2-7B
-  obsfs chat obs://models/Qwen2-7B --adapter obs://models/adapters/run-1 -- max_new_tokens=200 temperature=0.7
+  obsfs chat obs://models/Qwen2-7B --adapter obs://models/adapters/run-1
+  obsfs chat obs://models/Qwen2-7B -- max_new_tokens=200 temperature=0.7
 """,
 )
 @click.argument("model")

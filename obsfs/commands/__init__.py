@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from obsfs.commands.options import Command
 from obsfs.commands.output import tell
 from obsfs.errors import ObsfsError, SettingWarning, UsageError
 from obsfs.fuse import children
@@ -52,8 +53,20 @@ def _further() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group="obsfs.commands")}
 
 
+def _summary(verb: click.Command) -> str:
+    return verb.short_help or " ".join((verb.help or "").split()).partition(". ")[0].rstrip(".")
+
+
 class Group(click.Group):
-    """A group of verbs that names the nearest one when it does not have the verb it was given."""
+    """A group of verbs: names the nearest one to a verb that it does not have, and shows each summary whole."""
+
+    command_class = Command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a line for each verb: its `short_help`, or the first sentence of its help."""
+        found = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _summary(verb)) for name, verb in found if verb and not verb.hidden])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from obsfs.commands.options import BUCKET, byte_size, settings_options
+from obsfs.commands.options import BUCKET, Command, byte_size, settings_options
 from obsfs.commands.output import (
     escape_markup,
     human,
@@ -25,14 +25,14 @@ from obsfs.version import __version__
 _EPILOG = """\b
 Examples:
   obsfs bench obs://models/Qwen2-7B-Instruct --region cn-south-1
-  obsfs bench /mnt/models --file Qwen2-7B-Instruct/model-00001-of-00004.safetensors
+  obsfs bench /mnt/models --file Qwen2-7B/model-00001-of-00004.safetensors
   obsfs bench obs://models --size 4GiB --connections 32 --report models.png
   obsfs bench /data/models --no-report --json | jq .figures
 """
 _SETTINGS = (*BUCKET, "cache_dir", "connections")
 
 
-@click.command(epilog=_EPILOG)
+@click.command(cls=Command, short_help="Measure a bucket or a mount, cold and warm", epilog=_EPILOG)
 @click.argument("target", metavar="MOUNTPOINT|obs://BUCKET[/PREFIX]")
 @click.option("--file", metavar="PATH", help="The file to read, below the target. Default: the largest found.")
 @click.option("--size", metavar="SIZE", default="1GiB", show_default=True, help="Most bytes of it to read at a time.")

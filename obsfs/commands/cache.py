@@ -13,13 +13,21 @@ from obsfs.blocks.cache import Cache
 from obsfs.blocks.layout import CacheEntry
 from obsfs.commands import Group
 from obsfs.commands.options import CACHE, age, settings_options
-from obsfs.commands.output import counted, human, make_console, progress, tell, tell_json, terminate_like_interrupt
+from obsfs.commands.output import (
+    columns,
+    counted,
+    human,
+    progress,
+    tell,
+    tell_json,
+    terminal_width,
+    terminate_like_interrupt,
+)
 from obsfs.errors import UsageError
 from obsfs.fuse import mounts
 from obsfs.library.names import is_url
 from obsfs.remote.address import parse_address
 from obsfs.settings import Settings
-from obsfs.text import visible
 
 
 @click.group(
@@ -39,26 +47,19 @@ def info(as_json: bool, **given: Any) -> None:
     if as_json:
         tell_json(_document(store, entries))
         return
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for name, side in (("object", "left"), ("cached", "right"), ("of", "right"), ("last used", "right")):
-        table.add_column(name, justify=side, overflow="fold" if name == "object" else "ellipsis")  # type: ignore[arg-type]
-    for entry in entries:
-        ago = max(0.0, time.time() - entry.last_used)
-        table.add_row(
-            visible(f"obs://{entry.version.bucket}/{entry.version.key}"),
+    rows = [
+        (
+            f"obs://{entry.version.bucket}/{entry.version.key}",
             human(entry.cached_bytes),
             human(entry.version.size),
-            _ago(ago),
+            _ago(max(0.0, time.time() - entry.last_used)),
         )
-    console = make_console()
-    console.print(visible(store.directory), highlight=False, markup=False, soft_wrap=True)
-    if entries:
-        console.print(table, highlight=False, markup=False)
-    console.print(
-        f"{human(sum(entry.cached_bytes for entry in entries))} in {counted(len(entries), 'object')}", highlight=False
-    )
+        for entry in entries
+    ]
+    tell(store.directory)
+    if rows:
+        tell(*columns(("object", ">cached", ">of", ">last used"), rows, terminal_width()))
+    tell(f"{human(sum(entry.cached_bytes for entry in entries))} in {counted(len(entries), 'object')}")
 
 
 def _document(store: Cache, entries: list[CacheEntry]) -> dict[str, Any]:
@@ -117,8 +118,9 @@ def verify(as_json: bool, **given: Any) -> None:
 
 
 @cache.command(
+    short_help="Drop blocks from the cache: all, or those under a path",
     epilog="\b\nExamples:\n  obsfs cache clean --older-than 7d\n"
-    "  obsfs cache clean obs://models/Qwen2-7B-Instruct\n  obsfs cache clean /mnt/models/Qwen2-7B-Instruct\n"
+    "  obsfs cache clean obs://models/Qwen2-7B-Instruct\n  obsfs cache clean /mnt/models/Qwen2-7B-Instruct\n",
 )
 @click.argument("path", required=False)
 @click.option("--older-than", metavar="TIME", help="Only what was not used for so long, for example 7d.")

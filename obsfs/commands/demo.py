@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import click
 
+from obsfs.commands.options import Command
 from obsfs.commands.output import escape_markup, human, make_console, make_table, terminate_like_interrupt
 from obsfs.errors import ObsfsError
 from obsfs.fuse import children
@@ -32,7 +33,7 @@ class _Run(NamedTuple):
     served_by: str
 
 
-@click.command(epilog="Example: obsfs demo")
+@click.command(cls=Command, short_help="See it work: a bucket, a model in it, two loads", epilog="Example: obsfs demo")
 def demo() -> None:
     """See it work: a bucket, a model in it, and two loads from the mount. Needs the extra `demo`.
 

@@ -7,19 +7,19 @@ from typing import Any
 
 import click
 
-from obsfs.commands.options import PUBLISH, settings_options
+from obsfs.commands.options import PUBLISH, Command, settings_options
 from obsfs.commands.output import counted, human, progress, spinner, tell, tell_json, terminate_like_interrupt
 from obsfs.fuse import mounts
 from obsfs.settings import Settings
 
 _EPILOG = """\b
 Examples:
-  obsfs import hf:Qwen/Qwen2-7B-Instruct obs://models/Qwen2-7B-Instruct@v1 --region cn-south-1
+  obsfs import hf:Qwen/Qwen2-7B-Instruct obs://models/Qwen2-7B-Instruct@v1
   OBSFS_LIBRARY=obs://models obsfs import ms:qwen/Qwen2-7B-Instruct@master
 """
 
 
-@click.command("import", epilog=_EPILOG)
+@click.command("import", cls=Command, short_help="Publish a repository of Hugging Face or ModelScope", epilog=_EPILOG)
 @click.argument("repository", metavar="hf:ORG/NAME|ms:ORG/NAME")
 @click.argument("name", required=False, metavar="obs://BUCKET/NAME[@VERSION]")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Only files like this (may be repeated).")

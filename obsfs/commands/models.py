@@ -8,7 +8,7 @@ import click
 
 from obsfs.commands import Group
 from obsfs.commands.options import LIBRARY, settings_options
-from obsfs.commands.output import columns, count, human, spinner, tell, tell_json
+from obsfs.commands.output import columns, count, human, spinner, tell, tell_json, terminal_width
 from obsfs.settings import Settings
 
 _EPILOG = """\b
@@ -29,12 +29,12 @@ class _Models(Group):
         return super().parse_args(ctx, args)
 
 
-@click.group(cls=_Models, epilog=_EPILOG)
+@click.group(cls=_Models, short_help="Show the models of a library, or one of them", epilog=_EPILOG)
 def models() -> None:
     """Show the models of a library: `obsfs models [obs://BUCKET/PREFIX]`, or one of them: `obsfs models show NAME`."""
 
 
-@models.command("list", epilog=_EPILOG)
+@models.command("list", short_help="Show every model of a library", epilog=_EPILOG)
 @click.argument("library", required=False, metavar="[obs://BUCKET/PREFIX]")
 @click.option("--fresh", is_flag=True, help="Ask the bucket, though it was asked within --metadata-ttl.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
@@ -137,7 +137,7 @@ def _print(library: str, document: dict[str, Any]) -> None:
             )
         )
     titles = ("model", "versions", "architecture", ">parameters", "dtype", ">size", ">cached")
-    tell(*columns(titles, rows))
+    tell(*columns(titles, rows, terminal_width()))
     tell(f"{len(by_name)} model{'' if len(by_name) == 1 else 's'} in {library}")
 
 
@@ -192,4 +192,4 @@ def _print_one(document: dict[str, Any]) -> None:
     }
     tell(*list(columns(("", ""), [(title, text) for title, text in facts.items() if text]))[1:])
     rows = [(file["path"], human(file["size"]), file["sha256"][:16]) for file in document["files"]]
-    tell("", *columns(("file", ">size", "sha256"), rows))
+    tell("", *columns(("file", ">size", "sha256"), rows, terminal_width()))

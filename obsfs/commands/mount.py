@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from obsfs.commands.options import parse_mount_options, settings_options
+from obsfs.commands.options import Command, parse_mount_options, settings_options
 from obsfs.commands.output import spinner, tell
 from obsfs.fuse import mounts
 from obsfs.settings import Settings
@@ -16,19 +16,18 @@ from obsfs.settings import Settings
 _EPILOG = """\b
 Examples:
   obsfs mount obs://models /mnt/models --region cn-south-1
-  obsfs mount obs://models/Qwen /mnt/qwen --endpoint-url https://minio.example:9000
-  obsfs mount s3://models /mnt/models --cache-dir /ssd/obsfs --cache-size 500GiB
+  obsfs mount obs://models/Qwen /mnt/qwen --endpoint-url https://minio:9000
+  obsfs mount s3://models /mnt/models --cache-dir /ssd --cache-size 500GiB
   obsfs mount obs://public /mnt/public --no-sign-request --foreground
-  obsfs mount obs://models /mnt/models -o region=cn-south-1,cache_dir=/ssd,allow_other
+  obsfs mount obs://models /mnt/models -o region=cn-south-1,allow_other
 
-\b
 Keys come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, HUAWEICLOUD_SDK_AK and _SK, OBSFS_ACCESS_KEY_ID and
 OBSFS_SECRET_ACCESS_KEY, a profile, or an instance's role. Every flag can be set as OBSFS_NAME in the environment
 (OBSFS_CACHE_SIZE=500GiB) or as a key in ~/.config/obsfs/config.toml (cache_size = "500GiB").
 """
 
 
-@click.command(epilog=_EPILOG)
+@click.command(cls=Command, short_help="Mount a bucket, or a prefix of it, on a directory", epilog=_EPILOG)
 @click.argument("source", metavar="obs://BUCKET[/PREFIX]")
 @click.argument("mountpoint", type=Path)
 @click.option("--foreground", "-f", is_flag=True, help="Stay, and log to the terminal; Ctrl-C unmounts.")

@@ -26,6 +26,22 @@ _MOUNT_OPTIONS = frozenset(
 and opens no devices and honours no setuid bits, whatever it is told."""
 
 
+class Command(click.Command):
+    """A verb whose help shows settings under the headings of their groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the verb's own options first, then each group of settings."""
+        groups: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for option in self.get_params(ctx):
+            if (record := option.get_help_record(ctx)) is not None:
+                knob = knobs().get(option.name or "")
+                groups.setdefault(knob.group if knob else "Options", []).append(record)
+        for title, records in groups.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
 def settings_options(*names: str) -> Callable[[_Decorated], _Decorated]:
     """A decorator that adds the flags of these settings (by default all); none given means None."""
 

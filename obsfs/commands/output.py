@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import unicodedata
@@ -90,11 +91,35 @@ def human(size: float) -> str:
     return f"{size:.0f} B"
 
 
-def columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def terminal_width() -> int | None:
+    """Return the columns of the terminal that stdout is, or of COLUMNS; None where a line may be of any length."""
+    if "COLUMNS" in os.environ or sys.stdout.isatty():
+        return shutil.get_terminal_size().columns
+    return None
+
+
+def columns(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> Iterator[str]:
     """Lines of a table, the columns aligned: those of figures, whose titles begin with ``>``, to the right.
+
+    A table that is wider than `width` becomes a paragraph for each row: its first cell, then a line for each other
+    cell that is not empty, with its title. No word is broken, so that a name can be copied whole.
 
     For long tables: a thousand rows take rich half a second, and this a hundredth.
     """
+    lines = list(_aligned(titles, rows))
+    if width is None or all(_width(line) <= width for line in lines):
+        yield from lines
+        return
+    names = [title.lstrip(">") for title in titles]
+    room = max(map(_width, names[1:]), default=0)
+    for row in rows:
+        yield visible(row[0])
+        for name, cell in zip(names[1:], row[1:], strict=True):
+            if cell:
+                yield f"  {name}{' ' * (room - _width(name))}  {visible(cell)}"
+
+
+def _aligned(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     marks = [title.startswith(">") for title in titles]
     lines = [[title.lstrip(">") for title in titles], *([visible(text) for text in row] for row in rows)]
     widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
@@ -126,19 +151,21 @@ def progress(title: str, total: int, *, quiet: bool = False) -> Iterator[Callabl
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
+    from rich.table import Column
 
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         yield lambda size: None
         return
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
+        # On a narrow terminal the title and the bar give way, so that nothing wraps.
+        TextColumn("{task.description}", table_column=Column(ratio=2, no_wrap=True, overflow="ellipsis")),
+        BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, expand=True) as bar:
         task = bar.add_task(escape_markup(title), total=total)
         yield lambda size: bar.advance(task, size)
 

@@ -7,20 +7,20 @@ from typing import Any
 
 import click
 
-from obsfs.commands.options import LIBRARY, settings_options
+from obsfs.commands.options import LIBRARY, Command, settings_options
 from obsfs.commands.output import counted, human, progress, tell, tell_json, tell_path, terminate_like_interrupt
 from obsfs.settings import Settings
 
 _EPILOG = """\b
 Examples:
   obsfs pull obs://models/Qwen2-7B-Instruct --region cn-south-1
-  obsfs pull obs://models/Qwen2-7B-Instruct@v2 ./qwen --include '*.json' --include '*.safetensors'
-  obsfs pull obs://models/Qwen2-7B-Instruct --to-hf-cache --as Qwen/Qwen2-7B-Instruct
+  obsfs pull obs://models/Qwen2-7B-Instruct@v2 ./qwen --include '*.json'
+  obsfs pull obs://models/Qwen2-7B --to-hf-cache --as Qwen/Qwen2-7B
   MODEL=$(OBSFS_LIBRARY=obs://models obsfs pull Qwen2-7B-Instruct)
 """
 
 
-@click.command(epilog=_EPILOG)
+@click.command(cls=Command, short_help="Fetch a model, verified, and print its directory", epilog=_EPILOG)
 @click.argument("name", metavar="obs://BUCKET/NAME[@VERSION]")
 @click.argument("directory", required=False, type=click.Path(path_type=Path))
 @click.option("--include", multiple=True, metavar="PATTERN", help="Only files like this (may be repeated).")

@@ -8,23 +8,22 @@ from typing import Any
 
 import click
 
-from obsfs.commands.options import PUBLISH, settings_options
+from obsfs.commands.options import PUBLISH, Command, settings_options
 from obsfs.commands.output import counted, human, progress, tell, tell_json, terminate_like_interrupt
 from obsfs.fuse import mounts
 from obsfs.settings import Settings
 
 _EPILOG = """\b
 Examples:
-  obsfs push ./Qwen2-7B-tuned obs://models/Qwen2-7B-tuned@v1 --region cn-south-1
+  obsfs push ./Qwen2-7B-tuned obs://models/Qwen2-7B-tuned@v1
   OBSFS_LIBRARY=obs://models obsfs push ./Qwen2-7B-tuned Qwen2-7B-tuned@v2
   obsfs push ./notes obs://models/notes --any
 
-\b
 NAME@VERSION never changes once it is published. NAME without a version is replaced in place.
 """
 
 
-@click.command(epilog=_EPILOG)
+@click.command(cls=Command, short_help="Publish a directory as a model, whole or not at all", epilog=_EPILOG)
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.argument("name", metavar="obs://BUCKET/NAME[@VERSION]")
 @click.option("--any", "any_files", is_flag=True, help="Push it though it is no model.")

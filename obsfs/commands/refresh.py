@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from obsfs.commands.options import Command
 from obsfs.commands.output import tell
 from obsfs.errors import UsageError
 from obsfs.fuse import mounts
@@ -12,11 +13,11 @@ _EPILOG = """\b
 Examples:
   obsfs refresh /mnt/models
   obsfs refresh /mnt/models/Qwen2-7B-tuned
-  obsfs refresh obs://models/Qwen2-7B-tuned    # on every mount of this machine that shows it
+  obsfs refresh obs://models/Qwen2-7B-tuned    # on all mounts here
 """
 
 
-@click.command(epilog=_EPILOG)
+@click.command(cls=Command, short_help="Show at once what has changed in the bucket", epilog=_EPILOG)
 @click.argument("places", metavar="PATH_OR_URL...", nargs=-1, required=True)
 def refresh(places: tuple[str, ...]) -> None:
     """Show at once what has changed in the bucket, not only when --metadata-ttl is over.

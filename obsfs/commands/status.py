@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from obsfs.commands.options import Command
 from obsfs.commands.output import counted, escape_markup, human, make_console, tell, tell_json
 from obsfs.errors import UsageError
 from obsfs.fuse import mounts, state
@@ -21,7 +22,7 @@ _LOST = {"dead": "mount it again, or `obsfs umount` it", "not answering": "see i
 """The states of a mount that nobody can read, and what to do."""
 
 
-@click.command(epilog=_EPILOG)
+@click.command(cls=Command, short_help="Show what is mounted, cached and being fetched", epilog=_EPILOG)
 @click.argument("mountpoint", required=False, type=Path)
 @click.option("--json", "as_json", is_flag=True, help="For machines: one object for a mountpoint, else a list.")
 def status(mountpoint: Path | None, as_json: bool) -> None:

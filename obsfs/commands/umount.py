@@ -6,10 +6,15 @@ from pathlib import Path
 
 import click
 
+from obsfs.commands.options import Command
 from obsfs.fuse import mounts
 
 
-@click.command(epilog="Example: obsfs umount /mnt/models")
+@click.command(
+    cls=Command,
+    short_help="Unmount, and wait until the mount's process has ended",
+    epilog="Example: obsfs umount /mnt/models",
+)
 @click.argument("mountpoint", type=Path)
 @click.option("--lazy", "-z", is_flag=True, help="Take it out of the tree now; files that are open stay readable.")
 def umount(mountpoint: Path, lazy: bool) -> None:

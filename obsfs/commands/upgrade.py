@@ -6,11 +6,16 @@ from pathlib import Path
 
 import click
 
+from obsfs.commands.options import Command
 from obsfs.commands.output import tell
 from obsfs.fuse import mounts
 
 
-@click.command(epilog="Example: pip install --upgrade obsfs-mount && obsfs upgrade /mnt/models")
+@click.command(
+    cls=Command,
+    short_help="Serve a mount with the obsfs that is installed now",
+    epilog="Example: pip install --upgrade . && obsfs upgrade /mnt/models",
+)
 @click.argument("mountpoint", type=Path)
 def upgrade(mountpoint: Path) -> None:
     """Serve a mount by the version of obsfs that is installed now, without unmounting it.

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from obsfs.commands import places
-from obsfs.commands.options import LIBRARY, settings_options
+from obsfs.commands.options import LIBRARY, Command, settings_options
 from obsfs.commands.output import counted, human, progress, tell, tell_json, terminate_like_interrupt
 from obsfs.errors import UsageError
 from obsfs.fuse import mounts
@@ -24,7 +24,7 @@ Examples:
 """
 
 
-@click.command(epilog=_EPILOG)
+@click.command(cls=Command, short_help="Hash a model against its manifest", epilog=_EPILOG)
 @click.argument("target", metavar="PATH_OR_URL")
 @click.option(
     "--in",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from obsfs.commands import places
-from obsfs.commands.options import CACHE, LIBRARY, byte_size, settings_options
+from obsfs.commands.options import CACHE, LIBRARY, Command, byte_size, settings_options
 from obsfs.commands.output import counted, human, progress, tell, tell_json, terminate_like_interrupt
 from obsfs.errors import UsageError
 from obsfs.remote.address import parse_address
@@ -20,12 +20,12 @@ _EPILOG = """\b
 Examples:
   obsfs warm obs://models/Qwen2-7B-Instruct --pin --region cn-south-1
   obsfs warm /mnt/models/Qwen2-7B-Instruct --max-bytes 2GiB
-  obsfs warm obs://models/Qwen2-72B --record tp4-rank0      (after that rank has loaded it)
-  obsfs warm obs://models/Qwen2-72B --for tp4-rank0         (on every other machine)
+  obsfs warm obs://models/Qwen2-72B --record tp4-rank0  # once it is loaded
+  obsfs warm obs://models/Qwen2-72B --for tp4-rank0     # elsewhere
 """
 
 
-@click.command(epilog=_EPILOG)
+@click.command(cls=Command, short_help="Bring into the cache what a load will need", epilog=_EPILOG)
 @click.argument("targets", metavar="PATH_OR_URL...", nargs=-1, required=True)
 @click.option("--for", "profile", metavar="PROFILE", help="Only what this recorded profile of the model says.")
 @click.option(
@@ -118,7 +118,11 @@ def _record(url: str, settings: Settings, profile: str) -> dict[str, Any]:
     return {"url": url, "profile": profile, "bytes": size}
 
 
-@click.command(epilog="\b\nExamples:\n  obsfs unpin obs://models/Qwen2-7B-Instruct\n  obsfs unpin --all\n")
+@click.command(
+    cls=Command,
+    short_help="Let what `obsfs warm --pin` has kept be evicted again",
+    epilog="\b\nExamples:\n  obsfs unpin obs://models/Qwen2-7B-Instruct\n  obsfs unpin --all\n",
+)
 @click.argument("targets", metavar="PATH_OR_URL...", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="All pins.")
 @settings_options("library", *CACHE)
