@@ -112,6 +112,33 @@ def test_a_model_that_cannot_be_served_here_is_refused(
     bits.refuse_unservable(tmp_path / "four")
 
 
+@pytest.mark.slow
+def test_a_model_of_vision_and_language_that_was_trained_is_merged(
+    run: Callable[..., Any], tiny: Path, rows: Path, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    both = tmp_path / "both"
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "max_position_embeddings": 512, "vocab_size": 1100,
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}  # fmt: skip
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 4, "patch_size": 14}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=1001, video_token_id=1002)
+    Qwen2VLForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(both)
+    load_tokenizer(tiny).save_pretrained(both)
+    (both / "preprocessor_config.json").write_text("{}")
+    run(model=str(both), data=str(rows), method="lora", max_steps=1, output=str(tmp_path / "adapter"))
+    done = merge(str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    assert done.largest < 0.1
+    merged = AutoConfig.from_pretrained(tmp_path / "merged")
+    assert merged.architectures == ["Qwen2VLForConditionalGeneration"]
+    assert (tmp_path / "merged" / "preprocessor_config.json").exists()
+    _, found = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+
+
 def test_what_gptq_reads_is_what_the_model_would(tiny: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny)
     chats = [{"messages": [{"role": "user", "content": f"ask {n}"}, {"role": "assistant", "content": "said"}]}
