@@ -92,6 +92,8 @@ class Progress(TrainerCallback):
         self._bar: Any = None
         self._tokens: Any = 0
         self._figures: dict[str, Any] = {}
+        self._logged_at = 0
+        """The step of the newest log, which the losses are of."""
         self._told: tuple[float, int, int] | None = None
         """When the last line was written, at which step, and how many tokens there had been."""
 
@@ -142,6 +144,7 @@ class Progress(TrainerCallback):
             self._bar.update(self._task, description=line({**figures, **self._resources()}))
         elif "train_runtime" not in figures:
             self._figures |= {name: figures[name] for name in _LOSSES if figures.get(name) is not None}
+            self._logged_at = state.global_step
             self._tell_if_due(state)
 
     def _resources(self) -> dict[str, Any]:
@@ -163,7 +166,9 @@ class Progress(TrainerCallback):
         if tokens > before:
             figures["tokens_per_second"] = (tokens - before) / max(now - began, 1e-6)
         self._told = now, state.global_step, tokens
-        say(f"step {state.global_step}/{state.max_steps}  {doing}{line(figures)}")
+        is_older = self._figures and self._logged_at != state.global_step
+        of = f"  (loss of step {self._logged_at})" if is_older else ""
+        say(f"step {state.global_step}/{state.max_steps}  {doing}{line(figures)}{of}")
 
     def _count(self, model: Any, unnamed: tuple[Any, ...], given: dict[str, Any]) -> None:
         """Count the tokens that are learned from: not all of TRL's trainers say how many they have seen."""

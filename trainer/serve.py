@@ -195,4 +195,6 @@ def chat(server: Server, extra: Sequence[str]) -> int:
     home = state_dir() / "chat"
     home.mkdir(mode=0o700, exist_ok=True)
     command = [children.program("transformers"), "chat", server.model, server.url, *extra]
-    return subprocess.run(command, cwd=home, env=children.foreign_environment(), check=False).returncode
+    # With HF_HUB_OFFLINE its client refuses to speak to any server, also to the one on this machine.
+    environment = {name: value for name, value in children.foreign_environment().items() if name != "HF_HUB_OFFLINE"}
+    return subprocess.run(command, cwd=home, env=environment, check=False).returncode

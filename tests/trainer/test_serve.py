@@ -56,7 +56,8 @@ def test_an_adapter_answers_the_openai_client(run: Callable[..., Any], rows: Pat
 
 
 @pytest.mark.slow
-def test_chat_in_the_terminal(model: str) -> None:
+def test_chat_in_the_terminal(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # as many machines have it
     done = subprocess.run(
         [sys.executable, "-m", "obsfs", "chat", model, "--backend", "transformers", "--", "max_new_tokens=4"],
         input="hello\nn\n!exit\n", capture_output=True, text=True, timeout=120, check=False,

@@ -299,6 +299,8 @@ def test_without_a_terminal_a_line_comes_now_and_then(
     slow = steps(5, seconds=60, log_every=10)  # ten minutes to the next log: every step is told
     assert numbers(slow) == [1, 2, 3, 4, 5]
     assert slow[3].startswith("step 4/5  loss 99.0000")  # the newest that is known
+    assert slow[3].endswith("(loss of step 1)")
+    assert "(loss of" not in slow[0] + quick[1]
     assert steps(5, seconds=60, log_every=1, as_json=True) == []
 
 
