@@ -219,6 +219,11 @@ class Operations:
         node.shown = loaded
         return is_same
 
+    def unopened_dir(self, number: int, handle: int) -> None:
+        """The kernel did not get the answer to `opendir`: it has neither the handle nor what it was to be shown."""
+        self.releasedir(handle)
+        self.tree.node(number).shown = 0.0
+
     def readdir(self, node: int, handle: int, offset: int, *, wait: bool = True) -> Iterator[tuple[str, bool, int]]:
         """``(name, is directory, next offset)`` from `offset` on, in the order of names."""
         directory = self._directory(node)

@@ -13,6 +13,7 @@ hidden and counted.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import threading
 import time
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
-from obsfs.errors import NotFoundError, VersionChangedError
+from obsfs.errors import NotFoundError, ObsfsError, VersionChangedError
 from obsfs.remote.address import is_valid_name
 from obsfs.remote.objects import ObjectInfo, ObjectVersion, Page
 
@@ -44,6 +45,12 @@ class Source(Protocol):
     def list(self, prefix: str) -> Iterator[Page]: ...
     def head(self, key: str) -> ObjectInfo: ...
     def version(self, info: ObjectInfo) -> ObjectVersion: ...
+
+
+class InterruptedCallError(ObsfsError):
+    """Nobody waits for the answer any more."""
+
+    errno = errno.EINTR
 
 
 class WouldBlockError(Exception):
@@ -167,6 +174,8 @@ class Tree:
         server: int = 0,
     ) -> None:
         self.ttl = ttl
+        self.is_awaited: Callable[[int], bool] = lambda directory: True
+        """Whether anybody still waits for names of a directory, by its node id: asked between pages of a listing."""
         self.max_entries = max_entries
         self._source = source
         self._record = record
@@ -532,7 +541,7 @@ class Tree:
         return len(self._nodes)
 
     def listing(self, directory: Node, *, wait: bool = True) -> Listing:
-        """The whole of a directory. Raises WouldBlockError as `lookup` does."""
+        """The whole of a directory. Raises WouldBlockError as `lookup` does, InterruptedCallError once nobody waits."""
         fresh = self._fresh(directory.key)
         if fresh is None or not fresh.is_whole:
             if not wait:
@@ -540,7 +549,7 @@ class Tree:
             with self._only(directory.key):
                 fresh = self._fresh(directory.key)
                 if fresh is None or not fresh.is_whole:
-                    fresh = self._load(directory.key, self._source.list(directory.key), whole=True)
+                    fresh = self._load(directory.key, self._awaited_pages(directory), whole=True)
         if not fresh.names:
             fresh.names = sorted(fresh.entries)
         return fresh
@@ -615,6 +624,13 @@ class Tree:
     def prime(self, page: Page) -> None:
         """The first page of the root, from before anybody has looked."""
         self._load(self._nodes[ROOT].key, [page], whole=False).is_hint = True
+
+    def _awaited_pages(self, directory: Node) -> Iterator[Page]:
+        """The pages of a directory, for as long as somebody waits: a listing may have no end."""
+        for page in self._source.list(directory.key):
+            yield page
+            if not page.is_last and not self.is_awaited(directory.id):
+                raise InterruptedCallError(f"nobody waits for the listing of {directory.key}")
 
     def _load(self, prefix: str, pages: Iterable[Page], *, whole: bool) -> Listing:
         """What the bucket says of a directory: its first page, or all pages."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obsfs.errors import NotFoundError, VersionChangedError
-from obsfs.fuse.tree import ROOT, Entry, Tree, WouldBlockError, read_page
+from obsfs.fuse.tree import ROOT, Entry, InterruptedCallError, Tree, WouldBlockError, read_page
 from obsfs.remote.address import is_valid_name
 from obsfs.remote.objects import ObjectInfo, ObjectVersion, Page
 
@@ -288,3 +288,18 @@ def test_a_listing_that_was_asked_for_before_a_refresh_is_not_kept() -> None:
     tree = Tree(Slow({"a": "x"}), "", 60, now=Clock())
     assert set(tree.listing(tree.node(ROOT)).entries) == {"a"}
     assert set(tree.listing(tree.node(ROOT)).entries) == {"a", "b"}
+
+
+def test_a_listing_that_nobody_waits_for_is_given_up_between_pages() -> None:
+    bucket = MemoryBucket({f"d/{number}": "1" for number in range(9)}, page=2)
+    tree = Tree(bucket, "", 60, now=Clock())
+    directory = tree.lookup(tree.node(ROOT), "d")
+    bucket.requests = 0
+    asked: list[int] = []
+    tree.is_awaited = lambda node: bool(asked.append(node)) or len(asked) < 3
+    with pytest.raises(InterruptedCallError):
+        tree.listing(directory)
+    assert (asked, bucket.requests) == ([directory.id] * 3, 3)
+    tree.is_awaited = lambda node: False
+    bucket.page = 9
+    assert len(tree.listing(directory).names) == 9, "the last page is at hand, whoever waits"

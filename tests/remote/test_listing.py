@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import time
 
 import pytest
 
@@ -11,7 +13,7 @@ from obsfs.remote import listing
 from obsfs.remote.address import parse_address
 from obsfs.remote.client import Bucket
 from obsfs.settings import Settings
-from tests.conftest import Mounter
+from tests.conftest import Mounter, wait_for
 from tests.odd import Answer, OddServer, Request, Thing
 
 
@@ -102,3 +104,32 @@ def test_an_empty_first_page_of_a_longer_listing(mount: Mounter) -> None:
         path = mount("obs://models", endpoint_url=server.endpoint, retry_timeout=1)
         assert [entry.name for entry in path.iterdir()] == ["a.txt"]
         assert (path / "a.txt").read_bytes() == b"a"
+
+
+def test_pages_are_asked_for_as_long_as_somebody_waits(mount: Mounter) -> None:
+    count = itertools.count()
+
+    def choose(request: Request) -> Answer | None:
+        number = next(count)
+        time.sleep(0.01)
+        return page([f"odd/{number:06}"], f"token{number}") if request.query.get("prefix") == "odd/" else None
+
+    with OddServer({"odd/a": Thing(b"a"), "fine/b": Thing(b"b")}, choose) as server:
+
+        def goes_on() -> bool:
+            asked = len(server.asked)
+            time.sleep(0.3)
+            return len(server.asked) > asked + 1
+
+        path = mount("obs://models", endpoint_url=server.endpoint, retry_timeout=1)
+        # More than a directory has threads: some wait in its queue.
+        waiting = [subprocess.Popen(["ls", path / "odd"], stdout=subprocess.DEVNULL) for _ in range(10)]
+        wait_for(lambda: len(server.asked) > 20)
+        for process in waiting[:-1]:
+            process.kill()
+            assert process.wait(5) == -9
+        assert goes_on()
+        waiting[-1].kill()
+        assert waiting[-1].wait(5) == -9
+        wait_for(lambda: not goes_on())
+        assert (path / "fine" / "b").read_bytes() == b"b"

@@ -63,9 +63,12 @@ class Server:
         self._passthrough = passthrough
         self._names = WaitingPool("obsfs-names")
         self._local = threading.local()
-        self._pending: dict[int, int] = {}
+        # By the number of a request: the descriptor that it came over, and the node whose names it waits for, or 0.
+        self._pending: dict[int, tuple[int, int]] = {}
         self._interrupted: deque[int] = deque(maxlen=_MOST_INTERRUPTED)
         self._guard = threading.Lock()
+        # Its own, since opening waits for the cache's disk, and for who evicts: no read must wait for that.
+        self._opening = threading.Lock()
         self._backings: dict[int, tuple[int, int]] = {}
         self._threads: list[threading.Thread] = []
         self._fds: list[int] = []
@@ -115,6 +118,7 @@ class Server:
     def _begin(self, fds: list[int]) -> None:
         self._operations.engine.on_complete = self._on_complete
         self._operations.engine.on_ahead = self._store
+        self._operations.tree.is_awaited = self._is_awaited
         self._fds = fds
         for number, fd in enumerate(self._fds):
             thread = threading.Thread(target=self._serve, args=(fd,), name=f"obsfs-fuse-{number}", daemon=True)
@@ -129,6 +133,9 @@ class Server:
         for thread in self._threads:
             thread.join(timeout=max(0.1, deadline - time.monotonic()))
         self._names.close()
+        with self._guard:
+            # What is answered from here on is told nobody: its descriptor's number may be another file's by then.
+            self._pending.clear()
         self._notices.put(None)
         self._pages.close()
         for fd in self._fds:
@@ -219,7 +226,7 @@ class Server:
             if request.unique in self._pending:
                 self._call(fd, request, body, call, wait=True)
 
-        if self._expect(fd, request.unique):
+        if self._expect(fd, request.unique, request.node):
             # All that wait for names are about the directory that the request names. A refresh asks nobody.
             is_refresh = request.opcode == Opcode.GETXATTR
             try:
@@ -242,9 +249,15 @@ class Server:
             self._answer_error(fd, request, errno.EIO, wait)
         else:
             if parts is not None and wait and not self._claim(request.unique):
-                self._operations.unanswered(_number(request))
+                self._take_back(request, parts)
             elif parts is not None:
                 self._reply(fd, request.unique, *([parts] if isinstance(parts, bytes) else parts))
+
+    def _take_back(self, request: Request, parts: bytes | list[bytes]) -> None:
+        """Undo what a call counted whose request was interrupted meanwhile: the kernel never gives it back."""
+        if request.opcode == Opcode.OPENDIR and isinstance(parts, bytes):
+            self._operations.unopened_dir(request.node, wire.OPEN_OUT.unpack(parts)[0])
+        self._operations.unanswered(_number(request))
 
     def _answer_error(self, fd: int, request: Request, number: int, deferred: bool) -> None:
         if not deferred or self._claim(request.unique):
@@ -252,11 +265,14 @@ class Server:
 
     # a request that is not answered at once can be interrupted: whoever claims its number answers it
 
-    def _expect(self, fd: int, unique: int) -> bool:
-        """Note a request that came over `fd`; False when its interrupt came before it, and it is answered."""
+    def _expect(self, fd: int, unique: int, names_of: int = 0) -> bool:
+        """Note a request that came over `fd`; False when its interrupt came before it, and it is answered.
+
+        `names_of` is the node of the directory whose names it waits for, if it does.
+        """
         with self._guard:
             if unique not in self._interrupted:
-                self._pending[unique] = fd
+                self._pending[unique] = fd, names_of
                 return True
         self._reply_error(fd, unique, errno.EINTR)
         return False
@@ -265,15 +281,20 @@ class Server:
         with self._guard:
             return self._pending.pop(unique, None) is not None
 
+    def _is_awaited(self, directory: int) -> bool:
+        """Whether a request waits for names of this directory that was not interrupted."""
+        with self._guard:
+            return any(node == directory for _, node in self._pending.values())
+
     def _interrupt(self, unique: int) -> None:
         # It comes over any of the clones, but the request's own takes the answer.
         with self._guard:
-            fd = self._pending.pop(unique, None)
-            if fd is None:
+            found = self._pending.pop(unique, None)
+            if found is None:
                 # Answered already, or another thread is just reading it.
                 self._interrupted.append(unique)
-        if fd is not None:
-            self._reply_error(fd, unique, errno.EINTR)
+        if found is not None:
+            self._reply_error(found[0], unique, errno.EINTR)
 
     # replies
 
@@ -430,7 +451,7 @@ class Server:
 
     def _open(self, request: Request, view: memoryview, wait: bool) -> bytes:
         flags, _ = wire.OPEN_IN.unpack_from(view, request.body)
-        with self._guard:
+        with self._opening:
             unique = _number(request)
             before = self._operations.tree.counted(unique)
             if before is None:
@@ -473,7 +494,7 @@ class Server:
 
     def _release(self, request: Request, view: memoryview, wait: bool) -> bytes:
         handle, *_ = wire.RELEASE_IN.unpack_from(view, request.body)
-        with self._guard:
+        with self._opening:
             unique = _number(request)
             if self._operations.tree.counted(unique) is not None:
                 return b""
