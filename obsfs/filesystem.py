@@ -95,14 +95,23 @@ def _check_options(options: Mapping[str, Any]) -> None:
             raise UsageError(f"OBSFileSystem has no option {name!r}", hint)
 
 
+class _KeyGivenTwiceError(UsageError, KeyError):
+    """A key is given by two names, with two values: s3fs raises a KeyError for some of these."""
+
+
 def _keys_of(options: dict[str, Any], client_kwargs: dict[str, Any]) -> Keys | None:
-    """Take the keys from where s3fs takes them. Raises UsageError for half a pair."""
-    names = (("key", "username", "aws_access_key_id"), ("secret", "password", "aws_secret_access_key"),
-             ("token", "aws_session_token"))  # fmt: skip
-    found = []
+    """Take the keys from where s3fs takes them. Raises UsageError for half a pair, and for two values of one key."""
+    names = (
+        ("key", "username", "aws_access_key_id"),
+        ("secret", "password", "aws_secret_access_key"),
+        ("token", "aws_session_token"),
+    )
+    found: list[str | None] = []
     for meanings in names:
-        given = [place.pop(name, None) for name in meanings for place in (options, client_kwargs)]
-        found.append(next((value for value in given if value), None))
+        given = {place.pop(name, None) for name in meanings for place in (options, client_kwargs)} - {None, ""}
+        if len(given) > 1:
+            raise _KeyGivenTwiceError(f"{meanings[0]} is given twice, with two values", "give it once")
+        found.append(next(iter(given), None))
     key, secret, token = found
     if bool(key) != bool(secret):
         raise UsageError(f"{'secret' if key else 'key'} is not given", "key and secret go together")

@@ -70,8 +70,8 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Fast ones first: a mistake shows early.
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    # Fast ones first: a mistake shows early. The longest of all comes before the other slow ones, not to be the last.
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, "s3fs_suite" not in item.nodeid))
 
 
 @pytest.fixture(scope="session")

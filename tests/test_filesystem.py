@@ -254,6 +254,7 @@ def test_an_open_file_offers_what_s3fs_s_does(bucket: Store) -> None:
         ({"max_concurency": 3}, "OBSFileSystem has no option 'max_concurency': did you mean 'max_concurrency'?"),
         ({"key": "k"}, "secret is not given: key and secret go together"),
         ({"client_kwargs": {"aws_secret_access_key": "s"}}, "key is not given: key and secret go together"),
+        ({"key": "k", "username": "u", "secret": "s"}, "key is given twice, with two values: give it once"),
         ({"cache_size": "lots"}, "--cache-size lots: "),
     ],
 )

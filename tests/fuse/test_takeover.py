@@ -130,11 +130,11 @@ def test_a_file_that_is_damaged_under_a_direct_reader_can_be_opened(
 ) -> None:
     data = random_bytes(12 * MIB)
     bucket.put("file.bin", data)
-    path = mount(bucket, cache_dir=tmp_path)
+    path = mount(bucket, cache_dir=tmp_path / "blocks")
     (path / "file.bin").read_bytes()
     wait_for(lambda: os.getxattr(path / "file.bin", "user.obsfs.served_by") == b"passthrough")
     with (path / "file.bin").open("rb", buffering=0):
-        (stored,) = tmp_path.glob("v1/??/*.data")
+        (stored,) = (tmp_path / "blocks").glob("v1/??/*.data")
         with stored.open("r+b") as file:
             file.seek(5 * MIB)
             file.write(b"damage")

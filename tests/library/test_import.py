@@ -54,7 +54,7 @@ def test_its_own_name_its_commit_and_the_hubs_cache(
     manifest = published(bucket, "lib/name")
     assert (manifest["source"], manifest["revision"]) == ("hf:org/name", COMMIT)
     assert "sub/notes.md" not in [file["path"] for file in manifest["files"]]
-    assert obsfs("pull", "name", "--to-hf-cache", **library).code == 0
+    assert obsfs("pull", "name", "--to-hf-cache", "--as", "org/name", **library).code == 0
     place = tmp_path / "hf" / "hub" / "models--org--name" / "snapshots" / COMMIT
     assert set(contents(place)) == set(contents(model)) - {"sub/notes.md"}
 
