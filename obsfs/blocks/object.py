@@ -286,10 +286,11 @@ class CachedObject:
 
     def has(self, block: int) -> bool:
         """Whether the block can be served now; a present block not yet verified is verified first (reads it)."""
-        return self.is_trusted(block) or self._cache.held.get(self, block) is not None or self._verify(block)
+        return self.is_trusted(block) or self._cache.held.get(self, block) is not None or self.verify(block)
 
-    def _verify(self, block: int) -> bool:
-        return self.read_checked(block) is not None
+    def verify(self, block: int) -> bool:
+        """Whether the block is in the file and right; one not yet verified is verified (reads it)."""
+        return self.is_trusted(block) or self.read_checked(block) is not None
 
     def read_checked(self, block: int) -> bytes | None:
         """A block that is in the file, if it matches its checksum; one that does not is gone afterwards."""
@@ -298,21 +299,26 @@ class CachedObject:
             return None
         trusted = self._trusted
         data = self._data(block * BLOCK, self.length_of(block))
-        if not self.check_bytes(block, word, data):
+        if not self.matches(block, data):
+            self.drop_damaged(block, word)
             return None
         trusted[block] = word
         return data
 
-    def check_bytes(self, block: int, word: int, data: bytes | memoryview) -> bool:
-        """Whether these are the bytes of a block, as it was when its state word was `word`; if not, it is gone."""
+    def matches(self, block: int, data: bytes | memoryview) -> bool:
+        """Whether these are the bytes of a block, by its checksum."""
         (digest,) = WORD.unpack(self._map_bytes(entry_at(block), WORD.size))
-        if len(data) == self.length_of(block) and checksum(data) == digest:
-            return True
-        if self._word(block) == word:
-            self._cache.count_corrupt()
-            log.warning("block %d of %s is damaged in the cache: it will be fetched again", block, self._name)
-            self._drop_word(block, word)
-        return False
+        return len(data) == self.length_of(block) and checksum(data) == digest
+
+    def drop_damaged(self, block: int, word: int) -> bool:
+        """A block whose state word was `word` did not match: it is gone from now on. False when it was evicted while it
+        was read, so that nothing can be said of it."""
+        if self._word(block) != word:
+            return False
+        self._cache.count_corrupt()
+        log.warning("block %d of %s is damaged in the cache: it will be fetched again", block, self._name)
+        self._drop_word(block, word)
+        return True
 
     def check(self, advance: Callable[[int], None] = lambda size: None) -> int:
         """Read every block that is in the file, sealed or not, and tell `advance` of each. Returns how many were

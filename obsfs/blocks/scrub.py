@@ -156,13 +156,13 @@ class Scrubber:
         return True
 
     def _block(self, cached: CachedObject, medium: _Medium, block: int) -> bool:
+        """Read one block; False when it was damaged."""
         word = cached.present_word(block)
         if not word:
             return True
         data = medium.read(block * BLOCK, cached.length_of(block))
         self.bytes += len(data)
-        # Nothing can be said of a block that was evicted while it was read.
-        return cached.check_bytes(block, word, data) or cached.present_word(block) not in (0, word)
+        return cached.matches(block, data) or not cached.drop_damaged(block, word)
 
     def _load(self) -> dict[str, Any]:
         try:

@@ -72,6 +72,26 @@ def test_what_has_rotted_is_dropped_and_told(cache: Cache, at: list[int]) -> Non
     assert os.pread(cached.data_fd, where.size, 0) == b"".join(parts)
 
 
+def test_a_block_that_is_evicted_while_it_is_read_is_not_damaged(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = version(2 * BLOCK)
+    cached = cache.open(where)
+    put(cached, 0)
+    put(cached, 1)
+    read = scrub._Medium.read
+
+    def late(medium: Any, offset: int, size: int) -> bytes:
+        if offset:
+            cache.drop(where)
+        return read(medium, offset, size)
+
+    monkeypatch.setattr(scrub._Medium, "read", late)
+    told: list[object] = []
+    scrubber = Scrubber(cache, FAST, on_damage=lambda *damage: told.append(damage))
+    assert scrubber.run_pass()
+    assert (scrubber.errors, told, cache.corrupt_blocks) == (0, [], 0)
+    assert not cached.is_present(1)
+
+
 def test_the_medium_is_read_and_not_the_page_cache(tmp_path: Path) -> None:
     """The kernel has the right bytes still, and the disk no longer."""
     image, place = tmp_path / "image", tmp_path / "disk"
