@@ -10,7 +10,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from obsfs.blocks import safetensors
 from obsfs.blocks.cache import Cache
@@ -123,6 +123,17 @@ class Reader:
         if wanted:
             self._engine.prefetch(wanted)
 
+    def learn_version(self, version: ObjectVersion) -> None:
+        """Take over what is told of the same version, and was not known when it was opened: the cache has not kept
+        by what it is pinned, or had when it was replaced."""
+        known = self.version
+        if (version.version_id and not known.version_id) or (version.modified and not known.modified):
+            self.version = self.cached.version = replace(
+                known,
+                version_id=known.version_id or version.version_id,
+                modified=known.modified or version.modified,
+            )
+
     def learn_tensors(self) -> None:
         """If the header of a safetensors file is here, watch the file tensor by tensor from now on."""
         with self.load.guard:
@@ -203,7 +214,7 @@ class Reader:
             for start in range(0, self.cached.blocks, _VERIFY_STEP):
                 with self._engine.borrowed(self) as alive:
                     stop = min(start + _VERIFY_STEP, self.cached.blocks)
-                    if not alive or self._is_complete or not all(map(self.cached.has, range(start, stop))):
+                    if not alive or self._is_complete or not all(map(self.cached.verify, range(start, stop))):
                         return
                 yield
         finally:
@@ -327,6 +338,8 @@ class Engine:
         reader = self._readers.get(version)
         if reader is None:
             reader = self._readers[version] = Reader(self, self._open_cached(version))
+        else:
+            reader.learn_version(version)
         self._readers.move_to_end(version)
         reader.users += 1
         return reader

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_what_somebody_waits_for_does_not_wait_for_files_that_are_verified(
 
     source, engine = start()
     held, begun = threading.Event(), threading.Event()
-    verify = CachedObject._verify
+    verify = CachedObject.verify
 
     def held_up(cached: CachedObject, block: int) -> bool:
         if cached.version == left:
@@ -60,7 +61,7 @@ def test_what_somebody_waits_for_does_not_wait_for_files_that_are_verified(
             assert held.wait(20)
         return verify(cached, block)
 
-    monkeypatch.setattr(CachedObject, "_verify", held_up)
+    monkeypatch.setattr(CachedObject, "verify", held_up)
     completed: list[str] = []
     engine.on_complete = lambda reader: completed.append(reader.version.key)
     reader = engine.open(left)
@@ -121,3 +122,34 @@ def test_a_file_that_has_rotted_is_not_taken_for_complete(bucket: Store, start: 
     assert reader.read(0, len(data)) == data
     wait_for(lambda: completed == ["rot.bin"])
     engine.release(reader)
+
+
+def test_a_block_in_memory_that_another_process_has_stored_is_verified_in_the_file(bucket: Store, start: Start) -> None:
+    data = random_bytes(2 * MIB)
+    bucket.put("a.bin", data)
+    source, engine = start()
+    version = source.version(source.head("a.bin"))
+    reader = engine.open(version)
+    engine.cache.held.add(reader.cached, 1, data[MIB:])
+    other = Engine(source, Settings.load(cache_dir=engine.cache.directory), seals=False)
+    fill(other, version)
+    other.close()
+    assert reader.read(0, 100) == data[:100]
+    assert not reader.is_complete
+    reader._settle()
+    wait_for(lambda: reader.is_complete)
+    engine.release(reader)
+
+
+def test_a_reader_learns_what_its_version_is_pinned_by(bucket: Store, start: Start) -> None:
+    """As of one that the cache alone has told of, which keeps neither its date nor its number in the bucket."""
+    bucket.put("a.bin", b"text")
+    source, engine = start()
+    full = replace(source.version(source.head("a.bin")), version_id="v7")
+    assert full.modified
+    bare = replace(full, version_id="", modified=0.0)
+    for told in (bare, replace(full, modified=0.0), replace(full, version_id=""), bare):
+        with engine.held(told) as reader:
+            pass
+    for version in (reader.version, reader.cached.version):
+        assert (version.version_id, version.modified) == ("v7", full.modified)
