@@ -59,9 +59,12 @@ class Journal:
             self.record([_MAGIC, FORMAT])
 
     def renew(self) -> None:
-        """Write it anew from the snapshot, in one go. Raises OSError."""
+        """Write it anew from the snapshot, in one go; later, if the disk takes no more now."""
         with self._guard:
-            self._compact()
+            try:
+                self._compact()
+            except OSError as error:
+                self._note_loss(error)
 
     def record(self, *changes: list[object]) -> None:
         """Append records; once in a while, write the file anew without what is over.
@@ -78,11 +81,14 @@ class Journal:
                 if self._records > max(_COMPACT_AFTER, 4 * self._floor) or self._is_mending_due():
                     self._compact()
             except OSError as error:
-                if self.is_whole:
-                    log.error("%s cannot be written (%s): a server that follows will not know all", self.path, error)
-                    self.is_whole = False
-                    self.on_whole(False)
-                self._next_try = time.monotonic() + _MEND_SECONDS
+                self._note_loss(error)
+
+    def _note_loss(self, error: OSError) -> None:
+        if self.is_whole:
+            log.error("%s cannot be written (%s): a server that follows will not know all", self.path, error)
+            self.is_whole = False
+            self.on_whole(False)
+        self._next_try = time.monotonic() + _MEND_SECONDS
 
     def _is_mending_due(self) -> bool:
         return not self.is_whole and time.monotonic() >= self._next_try

@@ -297,6 +297,28 @@ def test_a_full_disk_fails_nobody_and_is_told(tmp_path: Path) -> None:
         subprocess.run(["umount", "-l", small], check=True)
 
 
+def test_a_successor_begins_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    monkeypatch.setattr(journal, "_MEND_SECONDS", 0.0)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", small], check=True)
+    try:
+        Journal(small / "j").record(["one", 1])
+        with suppress(OSError):
+            (small / "filler").write_bytes(bytes(1 << 20))
+        told: list[bool] = []
+        follower = Journal(small / "j", lambda: [["all", 1]], keep=True, on_whole=told.append)
+        follower.renew()
+        assert (told, follower.is_whole) == ([False], False)
+        assert journal.read(small / "j").records == [["one", 1]]
+        (small / "filler").unlink()
+        follower.record(["two", 1])
+        assert (told, follower.is_whole) == ([False, True], True)
+        assert journal.read(small / "j").records == [["all", 1]]
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
+
+
 def test_a_writer_of_another_format_ends_at_once() -> None:
     done = subprocess.run(
         [sys.executable, writer.__file__, "2"], stdin=subprocess.DEVNULL, capture_output=True, check=False
