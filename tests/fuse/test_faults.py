@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import itertools
 import os
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -456,3 +458,25 @@ def test_a_cache_file_that_somebody_spoils_costs_a_fetch(
     time.sleep(0.5)
     assert sum(server.cpu_times()[:2]) - before < 0.25
     assert status(path.parent)["restarts"] == 0
+
+
+def test_reads_go_on_while_an_open_waits_for_the_cache(bucket: Store, mount: Mounter, tmp_path: Path) -> None:
+    """As it does for another process that evicts."""
+    data = random_bytes(2 * MIB)
+    bucket.put("a.bin", data)
+    bucket.put("b.bin", b"text")
+    path = mount(bucket, cache_dir=tmp_path / "cache", passthrough=False)
+    fd = os.open(path / "a.bin", os.O_RDONLY | os.O_DIRECT)
+    assert (path / "b.bin").stat().st_size == 4
+    wait_for(lambda: os.pread(fd, 2 * MIB, 0) == data and status(path)["requests_in_flight"] == 0)
+    with ThreadPoolExecutor() as pool, (tmp_path / "cache" / "v1" / "lock").open("r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            opening = pool.submit((path / "b.bin").read_bytes)
+            time.sleep(0.3)
+            assert pool.submit(os.pread, fd, MIB, MIB).result(10) == data[MIB:]
+            assert not opening.done()
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+        assert opening.result(10) == b"text"
+    os.close(fd)
