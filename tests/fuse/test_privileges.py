@@ -13,9 +13,9 @@ from obsfs.fuse.kernel import privileges
 from obsfs.fuse.kernel.privileges import Rights
 from tests.conftest import Store
 
-ROOT = Rights(is_root=True, is_admin=False, no_new_privileges=False)
-USER = Rights(is_root=False, is_admin=False, no_new_privileges=False)
-BOUND = Rights(is_root=False, is_admin=False, no_new_privileges=True)
+ROOT = Rights(is_root=True, no_new_privileges=False)
+USER = Rights(is_root=False, no_new_privileges=False)
+BOUND = Rights(is_root=False, no_new_privileges=True)
 
 
 def mount(bucket: Store, path: Path, *wrapper: str, **environment: str) -> str:

@@ -7,7 +7,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-_CAP_SYS_ADMIN = 21  # <linux/capability.h>
 _CONTAINER = "in a container: --device /dev/fuse --cap-add SYS_ADMIN (Kubernetes: securityContext.privileged: true)"
 
 
@@ -16,8 +15,6 @@ class Rights:
     """What the process may, as far as mounting depends on it."""
 
     is_root: bool
-    is_admin: bool
-    """Whether it has CAP_SYS_ADMIN, which mount(2) asks for."""
     no_new_privileges: bool
     """Whether programs that run as root for all (fusermount3) run without it here (``prctl(2)``)."""
 
@@ -29,9 +26,8 @@ class Rights:
         except OSError:
             lines = []
         found = dict(line.split(":", 1) for line in lines if ":" in line)
-        capabilities = int(found.get("CapEff", "0").strip() or "0", 16)
         no_new = found.get("NoNewPrivs", "0").strip() == "1"
-        return cls(os.geteuid() == 0, bool(capabilities >> _CAP_SYS_ADMIN & 1), no_new)
+        return cls(os.geteuid() == 0, no_new)
 
 
 def device_remedy(failure: int, rights: Rights) -> str:
