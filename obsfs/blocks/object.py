@@ -598,6 +598,16 @@ class CachedObject:
         return False
 
     @property
+    def is_cut_off(self) -> bool:
+        """Whether somebody has changed the length of the files."""
+        return not self._in_memory and not self._has_files()
+
+    @property
+    def is_beyond_repair(self) -> bool:
+        """Whether the files were cut off while the kernel reads them by itself, so that they cannot be swapped."""
+        return self._whole_users > 0 and self.is_cut_off
+
+    @property
     def is_in_cache(self) -> bool:
         """Whether the file is still at its name: it may be evicted while it is open, as a whole."""
         try:

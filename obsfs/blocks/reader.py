@@ -265,6 +265,8 @@ class Engine:
         self.blocks_hit = 0
         self.blocks_missed = 0
         self._readers: OrderedDict[ObjectVersion, Reader] = OrderedDict()
+        self._retired: list[Reader] = []
+        """Those that are left to who has them open: who opens their versions from now on gets others."""
         self._next_look = 0.0
         self._next_complaint = 0.0
         self._loads: dict[tuple[str, str], _Load] = {}
@@ -336,6 +338,9 @@ class Engine:
         # First: what is asked for may itself be idle, and its file evicted.
         self._close_idle()
         reader = self._readers.get(version)
+        if reader is not None and reader.cached.is_beyond_repair:
+            self._retired.append(self._readers.pop(version))
+            reader = None
         if reader is None:
             reader = self._readers[version] = Reader(self, self._open_cached(version))
         else:
@@ -366,6 +371,9 @@ class Engine:
         is_due = time.monotonic() >= self._next_look
         if is_due:
             self._next_look = time.monotonic() + _LOOK_SECONDS
+        for reader in [one for one in self._retired if not (one.users or one.is_fetching)]:
+            self._retired.remove(reader)
+            reader.cached.close()
         for version, reader in list(self._readers.items()) if excess > 0 or is_due else ():
             if reader.users or reader.is_fetching:
                 continue
@@ -542,16 +550,17 @@ class Engine:
             self._scrubber.close()
         self.fetcher.close()
         with self._guard:
-            for reader in self._readers.values():
+            for reader in (*self._readers.values(), *self._retired):
                 if not reader.is_fetching:
                     reader.cached.close()
             self._readers.clear()
+            self._retired.clear()
         self.cache.close()
 
     def abandon(self) -> None:
         """In a forked child: close the descriptors that were inherited, by which it would hold the parent's locks for
         longer than the parent lives. Takes no lock; the engine must not be used afterwards."""
-        for reader in list(self._readers.values()):
+        for reader in [*self._readers.values(), *self._retired]:
             reader.cached.abandon()
         self.cache.abandon()
 

@@ -180,7 +180,9 @@ class Operations:
         reader = self._readers.get(node.id)
         if not self.can_be_direct or reader is None:
             return False
-        return not reader.cached.is_full() if node.direct_opens else node.opens > 0 and reader.is_complete
+        if node.direct_opens:
+            return reader.cached.is_cut_off or not reader.cached.is_full()
+        return node.opens > 0 and reader.is_complete
 
     def forget(self, lookups: Iterable[tuple[int, int]]) -> None:
         """So many lookups of some nodes are over."""

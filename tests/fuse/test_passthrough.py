@@ -56,6 +56,26 @@ def test_a_file_that_is_open_while_it_becomes_complete(bucket: Store, mount: Mou
     assert path.read_bytes() == data
 
 
+@pytest.mark.parametrize("length", [0, 5_000_000])
+def test_a_file_that_is_cut_off_under_a_direct_reader_is_right_for_all_who_open_it_then(
+    complete: Path, tmp_path: Path, length: int
+) -> None:
+    data = random_bytes(9 * MIB + 1)
+    (stored,) = (tmp_path / "blocks").glob("v1/??/*.data")
+    with complete.open("rb", buffering=0) as early:
+        assert os.pread(early.fileno(), 100, 0) == data[:100]
+        os.truncate(stored, length)
+        before = status(complete.parent)["bytes_fetched"]
+        for _ in range(3):
+            assert complete.read_bytes() == data
+        assert status(complete.parent)["bytes_fetched"] - before == len(data)
+        # The kernel reads the old file for it: an early end, as the README says, and no other bytes.
+        assert os.pread(early.fileno(), 100, 8 * MIB) == b""
+    assert complete.read_bytes() == data
+    wait_for(lambda: is_direct(complete))
+    assert complete.read_bytes() == data
+
+
 def test_a_direct_reader_keeps_its_bytes_under_eviction(bucket: Store, complete: Path) -> None:
     others = [f"other-{n}.bin" for n in range(6)]
     for n, name in enumerate(others):
