@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import os
@@ -133,6 +134,26 @@ def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, *
         tell(f"obsfs: warning: {message}", err=True)
 
 
+_REMEDIES = {
+    errno.ENOTCONN: "the mount there is dead: mount it again, or `obsfs umount` it",
+    errno.EACCES: "you may not: use a path of your own",
+    errno.EPERM: "you may not: use a path of your own",
+    errno.ENOSPC: "make room on that disk",
+    errno.EROFS: "choose a place that can be written to",
+    errno.ESTALE: "the object was replaced: try again",
+}
+
+
+def _refused_by_system(error: OSError) -> str:
+    """What the system refused, on which file, and what to do; empty when it is about no file, and so our mistake."""
+    if error.filename is None and error.errno != errno.ENOTCONN:
+        return ""
+    name = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    reason = error.strerror or type(error).__name__
+    remedy = _REMEDIES.get(error.errno or 0, "check that path")
+    return f"{name}{reason}: {remedy}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Returns 0; 2 after a mistake of the user, told in one line; 130 after Ctrl-C."""
     children.shut_import_path()
@@ -165,6 +186,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("OBSFS_DEBUG"):
             traceback.print_exc()
+        if isinstance(error, OSError) and (said := _refused_by_system(error)):
+            tell(f"obsfs: {said}", err=True)
+            return 2
         tell(
             f"obsfs: internal error: {type(error).__name__}: {error} (OBSFS_DEBUG=1 shows where; please report it)",
             err=True,

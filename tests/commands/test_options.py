@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from obsfs.commands import main
 from obsfs.commands.options import parse_mount_options
 from obsfs.errors import UsageError
+from obsfs.fuse import mounts
 from obsfs.fuse.kernel import channel
 from tests.conftest import Result, Store
 
@@ -95,3 +98,35 @@ def test_in_python_it_is_a_warning_of_python() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "went on\n"
     assert "SettingWarning: the variable OBSFS_REGOIN is not used: did you mean OBSFS_REGION?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/x\x1b"), r"/x\x1b: Permission denied: you may not"),
+        (OSError(errno.ENOTCONN, "Transport endpoint is not connected", b"/mnt"), "/mnt: Transport endpoint is not"),
+        (
+            OSError(errno.ENOTCONN, "Transport endpoint is not connected"),
+            "Transport endpoint is not connected: the mount",
+        ),
+        (OSError(errno.EIO, "Input/output error", "/disk"), "/disk: Input/output error: check that path"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_and_not_our_mistake(
+    error: OSError, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(mounts, "find", fail)
+    assert main(["status"]) == 2
+    assert capsys.readouterr().err.startswith(f"obsfs: {said}")
+
+
+def test_an_error_of_ours_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(mounts, "find", fail)
+    assert main(["status"]) == 1
+    assert "internal error: OSError" in capsys.readouterr().err
