@@ -222,7 +222,13 @@ Examples:
 @click.argument("model")
 @_ADAPTER
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
-@click.option("--port", default=8000, show_default=True, help="Where to listen; 0 is any free port.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Where to listen; 0 is any free port.",
+)
 @_BACKEND
 @settings_options(*_PLACES)
 def serve(model: str, *, adapter: str | None, host: str, port: int, backend: str | None, **given: Any) -> None:

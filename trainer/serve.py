@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from obsfs.errors import UsageError
+from obsfs.errors import UsageError, first_line
 from obsfs.fuse import children
 from obsfs.settings import state_dir
 from trainer import bits
@@ -84,6 +85,7 @@ def serve(
     """
     settings = settings or {}
     chosen = choose_backend(backend)
+    port = _free_port(host, port)  # before anything is loaded
     with ExitStack() as stack:
         base, tuned = _open(stack, model, adapter, settings)
         if chosen == "transformers":
@@ -94,7 +96,6 @@ def serve(
             path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="obsfs-serve-"))) / tuned.path.name
             merge(str(tuned.path), str(path), base=str(base.path), settings=settings)
             adapter_path = None
-        port = port or _free_port(host)
         command = command_of(chosen, path, adapter_path, ["--host", host, "--port", str(port)], extra)
         silence = subprocess.DEVNULL if quiet else None
         # In a directory of its own: the model's, or the one above it, may hold anything. transformers, which is told
@@ -156,9 +157,15 @@ def has_chat_template(model: Path) -> bool:
     return isinstance(found, dict) and bool(found.get("chat_template"))
 
 
-def _free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as listener:
-        return int(listener.getsockname()[1])
+def _free_port(host: str, port: int) -> int:
+    """Return `port`, or any free one for 0. Raises UsageError where nothing can listen there."""
+    try:
+        with socket.create_server((host, port)) as listener:
+            return int(listener.getsockname()[1])
+    except OSError as error:
+        # Python adds the address to what the system says; a name that is not found has a negative number.
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or first_line(error)
+        raise UsageError(f"cannot listen on {host}:{port} ({reason})", "choose another --host or --port") from None
 
 
 def _wait(url: str, process: subprocess.Popen[bytes]) -> None:

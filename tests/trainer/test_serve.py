@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -108,3 +109,23 @@ def test_a_server_that_does_not_start_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no such"}')
     with pytest.raises(ObsfsError, match="did not start"), serve(str(tmp_path), None, backend="transformers"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        (("--port", "99999"), "Invalid value for '--port'"),
+        (("--port", "-1"), "Invalid value for '--port'"),
+        (("--host", "nope.invalid"), "cannot listen on nope.invalid:8000"),
+        (("--host", "203.0.113.1", "--port", "0"), "cannot listen on 203.0.113.1:0"),
+        (("--port", "{taken}"), "cannot listen on 127.0.0.1:{taken} (Address already in use)"),
+    ],
+)
+def test_where_nothing_can_listen_is_told_before_the_model_is_looked_at(where: tuple[str, ...], said: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        taken = str(listener.getsockname()[1])
+        words = [word.replace("{taken}", taken) for word in where]
+        command = [sys.executable, "-m", "obsfs", "serve", "/nowhere", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"obsfs: {said.replace('{taken}', taken)}")
