@@ -9,6 +9,7 @@ import click
 
 from obsfs.commands.options import LIBRARY, Command, settings_options
 from obsfs.commands.output import counted, human, progress, tell, tell_json, tell_path, terminate_like_interrupt
+from obsfs.errors import UsageError
 from obsfs.settings import Settings
 
 _EPILOG = """\b
@@ -60,6 +61,10 @@ def pull(
     settings = Settings.load(**given)
     pulling = Pull(parse_model(name, settings.library), settings)
     files = pulling.files(include, exclude)
+    if not files:
+        raise UsageError(f"no file of {pulling.model.name} is left", "see its files by `obsfs models show`")
+    if repository and not (to_hf_cache or to_modelscope_cache):
+        raise UsageError("--as names a repository in a hub's cache", "add --to-hf-cache or --to-modelscope-cache")
     hubs = [
         hub for hub, on in ((download.HUGGING_FACE, to_hf_cache), (download.MODEL_SCOPE, to_modelscope_cache)) if on
     ]

@@ -56,6 +56,7 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _NO_PIN = Pin()
 _RENEW_SECONDS = 1.0
+_IS_DENIED = "(AccessDenied)"
 _CHECKSUM_MODE = "x-amz-checksum-mode"
 MAX_SMALL = 64 << 20
 """Bytes of an object that is read whole, such as a manifest: one of 100,000 files has 40 MiB."""
@@ -282,6 +283,11 @@ class Bucket:
                     if not self._follow(number, moved):
                         raise
                     answer = work(number)
+            except ForbiddenError as forbidden:
+                if not self._settings.no_sign_request or _IS_DENIED not in forbidden.message:
+                    raise
+                remedy = "no credentials were sent: leave out --no-sign-request, the bucket is not public"
+                raise ForbiddenError(forbidden.message, remedy) from None
             except UnavailableError as unavailable:
                 self.replicas.failed(number)
                 error = error or unavailable

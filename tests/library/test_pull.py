@@ -387,3 +387,22 @@ def test_a_cache_that_is_too_small_to_share(bucket: Store, obsfs: Run, tmp_path:
     place = Path(obsfs("pull", f"{bucket}/m@v1", "--cache-size", "16MiB").out.strip())
     assert contents(place) == contents(model)
     assert (place / "model-00001-of-00002.safetensors").stat().st_nlink == 1
+
+
+def test_what_cannot_be_meant_is_refused(bucket: Store, obsfs: Run, model: Path, tmp_path: Path) -> None:
+    obsfs("push", model, f"{bucket}/m@v1")
+    for words, said in (
+        (("--include", "nothing"), f"no file of {bucket}/m@v1 is left"),
+        (("--exclude", "*"), f"no file of {bucket}/m@v1 is left"),
+        (("--as", "org/name"), "--as names a repository in a hub's cache: add --to-hf-cache"),
+    ):
+        done = obsfs("pull", f"{bucket}/m@v1", tmp_path / "out", *words)
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert said in done.err
+        assert not (tmp_path / "out").exists()
+
+
+def test_without_credentials_a_bucket_that_is_not_public_says_so(bucket: Store, obsfs: Run) -> None:
+    done = obsfs("models", bucket, "--no-sign-request")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "no credentials were sent: leave out --no-sign-request" in done.err
