@@ -340,13 +340,25 @@ class Knob:
         try:
             return msgspec.convert(self._kind.read(value), self.hint, strict=False)
         except (ValueError, msgspec.ValidationError) as error:
-            reason = f"choose from {', '.join(self.choices)}" if self.choices else str(error).replace("`", "")
+            reason = f"choose from {', '.join(self.choices)}" if self.choices else _reason(str(error))
             raise UsageError(f"{place or self.flag + ' '}{value}", reason) from None
 
     @property
     def _kind(self) -> _Kind:
         found = [part for part in getattr(self.hint, "__metadata__", ()) if isinstance(part, _Kind)]
         return found[0] if found else _Kind(_same)
+
+
+def _reason(said: str) -> str:
+    """What msgspec says of a value, in words for people."""
+    said = said.replace("`", "")
+    if bound := re.fullmatch(r"Expected (?:int|float) (>=|>|<=) ([0-9.]+)", said):
+        words = {">=": "at least", ">": "more than", "<=": "at most"}
+        return f"it must be {words[bound[1]]} {bound[2]}"
+    if kind := re.fullmatch(r"Expected (\w+)(?: \| null)?, got (\w+)", said):
+        names = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
+        return f"it must be {names.get(kind[1], kind[1])}"
+    return said
 
 
 @cache
@@ -404,6 +416,8 @@ def _read_config() -> dict[str, tuple[str, Any]]:
     found: dict[str, tuple[str, Any]] = {}
     for key, value in document.items():
         if key in knobs():
+            if knobs()[key].metavar == "OCTAL" and isinstance(value, int):
+                raise UsageError(f"{path}: {key} = {value}", f'write it as text, in octal: {key} = "022"')
             found[key] = (f"{path}: {key} = ", value)
         else:
             _warn(

@@ -144,3 +144,22 @@ def test_a_wrong_value_is_told_with_the_place_it_stands_in(monkeypatch: pytest.M
         Settings.load()
     with pytest.raises(UsageError, match=r"^--connections 999: "):
         Settings.load(connections="999")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("connections = 0", "it must be at least 1"),
+        ("connections = 300", "it must be at most 256"),
+        ("cache_size = 5", "it must be at least 16777216"),
+        ("endpoint_url = 5", "it must be text"),
+        ('max_entries = "many"', "it must be a whole number"),
+        ("umask = 22", 'write it as text, in octal: umask = "022"'),
+        ("umask = 0o22", 'write it as text, in octal: umask = "022"'),
+    ],
+)
+def test_a_value_that_does_not_fit_is_told_in_words(line: str, said: str) -> None:
+    _write_config(line)
+    with pytest.raises(UsageError) as caught:
+        Settings.load()
+    assert str(caught.value).endswith(f": {said}")
