@@ -29,7 +29,7 @@ from obsfs.blocks.concurrency import Concurrency, Patience, RoundTrip
 from obsfs.blocks.layout import BLOCK, PIECE
 from obsfs.blocks.object import CachedObject
 from obsfs.blocks.readahead import runs
-from obsfs.errors import ObsfsError, UnavailableError
+from obsfs.errors import ObsfsError, UnavailableError, VersionChangedError
 from obsfs.remote.objects import WHOLE_BYTES, ObjectVersion
 from obsfs.remote.retries import backoff
 
@@ -128,8 +128,8 @@ class _Flight:
 class Target:
     """One object version that blocks are fetched for.
 
-    `on_ahead` is called with each block that has landed before anybody asked for it, and `on_idle` when nothing is
-    wanted any more.
+    `on_ahead` is called with each block that has landed before anybody asked for it, `on_idle` when nothing is
+    wanted any more, and `on_changed` when the bucket has another version now, before any reader hears of it.
     """
 
     def __init__(
@@ -137,12 +137,14 @@ class Target:
         cached: CachedObject,
         on_ahead: Callable[[int], None] = lambda block: None,
         on_idle: Callable[[], None] = lambda: None,
+        on_changed: Callable[[], None] = lambda: None,
     ) -> None:
         self.cached = cached
         self.wants: dict[int, _Want] = {}
         self.workers = 0
         self.on_ahead = on_ahead
         self.on_idle = on_idle
+        self.on_changed = on_changed
         self.is_whole = cached.size <= WHOLE_BYTES
         """Whether all of it is fetched at once, so that it can be checked."""
 
@@ -525,6 +527,8 @@ class Fetcher:
             log.warning("trying again: %s", error)
         if told:
             log.error("giving up: %s", error)
+        if isinstance(error, VersionChangedError):
+            _tell(target.on_changed)
         for waiter in dict.fromkeys(told):
             _tell(waiter.failed, error)
 

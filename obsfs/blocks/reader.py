@@ -70,7 +70,7 @@ class Reader:
         self.users = 0
         self.load = engine.load_of(cached.version)
         self._engine = engine
-        self.target = Target(cached, self._on_ahead, self._on_idle)
+        self.target = Target(cached, self._on_ahead, self._on_idle, self._on_changed)
         self._has_tensors = cached.version.key.endswith(safetensors.SUFFIX)
         self._order: LoadOrder | None = None
         # Until the tensors are known, the start of such a file is its header, and nobody's stream.
@@ -188,6 +188,9 @@ class Reader:
         if self.cached.is_present(0) and self.cached.is_present(self.cached.blocks - 1):
             self._engine.fetcher.background.later(self._settle)
 
+    def _on_changed(self) -> None:
+        self._engine.on_changed(self)
+
     def _settle(self) -> None:
         """If the file has become complete, tell who wants to know; it is sealed when there is time."""
         with self._engine.borrowed(self) as alive:
@@ -244,8 +247,9 @@ class Engine:
     """One cache, one set of connections: what the mount and the fsspec file system both read through.
 
     Closing it ends its threads. `on_complete` is called with the reader of a version that has become wholly cached,
-    and `on_ahead` with each block of a mapped model that has landed before it was read, from a thread that must not
-    be held up.
+    `on_changed` with that of a version that the bucket no longer has, before anybody who reads it hears of it, and
+    `on_ahead` with each block of a mapped model that has landed before it was read, from a thread that must not be held
+    up.
 
     `seals`: whether large files are synced and sealed when they are complete, which whoever is in a hurry leaves to
     the next one. `scrubs`: whether the cache is read again in the background, which is for processes that live long.
@@ -260,6 +264,7 @@ class Engine:
         )
         self.window = max(0, min(int(settings.read_ahead), self.cache.limit // 4) // BLOCK)
         self.on_complete: Callable[[Reader], None] = lambda reader: None
+        self.on_changed: Callable[[Reader], object] = lambda reader: None
         self.on_ahead: Callable[[Reader, int], None] = lambda reader, block: None
         self.bytes_read = 0
         self.blocks_hit = 0

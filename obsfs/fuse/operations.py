@@ -93,7 +93,7 @@ class _BadHandleError(ObsfsError):
     errno = errno.EBADF
 
 
-class _OtherModeError(ObsfsError):
+class _LookAgainError(ObsfsError):
     """Has the kernel look up the name once more (open(2) does so by itself), which gives it another node."""
 
     errno = errno.ESTALE
@@ -172,6 +172,14 @@ class Operations:
         """
         node = self.tree.node(number)
         return self.tree.refresh(node if node.is_dir else self.tree.node(node.parent))
+
+    def outdate(self, reader: Reader) -> list[tuple[int, str]]:
+        """The bucket no longer has the version of a reader: the next open of its name asks the bucket again.
+
+        Returns ``(parent, name)`` of what the engine has to have looked up anew.
+        """
+        numbers = [number for number, other in list(self._readers.items()) if other.version == reader.version]
+        return [place for number in numbers if (place := self.tree.outdate(number))]
 
     def _should_renew(self, node: Node) -> bool:
         # The kernel keeps an inode in one mode while it is open. A file that has become complete meanwhile gets a
@@ -255,13 +263,15 @@ class Operations:
             raise _IsDirectoryError(f"{node.key} is a directory")
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise _ReadOnlyError("the mount is read-only")
+        if self.tree.should_look_again(node):
+            raise _LookAgainError(f"{node.key} was replaced or deleted")
         reader = self.engine.open(node.version)
         self._loads.on_open(node.parent, node.name)
         # An inode is in one mode at a time: what is open through us stays so, what is direct stays direct.
         direct = self.can_be_direct and not node.opens and reader.cached.hold_whole(again=node.backing > 0)
         if node.backing and not direct:
             self.engine.release(reader)
-            raise _OtherModeError(f"{node.key} was found damaged in the cache")
+            raise _LookAgainError(f"{node.key} was found damaged in the cache")
         if number not in self._readers:
             self._readers[number] = reader
             self._expect_load(node, node.version)

@@ -158,6 +158,7 @@ def serve(
 ) -> None:
     """Mount and serve until unmounted, or until `wait_for_stop` returns. Runs libfuse in this thread."""
     ready = threading.Event()
+    operations.engine.on_changed = operations.outdate
 
     def watch() -> None:
         ready.wait()

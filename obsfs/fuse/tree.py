@@ -107,6 +107,8 @@ class Node:
     direct_opens: int = 0
     backing: int = 0
     """By which the kernel knows the file that it reads by itself, while `direct_opens`."""
+    is_outdated: bool = False
+    """Whether a read has found that the bucket no longer has this version."""
     shown: float = 0.0
     """When the listing of this directory was loaded that the kernel was shown last (monotonic seconds)."""
 
@@ -248,7 +250,8 @@ class Tree:
     ) -> Node:
         version = self._source.version(entry.info) if entry.info else None
         known = self._nodes.get(self._current.get((parent.id, entry.name), 0))
-        if known is None or known.version != version or (renew is not None and renew(known)):
+        is_right = known is not None and known.version == version and not known.is_outdated
+        if known is None or not is_right or (renew is not None and renew(known)):
             key = entry.info.key if entry.info else f"{parent.key}{entry.name}/"
             mtime = entry.info.mtime if entry.info else self._nodes[ROOT].mtime
             known = Node(self._next_id, parent.id, entry.name, key, version, mtime)
@@ -517,6 +520,31 @@ class Tree:
                 self._drop_listing(prefix)
             under = {node.id for node in self._nodes.values() if node.key.startswith(directory.key)}
             return [place for place in (*self._current, *self._absent) if place[0] in under]
+
+    def outdate(self, number: int) -> tuple[int, str] | None:
+        """The bucket no longer has the version of a node: what was known of its name is believed no more.
+
+        Returns ``(parent id, name)`` if the kernel may know the name as this node; it should ask again.
+        """
+        with self._guard:
+            node = self._nodes.get(number)
+            if node is None:
+                return None
+            node.is_outdated = True
+            # What somebody is asking just now may be older than this.
+            self._refreshed += 1
+            prefix = node.key.removesuffix(node.name)
+            if (listing := self._listings.get(prefix)) is not None:
+                listing.probed.pop(node.name, None)
+                shown = listing.entries.get(node.name)
+                if shown and shown.info and self._source.version(shown.info) == node.version:
+                    self._drop_listing(prefix)
+            return (node.parent, node.name) if self._is_current(node) else None
+
+    def should_look_again(self, node: Node) -> bool:
+        """Whether the name of a node is to be looked up before it is opened: it stands for a version that is gone."""
+        with self._guard:
+            return node.is_outdated and self._is_current(node)
 
     @property
     def hidden(self) -> int:

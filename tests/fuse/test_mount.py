@@ -237,3 +237,38 @@ def test_which_way_a_file_is_served(bucket: Store, mount: Mounter, engine: str) 
     path.read_bytes()
     after = b"copy" if engine == "fusepy" else b"passthrough" if direct else b"splice"
     wait_for(lambda: os.getxattr(path, "user.obsfs.served_by") == after)
+
+
+@pytest.mark.parametrize("how", ["replaced", "deleted", "a directory", "put back"])
+def test_who_opens_a_name_again_after_estale_sees_what_is_there(
+    bucket: Store, mount: Mounter, engine: str, how: str
+) -> None:
+    """Also long before its lifetime is over: the server knows already that what it has of the name is wrong."""
+    old, new = random_bytes(6 * MIB, 1), random_bytes(6 * MIB, 2)
+    for name in ("m/a.bin", "m/other.bin"):
+        bucket.put(name, old)
+    directory = mount(bucket, engine=engine, metadata_ttl="1h", read_ahead=0) / "m"
+    path = directory / "a.bin"
+    assert os.listdir(directory) == ["a.bin", "other.bin"]
+    with path.open("rb", buffering=0) as file:
+        assert file.read(1000) == old[:1000]
+        bucket.client.delete_object(Bucket=bucket.name, Key="m/a.bin")
+        if how == "a directory":
+            bucket.put("m/a.bin/inside", b"inside")
+        elif how != "deleted":
+            bucket.put("m/a.bin", new)
+        with pytest.raises(OSError) as caught:
+            os.pread(file.fileno(), 1000, 5 * MIB)
+        assert caught.value.errno == errno.ESTALE
+        if how == "put back":
+            bucket.put("m/a.bin", old)
+        if how == "deleted":
+            with pytest.raises(FileNotFoundError):
+                path.open("rb")
+        elif how == "a directory":
+            file.close()  # libfuse has one inode for a path, which is a file while it is open
+            wait_for((path / "inside").exists)  # the kernel is told, and need not ask for a path below
+            assert (path / "inside").read_bytes() == b"inside"
+        else:
+            assert path.read_bytes() == (new if how == "replaced" else old)
+        assert (directory / "other.bin").read_bytes() == old

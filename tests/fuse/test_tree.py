@@ -303,3 +303,34 @@ def test_a_listing_that_nobody_waits_for_is_given_up_between_pages() -> None:
     tree.is_awaited = lambda node: False
     bucket.page = 9
     assert len(tree.listing(directory).names) == 9, "the last page is at hand, whoever waits"
+
+
+@pytest.mark.parametrize("page", [1000, 2])
+def test_a_version_that_is_gone_has_its_name_looked_up_again(page: int) -> None:
+    bucket = MemoryBucket(dict.fromkeys(("d/a", "d/b", "d/c", "d/d"), "1"), page)
+    tree = Tree(bucket, "", 60, now=Clock())
+    directory = tree.lookup(tree.node(ROOT), "d")
+    old = {name: tree.lookup(directory, name) for name in "abcd"}
+    bucket.keys = dict.fromkeys(bucket.keys, "2")
+    assert tree.lookup(directory, "d") is old["d"]
+    assert tree.outdate(old["d"].id) == (directory.id, "d")
+    assert [tree.should_look_again(node) for node in old.values()] == [False, False, False, True]
+    new = tree.lookup(directory, "d")
+    assert new.version is not None
+    assert (new.version.etag, new.id == old["d"].id) == ('"2"', False)
+    assert not tree.should_look_again(old["d"])
+    # Of what was listed since, nothing is asked again for the sake of a version that it does not show.
+    tree.lookup(directory, "a")
+    before = bucket.requests
+    assert tree.outdate(old["d"].id) is None
+    assert tree.lookup(directory, "a").version == tree.lookup(directory, "a").version
+    assert bucket.requests == before
+
+
+def test_a_version_that_comes_back_can_be_opened() -> None:
+    bucket = MemoryBucket({"a": "1"})
+    tree = Tree(bucket, "", 60, now=Clock())
+    old = tree.lookup(tree.node(ROOT), "a")
+    tree.outdate(old.id)
+    new = tree.lookup(tree.node(ROOT), "a")
+    assert (new.version, new.id == old.id, tree.should_look_again(new)) == (old.version, False, False)

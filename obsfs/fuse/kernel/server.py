@@ -117,6 +117,7 @@ class Server:
 
     def _begin(self, fds: list[int]) -> None:
         self._operations.engine.on_complete = self._on_complete
+        self._operations.engine.on_changed = self._on_changed
         self._operations.engine.on_ahead = self._store
         self._operations.tree.is_awaited = self._is_awaited
         self._fds = fds
@@ -515,6 +516,11 @@ class Server:
             for node in self._operations.open_nodes(reader):
                 if place := self._operations.tree.current_name(node):
                     self._notices.put(wire.inval_entry(place[0], place[1].encode()))
+
+    def _on_changed(self, reader: Reader) -> None:
+        """End the lifetime of names that stand for a version which the bucket no longer has."""
+        for parent, name in self._operations.outdate(reader):
+            self._notices.put(wire.inval_entry(parent, name.encode()))
 
     def _store(self, reader: Reader, block: int) -> None:
         """Put a block into the page cache of the files that are open, before anybody asks for it.
