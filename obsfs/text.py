@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
+
 MAX_SHOWN = 1000
 """Characters of one text from outside that are shown; a server may send an error code of any length."""
 
@@ -19,3 +23,22 @@ def visible(text: object, limit: int = MAX_SHOWN) -> str:
     if raw.isprintable():
         return raw
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in raw)
+
+
+def to_json(document: object, *, indent: int | None = None) -> str:
+    r"""Return a document as JSON that every reader takes: I-JSON (RFC 7493), in ASCII.
+
+    A lone surrogate (a byte of a name that is not UTF-8) is shown as `visible` does, as the characters ``\udcff``; a
+    number that is not finite is null.
+    """
+    return json.dumps(_plain(document), indent=indent, allow_nan=False)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value

@@ -1,11 +1,13 @@
 """Text from outside, as a person is shown it."""
 
+import json
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obsfs.errors import ObsfsError
-from obsfs.text import visible
+from obsfs.text import to_json, visible
 
 
 @pytest.mark.parametrize(
@@ -38,3 +40,24 @@ def test_an_error_is_one_printable_line() -> None:
     assert text.startswith(r"cannot read a\x1b[2Jb c: Remedy y")
     assert text.isprintable()
     assert text.endswith("y…")
+
+
+@settings(max_examples=25)
+@given(
+    st.recursive(
+        st.text() | st.floats() | st.integers() | st.none() | st.booleans(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_json_is_for_every_reader(document: object) -> None:
+    text = to_json(document)
+    assert text.isascii()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    json.dumps(json.loads(text, parse_constant=refuse), ensure_ascii=False).encode()
+
+
+def test_json_shows_names_as_they_are() -> None:
+    assert json.loads(to_json({"模 \x1b": ["ü\n", "\udcff", 1.5, None]})) == {"模 \x1b": ["ü\n", r"\udcff", 1.5, None]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from obsfs.commands.options import BUCKET, CACHE, Command, settings_options
-from obsfs.commands.output import columns, count, human, spinner, terminate_like_interrupt
+from obsfs.commands.output import columns, count, human, spinner, tell, tell_json, tell_path, terminate_like_interrupt
 from obsfs.errors import UsageError, first_line
 from obsfs.extras import remedy
 
@@ -85,7 +84,7 @@ def train(words: tuple[str, ...], *, is_guided: bool, only_check: bool, as_json:
 
         path, is_wanted = guide(overrides)
         if not is_wanted:
-            click.echo(f"obsfs train {path}")
+            tell(f"obsfs train {path}")
             return
     elif path is None and not overrides:
         raise UsageError("there is nothing to train", "give CONFIG.yaml, or --guide (see --help)")
@@ -100,25 +99,25 @@ def train(words: tuple[str, ...], *, is_guided: bool, only_check: bool, as_json:
     if not PartialState().is_main_process:
         return
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(outcome)))
+        tell_json(dataclasses.asdict(outcome), indent=None)
         return
     if only_check:
-        click.echo("\n".join(columns(("", ""), _checked(config, outcome.metrics))).lstrip("\n"), err=True)
+        tell(*filter(None, columns(("", ""), _checked(config, outcome.metrics))), err=True)
         is_well = len(outcome.notes) < 2
         said = "all is well" if is_well else "it can start, but see above what was found in the data"
-        click.echo(f"{said}: nothing was trained", err=True)
+        tell(f"{said}: nothing was trained", err=True)
         return
     if (total := outcome.seconds.get("to first step")) is not None:
         parts = [f"{name} {s:.1f} s" for name, s in outcome.seconds.items() if name not in ("to first step", "publish")]
-        click.echo(f"first step after {total:.1f} s: {', '.join(parts)} (partly at the same time)", err=True)
+        tell(f"first step after {total:.1f} s: {', '.join(parts)} (partly at the same time)", err=True)
     if outcome.reason:
-        click.echo(f"nothing was trained: {outcome.reason}", err=True)
-        click.echo(outcome.output)
+        tell(f"nothing was trained: {outcome.reason}", err=True)
+        tell_path(outcome.output)
         return
     loss = outcome.metrics.get("train_loss")
     shown = f", loss {loss:.4f} on average" if loss else ""
-    click.echo(f"{outcome.steps} steps{shown}", err=True)
-    click.echo(outcome.output)
+    tell(f"{outcome.steps} steps{shown}", err=True)
+    tell_path(outcome.output)
 
 
 def _checked(config: TrainConfig, found: dict[str, float]) -> list[tuple[str, str]]:
@@ -186,17 +185,17 @@ def merge(
             settings=_settings(given),
         )
     if as_json:
-        click.echo(json.dumps(done._asdict()))
+        tell_json(done._asdict(), indent=None)
     else:
-        click.echo(
+        tell(
             f"{done.base} + {adapter}: logits differ by {done.mean:.2g} on average, {done.largest:.2g} at most",
             err=True,
         )
         if done.kept:
             ends = sorted({name.rpartition(".")[2] for name in done.kept})
             some = f"{', '.join(ends)} ({len(done.kept)} in all)"
-            click.echo(f"left as they are, since not every processor could serve them quantised: {some}", err=True)
-        click.echo(done.output)
+            tell(f"left as they are, since not every processor could serve them quantised: {some}", err=True)
+        tell_path(done.output)
 
 
 _BACKEND = click.option(
@@ -245,7 +244,7 @@ def serve(model: str, *, adapter: str | None, host: str, port: int, backend: str
         extra=click.get_current_context().args,
         settings=_settings(given),
     ) as server:
-        click.echo(f"{server.url}/v1  model {server.model}", err=True)
+        tell(f"{server.url}/v1  model {server.model}", err=True)
         sys.stderr.flush()
         if server.process.wait():
             raise UsageError("the server ended", f"status {server.process.returncode}; see what it said above")

@@ -12,7 +12,7 @@ import psutil
 import yaml
 
 import obsfs
-from obsfs.commands.output import columns, count, human
+from obsfs.commands.output import ask, columns, confirm, count, human, tell
 from trainer import base as bases
 from trainer import data
 from trainer.config import METHODS, TASKS, lora_config
@@ -56,62 +56,58 @@ def guide(settings: dict[str, Any]) -> tuple[Path, bool]:
     """Ask, write the YAML, and return where it is and whether to start. Raises ObsfsError, and click.Abort."""
     models = found_models()
     for number, path in enumerate(models, 1):
-        click.echo(f"  {number}  {path}")
-    answer = click.prompt(
-        "Model (a number from above, a directory, or obs://BUCKET/NAME)" if models else "Model", type=str
-    )
+        tell(f"  {number}  {path}")
+    answer = ask("Model (a number from above, a directory, or obs://BUCKET/NAME)" if models else "Model", type=str)
     model = models[int(answer) - 1] if answer.isdigit() and 0 < int(answer) <= len(models) else answer
     run: dict[str, Any] = {"model": model}
     with bases.open_base(model, settings) as base:
         hush()
         hush_bars()  # imports transformers, for which nobody should wait before the first question
         facts = bases.check_whole(base.path)
-        click.echo(
+        tell(
             f"  {count(facts.parameters)} parameters, {human(facts.size)}, "
             f"of which {human(missing_bytes(base.path))} have to be fetched"
         )
         has_template = bool(bases.load_tokenizer(base.path).chat_template)
         adapter = bases.adapter_parameters(base.path, lora_config())
-    click.echo("\n".join(f"  {name:6} {text}" for name, text in _ABOUT.items()))
-    run["task"] = click.prompt("Task", type=click.Choice(list(TASKS)), default="sft")
+    tell(*(f"  {name:6} {text}" for name, text in _ABOUT.items()))
+    run["task"] = ask("Task", type=click.Choice(list(TASKS)), default="sft")
     run["data"] = _ask_data(run["task"], has_template, settings)
     there, where = bases.memory_available()
     rows = [
         (name, human(needed), "fits" if needed < there else "too much")
         for name, needed in estimates(facts, run["task"], adapter).items()
     ]
-    click.echo("\n".join(columns(["method", ">memory", f"of {human(there)} on {where}"], rows)))
+    tell(*columns(["method", ">memory", f"of {human(there)} on {where}"], rows))
     fitting = [name for name, _, verdict in rows if verdict == "fits"]
     best = "lora" if "lora" in fitting else "qlora"
-    run["method"] = click.prompt("Method", type=click.Choice(list(METHODS)), default=best)
-    run["num_train_epochs"] = click.prompt("Passes over the data", type=click.FloatRange(0, min_open=True), default=1.0)
+    run["method"] = ask("Method", type=click.Choice(list(METHODS)), default=best)
+    run["num_train_epochs"] = ask("Passes over the data", type=click.FloatRange(0, min_open=True), default=1.0)
     library = obsfs.Settings.load(**settings).library
     name = f"{Path(model.rstrip('/')).name.partition('@')[0]}-{run['task']}"
     default = f"{library.rstrip('/')}/adapters/{name}" if library else f"runs/{name}"
-    run["output"] = click.prompt("Where the adapter goes (a directory, or obs://BUCKET/NAME)", default=default)
+    run["output"] = ask("Where the adapter goes (a directory, or obs://BUCKET/NAME)", default=default)
     run |= {"max_length": _LENGTH, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16}
     run |= {"save_steps": 100, "save_total_limit": 2, **settings}
-    written = Path(click.prompt("Write this run to", default="train.yaml"))
+    written = Path(ask("Write this run to", default="train.yaml"))
     if written.exists():
-        click.confirm(f"{written} is there: replace it?", abort=True)
+        confirm(f"{written} is there: replace it?", abort=True)
     text = yaml.safe_dump(run, sort_keys=False, allow_unicode=True)
     written.write_text(text, encoding="utf-8")
-    click.echo(f"\n{text}")
-    return written, click.confirm("Start now?", default=False)
+    tell("", *text.splitlines())
+    return written, confirm("Start now?", default=False)
 
 
 def _ask_data(task: str, has_template: bool, settings: dict[str, Any]) -> str:
     """A place that can be read, asked for until one is given."""
     while True:
-        place: str = click.prompt(
-            f"Data (a file, a directory, a URL, a data set of the hub, or {', '.join(data.BUILTIN)})"
-        )
+        place: str = ask(f"Data (a file, a directory, a URL, a data set of the hub, or {', '.join(data.BUILTIN)})")
         try:
             found = data.load([place], task, split="train", streaming=True, chat=has_template, settings=settings)
         except obsfs.ObsfsError as error:
-            click.echo(f"  {error}")
+            tell(f"  {error}")
         else:
-            click.echo(f"  the first record: {data.shown(next(iter(found)))}")
+            tell(f"  the first record: {data.shown(next(iter(found)))}")
             return place
 
 

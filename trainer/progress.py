@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
@@ -10,12 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import click
 import psutil
 import torch
 from transformers import TrainerCallback
 
-from obsfs.commands.output import human
+from obsfs.commands.output import human, tell, tell_json
 from trainer.base import Base
 
 _LOOK_SECONDS = 0.2
@@ -79,7 +77,7 @@ class Timeline:
 
 def say(text: str) -> None:
     """A line for people."""
-    click.echo(text, err=True)
+    tell(text, err=True)
 
 
 class Progress(TrainerCallback):
@@ -139,7 +137,7 @@ class Progress(TrainerCallback):
             self._last = (now, tokens)
         if self._as_json:
             figures |= self._resources()
-            click.echo(json.dumps({"step": state.global_step, "of": state.max_steps, **figures}))
+            tell_json({"step": state.global_step, "of": state.max_steps, **figures}, indent=None)
         elif self._bar:
             self._bar.update(self._task, description=line({**figures, **self._resources()}))
         elif "train_runtime" not in figures:

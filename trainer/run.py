@@ -13,10 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
 import yaml
 
-from obsfs.commands.output import human, spinner
+from obsfs.commands.output import human, spinner, tell
 from obsfs.errors import UsageError, first_line
 from obsfs.settings import state_dir
 from trainer import base as bases
@@ -346,7 +345,7 @@ class _Run:
         self._data_notes = [reports[0].summary(), *(line for one in reports for line in one.warnings())]
         if self._is_main:
             for line in self._data_notes:
-                click.echo(line, err=True)
+                tell(line, err=True)
         return reports[0]
 
     def _tokeniser(self, one: data.Loaded, target: data.Target) -> tuple[data.Tokeniser | None, str]:
@@ -384,7 +383,7 @@ class _Run:
         self._data_figures["records_dropped"] = dropped
         self._data_notes.append(f"{dropped:,} of {len(given):,} records are dropped: {behind}")
         if self._is_main:
-            click.echo(self._data_notes[-1], err=True)
+            tell(self._data_notes[-1], err=True)
 
     def _train(self, trainer: Any, checkpoint: Path | None, began: threading.Event) -> Outcome:
         import torch

@@ -17,8 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
-
+from obsfs.commands.output import tell
 from obsfs.errors import UsageError, first_line
 from obsfs.fuse import children
 from obsfs.settings import state_dir
@@ -137,7 +136,7 @@ def _tell_of_template(base: Base, tuned: Base | None, *, is_chat: bool, extra: S
             f"{source.name} has no chat template, so it cannot be talked to",
             "put one into its directory as chat_template.jinja; obsfs serve completes text without one",
         )
-    click.echo(
+    tell(
         f"{source.name} has no chat template: /v1/completions works, and /v1/chat/completions does not "
         "(put one into its directory as chat_template.jinja)",
         err=True,

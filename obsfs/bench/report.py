@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,13 @@ from typing import Any
 from obsfs.bench.measure import Figure
 from obsfs.errors import UsageError
 from obsfs.extras import remedy
+from obsfs.text import to_json, visible
 
 KINDS = (".html", ".png")
 _COLD, _WARM = "#0072b2", "#e69f00"
 """Two colours of Okabe and Ito's, which most colour-blind people tell apart: https://jfly.uni-koeln.de/color/"""
+_MAX_TITLE = 80
+"""Characters that fit over a drawing."""
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0 2rem; } th, td { padding: .3rem 1.5rem .3rem 0; text-align: right; }
@@ -41,36 +43,40 @@ def write(path: Path, title: str, facts: Mapping[str, object], figures: Sequence
     """Write the report, and a JSON file beside it. `facts` say what was measured, and where. Raises UsageError."""
     drawing = draw(title if path.suffix == ".png" else "", figures)
     try:
-        path.with_suffix(".json").write_text(document(facts, figures) + "\n")
+        path.with_suffix(".json").write_text(to_json(document(facts, figures), indent=2) + "\n")
         if path.suffix == ".png":
             drawing.savefig(path, dpi=150)
             return
         image = io.StringIO()
         drawing.savefig(image, format="svg")
-        path.write_text(_page(title, facts, figures, image.getvalue()))
+        path.write_text(_page(title, facts, figures, image.getvalue()), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write {path}", error.strerror or str(error)) from None
 
 
-def document(facts: Mapping[str, object], figures: Sequence[Figure]) -> str:
-    """The same as JSON."""
-    return json.dumps({**facts, "figures": [figure._asdict() for figure in figures]}, indent=2)
+def document(facts: Mapping[str, object], figures: Sequence[Figure]) -> dict[str, object]:
+    """The same, for JSON."""
+    return {**facts, "figures": [figure._asdict() for figure in figures]}
 
 
 def _page(title: str, facts: Mapping[str, object], figures: Sequence[Figure], image: str) -> str:
     described = "".join(
-        f"<tr><td>{name.replace('_', ' ')}</td><td>{html.escape(str(value))}</td></tr>" for name, value in facts.items()
+        f"<tr><td>{name.replace('_', ' ')}</td><td>{_escape(value)}</td></tr>" for name, value in facts.items()
     )
     rows = "".join(
-        f"<tr><td>{html.escape(figure.title)}</td>"
+        f"<tr><td>{_escape(figure.title)}</td>"
         f"<td>{number(figure.cold)} {figure.unit}</td><td>{number(figure.warm)} {figure.unit}</td></tr>"
         for figure in figures
     )
     return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style>\n<h1>{html.escape(title)}</h1>\n<table>{described}</table>\n"
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{_escape(title)}</title>'
+        f"<style>{_STYLE}</style>\n<h1>{_escape(title)}</h1>\n<table>{described}</table>\n"
         f"{image[image.index('<svg') :]}\n<table><tr><th></th><th>cold</th><th>warm</th></tr>{rows}</table></html>\n"
     )
+
+
+def _escape(text: object) -> str:
+    return html.escape(visible(text))
 
 
 def draw(title: str, figures: Sequence[Figure]) -> Any:
@@ -94,7 +100,7 @@ def draw(title: str, figures: Sequence[Figure]) -> Any:
         panel.spines[["top", "right"]].set_visible(False)
     drawing.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     if title:
-        drawing.suptitle(title, x=0.02, ha="left")
+        drawing.suptitle(visible(title, _MAX_TITLE), x=0.02, ha="left", parse_math=False)
     return drawing
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from obsfs.commands.options import Command
-from obsfs.commands.output import tell
+from obsfs.commands.output import tell, tolerate_any_text
 from obsfs.errors import ObsfsError, SettingWarning, UsageError
 from obsfs.fuse import children
 from obsfs.logs import VisibleFormatter
@@ -157,6 +157,7 @@ def _refused_by_system(error: OSError) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Returns 0; 2 after a mistake of the user, told in one line; 130 after Ctrl-C."""
     children.shut_import_path()
+    tolerate_any_text()
     warnings.simplefilter("always", SettingWarning)
     shown = warnings.showwarning
     warnings.showwarning = _show_warning

@@ -46,11 +46,13 @@ def list_(library: str | None, *, fresh: bool, as_json: bool, **given: Any) -> N
     """
     from obsfs.errors import UsageError
     from obsfs.library import shelf
+    from obsfs.remote.address import parse_address
 
     settings = Settings.load(**given)
     chosen = library or settings.library
     if not chosen:
         raise UsageError("no library is given", "write obs://BUCKET/PREFIX, or set OBSFS_LIBRARY")
+    parse_address(chosen)
     document = None if fresh else shelf.load(settings, chosen)
     if document is None:
         with spinner(f"looking at {chosen}", quiet=as_json):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import os
 import shutil
 import signal
@@ -10,12 +10,11 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from obsfs.text import visible
+from obsfs.text import to_json, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,23 +49,42 @@ def make_table(*columns: str) -> Table:
 def tell(*lines: object, err: bool = False) -> None:
     """Print lines, each by `visible`: names, codes and messages from outside do no more than be read.
 
-    Commands print by this, by `tell_json`, by `tell_path`, or by rich with `escape_markup`, and by nothing else.
+    Commands, also those of other packages, print by this, by `tell_json`, by `tell_path`, or by rich with
+    `escape_markup`, and ask by `ask` and `confirm`: by nothing else.
     """
     for line in lines:
         click.echo(visible(line, _MAX_LINE), err=err)
 
 
-def tell_json(document: object) -> None:
-    """Print JSON, in ASCII: `document`, or text that is JSON."""
-    click.echo(document if isinstance(document, str) else json.dumps(document, indent=1))
+def tell_json(document: object, *, indent: int | None = 1) -> None:
+    """Print a document as JSON (`obsfs.text.to_json`); with an `indent` of None on one line."""
+    click.echo(to_json(document, indent=indent))
 
 
-def tell_path(path: Path) -> None:
-    """Print a path: to a program exactly, to a terminal as `tell` does."""
+def tell_path(path: str | os.PathLike[str]) -> None:
+    """Print a path or a URL: to a program exactly, to a terminal as `tell` does."""
     if sys.stdout.isatty():
         tell(path)
     else:
-        click.echo(bytes(path))
+        click.echo(os.fsencode(path))
+
+
+def ask(question: str, *, default: Any = None, type: Any = None) -> Any:
+    """Ask for a line on the terminal, until it fits the click type `type`. Return it; `default` for an empty one."""
+    shown = visible(question) if default is None else f"{visible(question)} [{visible(default)}]"
+    return click.prompt(shown, default=default, type=type, show_default=False)
+
+
+def confirm(question: str, *, default: bool = False, abort: bool = False) -> bool:
+    """Ask a question of yes or no. With `abort`, raise click.Abort for a no."""
+    return click.confirm(visible(question), default=default, abort=abort)
+
+
+def tolerate_any_text() -> None:
+    """Have stdout and stderr show a character that their encoding does not have as an escape, as `visible` does."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def counted(number: int, noun: str) -> str:

@@ -166,7 +166,7 @@ def notes_file(what: str, shown: str) -> Iterator[Path]:
     """The file in which one publication keeps its notes. Raises UsageError when another one has it."""
     directory = state_dir() / "push"
     private.make_level(directory)
-    path = directory / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.json"
+    path = directory / f"{hashlib.sha256(what.encode(errors='surrogatepass')).hexdigest()[:24]}.json"
     fd = private.open_file(path.with_suffix(".lock"))
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

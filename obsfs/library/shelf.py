@@ -24,7 +24,7 @@ def _path(settings: Settings, library: str) -> Path:
     names = sorted(name for name in os.environ if name.startswith(("AWS_", "HUAWEICLOUD_", "OBSFS_")))
     parts = [library, *(f"{name}={os.environ[name]}" for name in names)]
     parts += [str(settings.endpoint_url), str(settings.region), str(settings.profile), str(settings.no_sign_request)]
-    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    name = hashlib.sha256("\0".join(parts).encode(errors="surrogatepass")).hexdigest()[:24]
     return settings.cache_dir / _DIRECTORY / f"{name}.json"
 
 

@@ -59,6 +59,8 @@ def parse_address(url: str) -> Address:
     prefix = prefix.rstrip("/")
     if any(part in ("", ".", "..") for part in prefix.split("/") if prefix) or "\0" in prefix:
         raise UsageError(f"{prefix!r} is no usable prefix", "empty, '.' and '..' components are not allowed")
+    if not _is_utf8(prefix):
+        raise UsageError(f"{prefix!r} is no usable prefix", "keys are UTF-8, and it holds other bytes")
     return Address(scheme, bucket, f"{prefix}/" if prefix else "")
 
 
@@ -141,7 +143,13 @@ def is_valid_name(name: str) -> bool:
     """Whether a directory can show a name: not empty, ``.`` or ``..``, no ``/`` or NUL, 255 bytes at most."""
     if name in ("", ".", "..") or "/" in name or "\0" in name:
         return False
+    return _is_utf8(name) and len(name.encode()) <= NAME_MAX
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether text has no lone surrogates, by which Python keeps the bytes of a name that is not UTF-8."""
     try:
-        return len(name.encode()) <= NAME_MAX
+        text.encode()
     except UnicodeEncodeError:
         return False
+    return True

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from obsfs.bench.measure import CASES
+from obsfs.bench import report
+from obsfs.bench.measure import CASES, Figure
+from obsfs.text import visible
 from tests.conftest import MIB, Mounter, Result, Store, random_bytes
 
 Run = Callable[..., Result]
@@ -72,3 +74,16 @@ def test_a_mistake_is_one_line(obsfs: Run, tmp_path: Path, arguments: tuple[str,
     assert words in done.err
     assert done.err.count("\n") == 1
     assert done.out == ""
+
+
+@pytest.mark.parametrize("name", [r"$\frac{1$ <script>&" + "\x1b]0;PWNED\x07\n\u202e\udcff" + "x" * 5000, "$$"])
+def test_a_report_shows_any_name(name: str, tmp_path: Path) -> None:
+    figures = [Figure("read", "read", "MB/s", 100.0, float("nan"))]
+    for kind in report.KINDS:
+        report.write(tmp_path / f"r{kind}", f"obsfs bench {name}", {"target": name}, figures)
+        written = (tmp_path / "r.json").read_text()
+        json.dumps(json.loads(written, parse_constant=pytest.fail), ensure_ascii=False).encode()
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert all(line.isprintable() for line in page.splitlines())
+    assert "<script" not in page
+    assert report.draw(f"obsfs bench {name}", figures).get_suptitle() == visible(f"obsfs bench {name}", 80)
