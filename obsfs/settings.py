@@ -24,42 +24,70 @@ from msgspec import Meta
 
 from obsfs.errors import SettingWarning, UsageError
 from obsfs.private import make_directory
-from obsfs.text import visible
+from obsfs.text import is_utf8, visible
 
 MIB = 1 << 20
 UMASK = 0o022
 
 _TIMES = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
-_PREFIXES = "kmgtp"
+_PREFIXES = "kmgtpe"
+_DAY = 86400
+MAX_SIZE = 1 << 60
+"""Bytes, 1 EiB: more than any disk or object has, and few enough for every call of the system (off_t)."""
+MAX_SECONDS = 3650.0 * _DAY
+"""Ten years; Python waits for 292 years at most (2^63 ns)."""
+_MAX_TIMEOUT = _DAY
+"""Seconds of silence. poll(2) counts milliseconds in an int: 24.8 days at most."""
+_MAX_READ_AHEAD = 1 << 30
+"""Bytes; FUSE_INIT has 32 bits for them (max_readahead, <linux/fuse.h>)."""
+_MAX_ID = (1 << 32) - 2
+"""The greatest uid or gid: 2^32 - 1 means none (chown(2))."""
+_SIZE_UNITS = {f"{letter.upper()}iB": 1024**power for power, letter in reversed(list(enumerate(_PREFIXES, 1)))}
+_TIME_UNITS = {unit: _TIMES[unit] for unit in ("d", "h", "m", "s")}
 _PREFIX = "OBSFS_"
 _OTHER_VARIABLES = ("CONFIG", "DEBUG", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "SUPERVISOR_FD")
 """Variables of ours that are not settings."""
 _ALIKE = 0.75
 """How alike (difflib's ratio) two names after ``OBSFS_`` must be for one to be a typo of the other."""
+_MAX_QUOTED = 200
+"""Characters of a value that an error quotes."""
 _SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
 def parse_seconds(value: object) -> float:
     """Seconds from a number or from text such as ``90``, ``500ms``, ``5m``, ``2h`` or ``7d``.
 
-    Raises ValueError for anything else, and for a negative time.
+    Raises ValueError for anything else, a negative time, and one of more than ten years.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|[smhdw]?)\s*", str(value))
     if match is None:
         raise ValueError(f"{value!r} is not a time; write for example 90, 500ms, 5m, 2h or 7d")
-    return float(match[1]) * _TIMES[match[2]]
+    seconds = float(match[1]) * _TIMES[match[2]]
+    if seconds > MAX_SECONDS:
+        raise ValueError(f"it must be at most {_amount(MAX_SECONDS, 'TIME')}")
+    return seconds
 
 
 def parse_size(value: object) -> int:
     """Bytes from a number or from text such as ``500MB`` (a million each) or ``1GiB`` (1024 each time).
 
-    Raises ValueError for anything else, and for a negative size.
+    Raises ValueError for anything else, a negative size, and one of more than 1 EiB.
     """
     match = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*(?:([{_PREFIXES}])(i?))?b?\s*", str(value).lower())
     if match is None:
         raise ValueError(f"{value!r} is not a size; write for example 500MB or 1GiB")
     power = _PREFIXES.index(match[2]) + 1 if match[2] else 0
-    return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** power)
+    size = int(Decimal(match[1]) * (1024 if match[3] else 1000) ** power)
+    if size > MAX_SIZE:
+        raise ValueError(f"it must be at most {_amount(MAX_SIZE, 'SIZE')}")
+    return size
+
+
+def _amount(number: float, metavar: str) -> str:
+    """A bound in the largest unit of which it has a whole number: ``16MiB``, ``1d``."""
+    units = {"SIZE": _SIZE_UNITS, "TIME": _TIME_UNITS}.get(metavar, {})
+    unit, size = next(((unit, size) for unit, size in units.items() if number and number % size == 0), ("", 1))
+    return f"{number / size:.0f}{unit}" if unit else f"{number:g}" if number % 1 else f"{number:.0f}"
 
 
 def _octal(value: object) -> object:
@@ -112,7 +140,7 @@ OptionalSize = Annotated[Annotated[int, Meta(ge=0)] | None, _Kind(_size_or_auto,
 CacheSize = Annotated[Annotated[int, Meta(ge=16 * MIB)] | None, _Kind(_size_or_auto, "SIZE")]
 Seconds = Annotated[float, _Kind(parse_seconds, "TIME")]
 Octal = Annotated[int, _Kind(_octal, "OCTAL"), Meta(ge=0, le=0o777)]
-Owner = Annotated[Annotated[int, Meta(ge=0)] | None, _Kind(_same, "N")]
+Owner = Annotated[Annotated[int, Meta(ge=0, le=_MAX_ID)] | None, _Kind(_same, "N")]
 LocalPath = Annotated[Path, _Kind(_expand)]
 Switch = Annotated[bool, _Kind(_switch)]
 
@@ -202,7 +230,7 @@ class Settings:
         64, "Most range requests in parallel; how many are used is found by measuring."
     )
     read_ahead: Size = _knob(256 * MIB, "Largest window fetched ahead of a sequential or dense reader.")
-    request_timeout: Annotated[Seconds, Meta(gt=0)] = _knob(
+    request_timeout: Annotated[Seconds, Meta(gt=0, le=_MAX_TIMEOUT)] = _knob(
         15.0, "Longest silence of a connection before it is given up and tried again."
     )
     retry_timeout: Annotated[Seconds, Meta(ge=0)] = _knob(
@@ -212,7 +240,7 @@ class Settings:
     metadata_ttl: Seconds = _knob(
         60.0, "How long names, sizes and listings are believed before the bucket is asked again."
     )
-    max_entries: Annotated[Number, Meta(ge=1000)] = _knob(
+    max_entries: Annotated[Number, Meta(ge=1000, le=10**9)] = _knob(
         250_000,
         "Names to remember, of listings and in the kernel, beyond the directory that is being listed "
         "(about 1 KiB of memory each).",
@@ -221,7 +249,7 @@ class Settings:
         "native", "native speaks to /dev/fuse itself; fusepy goes through libfuse (extra: fusepy)."
     )
     passthrough: Switch = _knob(True, "Let the kernel read fully cached files by itself (Linux 6.9 or later, root).")
-    kernel_read_ahead: Size = _knob(
+    kernel_read_ahead: Annotated[Size, Meta(le=_MAX_READ_AHEAD)] = _knob(
         1 << 20,
         "The kernel's own read-ahead on the mount (set where permitted). Behind a read that is longer it "
         "asks for half as much again.",
@@ -338,10 +366,18 @@ class Knob:
         Raises UsageError if it does not fit; it begins with `place`, what stands before the value where it was found.
         """
         try:
-            return msgspec.convert(self._kind.read(value), self.hint, strict=False)
+            return msgspec.convert(self._kind.read(self._usable(value)), self.hint, strict=False)
         except (ValueError, msgspec.ValidationError) as error:
-            reason = f"choose from {', '.join(self.choices)}" if self.choices else _reason(str(error))
-            raise UsageError(f"{place or self.flag + ' '}{value}", reason) from None
+            reason = f"choose from {', '.join(self.choices)}" if self.choices else _reason(str(error), self.metavar)
+            raise UsageError(f"{place or self.flag + ' '}{visible(value, _MAX_QUOTED)}", reason) from None
+
+    def _usable(self, value: object) -> object:
+        """A value that no call of the system stumbles over. Raises ValueError."""
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("it holds a NUL")
+        if isinstance(value, str) and self.type is not Path and not is_utf8(value):
+            raise ValueError("it is not UTF-8")
+        return value
 
     @property
     def _kind(self) -> _Kind:
@@ -349,12 +385,12 @@ class Knob:
         return found[0] if found else _Kind(_same)
 
 
-def _reason(said: str) -> str:
+def _reason(said: str, metavar: str) -> str:
     """What msgspec says of a value, in words for people."""
     said = said.replace("`", "")
     if bound := re.fullmatch(r"Expected (?:int|float) (>=|>|<=) ([0-9.]+)", said):
         words = {">=": "at least", ">": "more than", "<=": "at most"}
-        return f"it must be {words[bound[1]]} {bound[2]}"
+        return f"it must be {words[bound[1]]} {_amount(float(bound[2]), metavar)}"
     if kind := re.fullmatch(r"Expected (\w+)(?: \| null)?, got (\w+)", said):
         names = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
         return f"it must be {names.get(kind[1], kind[1])}"

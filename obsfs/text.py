@@ -25,6 +25,15 @@ def visible(text: object, limit: int = MAX_SHOWN) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in raw)
 
 
+def is_utf8(text: str) -> bool:
+    """Return whether text has no lone surrogates, by which Python keeps the bytes of a name that is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def to_json(document: object, *, indent: int | None = None) -> str:
     r"""Return a document as JSON that every reader takes: I-JSON (RFC 7493), in ASCII.
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import select
+import threading
 from pathlib import Path
 
 import pytest
@@ -151,8 +154,19 @@ def test_a_wrong_value_is_told_with_the_place_it_stands_in(monkeypatch: pytest.M
     [
         ("connections = 0", "it must be at least 1"),
         ("connections = 300", "it must be at most 256"),
-        ("cache_size = 5", "it must be at least 16777216"),
+        ("cache_size = 5", "it must be at least 16MiB"),
         ("endpoint_url = 5", "it must be text"),
+        ('cache_size = "99999999999999999999PiB"', "it must be at most 1EiB"),
+        ('cache_min_free = "1152921504606846977"', "it must be at most 1EiB"),
+        (f'read_ahead = "{"9" * 5000}"', "it must be at most 1EiB"),
+        (f'metadata_ttl = "{"9" * 400}w"', "it must be at most 3650d"),
+        ('retry_timeout = "600w"', "it must be at most 3650d"),
+        ('request_timeout = "25h"', "it must be at most 1d"),
+        ('kernel_read_ahead = "1073741825"', "it must be at most 1GiB"),
+        ('uid = "4294967295"', "it must be at most 4294967294"),
+        (f'max_entries = "{"9" * 99}"', "it must be at most 1000000000"),
+        (r'cache_dir = "/tmp/a\u0000b"', "it holds a NUL"),
+        (r'profile = "a\u0000b"', "it holds a NUL"),
         ('max_entries = "many"', "it must be a whole number"),
         ("umask = 22", 'write it as text, in octal: umask = "022"'),
         ("umask = 0o22", 'write it as text, in octal: umask = "022"'),
@@ -163,3 +177,29 @@ def test_a_value_that_does_not_fit_is_told_in_words(line: str, said: str) -> Non
     with pytest.raises(UsageError) as caught:
         Settings.load()
     assert str(caught.value).endswith(f": {said}")
+
+
+def test_the_greatest_values_are_ones_that_the_system_takes(tmp_path: Path) -> None:
+    given = {"cache_size": "1EiB", "retry_timeout": "3650d", "request_timeout": "1d", "uid": str(2**32 - 2)}
+    settings = Settings.load(**given)
+    assert settings.cache_size == 1 << 60
+    reader, writer = os.pipe()
+    os.close(writer)  # which is told at once
+    poll = select.poll()
+    poll.register(reader)
+    assert poll.poll(settings.request_timeout * 1000)
+    os.close(reader)
+    event = threading.Event()
+    event.set()
+    assert event.wait(settings.retry_timeout)
+    os.chown(tmp_path, settings.uid or 0, -1)
+
+
+@pytest.mark.parametrize("name", ["region", "profile", "library", "snapshot", "endpoint_url"])
+def test_text_is_utf_8(name: str) -> None:
+    with pytest.raises(UsageError, match="it is not UTF-8"):
+        Settings.load(**{name: os.fsdecode(b"a\xff")})
+
+
+def test_a_directory_may_have_any_name() -> None:
+    assert os.fsencode(Settings.load(cache_dir=os.fsdecode(b"/a\xff")).cache_dir) == b"/a\xff"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from obsfs.errors import UsageError
+from obsfs.text import is_utf8
 
 SCHEMES = ("obs", "s3")
 NAME_MAX = 255
@@ -59,7 +60,7 @@ def parse_address(url: str) -> Address:
     prefix = prefix.rstrip("/")
     if any(part in ("", ".", "..") for part in prefix.split("/") if prefix) or "\0" in prefix:
         raise UsageError(f"{prefix!r} is no usable prefix", "empty, '.' and '..' components are not allowed")
-    if not _is_utf8(prefix):
+    if not is_utf8(prefix):
         raise UsageError(f"{prefix!r} is no usable prefix", "keys are UTF-8, and it holds other bytes")
     return Address(scheme, bucket, f"{prefix}/" if prefix else "")
 
@@ -143,13 +144,4 @@ def is_valid_name(name: str) -> bool:
     """Whether a directory can show a name: not empty, ``.`` or ``..``, no ``/`` or NUL, 255 bytes at most."""
     if name in ("", ".", "..") or "/" in name or "\0" in name:
         return False
-    return _is_utf8(name) and len(name.encode()) <= NAME_MAX
-
-
-def _is_utf8(text: str) -> bool:
-    """Whether text has no lone surrogates, by which Python keeps the bytes of a name that is not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return is_utf8(name) and len(name.encode()) <= NAME_MAX
