@@ -13,7 +13,7 @@ import re
 import tomllib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
@@ -93,10 +93,9 @@ def _amount(number: float, metavar: str) -> str:
 def _octal(value: object) -> object:
     if not isinstance(value, str):
         return value
-    try:
-        return int(value, 8)
-    except ValueError:
-        raise ValueError(f"{value!r} is not an octal mask; write for example 022") from None
+    if re.fullmatch(r"0?o?[0-7]{1,3}", value) is None:
+        raise ValueError(f"{value!r} is not an octal mask; write for example 022")
+    return int(value, 8)
 
 
 def _expand(value: object) -> Path:
@@ -108,6 +107,12 @@ def _expand(value: object) -> Path:
 
 def _joined(value: object) -> object:
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+def _library(value: object) -> object:
+    if isinstance(value, str) and re.match(r"\w+://\S", value) is None:
+        raise ValueError("write obs://BUCKET or obs://BUCKET/PREFIX")
+    return value
 
 
 def _same(value: object) -> object:
@@ -131,6 +136,18 @@ class _Kind(NamedTuple):
     metavar: str | None = None
 
 
+class Written(NamedTuple):
+    """The value of a setting, and what was written before it, such as ``-o cache_size=``."""
+
+    place: str
+    value: Any
+
+
+def keywords(given: Mapping[str, Any]) -> dict[str, Written]:
+    """Settings as a program gives them, so that an error names ``cache_size=`` and no flag."""
+    return {name: Written(f"{name}=", value) for name, value in given.items()}
+
+
 Several = Annotated[str | None, _Kind(_joined)]
 """Text; several are separated by commas."""
 Number = Annotated[int, _Kind(_same, "N")]
@@ -142,6 +159,7 @@ Seconds = Annotated[float, _Kind(parse_seconds, "TIME")]
 Octal = Annotated[int, _Kind(_octal, "OCTAL"), Meta(ge=0, le=0o777)]
 Owner = Annotated[Annotated[int, Meta(ge=0, le=_MAX_ID)] | None, _Kind(_same, "N")]
 LocalPath = Annotated[Path, _Kind(_expand)]
+Library = Annotated[str | None, _Kind(_library)]
 Switch = Annotated[bool, _Kind(_switch)]
 
 
@@ -207,7 +225,7 @@ class Settings:
         "Take an ETag of 32 digits for the MD5 of an object that was put whole, and check against it what "
         "is read whole.",
     )
-    library: str | None = _knob(
+    library: Library = _knob(
         None, "Where the models are: obs://BUCKET/PREFIX, so that a model can be given by its name alone."
     )
     # the cache
@@ -265,6 +283,13 @@ class Settings:
     umask: Octal = _knob(UMASK, "Permission bits to take away (octal).")
     log_level: Literal["debug", "info", "warning", "error"] = _knob("info", "What the log holds.")
 
+    places: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """For errors, not a setting: what was written before each value that was given, such as ``OBSFS_PROFILE=``."""
+
+    def place(self, name: str) -> str:
+        """What was written before the value of a setting, up to it: ``--profile``, ``OBSFS_PROFILE=`` and so on."""
+        return self.places.get(name) or f"{knobs()[name].flag} "
+
     @property
     def endpoint_urls(self) -> tuple[str, ...]:
         """The endpoints that were given; what is written goes to the first."""
@@ -276,28 +301,30 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         """For :meth:`parse`, in another process."""
-        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        values = {name: getattr(self, name) for name in knobs()}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     @classmethod
     def load(cls, **given: Any) -> Settings:
         """Settings from `given` (None means not given), the environment, the config file and the defaults.
 
+        A value may be :class:`Written`; else an error names the flag.
         Warns (SettingWarning) of a key in the file that is not a setting, and of a variable that looks like a typo.
         Raises UsageError, naming the setting and where it stands, for an unknown name or a value that does not fit.
         """
         known = knobs()
         values = {**_read_config(), **_read_variables()}
-        values |= {
-            name: (f"{known[name].flag} " if name in known else "", value)
-            for name, value in given.items()
-            if value is not None
-        }
+        for name, value in given.items():
+            place, text = value if isinstance(value, Written) else ("", value)
+            if text is not None:
+                values[name] = Written(place, text)
         for name in values:
             if name not in known:
                 raise UsageError(
                     f"unknown setting {name!r}", did_you_mean(name, known) or f"known are {', '.join(known)}"
                 )
-        return cls(**{name: known[name].convert(value, place) for name, (place, value) in values.items()})
+        places = {name: place for name, (place, _) in values.items() if place}
+        return cls(**{name: known[name].convert(text, place) for name, (place, text) in values.items()}, places=places)
 
     @classmethod
     def adopt(cls, values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
@@ -315,13 +342,13 @@ class Settings:
         return cls.parse(fitting), notes
 
     @classmethod
-    def parse(cls, values: Mapping[str, Any]) -> Settings:
+    def parse(cls, values: Mapping[str, Any], places: Mapping[str, str] | None = None) -> Settings:
         """Settings from these values and the defaults. Raises UsageError as :meth:`load`."""
         known = knobs()
         for name in values:
             if name not in known:
                 raise UsageError(f"unknown setting {name!r}", f"known are {', '.join(known)}")
-        return cls(**{name: known[name].convert(value) for name, value in values.items()})
+        return cls(**{name: known[name].convert(value) for name, value in values.items()}, places=places or {})
 
 
 _GROUPS = {"endpoint_url": "Bucket", "cache_dir": "Cache", "connections": "Fetching", "metadata_ttl": "Mount"}
@@ -365,11 +392,14 @@ class Knob:
 
         Raises UsageError if it does not fit; it begins with `place`, what stands before the value where it was found.
         """
+        place = place or f"{self.flag} "
+        if isinstance(value, str) and not value.strip():
+            raise UsageError(f"{place.rstrip(' =')} is empty", "give it a value, or leave it out")
         try:
             return msgspec.convert(self._kind.read(self._usable(value)), self.hint, strict=False)
         except (ValueError, msgspec.ValidationError) as error:
             reason = f"choose from {', '.join(self.choices)}" if self.choices else _reason(str(error), self.metavar)
-            raise UsageError(f"{place or self.flag + ' '}{visible(value, _MAX_QUOTED)}", reason) from None
+            raise UsageError(f"{place}{visible(value, _MAX_QUOTED)}", reason) from None
 
     def _usable(self, value: object) -> object:
         """A value that no call of the system stumbles over. Raises ValueError."""
@@ -404,6 +434,8 @@ def knobs() -> dict[str, Knob]:
     defaults = Settings()
     group, found = "", {}
     for one in fields(Settings):
+        if "help" not in one.metadata:
+            continue
         group = _GROUPS.get(one.name, group)
         found[one.name] = Knob(one.name, one.metadata["help"], getattr(defaults, one.name), hints[one.name], group)
     return found
@@ -422,23 +454,23 @@ def _warn(message: str, remedy: str) -> None:
     warnings.warn(visible(f"{message}: {remedy}"), SettingWarning, stacklevel=4)
 
 
-def _read_variables() -> dict[str, tuple[str, Any]]:
+def _read_variables() -> dict[str, Written]:
     """Settings in the environment, each with what stands before its value."""
     names = {name.upper(): name for name in knobs()}
     known = [*names, *_OTHER_VARIABLES]
-    found: dict[str, tuple[str, Any]] = {}
+    found: dict[str, Written] = {}
     for variable, text in os.environ.items():
         prefix, is_ours, name = variable.partition(_PREFIX)
         if prefix or not is_ours or not text or name in _OTHER_VARIABLES:
             continue
         if name in names:
-            found[names[name]] = (f"{variable}=", text)
+            found[names[name]] = Written(f"{variable}=", text)
         elif close := difflib.get_close_matches(name.upper(), known, 1, _ALIKE):
             _warn(f"the variable {variable} is not used", f"did you mean {_PREFIX}{close[0]}?")
     return found
 
 
-def _read_config() -> dict[str, tuple[str, Any]]:
+def _read_config() -> dict[str, Written]:
     """Settings in the config file, each with the place it stands in."""
     path = config_path()
     try:
@@ -449,12 +481,12 @@ def _read_config() -> dict[str, tuple[str, Any]]:
         raise UsageError(f"{path} is not valid TOML", str(error)) from None
     except OSError as error:
         raise UsageError(f"cannot read {path}", error.strerror or str(error)) from None
-    found: dict[str, tuple[str, Any]] = {}
+    found: dict[str, Written] = {}
     for key, value in document.items():
         if key in knobs():
             if knobs()[key].metavar == "OCTAL" and isinstance(value, int):
                 raise UsageError(f"{path}: {key} = {value}", f'write it as text, in octal: {key} = "022"')
-            found[key] = (f"{path}: {key} = ", value)
+            found[key] = Written(f"{path}: {key} = ", value)
         else:
             _warn(
                 f"{path}: {key!r} is not a setting and is not used",

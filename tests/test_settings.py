@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from obsfs.errors import ObsfsError, SettingWarning, UsageError
-from obsfs.settings import Settings, config_path, parse_seconds, parse_size
+from obsfs.settings import Settings, Written, config_path, keywords, knobs, parse_seconds, parse_size
 
 
 def test_flags_beat_variables_beat_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,3 +203,53 @@ def test_text_is_utf_8(name: str) -> None:
 
 def test_a_directory_may_have_any_name() -> None:
     assert os.fsencode(Settings.load(cache_dir=os.fsdecode(b"/a\xff")).cache_dir) == b"/a\xff"
+
+
+@pytest.mark.parametrize("name", [name for name, knob in knobs().items() if knob.type is not bool])
+@pytest.mark.parametrize("blank", ["", " ", "\n"])
+def test_no_setting_is_empty(name: str, blank: str) -> None:
+    with pytest.raises(UsageError, match=rf"^-o {name} is empty"):
+        Settings.load(**{name: Written(f"-o {name}=", blank)})
+
+
+def test_a_variable_that_is_empty_is_not_set_and_one_of_blanks_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OBSFS_CACHE_DIR", "")
+    Settings.load()
+    monkeypatch.setenv("OBSFS_CACHE_DIR", " ")
+    with pytest.raises(UsageError, match=r"^OBSFS_CACHE_DIR is empty"):
+        Settings.load()
+    _write_config('library = ""')
+    with pytest.raises(UsageError) as caught:
+        Settings.load(cache_dir="/c")
+    assert str(caught.value).startswith(f"{config_path()}: library is empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("uid", "4294967295", "it must be at most 4294967294"),
+        ("metadata_ttl", "4000d", "it must be at most 3650d"),
+        ("umask", "1777", "'1777' is not an octal mask"),
+        ("umask", "-22", "'-22' is not an octal mask"),
+        ("library", "models", "write obs://BUCKET"),
+    ],
+)
+def test_a_program_is_told_its_own_spelling(name: str, text: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Settings.load(**keywords({name: text}))
+    assert str(caught.value).startswith(f"{name}={text}: {said}")
+
+
+def test_where_a_value_stands_is_known_later_and_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    _write_config('profile = "from-file"\n')
+    monkeypatch.setenv("OBSFS_REGION", "here")
+    chosen = Settings.load(endpoint_url=Written("-o endpoint-url=", "http://a"), library="obs://models")
+    assert [chosen.place(name) for name in ("profile", "region", "endpoint_url", "library")] == [
+        f"{config_path()}: profile = ",
+        "OBSFS_REGION=",
+        "-o endpoint-url=",
+        "--library ",
+    ]
+    assert chosen.at_first_endpoint().place("region") == "OBSFS_REGION="
+    assert set(chosen.to_json()) == set(knobs())
+    assert Settings.parse(chosen.to_json()) == chosen

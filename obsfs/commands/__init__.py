@@ -170,6 +170,11 @@ def main(arguments: list[str] | None = None) -> int:
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "")  # of our own text
         return 2
+    except click.NoSuchOption as error:
+        hint = did_you_mean(error.option_name, error.possibilities or ())
+        path = error.ctx.command_path if error.ctx else "obsfs"
+        tell(f"obsfs: No such option '{error.option_name}'{hint and f': {hint}'} (see `{path} --help`)", err=True)
+        return 2
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context else ""

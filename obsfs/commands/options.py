@@ -9,7 +9,8 @@ import click
 
 from obsfs.commands.output import human
 from obsfs.errors import UsageError
-from obsfs.settings import Knob, did_you_mean, knobs, parse_seconds, parse_size
+from obsfs.settings import Knob, Written, did_you_mean, knobs, parse_seconds, parse_size
+from obsfs.text import visible
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 
@@ -27,7 +28,15 @@ and opens no devices and honours no setuid bits, whatever it is told."""
 
 
 class Command(click.Command):
-    """A verb whose help shows settings under the headings of their groups."""
+    """A verb whose help shows settings under the headings of their groups, and that takes no empty words."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse what a variable of the shell that is not set leaves, before it becomes the working directory."""
+        if not ctx.resilient_parsing:
+            given, _, _ = self.make_parser(ctx).parse_args(list(args))
+            for parameter in self.get_params(ctx):
+                _check_words(ctx, parameter, given.get(parameter.name or ""))
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the verb's own options first, then each group of settings."""
@@ -40,6 +49,23 @@ class Command(click.Command):
             if records:
                 with formatter.section(title):
                     formatter.write_dl(records)
+
+
+def _check_words(ctx: click.Context, parameter: click.Parameter, given: object) -> None:
+    """Refuse an empty word by its name, and a URL where a path is wanted."""
+    words = given if isinstance(given, list | tuple) else (given,)
+    if parameter.type is click.UNPROCESSED:
+        words = words[:1]  # the others are another program's
+    is_option = isinstance(parameter, click.Option)
+    name = max(parameter.opts, key=len) if is_option else (parameter.metavar or parameter.opts[0].upper())
+    for word in words:
+        if not isinstance(word, str):
+            continue
+        if not word.strip():
+            raise click.UsageError(f"{name} is empty: give it a value{', or leave it out' if is_option else ''}", ctx)
+        is_path = parameter.type.name in ("Path", "path", "file", "directory")
+        if is_path and "://" in word:
+            raise click.UsageError(f"'{visible(word)}' is a URL, and {name} is a path on this machine", ctx)
 
 
 def settings_options(*names: str) -> Callable[[_Decorated], _Decorated]:
@@ -97,7 +123,7 @@ def byte_size(flag: str, value: str) -> int:
         raise UsageError(f"{flag} {value}", str(error)) from None
 
 
-def parse_mount_options(text: str) -> dict[str, Any]:
+def parse_mount_options(text: str) -> dict[str, Written]:
     """Return the settings in the options of mount(8): ``NAME=VALUE``, or ``NAME`` for a switch that is turned on.
 
     Options that concern mount(8) alone, such as ``_netdev``, are accepted; a name may be written with hyphens. A
@@ -109,7 +135,7 @@ def parse_mount_options(text: str) -> dict[str, Any]:
     Raises:
         UsageError: An option is neither a setting nor one of mount(8).
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Written] = {}
     for option in filter(None, (part.strip() for part in text.split(","))):
         written, is_given, value = option.partition("=")
         name = written.replace("-", "_")
@@ -125,9 +151,10 @@ def parse_mount_options(text: str) -> dict[str, Any]:
         if is_off or not is_given:
             if knob.type is not bool:
                 raise UsageError(f"-o {written} needs a value", f"write {written}={knob.metavar}")
-            found[knob.name] = not is_off
+            found[knob.name] = Written(f"-o {written}=", not is_off)
         elif knob.name in _SEVERAL:
-            found[knob.name] = [*found.get(knob.name, []), value]
+            before = found[knob.name].value if knob.name in found else []
+            found[knob.name] = Written(f"-o {written}=", [*before, value])
         else:
-            found[knob.name] = value
+            found[knob.name] = Written(f"-o {written}=", value)
     return found

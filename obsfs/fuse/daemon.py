@@ -354,7 +354,7 @@ def _read_request() -> tuple[Settings, Takeover | None, list[str]]:
     if request.get("format", 0) > FORMAT:
         raise UsageError("this mount is supervised by a later version of obsfs", "install that version, or mount again")
     if "takeover" not in request:
-        return Settings.parse(request["settings"]), None, []
+        return Settings.parse(request["settings"], request.get("places")), None, []
     settings, notes = Settings.adopt(request["settings"])
     return settings, Takeover.parse(request["takeover"]), notes
 

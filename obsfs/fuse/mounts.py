@@ -24,7 +24,7 @@ from obsfs.fuse import asker, children, state
 from obsfs.fuse.kernel import channel
 from obsfs.fuse.kernel.channel import MountEntry
 from obsfs.remote.address import parse_address
-from obsfs.settings import Settings, state_home
+from obsfs.settings import Settings, keywords, state_home
 
 State = Literal["mounted", "dead", "not answering", "another user's", "covered"]
 _STATUS = "user.obsfs.status"
@@ -111,7 +111,7 @@ def mount(source: str, mountpoint: str | os.PathLike[str] | None = None, **setti
     `settings` are the fields of :class:`~obsfs.settings.Settings`. The mount lives as long as this process, or
     until it is closed: use it in a ``with`` statement. Raises ObsfsError, and leaves nothing behind then.
     """
-    chosen = Settings.load(**settings)
+    chosen = Settings.load(**keywords(settings))
     if mountpoint is not None:
         path = resolve(mountpoint)
         return Mount(source, path, start(source, path, chosen, lifeline=True))
@@ -145,7 +145,12 @@ def start(
     )
     assert process.stdin and process.stdout and process.stderr
     try:
-        request = {"settings": settings.to_json(), "lifeline": lifeline, "is_temporary": is_temporary}
+        request = {
+            "settings": settings.to_json(),
+            "places": dict(settings.places),
+            "lifeline": lifeline,
+            "is_temporary": is_temporary,
+        }
         process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
         waiting = select.poll()  # select(2) would end at descriptor 1023
@@ -162,6 +167,9 @@ def start(
         if not lifeline:
             process.stdin.close()
         return process
+    if ready and not line:  # it ends without a word: with the interpreter's own on stderr
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_FAIL_SECONDS)
     reason = b"" if "error" in answer or process.poll() is None else process.stderr.read()[-500:]
     _end(process, mountpoint)
     if "error" in answer:
@@ -182,7 +190,12 @@ def _end(process: subprocess.Popen[bytes], mountpoint: Path) -> None:
 
 
 def resolve(mountpoint: str | os.PathLike[str]) -> Path:
-    """The absolute path of a mountpoint. Does not look at the mountpoint itself, whose server may be dead."""
+    """The absolute path of a mountpoint. Does not look at the mountpoint itself, whose server may be dead.
+
+    Raises UsageError for an empty one, which would mean the working directory.
+    """
+    if not os.fspath(mountpoint).strip():
+        raise UsageError("the mountpoint is empty", "give a directory")
     path = Path(mountpoint).expanduser().absolute()
     direct = Path(os.path.realpath(path.parent)) / path.name
     if channel.mounted_at(direct) is not None:

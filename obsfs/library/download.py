@@ -17,7 +17,7 @@ from obsfs.library.names import ModelName, parse_model
 from obsfs.library.pull import SNAPSHOTS, Pull, Pulled, read_local
 from obsfs.library.transfer import Advance
 from obsfs.remote.client import Bucket
-from obsfs.settings import Settings
+from obsfs.settings import Settings, keywords
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -121,7 +121,7 @@ def resolve(name: str, **settings: Any) -> str:
 
     Raises NotFoundError, with the nearest names that there are, and other kinds of ObsfsError.
     """
-    chosen = Settings.load(**settings)
+    chosen = Settings.load(**keywords(settings))
     model = parse_model(name, chosen.library)
     return str(catalog.resolve(Bucket(model.address, chosen), model).name)
 
@@ -151,7 +151,7 @@ def snapshot_download(
     if repo_type not in (None, "model"):
         raise UsageError(f"repo_type {repo_type!r} is not served", "obsfs keeps models")
     given = {"cache_dir": cache_dir, "connections": max_workers, "endpoint_url": endpoint, **settings}
-    chosen = Settings.load(**given)
+    chosen = Settings.load(**keywords(given))
     name = parse_model(repo_id, chosen.library)
     if revision not in (None, "main"):
         name = _at(name, str(revision))

@@ -70,7 +70,10 @@ def parse_model(text: str, library: str | None = None) -> ModelName:
             raise UsageError(
                 f"{text!r} is no model of a bucket", "write obs://BUCKET/NAME, or set OBSFS_LIBRARY=obs://BUCKET/PREFIX"
             )
-        text = f"{str(parse_address(library)).rstrip('/')}/{text}"
+        try:
+            text = f"{str(parse_address(library)).rstrip('/')}/{text}"
+        except UsageError as error:
+            raise UsageError(f"the library (--library, OBSFS_LIBRARY): {error.message}", error.remedy) from None
     address = parse_address(text)
     parent, _, label = address.prefix.rstrip("/").rpartition("/")
     model = split_label(label)

@@ -25,7 +25,7 @@ from obsfs.library.publish import Details, Publication, Source
 from obsfs.library.transfer import Advance
 from obsfs.remote.client import Bucket
 from obsfs.remote.writer import Writer
-from obsfs.settings import Settings, state_dir
+from obsfs.settings import Settings, keywords, state_dir
 
 _CONNECTIONS = 16
 _NOT_OURS = {".git", ".obsfs", ".cache", "__pycache__", ".ipynb_checkpoints"}
@@ -127,7 +127,7 @@ def push_directory(
     `any_files` also takes what is no model. `settings` are the fields of :class:`~obsfs.settings.Settings`. Raises
     ObsfsError; nothing is published then.
     """
-    chosen = Settings.load(**settings)
+    chosen = Settings.load(**keywords(settings))
     model = parse_model(name, chosen.library)
     files = find_files(Path(directory), any_files=any_files)
     push(Path(directory), model, chosen, files=files, source=source, revision=revision)

@@ -50,12 +50,14 @@ class Address:
 def parse_address(url: str) -> Address:
     """``obs://bucket[/prefix]`` (or ``s3://``) as an Address. Raises UsageError for anything else."""
     scheme, separator, rest = url.partition("://")
+    meant = _meant(url)
     if not separator or scheme not in SCHEMES:
-        raise UsageError(f"{url!r} is no bucket address", "write obs://BUCKET or obs://BUCKET/PREFIX")
+        raise UsageError(f"{hide_secrets(url)!r} is no bucket address", meant or _FORM)
     bucket, _, prefix = rest.partition("/")
     if not _BUCKET.fullmatch(bucket):
         raise UsageError(
-            f"{bucket!r} is no bucket name", "3 to 63 letters, digits, dots and hyphens, as in obs://models"
+            f"{hide_secrets(url)!r} has {'no bucket name' if not bucket else 'a bucket name that none can have'}",
+            meant or "3 to 63 letters, digits, dots and hyphens, as in obs://models",
         )
     prefix = prefix.rstrip("/")
     if any(part in ("", ".", "..") for part in prefix.split("/") if prefix) or "\0" in prefix:
@@ -65,24 +67,72 @@ def parse_address(url: str) -> Address:
     return Address(scheme, bucket, f"{prefix}/" if prefix else "")
 
 
-def obs_endpoint(region: str) -> str:
-    """The OBS endpoint of a region, per https://developer.huaweicloud.com/intl/en-us/endpoint?OBS."""
+_FORM = "write obs://BUCKET or obs://BUCKET/PREFIX"
+_ALMOST = re.compile(r"(?:(obs|s3)[an]?:?/+|(obs|s3):)?([^/:?#@]+)(/[^?#]*)?", re.IGNORECASE)
+
+
+def _meant(url: str) -> str:
+    """What to write instead of an address that is none: for a browser's URL its bucket and endpoint, and so on."""
+    text = url.strip()
+    try:
+        parts = urlsplit(text)
+        host, path = parts.hostname or "", parts.path.strip("/")
+        port = f":{parts.port}" if parts.port else ""
+    except ValueError:
+        return _FORM
+    if parts.scheme in ("http", "https"):
+        end = next((end for end in PROVIDERS if host.endswith(end)), "")
+        labels = host.removesuffix(end).split(".")
+        bucket = ".".join(labels[:-2]) if end and len(labels) > 2 else ""  # BUCKET.obs.REGION
+        if bucket:
+            host, path = host.removeprefix(f"{bucket}."), f"{bucket}/{path}".rstrip("/")
+        region = region_of(host)
+        where = f"--region {region}" if region else f"--endpoint-url {parts.scheme}://{host}{port}"
+        return f"write {'s3' if end in _AWS else 'obs'}://{path or 'BUCKET'} and {where}"
+    found = _ALMOST.fullmatch(text)
+    if found is None or not _BUCKET.fullmatch(found[3]):
+        return ""
+    scheme = (found[1] or found[2] or "obs").lower()
+    meant = f"{scheme}://{found[3]}{(found[4] or '').rstrip('/')}"
+    return f"did you mean {meant}?" if meant != url else ""
+
+
+def hide_secrets(url: str) -> str:
+    """A URL that somebody gave, without the user, password and query that it may hold."""
+    start, separator, rest = url.partition("://")
+    place = (rest if separator else url).partition("?")
+    shown = f"{'…@' if '@' in place[0].partition('/')[0] else ''}{place[0].partition('/')[0].rpartition('@')[2]}"
+    path = place[0].partition("/")
+    return f"{start + separator if separator else ''}{shown}{path[1]}{path[2]}{'?…' if place[1] else ''}"
+
+
+def obs_endpoint(region: str, place: str = "--region ") -> str:
+    """The OBS endpoint of a region, per https://developer.huaweicloud.com/intl/en-us/endpoint?OBS.
+
+    `place` is what was written before the region. Raises UsageError when it cannot be one.
+    """
     if not re.fullmatch(r"[a-z0-9-]+", region):
-        raise UsageError(f"{region!r} is no region", "write for example --region cn-south-1")
+        raise UsageError(f"{place}{region}: that is no region of OBS", "write for example --region cn-south-1")
     return f"https://obs.{region}{_OBS[region == _EUROPE]}"
 
 
-def check_endpoint(url: str) -> str:
-    """The endpoint as it is used and shown. Raises UsageError when it is no URL, or holds a secret."""
+def check_endpoint(url: str, place: str = "--endpoint-url ") -> str:
+    """The endpoint as it is used and shown. Raises UsageError when it is no URL, or holds a secret.
+
+    `place` is what was written before it.
+    """
+    shown = f"{place}{hide_secrets(url)}"
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
     except ValueError:
         usable = False
     if not usable:
-        raise UsageError("the endpoint is no http:// or https:// URL", "write for example https://HOST:PORT")
+        raise UsageError(f"{shown}: that is no http:// or https:// URL", "write for example https://HOST:PORT")
     if parts.username or parts.password or parts.query:
-        raise UsageError("the endpoint URL holds a user, password or query", "give the keys in AWS_ACCESS_KEY_ID")
+        raise UsageError(
+            f"{shown}: the endpoint URL holds a user, password or query", "give the keys in AWS_ACCESS_KEY_ID"
+        )
     return url.rstrip("/")
 
 

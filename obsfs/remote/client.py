@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -90,11 +91,15 @@ def connect(
             session = new_session(settings.profile)
             session.get_scoped_config()
         except ProfileNotFound:
-            raise UsageError(f"profile {session.profile!r} not found", "see `aws configure list-profiles`") from None
-        region = settings.region or os.environ.get("AWS_REGION") or session.get_config_variable("region")
-        endpoint = addresses.check_endpoint(
-            endpoint_url or next(iter(settings.endpoint_urls), None) or _default_endpoint(session, scheme, region)
-        )
+            place = settings.place("profile") if settings.profile else "AWS_PROFILE="
+            raise UsageError(
+                f"{place}{session.profile}: profile {session.profile!r} not found", "see `aws configure list-profiles`"
+            ) from None
+        region, place = _region(settings, session)
+        if given := endpoint_url or next(iter(settings.endpoint_urls), None):
+            endpoint = addresses.check_endpoint(given, settings.place("endpoint_url"))
+        else:
+            endpoint = _default_endpoint(session, scheme, region, place)
         config: dict[str, Any] = {}
         chain_has_keys = False
         if settings.no_sign_request:
@@ -114,7 +119,26 @@ def connect(
         return Connection(session, endpoint, region or "us-east-1", keys, can_sign, config)
 
 
-def _default_endpoint(session: Any, scheme: str, region: str | None) -> str:
+def _region(settings: Settings, session: Any) -> tuple[str | None, str]:
+    """The region, and what was written before it where it was found. Raises UsageError when it cannot be one."""
+    region: str | None
+    if settings.region:
+        region, place = settings.region, settings.place("region")
+    elif region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
+        place = f"{'AWS_REGION' if os.environ.get('AWS_REGION') else 'AWS_DEFAULT_REGION'}="
+    else:
+        region, place = session.get_config_variable("region"), _in_profile(session, "region")
+    if region and not re.fullmatch(r"[!-~]+", region):
+        raise UsageError(f"{place}{region}: that is no region", "write for example --region cn-south-1")
+    return region, place
+
+
+def _in_profile(session: Any, key: str) -> str:
+    """What stands before a value of a profile, for an error."""
+    return f"profile {session.profile or 'default'} in {session.get_config_variable('config_file')}: {key} = "
+
+
+def _default_endpoint(session: Any, scheme: str, region: str | None, place: str) -> str:
     configured = _configured_endpoint(session, region)
     if configured and not addresses.is_aws(configured):
         return configured
@@ -125,7 +149,7 @@ def _default_endpoint(session: Any, scheme: str, region: str | None) -> str:
             "the endpoint of the bucket is not known",
             "give --region cn-south-1 (OBS), or --endpoint-url URL (any other S3 server)",
         )
-    return addresses.obs_endpoint(region)
+    return addresses.obs_endpoint(region, place)
 
 
 def _configured_endpoint(session: Any, region: str | None) -> str | None:
@@ -133,10 +157,20 @@ def _configured_endpoint(session: Any, region: str | None) -> str | None:
         return None
     # https://docs.aws.amazon.com/sdkref/latest/guide/feature-ss-endpoints.html. Here, because to make a client only to
     # ask where it would go takes a tenth of a second.
-    if given := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
-        return given
-    is_in_file = {"endpoint_url", "services"} & set(session.get_scoped_config())
-    return _clients_endpoint(session, region) if is_in_file else None
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        if given := os.environ.get(name):
+            return addresses.check_endpoint(given, f"{name}=")
+    profile = session.get_scoped_config()
+    if not {"endpoint_url", "services"} & set(profile):
+        return None
+    try:
+        return addresses.check_endpoint(_clients_endpoint(session, region), _in_profile(session, "endpoint_url"))
+    except ValueError:  # botocore says of it what may hold a secret
+        shown = addresses.hide_secrets(profile.get("endpoint_url", "..."))
+        raise UsageError(
+            f"{_in_profile(session, 'endpoint_url')}{shown}: that is no http:// or https:// URL",
+            "write for example https://HOST:PORT",
+        ) from None
 
 
 def _clients_endpoint(session: Any, region: str | None) -> str:

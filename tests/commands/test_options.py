@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import errno
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 from obsfs.commands import main
+from obsfs.commands import obsfs as program
 from obsfs.commands.options import parse_mount_options
 from obsfs.errors import UsageError
 from obsfs.fuse import mounts
 from obsfs.fuse.kernel import channel
+from tests.commands.test_help import verbs
 from tests.conftest import Result, Store
 
 
 def test_settings_among_the_options_of_mount() -> None:
     text = "ro,dev,suid,_netdev,nofail,x-systemd.automount,region=cn-south-1,cache-dir=/ssd,allow_other,no_passthrough"
-    assert parse_mount_options(text) == {
+    assert {name: written.value for name, written in parse_mount_options(text).items()} == {
         "region": "cn-south-1",
         "cache_dir": "/ssd",
         "allow_other": True,
@@ -29,10 +33,8 @@ def test_settings_among_the_options_of_mount() -> None:
 
 
 def test_an_option_that_takes_several_values_has_them_all() -> None:
-    assert parse_mount_options("endpoint_url=http://a,endpoint_url=http://b")["endpoint_url"] == [
-        "http://a",
-        "http://b",
-    ]
+    found = parse_mount_options("endpoint_url=http://a,endpoint-url=http://b")["endpoint_url"]
+    assert found == ("-o endpoint-url=", ["http://a", "http://b"])
 
 
 @pytest.mark.parametrize(
@@ -130,3 +132,73 @@ def test_an_error_of_ours_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(mounts, "find", fail)
     assert main(["status"]) == 1
     assert "internal error: OSError" in capsys.readouterr().err
+
+
+def _parameters() -> Iterator[tuple[click.Command, click.Parameter]]:
+    """Every argument, and every option with a value, of every verb."""
+    for words in verbs(program):
+        verb: click.Command = program
+        for word in words:
+            assert isinstance(verb, click.Group)
+            verb = verb.get_command(click.Context(verb), word) or verb
+        if not isinstance(verb, click.Group):
+            yield from ((verb, one) for one in verb.params if not (isinstance(one, click.Option) and one.is_flag))
+
+
+def _refusal(verb: click.Command, parameter: click.Parameter, text: str) -> str:
+    """What a verb says when it is given this text there."""
+    if isinstance(parameter, click.Option):
+        words = [parameter.opts[-1], text]
+    else:
+        arguments = [one for one in verb.params if isinstance(one, click.Argument)]
+        words = [*("x" for _ in range(arguments.index(parameter))), text]
+    with pytest.raises(click.UsageError) as caught:
+        verb.make_context("verb", words)
+    return caught.value.message
+
+
+def test_no_verb_takes_an_empty_word() -> None:
+    tried = list(_parameters())
+    assert len(tried) > 100
+    for number, (verb, parameter) in enumerate(tried):
+        said = _refusal(verb, parameter, ("", " ", "\t\n")[number % 3])
+        assert re.match(r"\S.* is empty: give it a value", said), (verb.name, parameter.name, said)
+        if isinstance(parameter, click.Option):
+            assert parameter.opts[-1] in said
+
+
+def test_no_two_parameters_of_a_verb_are_one() -> None:
+    named = [(id(verb), verb.name, one.name) for verb, one in _parameters()]
+    assert [one for one in named if named.count(one) > 1] == []
+
+
+def test_a_url_is_no_path_of_this_machine() -> None:
+    tried = [(verb, one) for verb, one in _parameters() if one.type.name in ("Path", "path", "file", "directory")]
+    assert {verb.name for verb, _ in tried} >= {"mount", "umount", "push", "pull"}
+    for verb, parameter in tried:
+        assert _refusal(verb, parameter, "obs://models/x").startswith("'obs://models/x' is a URL, and ")
+
+
+def test_in_python_no_mountpoint_is_empty() -> None:
+    for place in ("", "  ", "\n"):
+        with pytest.raises(UsageError, match="the mountpoint is empty"):
+            mounts.mount("obs://models", place)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["mount", "--cashe-dir", "x"], "No such option '--cashe-dir': did you mean '--cache-dir'? (see `obsfs mount"),
+        (["status", "--jsn"], "No such option '--jsn': did you mean '--json'? (see `obsfs status --help`)"),
+        (["--vresion"], "No such option '--vresion': did you mean '--version'? (see `obsfs --help`)"),
+        (["umount", "--xyzzy\x1b"], r"No such option '--xyzzy\x1b' (see `obsfs umount --help`)"),
+        (["mount", "-o", "allow-other=maybe", "obs://b", "/m"], "-o allow-other=maybe: 'maybe' is neither on nor off"),
+        (["mount", "-o", "cache_dir= ,ro", "obs://b", "/m"], "-o cache_dir is empty"),
+        (["mount", "-o", "engine=warp", "obs://b", "/m"], "-o engine=warp: choose from native, fusepy"),
+    ],
+)
+def test_an_option_is_named_as_it_was_written(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"obsfs: {said}")

@@ -64,3 +64,36 @@ def test_valid_names_are_those_that_linux_takes(name: str) -> None:
     encodable = not any(0xD800 <= ord(char) <= 0xDFFF for char in name)
     expected = encodable and name not in ("", ".", "..") and not {"/", "\0"} & set(name) and len(name.encode()) <= 255
     assert is_valid_name(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "hint"),
+    [
+        ("models", "did you mean obs://models?"),
+        ("obs:/models/a", "did you mean obs://models/a?"),
+        ("obs:models", "did you mean obs://models?"),
+        ("OBS://models", "did you mean obs://models?"),
+        ("s3a://models/x/", "did you mean s3://models/x?"),
+        (" obs://models", "did you mean obs://models?"),
+        ("obs://models\n", "did you mean obs://models?"),
+        ("https://obs.cn-south-1.myhuaweicloud.com/models/a", "write obs://models/a and --region cn-south-1"),
+        ("https://models.obs.cn-south-1.myhuaweicloud.com/a?X=y", "write obs://models/a and --region cn-south-1"),
+        ("https://a.b.s3.eu-west-1.amazonaws.com/x", "write s3://a.b/x and --region eu-west-1"),
+        ("http://127.0.0.1:9000/models", "write obs://models and --endpoint-url http://127.0.0.1:9000"),
+        ("https://minio", "write obs://BUCKET and --endpoint-url https://minio"),
+        ("/mnt/models", "write obs://BUCKET or obs://BUCKET/PREFIX"),
+        ("https://[", "write obs://BUCKET or obs://BUCKET/PREFIX"),
+        ("", "write obs://BUCKET or obs://BUCKET/PREFIX"),
+    ],
+)
+def test_what_is_almost_an_address_is_told_what_to_write(url: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_address(url)
+    assert caught.value.remedy == hint
+
+
+@pytest.mark.parametrize("url", ["obs://user:TheSecret@models/x", "https://u:TheSecret@h/b", "models?Sig=TheSecret"])
+def test_no_address_that_is_refused_shows_a_secret(url: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_address(url)
+    assert "TheSecret" not in str(caught.value)
