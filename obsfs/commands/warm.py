@@ -27,7 +27,7 @@ Examples:
 
 @click.command(cls=Command, short_help="Bring into the cache what a load will need", epilog=_EPILOG)
 @click.argument("targets", metavar="PATH_OR_URL...", nargs=-1, required=True)
-@click.option("--for", "profile", metavar="PROFILE", help="Only what this recorded profile of the model says.")
+@click.option("--for", "recorded", metavar="PROFILE", help="Only what this recorded profile of the model says.")
 @click.option(
     "--record", metavar="PROFILE", help="Fetch nothing: record what is cached now as a profile, in the bucket."
 )
@@ -38,7 +38,7 @@ Examples:
 def warm(
     targets: tuple[str, ...],
     *,
-    profile: str | None,
+    recorded: str | None,
     record: str | None,
     max_bytes: str | None,
     pin: bool,
@@ -51,7 +51,7 @@ def warm(
     """
     terminate_like_interrupt()
     most = byte_size("--max-bytes", max_bytes) if max_bytes else None
-    if record and (profile or pin or max_bytes):
+    if record and (recorded or pin or max_bytes):
         raise UsageError("--record goes with no other option", "record first, then warm --for it")
     done = []
     for target in targets:
@@ -59,7 +59,7 @@ def warm(
         if record:
             done.append(_record(url, settings, record))
         else:
-            done.append(_warm(url, settings, profile=profile, most=most, pin=pin, quiet=as_json))
+            done.append(_warm(url, settings, profile=recorded, most=most, pin=pin, quiet=as_json))
     if as_json:
         tell_json(done)
         return
