@@ -31,14 +31,14 @@ from s3fs.core import S3File
 from s3fs.utils import FileExpired
 
 from obsfs.blocks.reader import Engine, Reader
-from obsfs.errors import ExpiredError, ObsfsError, UsageError, VersionChangedError
+from obsfs.errors import ExpiredError, ForbiddenError, ObsfsError, UsageError, VersionChangedError
 from obsfs.remote import address as addresses
 from obsfs.remote.address import Address
 from obsfs.remote.client import Bucket, connect
 from obsfs.remote.credentials import Keys
-from obsfs.remote.failures import translated
+from obsfs.remote.failures import NO_CREDENTIALS, translated
 from obsfs.remote.objects import ObjectVersion, tag
-from obsfs.settings import Settings, did_you_mean, knobs
+from obsfs.settings import Settings, did_you_mean, keywords, knobs
 
 _T = TypeVar("_T")
 
@@ -141,7 +141,7 @@ class OBSFileSystem(S3FileSystem):
         given.setdefault("endpoint_url", client_kwargs.pop("endpoint_url", None))
         given.setdefault("region", client_kwargs.pop("region_name", None))
         given["no_sign_request"] = given.get("no_sign_request") or options.pop("anon", None)
-        self.settings = Settings.load(**given)
+        self.settings = Settings.load(**keywords(given))
         self._keys = _keys_of(options, client_kwargs)
         connection = connect(self.settings, keys=self._keys)
         keys = connection.keys
@@ -150,6 +150,7 @@ class OBSFileSystem(S3FileSystem):
         if self.settings.profile:
             options["profile"] = self.settings.profile
         self._region = connection.region
+        self._can_ask = connection.has_keys or self.settings.no_sign_request or "session" in options
         self._renewed = float("-inf")
         self._read_size: int = options.get("default_block_size") or _BUFFER
         self._engine_guard = threading.Lock()
@@ -213,6 +214,12 @@ class OBSFileSystem(S3FileSystem):
         """Connect, as s3fs does; with `refresh`, with the credentials that there are now."""
         if self._is_forked:
             self._begin_anew()
+        if not self._can_ask:  # s3fs would look for credentials for many seconds more
+            found = await asyncio.to_thread(connect, self.settings)
+            with _as_oserror():
+                if not found.has_keys:
+                    raise ForbiddenError(*NO_CREDENTIALS)
+            self._can_ask = True
         if refresh and self._keys is None and not self.anon:
             # s3fs would sign with the keys that it was made with for as long as it lives.
             keys = await asyncio.to_thread(lambda: connect(self.settings).keys)

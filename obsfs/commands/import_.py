@@ -43,11 +43,13 @@ def import_(
     from obsfs.library import hub
     from obsfs.library.names import parse_model
     from obsfs.library.push import publish
+    from obsfs.remote.client import Bucket
 
     settings = Settings.load(**given)
     wanted = hub.parse_hub_name(repository)
     model = parse_model(name or wanted.repository.rpartition("/")[2], settings.library)
     terminate_like_interrupt()
+    Bucket(model.address, settings)  # so that missing keys are told before the hub is asked
     with spinner(f"looking at {wanted}", quiet=as_json):
         found = hub.find(wanted).chosen(include, exclude)
         details = found.details()

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from botocore.exceptions import UnknownCredentialError
+from botocore.exceptions import CredentialRetrievalError, UnknownCredentialError
 
-from obsfs.errors import UsageError
+from obsfs.errors import ForbiddenError, UsageError
 
 
 class Keys(NamedTuple):
@@ -64,6 +65,29 @@ _METADATA, _METADATA_V6 = "http://169.254.169.254/", "http://[fd00:ec2::254]/"
 _METADATA_PROVIDER = "iam-role"
 _METADATA_SECONDS = 0.5
 """The metadata service answers within a millisecond, from the machine's own host."""
+_CONTAINER = "http://169.254.170.2"
+"""https://docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html."""
+_CONTAINER_PROVIDER = "container-role"
+_SILENT_SECONDS = 5.0
+_silent: dict[tuple[str, int], float] = {}
+"""When (monotonic seconds) which service did not answer: it is not waited for again soon."""
+
+
+def _is_silent(endpoint: str) -> bool:
+    """Whether nobody accepts a connection there within half a second."""
+    try:
+        parts = urlsplit(endpoint)
+        address = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        return True
+    if time.monotonic() - _silent.get(address, float("-inf")) < _SILENT_SECONDS:
+        return True
+    try:
+        socket.create_connection(address, timeout=_METADATA_SECONDS).close()
+    except OSError:
+        _silent[address] = time.monotonic()
+        return True
+    return False
 
 
 class _MetadataGate:
@@ -83,12 +107,23 @@ class _MetadataGate:
         """Give no credentials: the next provider is asked, if it is still there."""
         if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
             return  # it asks nobody then
-        parts = urlsplit(self._endpoint)
-        try:
-            address = parts.hostname or "", parts.port or 80
-            socket.create_connection(address, timeout=_METADATA_SECONDS).close()
-        except (OSError, ValueError):
+        if _is_silent(self._endpoint):
             self._resolver.remove(_METADATA_PROVIDER)
+
+
+class _ContainerGate:
+    """Stands before botocore's provider for a container's role, which by itself waits for an agent for ten seconds."""
+
+    METHOD = "obsfs-container-gate"
+    CANONICAL_NAME = None
+
+    def load(self) -> None:
+        """Give no credentials. Raises CredentialRetrievalError when the agent is named and is not there."""
+        relative = os.environ.get("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
+        endpoint = _CONTAINER if relative else os.environ.get("AWS_CONTAINER_CREDENTIALS_FULL_URI")
+        if endpoint and _is_silent(endpoint):
+            parts = urlsplit(endpoint)
+            raise CredentialRetrievalError(provider="container", error_msg=f"{parts.hostname} does not answer")
 
 
 def has_keys(session: Any) -> bool:
@@ -96,6 +131,9 @@ def has_keys(session: Any) -> bool:
 
     Args:
         session: A ``botocore.session.Session``.
+
+    Raises:
+        ForbiddenError: What the configuration names as their source is broken.
     """
     resolver = session.get_component("credential_provider")
     endpoint = session.get_config_variable("ec2_metadata_service_endpoint")
@@ -104,4 +142,13 @@ def has_keys(session: Any) -> bool:
         endpoint = _METADATA_V6 if is_v6 else _METADATA
     with suppress(UnknownCredentialError):
         resolver.insert_before(_METADATA_PROVIDER, _MetadataGate(resolver, endpoint))
-    return session.get_credentials() is not None
+    with suppress(UnknownCredentialError):
+        resolver.insert_before(_CONTAINER_PROVIDER, _ContainerGate())
+    try:
+        return session.get_credentials() is not None
+    except (OSError, ValueError, LookupError, TypeError) as error:  # of credential_process, a token file and the like
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise ForbiddenError(
+            f"no credentials: what the AWS configuration takes them from failed ({reason})",
+            "see to credential_process or the token file of the profile",
+        ) from None

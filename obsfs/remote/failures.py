@@ -192,12 +192,34 @@ def translated(what: str, *, pinned: bool = False) -> Iterator[None]:
         raise
     except (botocore.NoCredentialsError, botocore.PartialCredentialsError):
         raise ForbiddenError(*NO_CREDENTIALS) from None
+    except _NO_KEYS as error:
+        raise ForbiddenError(f"no credentials for {what} ({_words(error)})", _where_keys_come_from(error)) from None
     except botocore.ClientError as error:
         raise _from_response(error, what, pinned) from None
     except botocore.ParamValidationError as error:
         raise UsageError(f"{what} cannot be asked for ({visible(error, _MAX_SAID)})", "check the name") from None
     except (botocore.BotoCoreError, HTTPError, HTTPException, OSError, ValueError, LookupError) as error:
         raise _network(error, what) from None
+
+
+_SIGN_IN = (botocore.SSOError, botocore.TokenRetrievalError)
+_NO_KEYS = (
+    *_SIGN_IN,
+    botocore.CredentialRetrievalError,
+    botocore.InvalidConfigError,
+    botocore.InfiniteLoopConfigError,
+    botocore.UnknownCredentialError,
+    botocore.RefreshWithMFAUnsupportedError,
+    botocore.ConfigParseError,
+    botocore.ConfigNotFound,
+)
+"""What botocore says of a profile, or of a place of keys, that has none to give."""
+
+
+def _where_keys_come_from(error: Exception) -> str:
+    if isinstance(error, _SIGN_IN):
+        return "sign in with `aws sso login`, with the same profile"
+    return "see to the profile in ~/.aws/config, and to what it takes the keys from"
 
 
 # what a server answers

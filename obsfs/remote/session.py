@@ -9,9 +9,12 @@ from typing import IO, Any
 
 import botocore.session
 import msgspec
+from botocore.config import Config
 from botocore.loaders import JSONFileLoader, Loader
 
 from obsfs.remote.bounds import parse_date
+
+_KEYS_SECONDS = 2.0
 
 
 class _JSONFiles(JSONFileLoader):  # type: ignore[misc]
@@ -37,6 +40,10 @@ def new_session(profile: str | None = None) -> Any:
     """A ``botocore.session.Session``; what is wrong with `profile` is raised when it is first used."""
     session = botocore.session.Session(profile=profile)
     session.lazy_register_component("data_loader", lambda: _Loader(_extra_paths(session)))
+    # STS, SSO and others that hand out keys: who waits for these waits for nothing else. Our own client says otherwise.
+    session.set_default_client_config(
+        Config(connect_timeout=_KEYS_SECONDS, read_timeout=5 * _KEYS_SECONDS, retries={"total_max_attempts": 1})
+    )
     session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse_date)
     return session
 
