@@ -93,12 +93,18 @@ def counted(number: int, noun: str) -> str:
 
 
 def terminate_like_interrupt() -> None:
-    """SIGTERM cleans up as Ctrl-C does, from now on."""
+    """From now on, SIGTERM and the end of the terminal clean up as Ctrl-C does; a second one does not cut it short."""
+    ends = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup(1) sets it
+        ends.append(signal.SIGHUP)
 
     def interrupt(*_: object) -> None:
+        for number in ends:
+            signal.signal(number, lambda *_: None)  # unlike SIG_IGN, no child inherits it
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in ends:
+        signal.signal(number, interrupt)
 
 
 def human(size: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import random
@@ -19,11 +20,13 @@ from typing import Any
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from obsfs.demo import lifeline
 from obsfs.errors import UnavailableError, UsageError
 from obsfs.extras import remedy
 from obsfs.remote.session import new_session
 
 _START_SECONDS = 60.0
+_END_SECONDS = 10.0
 _TRIES = 3
 _GRPC = 10_000
 """SeaweedFS also takes each port plus this one."""
@@ -49,8 +52,8 @@ def find_program(name: str, extra: str) -> str:
 class EmbeddedServer:
     """SeaweedFS, running while the object is open. Use it in a ``with`` statement.
 
-    `endpoint` is its URL, `access_key` and `secret_key` are made for it, or given. Raises UsageError when the program
-    is missing, UnavailableError when it does not start.
+    It ends with this process, also when that is killed. `endpoint` is its URL, `access_key` and `secret_key` are made
+    for it, or given. Raises UsageError when the program is missing, UnavailableError when it does not start.
     """
 
     def __init__(
@@ -87,8 +90,8 @@ class EmbeddedServer:
         data = self.directory / "data"
         data.mkdir(exist_ok=True)
         arguments = [
-            self._program,
-            "server",
+            *(sys.executable, "-I", "-S", lifeline.__file__, glob.escape(str(self.directory))),
+            *(self._program, f"-logdir={self.directory}", "server"),
             f"-dir={data}",
             "-ip=127.0.0.1",
             "-ip.bind=127.0.0.1",
@@ -105,7 +108,7 @@ class EmbeddedServer:
         ]
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.directory, start_new_session=True
+                arguments, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=self.directory, start_new_session=True
             )
         self._wait()
 
@@ -159,7 +162,7 @@ class EmbeddedServer:
         """End the process; its data stays."""
         self.process.terminate()
         try:
-            self.process.wait(10)
+            self.process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -167,8 +170,13 @@ class EmbeddedServer:
     def close(self) -> None:
         """End the process, at once, and remove its data."""
         if hasattr(self, "process"):
-            self.process.kill()
-            self.process.wait()
+            assert self.process.stdin
+            self.process.stdin.close()
+            try:
+                self.process.wait(_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
         shutil.rmtree(self.directory, ignore_errors=True)
         for port in getattr(self, "ports", ()):
             for path in _SOCKETS.glob(f"seaweedfs-*-{port}.sock"):
