@@ -12,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 
 from obsfs.blocks import object as objects
 from obsfs.blocks.cache import Cache
 from obsfs.errors import TooManyFilesError
 from obsfs.fuse.kernel import channel
+from obsfs.limits import available_memory
 from obsfs.remote.objects import ObjectVersion
 from tests.conftest import Store, status, wait_for
 
@@ -126,3 +128,40 @@ def test_one_too_many_is_told_and_the_rest_lives_on(limited: Path, tmp_path: Pat
             held.enter_context((limited / f"f{n:03}.bin").open("rb", buffering=0))
     (log,) = (tmp_path / "state" / "obsfs").glob("*.log")
     assert "Too many open files" in log.read_text()
+
+
+def _write(root: Path, files: dict[str, str]) -> str:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return str(root)
+
+
+_MEMINFO = {"proc/meminfo": "MemTotal:  9 kB\nMemAvailable:   1000 kB\nMemFree: 1 kB\n"}
+_STAT = "anon 5\ninactive_file 700\nactive_file 30\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({}, 1_024_000),
+        ({"proc/self/cgroup": "0::/\n"}, 1_024_000),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/memory.max": "max\n",
+          "sys/fs/cgroup/a/memory.max": "9000\n", "sys/fs/cgroup/a/memory.current": "8000\n",
+          "sys/fs/cgroup/a/memory.stat": _STAT}, 1730),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "500\n", "sys/fs/cgroup/memory.current": "900\n",
+          "sys/fs/cgroup/memory.stat": "anon 900\n"}, 0),
+        ({"proc/self/cgroup": "9:cpu:/x\n4:memory:/c\n", "sys/fs/cgroup/memory/c/memory.limit_in_bytes": "7000\n",
+          "sys/fs/cgroup/memory/c/memory.usage_in_bytes": "6000\n", "sys/fs/cgroup/memory/c/memory.stat": _STAT}, 1730),
+        ({"proc/self/cgroup": "4:memory:/of/the/host\n", "sys/fs/cgroup/memory/memory.limit_in_bytes": "7000\n",
+          "sys/fs/cgroup/memory/memory.usage_in_bytes": "1000\n", "sys/fs/cgroup/memory/memory.stat": "rss 5\n"},
+         6000),
+    ],
+    ids=["no cgroups", "root", "parent", "over", "version 1", "container"],
+)  # fmt: skip
+def test_memory_is_what_machine_and_control_groups_leave(files: dict[str, str], available: int, tmp_path: Path) -> None:
+    assert available_memory(_write(tmp_path, {**_MEMINFO, **files})) == available
+
+
+def test_this_machine_has_memory() -> None:
+    assert 0 < available_memory() < psutil.virtual_memory().total

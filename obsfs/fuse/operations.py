@@ -22,6 +22,7 @@ from obsfs.blocks.reader import Engine, Reader
 from obsfs.errors import ObsfsError
 from obsfs.fuse.loaders import Loads, companions, shards
 from obsfs.fuse.tree import ROOT, Listing, Node, Tree
+from obsfs.limits import available_memory
 from obsfs.remote.objects import ObjectVersion
 from obsfs.settings import Settings
 from obsfs.version import __version__
@@ -124,7 +125,7 @@ class Operations:
         # A successor's handles must not be those that its predecessor has given.
         self._handles = itertools.count(time.time_ns())
         self._inherited: dict[int, int] = {}
-        self._loads = Loads(_available_memory, time.monotonic)
+        self._loads = Loads(available_memory, time.monotonic)
         self._uid = os.getuid() if settings.uid is None else settings.uid
         self._gid = os.getgid() if settings.gid is None else settings.gid
         self._file_mode = stat.S_IFREG | (0o444 & ~settings.umask)
@@ -424,11 +425,6 @@ class Operations:
 def _memory() -> int:
     """Bytes of memory that this process has for itself; the cache's pages, which are mapped too, do not count."""
     return _kernel_figure("/proc/self/status", "RssAnon")
-
-
-def _available_memory() -> int:
-    """Bytes that can be had without swapping."""
-    return _kernel_figure("/proc/meminfo", "MemAvailable")
 
 
 def _kernel_figure(path: str, name: str) -> int:

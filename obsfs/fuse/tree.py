@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -25,14 +27,21 @@ from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 from obsfs.errors import NotFoundError, ObsfsError, VersionChangedError
+from obsfs.limits import available_memory
 from obsfs.remote.address import is_valid_name
 from obsfs.remote.objects import ObjectInfo, ObjectVersion, Page
+
+log = logging.getLogger(__name__)
 
 ROOT = 1
 _MAX_COUNTED = 4096
 _MAX_PROBED = 4096
 _MAX_ABSENT = 4096
 _MAX_LOOKED = 1024
+MAX_NAMES = 20_000_000
+"""Of one directory that is listed: twenty times as many as are tried, and about 10 GB of memory."""
+_ENTRY_BYTES = 400
+"""Of a name, beside its text (measured)."""
 _UNCOUNTED = 1 << 62
 """Lookups of a node that a predecessor did not count: it is never forgotten."""
 _SERVER_BITS = 40
@@ -51,6 +60,12 @@ class InterruptedCallError(ObsfsError):
     """Nobody waits for the answer any more."""
 
     errno = errno.EINTR
+
+
+class TooLongError(ObsfsError):
+    """A directory has more names than may be held."""
+
+    errno = errno.ENOMEM
 
 
 class WouldBlockError(Exception):
@@ -162,6 +177,9 @@ class Tree:
     kernel should forget. `record` is given every change that a successor must know, as lists for JSON. `server` is the
     number of this server of a mount, greater than those of its predecessors. Safe to use from many threads; only one of
     them asks the bucket about a directory at a time.
+
+    A listing may have no end: it is given up when nobody waits for it, when it has MAX_NAMES names, and when those that
+    are being loaded hold half of the memory that there was. `room` tells how many bytes are left.
     """
 
     def __init__(
@@ -174,6 +192,7 @@ class Tree:
         now: Callable[[], float] = time.monotonic,
         max_entries: int = 250_000,
         server: int = 0,
+        room: Callable[[], int] = available_memory,
     ) -> None:
         self.ttl = ttl
         self.is_awaited: Callable[[int], bool] = lambda directory: True
@@ -182,6 +201,8 @@ class Tree:
         self._source = source
         self._record = record
         self._now = now
+        self._room = room
+        self._loading = 0
         self._guard = threading.RLock()
         self._asking: dict[str, _Asking] = {}
         self._listings: dict[str, Listing] = {}
@@ -569,7 +590,11 @@ class Tree:
         return len(self._nodes)
 
     def listing(self, directory: Node, *, wait: bool = True) -> Listing:
-        """The whole of a directory. Raises WouldBlockError as `lookup` does, InterruptedCallError once nobody waits."""
+        """The whole of a directory.
+
+        Raises WouldBlockError as `lookup` does, InterruptedCallError once nobody waits, TooLongError when it is too
+        much to hold.
+        """
         fresh = self._fresh(directory.key)
         if fresh is None or not fresh.is_whole:
             if not wait:
@@ -577,7 +602,8 @@ class Tree:
             with self._only(directory.key):
                 fresh = self._fresh(directory.key)
                 if fresh is None or not fresh.is_whole:
-                    fresh = self._load(directory.key, self._awaited_pages(directory), whole=True)
+                    with self._bounded(self._awaited_pages(directory), directory.key) as pages:
+                        fresh = self._load(directory.key, pages, whole=True)
         if not fresh.names:
             fresh.names = sorted(fresh.entries)
         return fresh
@@ -604,10 +630,7 @@ class Tree:
                     self._load(parent.key, self._source.list(parent.key), whole=False)
                 found = self._known(parent, name, key)
             if found is WouldBlockError:
-                if self._is_listing_cheaper(parent.key):
-                    found = self.listing(parent).entries.get(name)
-                else:
-                    found = self._probe(parent, name, key)
+                found = self._find_in_long(parent, name, key)
         if not isinstance(found, Entry):
             raise NotFoundError(f"{key} does not exist")
         return found
@@ -620,6 +643,16 @@ class Tree:
             return listing.entries.get(name)
         when, probed = listing.probed.get(name, (-self.ttl, None))
         return probed if self._now() - when < self.ttl else WouldBlockError
+
+    def _find_in_long(self, parent: Node, name: str, key: str) -> Entry | None:
+        """Find a name in a directory that is too long for one page."""
+        if self._is_listing_cheaper(parent.key):
+            try:
+                return self.listing(parent).entries.get(name)
+            except TooLongError:
+                if (listing := self._listings.get(parent.key)) is not None:
+                    listing.pages = 1  # by which it is not tried again
+        return self._probe(parent, name, key)
 
     def _is_listing_cheaper(self, prefix: str) -> bool:
         """Whether asking name by name has cost as much as a listing of all names would: somebody walks through them."""
@@ -659,6 +692,39 @@ class Tree:
             yield page
             if not page.is_last and not self.is_awaited(directory.id):
                 raise InterruptedCallError(f"nobody waits for the listing of {directory.key}")
+
+    @contextmanager
+    def _bounded(self, pages: Iterator[Page], prefix: str) -> Iterator[Iterator[Page]]:
+        """Pages of a directory, for as long as they may be held. What they hold counts while the block runs."""
+        held = 0
+
+        def bounded() -> Iterator[Page]:
+            nonlocal held
+            count = 0
+            for page in pages:
+                count += len(page.objects) + len(page.prefixes) + page.bad
+                size = _memory_of(page)
+                held += size
+                with self._guard:
+                    self._loading += size
+                if count > MAX_NAMES or self._is_memory_short():
+                    error = TooLongError(f"{prefix} has {count} names or more, which is too much to hold")
+                    log.warning("%s: mount a prefix below it, or open files by their names", error)
+                    raise error
+                yield page
+
+        try:
+            yield bounded()
+        finally:
+            with self._guard:
+                self._loading -= held
+
+    def _is_memory_short(self) -> bool:
+        """Whether the listings that are being loaded hold more than is left."""
+        try:
+            return self._loading > self._room()
+        except OSError:  # no descriptor is left to look with
+            return False
 
     def _load(self, prefix: str, pages: Iterable[Page], *, whole: bool) -> Listing:
         """What the bucket says of a directory: its first page, or all pages."""
@@ -703,6 +769,13 @@ class Tree:
                 asking.users -= 1
                 if not asking.users:
                     del self._asking[prefix]
+
+
+def _memory_of(page: Page) -> int:
+    """Bytes that the names of a page take once they are entries: each is there as a key, and as a name."""
+    texts = [text for info in page.objects for text in (info.key, info.key, info.etag)]
+    texts += [text for prefix in page.prefixes for text in (prefix, prefix)]
+    return _ENTRY_BYTES * (len(page.objects) + len(page.prefixes)) + sum(map(sys.getsizeof, texts))
 
 
 @dataclass(slots=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import tracemalloc
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obsfs.errors import NotFoundError, VersionChangedError
-from obsfs.fuse.tree import ROOT, Entry, InterruptedCallError, Tree, WouldBlockError, read_page
+from obsfs.fuse import tree as trees
+from obsfs.fuse.tree import ROOT, Entry, InterruptedCallError, TooLongError, Tree, WouldBlockError, read_page
 from obsfs.remote.address import is_valid_name
 from obsfs.remote.objects import ObjectInfo, ObjectVersion, Page
 
@@ -334,3 +338,83 @@ def test_a_version_that_comes_back_can_be_opened() -> None:
     tree.outdate(old.id)
     new = tree.lookup(tree.node(ROOT), "a")
     assert (new.version, new.id == old.id, tree.should_look_again(new)) == (old.version, False, False)
+
+
+class Endless(MemoryBucket):
+    """``long/`` has names without end: as many as asked for, all different, or the same again, or none to be shown."""
+
+    def __init__(self, name: str = "{:09}") -> None:
+        super().__init__({"fine/a": "1", "long/z": "1"})
+        self.name = name
+
+    def list(self, prefix: str) -> Iterator[Page]:
+        if prefix != "long/":
+            yield from super().list(prefix)
+            return
+        for start in itertools.count(0, 1000):
+            self.requests += 1
+            keys = [f"long/{self.name.format(number)}" for number in range(start, start + 1000)]
+            yield Page([ObjectInfo(key, 1, 1.0, '"e"') for key in keys], [], False)
+
+
+@pytest.mark.parametrize("name", ["{:09}", "same", "//{:09}", "{:09}/"])
+def test_a_listing_without_end_costs_its_directory(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trees, "MAX_NAMES", 5000)
+    bucket = Endless(name)
+    tree = Tree(bucket, "", 60, now=Clock())
+    long = tree.lookup(tree.node(ROOT), "long")
+    with pytest.raises(TooLongError) as caught:
+        tree.listing(long)
+    assert caught.value.errno == errno.ENOMEM
+    assert "long/ has 6000 names or more, which is too much to hold: mount a prefix below it" in caplog.text
+    assert tree.listed_count < 100
+    assert tree.lookup(long, "z").key == "long/z", "by its name, it is there"
+    fine = tree.lookup(tree.node(ROOT), "fine")
+    assert tree.listing(fine).names == ["a"]
+
+
+def test_names_that_are_being_loaded_take_half_of_the_memory_together() -> None:
+    left = 2 << 20
+    tree = Tree(Endless(), "", 60, now=Clock(), room=lambda: left)
+    long = tree.lookup(tree.node(ROOT), "long")
+    for _ in range(3):
+        with pytest.raises(TooLongError, match=r"long/ has [0-9]{4} names or more"):
+            tree.listing(long)
+    tree = Tree(MemoryBucket({f"d/{number}": "1" for number in range(3000)}), "", 60, now=Clock(), room=lambda: left)
+    for _ in range(9):  # what is loaded counts no more
+        assert len(tree.listing(tree.lookup(tree.node(ROOT), "d")).names) == 3000
+        tree.refresh(tree.node(ROOT))
+
+
+def test_what_a_name_takes_is_about_what_is_counted() -> None:
+    keys = [f"d/{'x' * 40}{number:08}" for number in range(20_000)]
+    page = Page([ObjectInfo(key, 5000, 1.5, f'"{key[-8:] * 4}"') for key in keys], [])
+    tracemalloc.start()
+    try:
+        entries: dict[str, Entry] = {}
+        read_page(Page([info._replace(key="".join(info.key)) for info in page.objects], []), "d/", entries)
+        names = sorted(entries)
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert len(names) == 20_000
+    assert taken < trees._memory_of(page)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_name_is_found_where_the_whole_is_too_long(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = MemoryBucket({f"d/{number:04}": "1" for number in range(400)}, page=10)
+    clock = Clock()
+    tree = Tree(bucket, "", 60, now=clock)
+    directory = tree.lookup(tree.node(ROOT), "d")
+    if first:
+        tree.listing(directory)  # it was shorter once, and its pages are known
+        clock.now += 100
+    monkeypatch.setattr(trees, "MAX_NAMES", 100)
+    for number in range(50, 150):
+        assert tree.lookup(directory, f"{number:04}").size == 1
+    bucket.requests = 0
+    assert tree.lookup(directory, "0399").size == 1
+    assert bucket.requests <= 2
