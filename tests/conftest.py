@@ -161,13 +161,20 @@ class Mounter:
     def process(self, path: Path) -> subprocess.Popen[bytes]:
         return next(process for mounted, process in reversed(self._mounted) if mounted == path)
 
-    def kill(self, path: Path) -> None:
-        """The supervisor, and with it the server and the processes that write for it."""
-        server = psutil.Process(mounts.status(path)["pid"])
+    def kill(self, path: Path, *, wait: bool = True) -> None:
+        """The server and its supervisor, so that neither can start the other. Waits for the processes that write for
+        the server, too."""
+        shown = mounts.status(path)
+        server = psutil.Process(shown["pid"])
         pids = [server.pid, *(child.pid for child in server.children())]
-        self.process(path).kill()
-        self.process(path).wait(10)
-        wait_for(lambda: not any(map(is_running, pids)))
+        server.suspend()
+        os.kill(shown["supervisor"], signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):
+            server.kill()
+        if self.process(path).pid == shown["supervisor"]:
+            self.process(path).wait(10)
+        if wait:
+            wait_for(lambda: not any(map(is_running, pids)))
 
     def close(self) -> None:
         for path, process in self._mounted:

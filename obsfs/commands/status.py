@@ -20,6 +20,7 @@ Examples:
 """
 _LOST = {"dead": "mount it again, or `obsfs umount` it", "not answering": "see its log, or `obsfs umount --lazy` it"}
 """The states of a mount that nobody can read, and what to do."""
+_NO_TAKEOVER = "none now: the supervisor was killed, and another cannot be started ({}); tried again every 30 s"
 
 
 @click.command(cls=Command, short_help="Show what is mounted, cached and being fetched", epilog=_EPILOG)
@@ -110,6 +111,7 @@ def _rows(mount: dict[str, Any]) -> list[tuple[str, str]]:
         ("files open", str(mount["open_files"])),
         *([("restarts", f"{mount['restarts']}: the server died, and another took over")] if mount["restarts"] else []),
         *([("upgrades", str(mount["upgrades"]))] if mount.get("upgrades") else []),
+        *([("takeover", _NO_TAKEOVER.format(mount["no_supervisor"]))] if mount.get("no_supervisor") else []),
         ("retries", f"{mount['retries']}, hedges {mount['hedges']}, errors {mount['errors']}"),
     ]
     if mount.get("log"):

@@ -14,6 +14,7 @@ import logging.handlers
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -26,9 +27,9 @@ from obsfs import private
 from obsfs.blocks.reader import Engine
 from obsfs.errors import ObsfsError, UsageError
 from obsfs.fuse import journal as journals
-from obsfs.fuse import state
+from obsfs.fuse import program, state
 from obsfs.fuse.journal import Journal
-from obsfs.fuse.keeper import Keeper
+from obsfs.fuse.keeper import Keeper, appoint
 from obsfs.fuse.kernel import channel
 from obsfs.fuse.operations import Operations
 from obsfs.fuse.supervisor import FORMAT, RETRY
@@ -49,6 +50,9 @@ log = logging.getLogger("obsfs.fuse.daemon")  # by name: it runs as __main__, an
 
 _LOG_BYTES = 4 << 20
 _LINGER_SECONDS = 5.0
+_AGAIN_SECONDS = 30.0
+"""Between two attempts to start a supervisor in place of one that was killed."""
+_PAUSE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -121,16 +125,19 @@ def serve(
     *,
     takeover: Takeover | None = None,
     log_file: Path | None = None,
+    request: dict[str, Any] | None = None,
 ) -> None:
     """Mount `source` on `mountpoint` and serve it, until it is unmounted or `stop` is called.
 
     `on_ready` is called once, when the directory answers. Raises ObsfsError, and leaves no mount behind. With a
-    `takeover` nothing is mounted: the kernel goes on with this process where another one has died.
+    `takeover` nothing is mounted: the kernel goes on with this process where another one has died. `request` is what
+    the supervisor has asked for, which another one is given should it be killed.
     """
     address = parse_address(source)
     keeper = Keeper()
     with ExitStack() as cleanup, _retried(takeover) as is_serving:
-        lock = takeover.lock if takeover else state.lock(mountpoint, os.getppid() if keeper.is_there else os.getpid())
+        ends_with = os.getppid() if keeper.is_there else os.getpid()
+        lock = takeover.lock if takeover else state.lock(mountpoint, ends_with)
         cleanup.callback(os.close, lock)
         bucket = Bucket(address, settings, is_known=takeover is not None)
         names: Source = bucket
@@ -176,7 +183,9 @@ def serve(
         }
         operations = Operations(tree, engine, settings, identity, lambda: bucket.sites)
         if settings.engine == "native":
-            native = _Native(operations, mountpoint, settings, keeper=keeper, lock=lock, journal=journal)
+            native = _Native(
+                operations, mountpoint, settings, keeper=keeper, lock=lock, journal=journal, request=request or {}
+            )
             journal.on_whole = native.note_whole
             native.serve(on_ready, stop, takeover, is_serving)
         else:
@@ -254,10 +263,16 @@ class _Native:
         keeper: Keeper,
         lock: int,
         journal: Journal,
+        request: dict[str, Any],
     ) -> None:
         self._operations, self._mountpoint, self._settings = operations, mountpoint, settings
         self._keeper, self._lock = keeper, lock
         self._journal = journal
+        self._request = request
+        self._fds: list[int] = []
+        self._server_number = 0
+        self._copy = -1
+        self._appointed: subprocess.Popen[bytes] | None = None
 
     def serve(
         self, on_ready: Callable[[], None], stop: Stop, takeover: Takeover | None, is_serving: threading.Event
@@ -273,6 +288,7 @@ class _Native:
             fd = takeover.fds[0]
         server = Server(fd, operations, passthrough=settings.passthrough, on_end=stop, keeper=self._keeper)
         if takeover is not None:
+            self._fds, self._server_number = takeover.fds, takeover.server
             operations.inherit()
             server.take_over(takeover.fds, direct=takeover.direct)
             log.log(
@@ -284,12 +300,16 @@ class _Native:
                 __version__,
             )
             self._keeper.keep("connection", [self._lock, *takeover.fds], self._state)
+            state.note_keeper(self._lock, os.getppid())
         is_serving.set()
-        self._keeper.listen(self._on_refused)
         try:
             if takeover is None:
                 self._begin(server)
+            self._keeper.listen(self._on_refused, lambda: self._on_lost(server, stop))
             on_ready()
+            if operations.identity["can_be_followed"]:
+                steps = program.copy_in_steps(program.process_start(), self._keep_copy)
+                operations.engine.fetcher.background.in_steps(steps)
             stop.wait()
         finally:
             entry = channel.mounted_at(self._mountpoint)
@@ -304,7 +324,11 @@ class _Native:
 
     @property
     def _state(self) -> dict[str, object]:
-        return {"direct": self._operations.can_be_direct, "is_whole": self._journal.is_whole}
+        return {
+            "direct": self._operations.can_be_direct,
+            "is_whole": self._journal.is_whole,
+            "log": self._operations.identity["log"],
+        }
 
     def note_whole(self, is_whole: bool) -> None:
         """The journal has lost records, or has all of them again."""
@@ -315,6 +339,47 @@ class _Native:
         log.error("no other server follows this one: %s", refused.get("reason"))
         self._operations.identity["upgrade_refused"] = refused
 
+    def _keep_copy(self, fd: int) -> None:
+        self._copy = fd
+        self._keeper.keep("program", [fd])
+
+    def _on_lost(self, server: Server, stop: Stop) -> None:
+        """The supervisor was killed: nobody is hurt, and another one takes its place."""
+        identity = self._operations.identity
+        lost, identity["supervisor"] = identity["supervisor"], None
+        if server.ended.is_set():
+            return
+        state.note_keeper(self._lock, os.getpid())
+        if self._request.get("lifeline"):
+            log.error("the supervisor (pid %s) was killed: the mount ends, since a program has made it", lost)
+            stop()
+            return
+        log.error("the supervisor (pid %s) was killed", lost)
+        if not identity["can_be_followed"]:
+            return
+        identity["can_be_followed"] = False
+        if self._appointed is not None:
+            self._appointed.wait()
+            server.ended.wait(_PAUSE_SECONDS)
+        while not server.ended.is_set():
+            counts = {name: int(str(identity[name])) for name in ("restarts", "upgrades")}
+            arguments = [str(identity["source"]), str(self._mountpoint)]
+            found = appoint(arguments, self._request, {**counts, "servers": self._server_number}, self._copy)
+            if not isinstance(found, str):
+                self._appointed, control = found
+                self._keeper.adopt(control)
+                self._keeper.keep("connection", [self._lock, *self._fds], self._state)
+                server.keep_again()
+                if self._copy >= 0:
+                    self._keeper.keep("program", [self._copy])
+                state.note_keeper(self._lock, self._appointed.pid)
+                identity.pop("no_supervisor", None)
+                identity.update(supervisor=self._appointed.pid, can_be_followed=True)
+                log.warning("another supervisor is there (pid %d)", self._appointed.pid)
+                return
+            identity["no_supervisor"] = found
+            server.ended.wait(_AGAIN_SECONDS)
+
     def _begin(self, server: Server) -> None:
         try:
             fds = server.start()
@@ -322,6 +387,7 @@ class _Native:
             raise UsageError(
                 f"this kernel cannot serve {self._mountpoint} ({error.strerror})", "try --engine fusepy"
             ) from None
+        self._fds = fds
         if server.can_be_followed:
             self._keeper.keep("connection", [self._lock, *fds], self._state)
             self._operations.identity["can_be_followed"] = self._keeper.is_there
@@ -345,12 +411,11 @@ def log_to(handler: logging.Handler, level: str) -> None:
     logger.propagate = False
 
 
-def _read_request() -> tuple[Settings, Takeover | None, list[str]]:
-    """The supervisor's request on stdin: settings, what is taken over, and what was left out of the settings.
+def _read_request(request: dict[str, Any]) -> tuple[Settings, Takeover | None, list[str]]:
+    """Of the supervisor's request: settings, what is taken over, and what was left out of the settings.
 
     Raises UsageError for a later format.
     """
-    request = json.loads(sys.stdin.buffer.readline())
     if request.get("format", 0) > FORMAT:
         raise UsageError("this mount is supervised by a later version of obsfs", "install that version, or mount again")
     if "takeover" not in request:
@@ -364,7 +429,7 @@ def _probe(source: str, mountpoint: Path) -> int:
     from obsfs.fuse.kernel import server  # noqa: F401 - so that all of it was imported
 
     try:
-        settings, _, notes = _read_request()
+        settings, _, notes = _read_request(json.loads(sys.stdin.buffer.readline()))
         parse_address(source)
         for note in notes:
             print(note)
@@ -386,7 +451,9 @@ def main() -> int:
     if sys.argv[1] == "--probe":
         return _probe(sys.argv[2], Path(sys.argv[3]))
     source, mountpoint = sys.argv[1], Path(sys.argv[2])
-    settings, takeover, notes = _read_request()
+    request = json.loads(sys.stdin.buffer.readline())
+    settings, takeover, notes = _read_request(request)
+    request.pop("takeover", None)
     if takeover is not None:
         takeover.own()
     stop = Stop()
@@ -411,7 +478,7 @@ def main() -> int:
         log_to(logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1), settings.log_level)
         for note in notes:
             log.warning("%s", note)
-        serve(source, mountpoint, settings, on_ready, stop, takeover=takeover, log_file=path)
+        serve(source, mountpoint, settings, on_ready, stop, takeover=takeover, log_file=path, request=request)
     except Exception as error:
         if isinstance(error, ObsfsError):
             message, remedy = error.message, error.remedy
@@ -423,6 +490,9 @@ def main() -> int:
             print(json.dumps({"error": message, "remedy": remedy}), file=answer, flush=True)
         return 2
     log.info("unmounted %s", mountpoint)
+    if request.get("is_temporary"):
+        with suppress(OSError):
+            mountpoint.rmdir()
     return 0
 
 

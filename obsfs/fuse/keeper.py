@@ -1,20 +1,31 @@
-"""A server's side of its supervisor (:mod:`obsfs.fuse.supervisor`): what it gives to keep, and what it inherits."""
+"""A server's side of its supervisor (:mod:`obsfs.fuse.supervisor`): what it gives to keep, and what it inherits.
+
+A server that serves does not depend on its supervisor. When that is killed, it appoints another one
+(:class:`Appointer`): a process of the same kind, which adopts the server as it is, and is given all to keep again.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
+import select
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from obsfs.fuse.supervisor import CONTROL, FORMAT
+from obsfs.fuse.supervisor import CONTROL, FORMAT, READY, Program
+
+log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _MOST_MESSAGE = 64 << 10
+_APPOINT_SECONDS = 60.0
 
 
 class Keeper:
@@ -25,7 +36,7 @@ class Keeper:
         self._control = socket.socket(fileno=int(number)) if number else None
         if self._control is not None:
             self._control.set_inheritable(False)
-            # Without it nobody would follow us, and nobody could tell that the mount is served.
+            # Until it serves: whoever gives up waiting for a mount ends the supervisor, and no more.
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     @property
@@ -33,23 +44,39 @@ class Keeper:
         """Whether there is a supervisor."""
         return self._control is not None
 
-    def listen(self, on_refused: Callable[[dict[str, Any]], None]) -> None:
-        """Have it told, from a thread, why the supervisor did not replace this server: ``number`` and ``reason``."""
-        if self._control is not None:
-            threading.Thread(target=self._listen, args=(on_refused,), name="obsfs-supervisor", daemon=True).start()
+    def listen(self, on_refused: Callable[[dict[str, Any]], None], on_lost: Callable[[], None]) -> None:
+        """From now on, outlive the supervisor. In the thread that has made this object.
 
-    def _listen(self, on_refused: Callable[[dict[str, Any]], None]) -> None:
-        assert self._control is not None
-        while True:
+        Args:
+            on_refused: told, from a thread, why the supervisor did not replace this server: ``number``, ``reason``.
+            on_lost: called from that thread when the supervisor is gone. It may have made another one ours by `adopt`.
+        """
+        if self._control is not None:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
+            target, arguments = self._listen, (on_refused, on_lost)
+            threading.Thread(target=target, args=arguments, name="obsfs-supervisor", daemon=True).start()
+
+    def _listen(self, on_refused: Callable[[dict[str, Any]], None], on_lost: Callable[[], None]) -> None:
+        while (control := self._control) is not None:
             try:
-                data = self._control.recv(_MOST_MESSAGE)
-                message = json.loads(data) if data else None
-            except (OSError, ValueError):
-                message = None
-            if message is None:
-                return
+                data = control.recv(_MOST_MESSAGE)
+            except OSError:
+                data = b""
+            if not data:
+                self._control = None
+                control.close()
+                on_lost()
+                continue
+            try:
+                message = json.loads(data)
+            except ValueError:
+                continue
             if isinstance(message, dict) and isinstance(message.get("refused"), dict):
                 on_refused(message["refused"])
+
+    def adopt(self, control: socket.socket) -> None:
+        """Speak to another supervisor. It knows of nothing that was kept."""
+        self._control = control
 
     def keep(self, name: str, fds: Sequence[int], state: dict[str, Any] | None = None) -> None:
         """Have descriptors kept open under a name, in place of those that it had; `state` is for a successor."""
@@ -65,8 +92,81 @@ class Keeper:
         self._send({"keep": name}, [])
 
     def _send(self, message: dict[str, Any], fds: Sequence[int]) -> None:
-        if self._control is not None:
+        if (control := self._control) is not None:
             try:
-                socket.send_fds(self._control, [json.dumps({"format": FORMAT, **message}).encode()], list(fds))
+                socket.send_fds(control, [json.dumps({"format": FORMAT, **message}).encode()], list(fds))
             except OSError:
-                pass  # it is gone, and so are we in a moment
+                pass  # it is gone; another one is given all
+
+
+def appoint(
+    arguments: list[str], request: dict[str, Any], counts: dict[str, int], copy: int
+) -> tuple[subprocess.Popen[bytes], socket.socket] | str:
+    """Start a supervisor for this process, a server whose own was killed.
+
+    It is of the program that is installed now, or, where that cannot be started, of the `copy` of our own.
+
+    Args:
+        arguments: source and mountpoint.
+        request: what the supervisor asked this server for.
+        counts: ``restarts``, ``upgrades`` and ``servers`` so far.
+        copy: a descriptor of the zip file with the program of this process; -1 where there is none.
+
+    Returns:
+        The process and the socket to it, or why there is none.
+    """
+    here = [sys.executable, os.environ.get("PYTHONPATH", "")]
+    programs = request.get("programs") or {"installed": here, "running": here}
+    installed = Program(*programs["installed"])
+    adopt = {**counts, "running": programs["running"]}
+    request = {**request, "adopt": adopt}
+    reason = ""
+    for program in (installed, installed._replace(copy=copy)) if copy >= 0 else (installed,):
+        found = _start(program, arguments, request, Program(*programs["installed"]))
+        if not isinstance(found, str):
+            return found
+        log.error("%s could not be started as a supervisor: %s", program.executable, found)
+        reason = found
+    return reason
+
+
+def _start(
+    program: Program, arguments: list[str], request: dict[str, Any], installed: Program
+) -> tuple[subprocess.Popen[bytes], socket.socket] | str:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pidfd = os.pidfd_open(os.getpid())
+    adopt = {**request["adopt"], "control": theirs.fileno(), "pidfd": pidfd, "installed": installed[:2]}
+    try:
+        process = subprocess.Popen(
+            [program.executable, "-P", "-m", "obsfs.fuse.supervisor", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno(), pidfd, *program.fds],
+            start_new_session=True,
+            cwd="/",
+            env=program.environment,
+        )
+    except OSError as error:
+        ours.close()
+        return f"{program.executable}: {error.strerror}"
+    finally:
+        theirs.close()
+        os.close(pidfd)
+    assert process.stdin and process.stdout
+    said = b""
+    try:
+        process.stdin.write(json.dumps({**request, "adopt": adopt}).encode() + b"\n")
+        process.stdin.close()
+        waiting = select.poll()  # select(2) would end at descriptor 1023
+        waiting.register(process.stdout, select.POLLIN)
+        if waiting.poll(_APPOINT_SECONDS * 1000):
+            said = process.stdout.readline()
+    except OSError:
+        pass  # it has ended
+    process.stdout.close()
+    if said == READY:
+        return process, ours
+    process.kill()
+    ours.close()
+    return f"it ended with status {process.wait()}"

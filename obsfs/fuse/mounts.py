@@ -466,6 +466,11 @@ def replace_server(mountpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if entry is None or not entry.is_obsfs:
         raise UsageError(f"no obsfs is mounted on {mountpoint}", "see `obsfs status`")
     before = status(mountpoint)
+    if reason := before.get("no_supervisor"):
+        raise UsageError(
+            f"{mountpoint} has no supervisor now: it was killed, and another cannot be started ({reason})",
+            f"mend the installation; it is tried again every 30 s (see {before.get('log')})",
+        )
     if not before.get("can_be_followed"):
         raise UsageError(
             f"the server of {mountpoint} cannot be replaced",

@@ -34,9 +34,14 @@ def lock(mountpoint: Path, keeper: int) -> int:
     if not _flock(fd, fcntl.LOCK_EX):
         os.close(fd)
         raise UsageError(f"{mountpoint} is being mounted or served by another obsfs", "see `obsfs status`")
-    os.ftruncate(fd, 0)
-    os.write(fd, f"{keeper} {_started(keeper)}".encode())
+    note_keeper(fd, keeper)
     return fd
+
+
+def note_keeper(lock: int, keeper: int) -> None:
+    """Write into the file of a lock that we have with which process the mount ends."""
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{keeper} {_started(keeper)}".encode(), 0)
 
 
 def is_abandoned(mountpoint: Path) -> bool:

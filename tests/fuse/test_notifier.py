@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from obsfs.fuse.kernel import wire
+from obsfs.fuse.kernel import wire, writer
 from obsfs.fuse.kernel.notifier import Notifier
 from tests.conftest import random_bytes
 
@@ -30,9 +30,7 @@ def ends() -> Iterator[tuple[Notifier, socket.socket]]:
 
 
 def the_process() -> psutil.Process:
-    (found,) = (
-        child for child in psutil.Process().children() if any(part.endswith("writer.py") for part in child.cmdline())
-    )
+    (found,) = (child for child in psutil.Process().children() if child.cmdline()[-1:] == [writer.FORMAT])
     return found
 
 
@@ -113,6 +111,6 @@ def test_it_has_no_environment_and_no_descriptor_of_ours(ends: tuple[Notifier, s
     process = the_process()
     assert set(process.environ()) <= {"LD_LIBRARY_PATH"}
     files = [path.readlink() for path in Path(f"/proc/{process.pid}/fd").iterdir()]
-    assert {str(name).partition(":")[0] for name in files} == {"socket", "pipe", "/dev/null"}
+    assert {str(name).partition(":")[0] for name in files} == {"socket", "pipe", "/dev/null", "/memfd"}  # its program
     notifier.close()
     assert not process.is_running()

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,6 @@ from typing import Any
 import psutil
 import pytest
 
-from obsfs.fuse.kernel import channel
 from tests.conftest import MIB, Mounter, Store, is_running, random_bytes, status, wait_for
 from tests.faulty import FaultyLink
 
@@ -270,8 +268,7 @@ def test_both_killed_while_they_wait_for_the_kernel(
     bucket: Store, mount: Mounter, held_up: tuple[Path, FaultyLink, subprocess.Popen[bytes]]
 ) -> None:
     path, _, looking = held_up
-    mount.process(path).kill()
-    mount.process(path).wait(10)
+    mount.kill(path, wait=False)
     assert looking.poll() is None
     assert (mount(bucket, at=path) / "dir" / "file.bin").read_bytes() == random_bytes(_LONG)
     assert looking.wait(10) == 1
@@ -310,23 +307,5 @@ def test_upgrade_changes_the_server_under_a_reader(bucket: Store, mount: Mounter
 def test_when_both_die_it_can_be_mounted_again_at_once(bucket: Store, mount: Mounter) -> None:
     bucket.put("file.txt", b"text")
     path = mount(bucket)
-    mount.process(path).kill()
-    mount.process(path).wait(10)
+    mount.kill(path, wait=False)
     assert (mount(bucket, at=path) / "file.txt").read_bytes() == b"text"
-
-
-@pytest.mark.slow
-def test_a_supervisor_that_dies_takes_its_server_along(bucket: Store, mount: Mounter) -> None:
-    path = mount(bucket)
-    server = int(status(path)["pid"])
-    mount.kill(path)
-    assert not is_running(server)
-    with pytest.raises(OSError):
-        os.listdir(path)
-    assert channel.mounted_at(path) is not None
-
-
-def test_the_supervisor_is_small() -> None:
-    code = "import sys, obsfs.fuse.supervisor; print(any(m in sys.modules for m in ('botocore', 'msgspec', 'click')))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "False"

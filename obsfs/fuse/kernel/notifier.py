@@ -11,6 +11,7 @@ from __future__ import annotations
 import array
 import errno
 import os
+import pkgutil
 import socket
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from obsfs.fuse.kernel import wire, writer
 from obsfs.fuse.kernel.writer import ANSWER, STORE, Pipe
 
 _ENVIRONMENT = ("LD_LIBRARY_PATH",)
+_PROGRAM = pkgutil.get_data(__package__, "writer.py") or b""
+"""As it was when we were loaded: another version may lie at its name when the process is started."""
 _FINISH_SECONDS = 1.0
 _MOST_STARTS = 5
 
@@ -104,9 +107,12 @@ class Notifier:
                 self._room = pipe.room
                 pipe.close()
                 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                with theirs:
+                with theirs, os.fdopen(os.memfd_create("obsfs-writer"), "wb") as program:
+                    program.write(_PROGRAM)
+                    program.flush()
                     process = subprocess.Popen(
-                        [sys.executable, "-I", "-S", writer.__file__, writer.FORMAT],
+                        [sys.executable, "-I", "-S", f"/proc/self/fd/{program.fileno()}", writer.FORMAT],
+                        pass_fds=[program.fileno()],
                         stdin=theirs.fileno(),
                         stdout=subprocess.DEVNULL,
                         stderr=subprocess.DEVNULL,

@@ -482,16 +482,25 @@ class Server:
         if not backing:
             assert file_fd is not None
             node = self._operations.tree.node(number)
-            # It stays open when this process does not: the successor finds the file that the kernel reads at its name.
-            lock = self._operations.open_lock(number)
-            if lock >= 0:
-                self._keeper.keep(f"node {number}", [lock])
-                os.close(lock)
+            self._keep_lock(number)
             backing = channel.open_backing(self._fd, file_fd)
             self._operations.tree.set_backing(node, backing)
             users = node.direct_opens - more
         self._backings[number] = backing, users + more
         return backing
+
+    def _keep_lock(self, number: int) -> None:
+        # It stays open when this process does not: the successor finds the file that the kernel reads at its name.
+        lock = self._operations.open_lock(number)
+        if lock >= 0:
+            self._keeper.keep(f"node {number}", [lock])
+            os.close(lock)
+
+    def keep_again(self) -> None:
+        """Give another supervisor what the last one had of the files that the kernel reads by itself."""
+        with self._opening:
+            for number in self._backings:
+                self._keep_lock(number)
 
     def _release(self, request: Request, view: memoryview, wait: bool) -> bytes:
         handle, *_ = wire.RELEASE_IN.unpack_from(view, request.body)
