@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -22,9 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import AioSession
 from botocore.exceptions import BotoCoreError, ClientError
 from fsspec.asyn import get_loop, sync_wrapper
+from fsspec.caching import AllBytes
 from fsspec.callbacks import DEFAULT_CALLBACK
 from s3fs import S3FileSystem
 from s3fs.core import S3File
@@ -34,7 +36,7 @@ from obsfs.blocks.reader import Engine, Reader
 from obsfs.errors import ExpiredError, ForbiddenError, ObsfsError, UsageError, VersionChangedError
 from obsfs.remote import address as addresses
 from obsfs.remote.address import Address
-from obsfs.remote.client import Bucket, connect
+from obsfs.remote.client import Bucket, connect, stay
 from obsfs.remote.credentials import Keys
 from obsfs.remote.failures import NO_CREDENTIALS, translated
 from obsfs.remote.objects import ObjectVersion, tag
@@ -54,6 +56,7 @@ _COPY = 8 << 20
 _WAITING = 256
 """Requests, and reads, that may wait for the bucket at a time: objects that do not answer hold up no others. The
 defaults of botocore and asyncio are 10 and a few."""
+_Pins = dict[str, asyncio.Future[ObjectVersion]]
 _living: weakref.WeakValueDictionary[int, OBSFileSystem | OBSFile] = weakref.WeakValueDictionary()
 """By their id(), as file systems with the same options are equal."""
 
@@ -93,6 +96,27 @@ def _check_options(options: Mapping[str, Any]) -> None:
         if name not in taken - {"self", "kwargs"}:
             hint = did_you_mean(name, [*taken, *knobs()]) or "see the arguments of s3fs.S3FileSystem and obsfs.Settings"
             raise UsageError(f"OBSFileSystem has no option {name!r}", hint)
+
+
+class _Direct:
+    """An HTTP session of aiohttp that follows no redirect."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    def request(self, *arguments: Any, **options: Any) -> Any:
+        return self._session.request(*arguments, **{**options, "allow_redirects": False})
+
+
+class _HTTPSession(AIOHTTPSession):
+    """aiobotocore's HTTP session, to which a redirect is an answer, as it is to botocore.
+
+    aiohttp goes wherever a server sends it, and sends the session token and what is written along.
+    """
+
+    async def _get_session(self, proxy_url: str | None) -> _Direct:
+        # aiobotocore has no public setting for it.
+        return _Direct(await super()._get_session(proxy_url))
 
 
 class _KeyGivenTwiceError(UsageError, KeyError):
@@ -168,6 +192,7 @@ class OBSFileSystem(S3FileSystem):
                 # Not in client_kwargs: s3fs would send it as the place of every new bucket, also where it is refused.
                 "region_name": connection.region,
                 "max_pool_connections": _WAITING,
+                "http_session_cls": _HTTPSession,
                 **config,
                 **(options.pop("config_kwargs", None) or {}),
             },
@@ -229,6 +254,7 @@ class OBSFileSystem(S3FileSystem):
         client = await super().set_session(refresh=refresh)
         if not addresses.is_aws(self.endpoint_url):
             client.meta.events.register("before-sign.s3.DeleteObjects", _use_md5, unique_id="obsfs-content-md5")
+            client.meta.events.register_last("before-parameter-build.s3", stay, unique_id="obsfs-stay")
         return client
 
     async def _call_s3(self, method: str, *arguments: Any, **options: Any) -> Any:
@@ -262,11 +288,14 @@ class OBSFileSystem(S3FileSystem):
         return ObjectVersion(self.endpoint_url, bucket, key, etag, info["size"], modified=modified)
 
     def _is_beyond_cache(self, path: str, version_id: str | None = None, **options: Any) -> bool:
-        """Whether s3fs has to read this: an older version, or with what the engine's requests do not carry."""
+        """Whether s3fs has to read this: an older version, a key that ends in ``/``, which stat and listings take for
+        a directory, or with what the engine's requests do not carry."""
+        _, key, path_version = self.split_path(path)
         return bool(
             version_id
             or self.version_aware
-            or self.split_path(path)[2]
+            or path_version
+            or key.endswith("/")
             or self.requester_pays
             or options.get("requester_pays")
             or any(name.startswith("SSECustomer") for name in (*self.s3_additional_kwargs, *options))
@@ -288,14 +317,44 @@ class OBSFileSystem(S3FileSystem):
         )
 
     async def _cat_file(
-        self, path: str, version_id: str | None = None, start: int | None = None, end: int | None = None, **options: Any
+        self,
+        path: str,
+        version_id: str | None = None,
+        start: int | None = None,
+        end: int | None = None,
+        *,
+        pins: _Pins | None = None,
+        **options: Any,
     ) -> bytes:
         if self._is_beyond_cache(path, version_id, **options):
             data: bytes = await super()._cat_file(path, version_id=version_id, start=start, end=end, **options)
             return data
-        version = self._version(path, await self._info(path))
-        first, last, _ = slice(start, end).indices(version.size)
-        return await self._in_thread(self._read, version, first, last)
+
+        async def read(version: ObjectVersion) -> bytes:
+            first, last, _ = slice(start, end).indices(version.size)
+            return await self._in_thread(self._read, version, first, last)
+
+        if pins is None:
+            return await self._read_newest(path, read)
+        if path not in pins:
+            pins[path] = asyncio.ensure_future(self._current(path))
+        return await read(await pins[path])
+
+    async def _cat_ranges(self, paths: list[str], *arguments: Any, **options: Any) -> Any:
+        # All ranges of a file are of one version, as somebody puts them together.
+        return await super()._cat_ranges(paths, *arguments, pins={}, **options)
+
+    async def _current(self, path: str) -> ObjectVersion:
+        """The version of an object that a listing remembers, or the one that is there now."""
+        return self._version(path, await self._info(path))
+
+    async def _read_newest(self, path: str, read: Callable[[ObjectVersion], Awaitable[_T]]) -> _T:
+        """What `read` makes of an object, as a whole: of what is there now, if a listing remembers what is gone."""
+        try:
+            return await read(await self._current(path))
+        except StaleFileError:
+            self.invalidate_cache(path)
+            return await read(await self._current(path))
 
     async def _in_thread(self, call: Callable[..., _T], *arguments: Any) -> _T:
         """Run what waits for blocks in a thread, of which there are enough for some to wait for long."""
@@ -326,10 +385,11 @@ class OBSFileSystem(S3FileSystem):
         if info["type"] == "directory":
             Path(lpath).mkdir(parents=True, exist_ok=True)
             return
-        await self._in_thread(self._download, self._version(rpath, info), Path(lpath), callback)
+        await self._read_newest(rpath, lambda version: self._in_thread(self._download, version, Path(lpath), callback))
 
     def _download(self, version: ObjectVersion, target: Path, callback: Any) -> None:
         callback.set_size(version.size)
+        callback.absolute_update(0)
         with _as_oserror(), self._reader(version) as reader, target.open("wb") as file:
             for start in range(0, version.size, _COPY):
                 data = reader.read(start, _COPY)
@@ -385,11 +445,12 @@ class OBSFile(S3File):
     ) -> None:
         self._release: Any = None
         self._options = options
-        super().__init__(fs, path, "rb", size=version.size if version and size is None else size, **options)
-        self.loc = position
-        self._version = version or fs._version(path, self.details)
+        self._version = version
         self._guard = threading.Lock()
         self._reader: Reader | None = None
+        # Some caches begin to read here.
+        super().__init__(fs, path, "rb", size=version.size if version and size is None else size, **options)
+        self.loc = position
         self._hold()
         _living[id(self)] = self
 
@@ -401,6 +462,7 @@ class OBSFile(S3File):
         with self._guard:
             if self._reader is None:
                 engine = self.fs.engine
+                self._version = self._version or self.fs._version(self.path, self.details)
                 with _as_oserror():
                     self._reader = engine.open(self._version)
                 self._release = partial(engine.release, self._reader)
@@ -410,12 +472,17 @@ class OBSFile(S3File):
         """In a forked child: forget the parent's reader, and a buffer that it was perhaps just changing."""
         self._guard = threading.Lock()
         self._reader = self._release = None
-        options = self._options.get("cache_options") or {}
-        self.cache = type(self.cache)(self.blocksize, self._fetch_range, self.size, **options)
+        if not isinstance(self.cache, AllBytes):  # which has the whole file, never changes, and would read here
+            options = self._options.get("cache_options") or {}
+            self.cache = type(self.cache)(self.blocksize, self._fetch_range, self.size, **options)
 
     def _fetch_range(self, start: int, end: int) -> bytes:
-        with _as_oserror():
-            return self._hold().read(start, end - start)
+        try:
+            with _as_oserror():
+                return self._hold().read(start, end - start)
+        except StaleFileError:
+            self.fs.invalidate_cache(self.path)  # so that who opens it again gets what is there now
+            raise
 
     def close(self) -> None:
         """Give the reader back."""

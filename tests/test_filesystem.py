@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ import obsfs
 from obsfs.filesystem import OBSFile
 from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for
 from tests.faulty import FaultyLink
+from tests.odd import OddServer, Thing, refusal
 
 
 def test_importing_obsfs_is_enough(bucket: Store) -> None:
@@ -301,3 +303,123 @@ def test_what_the_cache_cannot_read_s3fs_reads(bucket: Store) -> None:
         assert not isinstance(file, OBSFile)
         assert file.read() == b"a"
     assert isinstance(filesystem.open(f"s3://{bucket.name}/a"), OBSFile)
+
+
+@pytest.mark.parametrize("status", [301, 307])
+def test_nothing_is_sent_where_a_server_points(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither keys, nor a session token, nor what is written; and no answer is taken from there."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "t")
+    with OddServer({"a": Thing(b"theirs")}) as other:
+        place = {"Location": f"{other.endpoint}/b/a", "x_amz_bucket_region": "elsewhere-1"}
+        moved = refusal(status, "PermanentRedirect", **place)
+        with OddServer({}, lambda request: moved) as asked:
+            filesystem = obsfs.OBSFileSystem(endpoint_url=asked.endpoint, retry_timeout="1s", skip_instance_cache=True)
+            requests = (
+                lambda: filesystem.ls("b"),
+                lambda: filesystem.info("b/a"),
+                lambda: filesystem.cat_file("b/a"),
+                lambda: filesystem.pipe_file("b/a", b"ours"),
+                lambda: filesystem.rm_file("b/a"),
+                lambda: filesystem.cp_file("b/a", "b/c"),
+                lambda: filesystem.open("b/a", requester_pays=True).read(),
+            )
+            for request in requests:
+                with pytest.raises(OSError):
+                    request()
+        assert asked.asked
+        assert other.asked == []
+
+
+@pytest.mark.parametrize("cache_type", ["all", "background", "blockcache", "bytes", "first", "mmap", "none"])
+def test_every_cache_of_fsspec_fits(cache_type: str, bucket: Store) -> None:
+    filesystem = fsspec.filesystem("obs", skip_instance_cache=True)
+    filesystem.pipe({f"{bucket.name}/a": b"0123456789", f"{bucket.name}/empty": b""})
+    with filesystem.open(f"{bucket.name}/a", cache_type=cache_type, block_size=4) as file:
+        assert file.read(3) == b"012"
+        assert pickle.loads(pickle.dumps(file)).read() == b"3456789"
+        file.after_fork()
+        assert file.read() == b"3456789"
+    assert filesystem.open(f"{bucket.name}/empty", cache_type=cache_type).read() == b""
+
+
+def test_a_key_that_ends_in_a_slash_is_another_than_the_one_without(bucket: Store) -> None:
+    bucket.put("a", b"a")
+    filesystem = fsspec.filesystem("obs", skip_instance_cache=True)
+    for path in (f"{bucket.name}/a/", f"{bucket.name}/none/"):
+        with pytest.raises(FileNotFoundError):
+            filesystem.cat_file(path)
+
+
+def test_what_a_listing_remembers_of_a_file_that_was_replaced_is_not_in_the_way(bucket: Store, tmp_path: Path) -> None:
+    filesystem = fsspec.filesystem("obs", skip_instance_cache=True)
+    path = f"{bucket.name}/dir/a"
+
+    def replace(text: bytes) -> None:
+        bucket.put("dir/a", b"never read, nor cached: " + text)
+        filesystem.ls(f"{bucket.name}/dir", refresh=True)
+        bucket.put("dir/a", text)
+
+    for number, read in enumerate(
+        (
+            lambda: filesystem.cat_file(path),
+            lambda: filesystem.cat_file(path, start=0, end=100),
+            lambda: filesystem.get_file(path, str(tmp_path / "a")) or (tmp_path / "a").read_bytes(),
+        )
+    ):
+        replace(text := b"text" * (number + 1))
+        assert read() == text
+    replace(b"the last")
+    with filesystem.open(path) as file, pytest.raises(OSError) as caught:
+        file.read()
+    assert caught.value.errno == errno.ESTALE
+    assert filesystem.open(path).read() == b"the last"
+
+
+def test_ranges_of_one_call_are_of_one_version(bucket: Store) -> None:
+    """The second range is asked for when the object has been replaced."""
+    old, new = random_bytes(6 * MIB, 1), random_bytes(6 * MIB, 2)
+    bucket.put("a", old)
+    filesystem = fsspec.filesystem("obs", read_ahead=0, skip_instance_cache=True)
+    path = f"{bucket.name}/a"
+    assert filesystem.cat_file(path, start=0, end=10) == old[:10]
+    read, count = filesystem._read, iter(range(9))
+
+    def replace_before_the_second(version: Any, start: int, stop: int) -> bytes:
+        if start and next(count) == 0:
+            bucket.put("a", new)
+        return read(version, start, stop)
+
+    filesystem._read = replace_before_the_second
+    first, second = filesystem.cat_ranges([path, path], [0, 5 * MIB], [10, 6 * MIB], batch_size=1)
+    assert first == old[:10]
+    assert isinstance(second, OSError)
+    assert second.errno == errno.ESTALE
+    assert filesystem.cat_ranges([path, path], [0, 5 * MIB], [10, 6 * MIB]) == [new[:10], new[5 * MIB :]]
+
+
+def test_credentials_that_expire_are_asked_for_by_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a program (credential_process): each asking gives other keys, which are over at once."""
+    program = tmp_path / "keys.py"
+    program.write_text(
+        "import datetime, json, time\n"
+        "until = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=1)\n"
+        "print(json.dumps({'Version': 1, 'AccessKeyId': f'K{time.time_ns()}', 'SecretAccessKey': 's',\n"
+        "                  'SessionToken': 't', 'Expiration': until.isoformat()}))\n"
+    )
+    config = tmp_path / "profiles"
+    config.write_text(f"[profile short]\ncredential_process = {sys.executable} -P {program}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+
+    def keys(server: OddServer, method: str) -> list[str]:
+        found = [one.headers["Authorization"] for one in server.asked if one.method == method]
+        return [text.split("Credential=")[1].split("/")[0] for text in found]
+
+    with OddServer({f"{number}": Thing(f"{number}".encode()) for number in range(3)}) as server:
+        filesystem = obsfs.OBSFileSystem(endpoint_url=server.endpoint, profile="short", skip_instance_cache=True)
+        for number in range(3):
+            time.sleep(0.6)
+            assert filesystem.cat_file(f"b/{number}") == f"{number}".encode()
+        for method in ("HEAD", "GET"):  # s3fs's, and the engine's
+            assert len(set(keys(server, method))) > 1, method

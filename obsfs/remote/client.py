@@ -178,7 +178,7 @@ def _clients_endpoint(session: Any, region: str | None) -> str:
     return str(probe.meta.endpoint_url)
 
 
-def _stay(context: dict[str, Any], **_: Any) -> None:
+def stay(context: dict[str, Any], **_: Any) -> None:
     """Tell botocore that a request was redirected already, so that it does not follow another server's word."""
     context.setdefault("s3_redirect", {})["redirected"] = True
 
@@ -213,7 +213,7 @@ class _Site:
         except ValueError as error:
             raise UsageError(f"endpoint {connection.endpoint!r} cannot be used", str(error)) from None
         # We follow redirects ourselves, to known places: botocore's own way ends in a RecursionError, or anywhere.
-        self.client.meta.events.register_last("before-parameter-build.s3", _stay)
+        self.client.meta.events.register_last("before-parameter-build.s3", stay)
         self.endpoint = connection.endpoint
         # OBS has no such checksums, and refuses botocore's other ways with them.
         self.mode: dict[str, str] = {} if addresses.is_obs(self.endpoint) else {"ChecksumMode": "ENABLED"}
