@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from obsfs.filesystem import OBSFileSystem
     from obsfs.fuse.mounts import Mount, mount, on_mount, refresh, status
     from obsfs.library.download import resolve, snapshot_download
+    from obsfs.library.push import check_model
     from obsfs.library.push import push_directory as push
     from obsfs.settings import Settings
 
@@ -30,6 +31,7 @@ __all__ = [
     "ObsfsError",
     "Settings",
     "__version__",
+    "check_model",
     "mount",
     "on_mount",
     "push",
@@ -47,6 +49,7 @@ _HOMES = {
     "OBSFileSystem": "obsfs.filesystem:OBSFileSystem",
     "ObsfsError": "obsfs.errors:ObsfsError",
     "Settings": "obsfs.settings:Settings",
+    "check_model": "obsfs.library.push:check_model",
     "mount": "obsfs.fuse.mounts:mount",
     "on_mount": "obsfs.fuse.mounts:on_mount",
     "push": "obsfs.library.push:push_directory",
@@ -64,3 +67,7 @@ def __getattr__(name: str) -> Any:
 
     module, _, found = _HOMES[name].partition(":")
     return getattr(importlib.import_module(module), found)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -112,32 +112,20 @@ class Facts:
 
 def check_whole(path: Path) -> Facts:
     """Look at configuration, index and every header. Raises UsageError, naming the file that is missing or cut off."""
-    from safetensors import SafetensorError, safe_open
-
     config = _json(path / "config.json")
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(_json(index).get("weight_map", {}).values()))
-    else:
-        names = sorted(file.name for file in path.glob("*.safetensors"))
+    headers = obsfs.check_model(path)
+    names, index = sorted(headers), path / "model.safetensors.index.json"
+    if index.exists() and "model.safetensors" not in headers:
+        names = sorted(headers.keys() & set(_json(index).get("weight_map", {}).values()))
     if not names:
         raise UsageError(f"{path} has no weights", "training reads *.safetensors: save the model with transformers")
     parameters = embedding = size = 0
     for name in names:
-        shard = path / name
-        try:
-            size += shard.stat().st_size
-            with safe_open(shard, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118
-                    count = 1
-                    for length in tensors.get_slice(key).get_shape():
-                        count *= length
-                    parameters += count
-                    embedding += count if "embed" in key or "lm_head" in key else 0
-        except FileNotFoundError:
-            raise UsageError(f"{shard} is missing", "the model is not whole: push or pull it again") from None
-        except (SafetensorError, OSError) as error:
-            raise UsageError(f"{shard} cannot be read ({error})", "the file is damaged: obsfs verify tells") from None
+        size += (path / name).stat().st_size
+        for key, tensor in headers[name].items():
+            count = math.prod(tensor["shape"])
+            parameters += count
+            embedding += count if "embed" in key or "lm_head" in key else 0
     config = {**config, **config.get("text_config", {})}
     return Facts(
         parameters,

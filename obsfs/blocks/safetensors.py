@@ -21,6 +21,15 @@ _MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library itself."""
 
 
+_BITS = {
+    **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+"""Of each number of a dtype (safetensors 0.8, ``tensor.rs``); of a dtype that is not here, lengths are not compared."""
 MAX_PARAMETERS = 1 << 62
 _MAX_DIMENSIONS = 64
 
@@ -59,6 +68,62 @@ def header(size: int, read: Read) -> tuple[int, dict[str, Any]] | None:
     if not isinstance(entries, dict):
         return base, {}
     return base, {name: entry for name, entry in entries.items() if name != "__metadata__"}
+
+
+def checked_header(size: int, read: Callable[[int, int], bytes]) -> dict[str, Any]:
+    """Return the header of a file of `size` bytes, as :func:`header`, if it is one that the safetensors library opens.
+
+    Raises:
+        ValueError: It is not; says why, as the end of a sentence that begins with the file.
+    """
+    length = int.from_bytes(read(0, min(size, _LENGTH)), "little")
+    base = _LENGTH + length
+    if size < _LENGTH:
+        raise ValueError(f"is cut off: it has {size} bytes, too few for a header")
+    if length > _MAX_HEADER:
+        raise ValueError("is no safetensors file")
+    if base > size:
+        raise ValueError(f"is cut off inside its header: it has {size} bytes of {base}")
+    try:
+        entries = json.loads(read(_LENGTH, length).decode())
+    except (ValueError, RecursionError):
+        entries = None
+    if not isinstance(entries, dict):
+        raise ValueError("is no safetensors file: its header is not JSON")
+    said = entries.pop("__metadata__", None) or {}
+    if not isinstance(said, dict) or not all(isinstance(text, str) for text in said.values()):
+        raise ValueError("is no safetensors file: its metadata are not text")
+    _check_layout(entries, size - base)
+    return entries
+
+
+def _check_layout(entries: Mapping[str, Any], size: int) -> None:
+    """See that tensors lie one after the other, without gaps, and to the end of the `size` bytes behind the header."""
+    spans: list[tuple[int, int]] = []
+    try:
+        for entry in entries.values():
+            start, stop = entry["data_offsets"]
+            numbers = [start, stop, *entry["shape"]]
+            # Bounded, since the product of what a hostile header has would take hours.
+            if not all(type(number) is int and 0 <= number <= MAX_PARAMETERS for number in numbers):
+                raise ValueError
+            if len(numbers) > _MAX_DIMENSIONS:
+                raise ValueError
+            bits = _BITS.get(entry["dtype"])
+            if bits is not None and math.prod(entry["shape"]) * bits != (stop - start) * 8:
+                raise ValueError
+            spans.append((start, stop))
+        end = 0
+        for start, stop in sorted(spans):
+            if start != end or stop < start:
+                raise ValueError
+            end = stop
+    except (ValueError, TypeError, KeyError):
+        raise ValueError("is damaged: its header does not say where each tensor lies") from None
+    if end > size:
+        raise ValueError(f"is cut off: {end - size} bytes of its tensors are missing")
+    if end < size:
+        raise ValueError(f"has {size - end} bytes behind its last tensor")
 
 
 def extents(size: int, read: Read) -> list[Extent] | None:

@@ -12,6 +12,7 @@ from obsfs.commands.output import counted, human, progress, spinner, tell, tell_
 from obsfs.fuse import mounts
 from obsfs.settings import Settings
 
+_SHOWN = 10
 _EPILOG = """\b
 Examples:
   obsfs import hf:Qwen/Qwen2-7B-Instruct obs://models/Qwen2-7B-Instruct@v1
@@ -24,6 +25,7 @@ Examples:
 @click.argument("name", required=False, metavar="obs://BUCKET/NAME[@VERSION]")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Only files like this (may be repeated).")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="No files like this (may be repeated).")
+@click.option("--no-check", is_flag=True, help="Do not look whether it is whole.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
 @settings_options(*PUBLISH)
 def import_(
@@ -32,13 +34,15 @@ def import_(
     *,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    no_check: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Publish a repository of Hugging Face (hf:) or ModelScope (ms:), streamed past the local disk.
 
     Without a name it gets its own, in the library that --library or OBSFS_LIBRARY names. Hashes that the hub knows
-    are compared with what it sends. Needs the extra `hub`.
+    are compared with what it sends. A file that is cut off, damaged or missing there is a warning: it is published as
+    the hub has it. Needs the extra `hub`.
     """
     from obsfs.library import hub
     from obsfs.library.names import parse_model
@@ -53,6 +57,11 @@ def import_(
     with spinner(f"looking at {wanted}", quiet=as_json):
         found = hub.find(wanted).chosen(include, exclude)
         details = found.details()
+        problems = [] if no_check else found.problems()
+    for problem in problems[:_SHOWN]:
+        tell(f"obsfs: warning: {problem}", err=True)
+    if len(problems) > _SHOWN:
+        tell(f"obsfs: warning: {len(problems) - _SHOWN} more files are damaged or missing", err=True)
     with progress(f"importing {wanted}", sum(file.size for file in found.files), quiet=as_json) as advance:
         manifest, sent = publish(
             model, found.files, details, settings, origin=f"{wanted}@{found.revision}", advance=advance

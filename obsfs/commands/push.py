@@ -27,6 +27,7 @@ NAME@VERSION never changes once it is published. NAME without a version is repla
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.argument("name", metavar="obs://BUCKET/NAME[@VERSION]")
 @click.option("--any", "any_files", is_flag=True, help="Push it though it is no model.")
+@click.option("--no-check", is_flag=True, help="Push it though a file of it is damaged or missing.")
 @click.option("--source", metavar="TEXT", help="Where it came from, for the manifest. Default: the directory's name.")
 @click.option("--revision", metavar="TEXT", help="Of which revision it is. Default: the commit, if it is in git.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
@@ -36,12 +37,16 @@ def push(
     name: str,
     *,
     any_files: bool,
+    no_check: bool,
     source: str | None,
     revision: str | None,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Publish a model: all files of DIRECTORY, in parallel, and a manifest of their hashes last.
+
+    Configurations, indexes and the headers of the weights are looked at before anything is sent: a model with a file
+    that is cut off, damaged or missing is refused.
 
     It exists whole or not at all. What is there already, at this or another version of the same name, is not sent
     again; a push that was cut off goes on where it stopped when it is run again from the same machine.
@@ -61,6 +66,7 @@ def push(
             files=files,
             source=source or "",
             revision=revision or "",
+            check=not no_check,
             advance=advance,
         )
     mounts.refresh(str(model))

@@ -17,6 +17,7 @@ import urllib3
 from obsfs.errors import ForbiddenError, NotFoundError, ObsfsError, UnavailableError, UsageError
 from obsfs.extras import remedy
 from obsfs.library import manifest as manifests
+from obsfs.library import whole
 from obsfs.library.names import is_chosen, is_safe_path
 from obsfs.library.publish import Details
 from obsfs.library.push import author
@@ -25,6 +26,8 @@ HUBS = ("hf", "ms")
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TIMEOUT = 60.0
 _CONNECTIONS = 24
+_MAX_JSON = 4 << 20
+"""Bytes of a JSON file that is looked at before it is fetched: indexes and configurations, and not every tokenizer."""
 
 
 class HubName(NamedTuple):
@@ -93,6 +96,11 @@ class Repository:
         """For the manifest. Reads the configuration, and the headers of the weights."""
         model = manifests.look({file.path: (file.size, file.read) for file in self.files})
         return Details(author(), str(self.name), self.revision, model)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the files as the hub has them: one that is cut off, damaged, or named and not there."""
+        found = whole.look({file.path: (file.size, file.read) for file in self.files}, max_json=_MAX_JSON)
+        return [f"{self.name}/{path} {reason}" for path, reason in found.problems]
 
 
 def parse_hub_name(text: str) -> HubName:

@@ -24,7 +24,7 @@ ADAPTER = "adapter_config.json"
 _SMALL = 1 << 20
 _MAX_TEXT = 200
 """Characters of what a configuration calls an architecture or a dtype."""
-_WEIGHTS = (safetensors.SUFFIX, ".gguf", ".bin", ".pt", ".pth", ".onnx")
+WEIGHTS = (safetensors.SUFFIX, ".gguf", ".bin", ".pt", ".pth", ".onnx")
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "F8_E4M3": "float8"}
 
 
@@ -111,7 +111,7 @@ def now() -> datetime:
 
 def is_model(paths: Iterator[str]) -> bool:
     """Whether files with these names make a model or an adapter."""
-    return any(path in (CONFIG, ADAPTER) or path.endswith(_WEIGHTS) for path in paths)
+    return any(path in (CONFIG, ADAPTER) or path.endswith(WEIGHTS) for path in paths)
 
 
 def look(files: Mapping[str, tuple[int, safetensors.Read]]) -> About:

@@ -18,7 +18,7 @@ from typing import Any
 from obsfs import private
 from obsfs.errors import UsageError
 from obsfs.library import manifest as manifests
-from obsfs.library import shelf
+from obsfs.library import shelf, whole
 from obsfs.library.manifest import ADAPTER, CONFIG, Manifest
 from obsfs.library.names import ModelName, is_safe_path, parse_model
 from obsfs.library.publish import Details, Publication, Source
@@ -30,6 +30,7 @@ from obsfs.settings import Settings, keywords, state_dir
 _CONNECTIONS = 16
 _NOT_OURS = {".git", ".obsfs", ".cache", "__pycache__", ".ipynb_checkpoints"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_NOT_WHOLE = "the model is not whole: mend it, or publish it as it is with --no-check (check=False)"
 
 
 @dataclass(frozen=True)
@@ -97,18 +98,23 @@ def push(
     files: Sequence[LocalFile],
     source: str = "",
     revision: str = "",
+    check: bool = True,
     advance: Advance = lambda size: None,
 ) -> tuple[Manifest, int]:
     """Publish `files` (of :func:`find_files`) as `name`. Returns the manifest, and how many bytes were sent.
 
-    Raises ObsfsError; nothing is published then. What was sent in part is gone on with by the next push of the same
-    directory to the same name from this machine.
+    Raises ObsfsError; nothing is published then. With `check`, a model that is not whole is refused before anything is
+    sent. What was sent in part is gone on with by the next push of the same directory to the same name from this
+    machine.
     """
+    found = {file.path: (file.size, file.read) for file in files}
+    if check:
+        whole.check(whole.look(found), str(directory), _NOT_WHOLE)
     details = Details(
         author=author(),
         source=source or directory.resolve().name,
         revision=revision or revision_of(directory),
-        model=manifests.look({file.path: (file.size, file.read) for file in files}),
+        model=manifests.look(found),
     )
     return publish(name, files, details, settings, origin=str(directory.resolve()), advance=advance)
 
@@ -120,18 +126,42 @@ def push_directory(
     any_files: bool = False,
     source: str = "",
     revision: str = "",
+    check: bool = True,
     **settings: Any,
 ) -> str:
     """Publish a directory as ``obs://BUCKET/NAME[@VERSION]``, as ``obsfs push`` does, and return its URL.
 
-    `any_files` also takes what is no model. `settings` are the fields of :class:`~obsfs.settings.Settings`. Raises
-    ObsfsError; nothing is published then.
+    `any_files` also takes what is no model; without `check`, a model is published that is not whole. `settings` are the
+    fields of :class:`~obsfs.settings.Settings`. Raises ObsfsError; nothing is published then.
     """
     chosen = Settings.load(**keywords(settings))
     model = parse_model(name, chosen.library)
     files = find_files(Path(directory), any_files=any_files)
-    push(Path(directory), model, chosen, files=files, source=source, revision=revision)
+    push(Path(directory), model, chosen, files=files, source=source, revision=revision, check=check)
     return str(model)
+
+
+def check_model(directory: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """See whether the model in a directory is whole, by its configuration, its index and the headers of its weights.
+
+    Returns:
+        The header of each safetensors file in the directory, by its name: ``{tensor: {dtype, shape, data_offsets}}``.
+
+    Raises:
+        UsageError: A file is missing, cut off or damaged; names it.
+    """
+    place = Path(directory)
+    try:
+        files = {
+            entry.name: LocalFile(entry.name, entry.stat().st_size, Path(entry.path), entry.stat().st_mtime_ns)
+            for entry in os.scandir(place)
+            if entry.is_file()
+        }
+    except OSError as error:
+        raise UsageError(f"{directory} cannot be read ({error.strerror})", "give the directory of a model") from None
+    found = whole.look({name: (file.size, file.read) for name, file in files.items()})
+    whole.check(found, str(directory), "the model is not whole: push or pull it again")
+    return found.headers
 
 
 def publish(

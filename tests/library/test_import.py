@@ -87,3 +87,16 @@ def test_mistakes(bucket: Store, obsfs: Run, hub: tuple[LocalHub, Path]) -> None
     assert "a-wrong-token" not in wrong.err + wrong.out
     assert obsfs("import", "hf:org/name", f"{bucket}/m", HF_TOKEN="a-planted-token").code == 0
     assert "a-planted-token" not in json.dumps(published(bucket, "m"))
+
+
+def test_what_a_hub_has_in_pieces_is_published_with_a_warning(
+    bucket: Store, obsfs: Run, hub: tuple[LocalHub, Path]
+) -> None:
+    _, model = hub
+    (model / "model-00002-of-00002.safetensors").unlink()
+    (model / "config.json").write_text("{")
+    done = obsfs("import", "hf:org/name", f"{bucket}/mine@v1")
+    assert done.code == 0, done.err
+    assert "warning: hf:org/name/config.json is not JSON" in done.err
+    assert "warning: hf:org/name/model-00002-of-00002.safetensors is missing, and others of 2 are there" in done.err
+    assert "warning" not in obsfs("import", "hf:org/name", f"{bucket}/mine@v1", "--no-check").err

@@ -208,7 +208,7 @@ def test_what_cannot_be_run_is_told_before_it_starts(
     shard = sorted(cut.glob("*.safetensors"))[-1]
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100])
-    refused(f"{shard} cannot be read", model=str(cut))
+    refused(f"{shard} is cut off", model=str(cut))
     shard.unlink()
     refused(f"{shard} is missing", model=str(cut))
     shard.write_bytes(whole)

@@ -1,0 +1,165 @@
+"""Whether a model is whole, by what its small files and the headers of its weights say. No weights are read.
+
+Looked at: the header of each safetensors file, and whether its tensors fill the file to the end; whether other weights
+are there at all, or cut off; whether configurations are JSON; and whether the shards are there that an index, or the
+name of another shard, tells of.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from obsfs.blocks import safetensors
+from obsfs.errors import UsageError
+from obsfs.library.manifest import ADAPTER, CONFIG, WEIGHTS
+
+_OBJECTS = {
+    *(CONFIG, ADAPTER, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "preprocessor_config.json", "processor_config.json", "model_index.json"),
+}
+"""Files that transformers, PEFT and diffusers read as one JSON object."""
+_INDEX = re.compile(r"(?P<whole>[^/]*)\.index(\.[^./]+)?\.json")
+"""``model.safetensors.index.json`` and, of diffusers, ``model.safetensors.index.fp16.json``."""
+_SHARD = re.compile(r"(?P<start>.*)(?P<number>\d{5})-of-(?P<total>\d{5})(?P<end>\.[^/]*)")
+_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How what stands for a file begins: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md."""
+_ZIP, _ZIP_END, _ZIP_TAIL = b"PK\x03\x04", b"PK\x05\x06", 22 + 65_535
+"""torch.save makes zip archives, which end in a directory of what they hold (PKWARE's APPNOTE.TXT, 4.3.16)."""
+MAX_JSON = 64 << 20
+"""Bytes of a JSON file that is read; a tokenizer has 30 MiB at most."""
+
+Read = Callable[[int, int], bytes]
+"""The bytes of a file from an offset on, so many. Raises ObsfsError."""
+
+
+class Problem(NamedTuple):
+    """What is wrong with a file: the rest of a sentence that begins with it."""
+
+    path: str
+    reason: str
+
+
+class Look(NamedTuple):
+    """What was seen. `headers` has that of each safetensors file that is right, by its path: ``{name: {dtype, shape,
+    data_offsets}}``."""
+
+    problems: list[Problem]
+    headers: dict[str, dict[str, Any]]
+
+
+def look(files: Mapping[str, tuple[int, Read]], *, max_json: int = MAX_JSON) -> Look:
+    """See whether a model is whole.
+
+    Args:
+        files: Size in bytes of each file, and what reads it, by their paths.
+        max_json: JSON files of more bytes are not read.
+
+    Raises:
+        ObsfsError: A file cannot be read.
+    """
+    problems: list[Problem] = []
+    headers: dict[str, dict[str, Any]] = {}
+    indexes: dict[str, Any] = {}
+    for path in sorted(files):
+        size, read = files[path]
+        name = path.rpartition("/")[2]
+        is_index = _INDEX.fullmatch(name) is not None
+        try:
+            if path.endswith(WEIGHTS):
+                _check_start(size, read)
+            if path.endswith(safetensors.SUFFIX):
+                headers[path] = safetensors.checked_header(size, read)
+            elif (name in _OBJECTS or is_index) and size <= max_json:
+                found = _object(read(0, size))
+                if is_index:
+                    indexes[path] = found
+        except ValueError as error:
+            problems.append(Problem(path, str(error)))
+    for path, index in indexes.items():
+        problems += _index_faults(path, index, files, headers)
+    return Look(problems + list(_series_faults(files, indexes)), headers)
+
+
+def check(found: Look, where: str, remedy: str) -> None:
+    """Raise UsageError, which names the first file that is wrong, when a model is not whole.
+
+    Args:
+        found: What was seen of it.
+        where: Its directory, or its URL.
+        remedy: What to do about it.
+    """
+    for path, reason in found.problems[:1]:
+        others = len(found.problems) - 1
+        more = f" (and {others} more {'file' if others == 1 else 'files'})" if others else ""
+        raise UsageError(f"{where.rstrip('/')}/{path} {reason}{more}", remedy)
+
+
+def _check_start(size: int, read: Read) -> None:
+    """Raise ValueError for weights that are not there, or, where it can be seen so cheaply, cut off."""
+    if not size:
+        raise ValueError("is empty")
+    start = read(0, min(size, len(_POINTER)))
+    if start == _POINTER:
+        raise ValueError("is a pointer of Git LFS, not the file: git lfs pull fetches it")
+    tail = min(size, _ZIP_TAIL)
+    if start.startswith(_ZIP) and _ZIP_END not in read(size - tail, tail):
+        raise ValueError("is cut off: the directory at its end is missing")
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data.decode())
+    except ValueError as error:
+        raise ValueError(f"is not JSON ({error})" if data.strip() else "is empty") from None
+    except RecursionError:
+        raise ValueError("is not JSON (it is nested too deep)") from None
+    if not isinstance(found, dict):
+        raise ValueError("is no JSON object")
+    return found
+
+
+def _index_faults(
+    path: str, index: Mapping[str, Any], files: Mapping[str, object], headers: Mapping[str, Mapping[str, Any]]
+) -> Iterator[Problem]:
+    """What is wrong with an index of shards that loaders read, and with its shards."""
+    directory, slash, name = path.rpartition("/")
+    below = f"{directory}{slash}"
+    match = _INDEX.fullmatch(name)
+    assert match is not None
+    joined = match["whole"]
+    beside = {other for other in files if other.rpartition("/")[0] == directory}
+    is_second = not joined.endswith(safetensors.SUFFIX) and any(one.endswith(safetensors.SUFFIX) for one in beside)
+    if f"{below}{joined}" in beside or is_second:
+        return  # nobody reads it: loaders take one whole file, or safetensors, where they find them
+    shards = index.get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        yield Problem(path, "names no shards (weight_map)")
+        return
+    for shard in sorted(set(shards.values())):
+        if f"{below}{shard}" not in files:
+            yield Problem(f"{below}{shard}", f"is missing, and {name} names it")
+    for tensor, shard in shards.items():
+        if tensor not in headers.get(f"{below}{shard}", {tensor: None}):
+            yield Problem(f"{below}{shard}", f"has no tensor {tensor!r}, where {name} says it is")
+            return
+
+
+def _series_faults(files: Mapping[str, object], indexes: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
+    """Shards that are missing by the names of others, where no index says which there are."""
+    series: dict[tuple[str, str, str], set[int]] = {}
+    for path in files:
+        if path.endswith(WEIGHTS) and (match := _SHARD.fullmatch(path)):
+            series.setdefault((match["start"], match["total"], match["end"]), set()).add(int(match["number"]))
+    directories = {path.rpartition("/")[0] for path in indexes}
+    for (start, total, end), numbers in series.items():
+        if start.rpartition("/")[0] in directories:
+            continue
+        first = 0 if 0 in numbers else 1
+        for number in range(first, first + int(total)):
+            if number not in numbers:
+                yield Problem(
+                    f"{start}{number:05}-of-{total}{end}", f"is missing, and others of {int(total)} are there"
+                )
