@@ -6,7 +6,6 @@ import click
 
 from obsfs.commands.options import Command
 from obsfs.commands.output import tell
-from obsfs.errors import UsageError
 from obsfs.fuse import mounts
 
 _EPILOG = """\b
@@ -28,6 +27,6 @@ def refresh(places: tuple[str, ...]) -> None:
     for place in places:
         found = mounts.refresh(place)
         if not found:
-            raise UsageError(f"no obsfs mount shows {place}", "see `obsfs status`")
+            raise mounts.why_unseen(place)
         for path in found:
             tell(f"{path}: asks the bucket again")

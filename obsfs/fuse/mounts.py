@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pwd
 import select
 import selectors
 import signal
@@ -190,17 +191,17 @@ def _end(process: subprocess.Popen[bytes], mountpoint: Path) -> None:
 
 
 def resolve(mountpoint: str | os.PathLike[str]) -> Path:
-    """The absolute path of a mountpoint. Does not look at the mountpoint itself, whose server may be dead.
+    """The absolute path of a mountpoint. Looks at nothing on a mount of obsfs, whose server may be dead.
 
-    Raises UsageError for an empty one, which would mean the working directory.
+    Raises UsageError for an empty one, which would mean the working directory, and one that leads nowhere.
     """
     if not os.fspath(mountpoint).strip():
         raise UsageError("the mountpoint is empty", "give a directory")
-    path = Path(mountpoint).expanduser().absolute()
-    direct = Path(os.path.realpath(path.parent)) / path.name
-    if channel.mounted_at(direct) is not None:
-        return direct
-    return Path(os.path.realpath(path))
+    try:
+        return channel.locate(Path(mountpoint).expanduser())[0]
+    except (OSError, RuntimeError) as error:  # a loop of links; a home of nobody
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"the mountpoint {mountpoint} cannot be followed ({reason})", "give its path itself") from None
 
 
 def prepare(mountpoint: Path, settings: Settings) -> None:
@@ -214,8 +215,10 @@ def prepare(mountpoint: Path, settings: Settings) -> None:
         state.wait_until_free(mountpoint, _END_SECONDS)
         entry = channel.mounted_at(mountpoint)
     if entry is not None:
-        whose = ", by another user" if entry.is_obsfs and not entry.is_ours else ""
-        raise UsageError(f"{mountpoint} is already mounted ({entry.source}{whose})", f"obsfs umount {mountpoint}")
+        if entry.is_ours:
+            raise UsageError(f"{mountpoint} is already mounted ({entry.source})", f"obsfs umount {mountpoint}")
+        what = f"obsfs, by {_owner(entry)}" if entry.is_obsfs else entry.fs_type
+        raise UsageError(f"{mountpoint} is already mounted ({what})", "mount on another directory")
     below = channel.mount_of(mountpoint)
     if below is not None and below.is_obsfs:
         raise UsageError(f"{mountpoint} lies on a mount of obsfs ({below.mountpoint})", "mount elsewhere")
@@ -317,6 +320,48 @@ def refresh(place: str | os.PathLike[str]) -> list[Path]:
                     asked.append((entry, _REFRESH, inside))
     answers = zip(asked, _ask(asked), strict=True)
     return [one[0].mountpoint / answer.path for one, answer in answers if isinstance(answer, _Answer)]
+
+
+def why_unseen(place: str) -> UsageError:
+    """Return why :func:`refresh` has refreshed nothing: how the mounts are that a place is on, or may be on."""
+    if "://" not in place:
+        entry = channel.locate(place)[1]
+        if entry is None or not entry.is_obsfs:
+            return UsageError(f"{place} lies on no mount of obsfs", "see `obsfs status`")
+        found = find(entry.mountpoint)
+    else:
+        found = [one for one in find() if _may_show(one.entry, place)]
+    for one in reversed(found):  # the one on top comes last
+        if one.state in _UNSEEN:
+            reason, remedy = _UNSEEN[one.state]
+            words = {"mount": one.entry.mountpoint, "owner": _owner(one.entry)}
+            return UsageError(f"{place}: {reason.format(**words)}", remedy.format(**words))
+    return UsageError(f"no mount of obsfs shows {place}", "see `obsfs status`")
+
+
+_UNSEEN: dict[State, tuple[str, str]] = {
+    "dead": ("the server of {mount} has died", "mount it again, or `obsfs umount {mount}`"),
+    "not answering": ("the server of {mount} does not answer", "`obsfs umount --lazy {mount}` ends it"),
+    "another user's": ("the mount {mount} was made by {owner}", "it shows what is new when its --metadata-ttl is over"),
+    "covered": ("another mount covers {mount}", "see findmnt(8)"),
+}
+
+
+def _may_show(mount: MountEntry, url: str) -> bool:
+    try:
+        return _shown(mount, url) is not None
+    except UsageError:
+        return False
+
+
+def _owner(entry: MountEntry) -> str:
+    """Who made a mount of obsfs, as a person knows them."""
+    if entry.user is None:
+        return "an unknown user"
+    try:
+        return f"{pwd.getpwuid(entry.user).pw_name} (uid {entry.user})"
+    except KeyError:
+        return f"uid {entry.user}"
 
 
 def _shown(mount: MountEntry, url: str) -> Path | None:
@@ -501,13 +546,20 @@ def replace_server(mountpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
     """Unmount, and wait until its process has ended (unless `lazy`: it serves on until the last file is closed).
 
-    Raises UsageError when no obsfs is mounted there, or when it is in use.
+    Raises UsageError when no obsfs is mounted there, when it is in use, or when another user has made it; root may.
     """
     entry = channel.mounted_at(mountpoint)
     if entry is None:
+        above = channel.mount_of(mountpoint)
+        if above is not None and above.is_obsfs:
+            raise UsageError(f"{mountpoint} lies on the mount {above.mountpoint}", f"obsfs umount {above.mountpoint}")
         raise UsageError(f"nothing is mounted on {mountpoint}", "see `obsfs status`")
     if not entry.is_obsfs:
         raise UsageError(f"what is mounted on {mountpoint} is no obsfs ({entry.fs_type})", "use umount(8)")
+    if not entry.is_ours and os.geteuid() != 0:
+        raise UsageError(
+            f"the mount on {mountpoint} was made by {_owner(entry)}", "only that user, or root, can unmount it"
+        )
     if lazy:
         channel.unmount(mountpoint, lazy=True, force=entry.is_ours and state.is_abandoned(mountpoint))
         return

@@ -7,11 +7,16 @@ import fcntl
 import hashlib
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from obsfs import private
 from obsfs.errors import UsageError
 from obsfs.settings import state_dir
+
+_SETTLE_SECONDS = 2.0
+"""In which a server has handed its lock to its supervisor."""
+_PAUSE_SECONDS = 0.02
 
 
 def path(mountpoint: Path, suffix: str) -> Path:
@@ -56,7 +61,8 @@ def is_abandoned(mountpoint: Path) -> bool:
 def open_keeper(mountpoint: Path) -> int:
     """Return a pidfd of the process with which a mount ends, to signal it.
 
-    That process is proven, not believed: our own lock file names it, it runs as this user, and it holds that lock.
+    That process is proven, not believed: our own lock file names it, it runs as this user, and it holds that lock. Of
+    a mount that has just begun it is about to get the lock, and is waited for.
 
     Raises:
         UsageError: there is no such process.
@@ -72,11 +78,14 @@ def open_keeper(mountpoint: Path) -> int:
     except OSError:
         raise unproven from None
     # What is looked at from here on is that process, or one that came after it, and then the signal goes nowhere.
-    try:
-        if Path(f"/proc/{keeper[0]}").stat().st_uid == os.geteuid() and _holds_lock(keeper[0], mountpoint):
-            return pidfd
-    except OSError:
-        pass
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    with suppress(OSError):
+        while Path(f"/proc/{keeper[0]}").stat().st_uid == os.geteuid():
+            if _holds_lock(keeper[0], mountpoint):
+                return pidfd
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_PAUSE_SECONDS)
     os.close(pidfd)
     raise unproven
 

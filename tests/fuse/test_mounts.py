@@ -78,7 +78,7 @@ def test_another_users_mount_is_never_asked(impostor: Impostors, capsys: pytest.
     for ask in (mounts.status, mounts.replace_server):
         with pytest.raises(UsageError, match="another user's"):
             ask(other.path)
-    with pytest.raises(UsageError, match="by another user"):
+    with pytest.raises(UsageError, match=r"is already mounted \(obsfs, by nobody \(uid 65534\)\): mount on another"):
         mounts.prepare(other.path, Settings())
     shown = _see(capsys, other.path, "--json")
     assert (shown.code, shown.json["state"]) == (0, "another user's")
@@ -178,7 +178,7 @@ def test_a_hung_mount_holds_up_nothing_else(
     assert mounts.refresh(path / "a") == [path / "a"]
     assert locate(str(path / "a"), {})[0] == f"{bucket}/a"
     assert hung.asked == 0
-    monkeypatch.setattr(mounts, "_STATUS_SECONDS", 1.0)
+    monkeypatch.setattr(mounts, "_STATUS_SECONDS", 4.0)
     with pytest.raises(UsageError, match="does not answer"):
         mounts.on_mount(hung.path / "a")
     assert hung.asked == 1
@@ -344,3 +344,65 @@ def test_json_of_all_mounts_is_a_list(impostor: Impostors, capsys: pytest.Captur
     other = impostor(user=NOBODY)
     found = [one for one in json.loads(_see(capsys, "--json").out) if one["mountpoint"] == str(other.path)]
     assert found == [{"mountpoint": str(other.path), "source": "obs://impostors", "state": "another user's"}]
+
+
+# what is said of a mount that cannot be unmounted, refreshed or mounted over
+
+
+def _as_nobody(*arguments: object) -> str:
+    """What a command says to the user nobody."""
+    done = subprocess.run(
+        ["setpriv", f"--reuid={NOBODY}", "--clear-groups", sys.executable, "-m", "obsfs", *map(str, arguments)],
+        capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "HOME": "/nonexistent"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    return done.stderr
+
+
+def test_a_mount_of_another_user_is_named_with_its_owner(impostor: Impostors) -> None:
+    one = impostor(status=_ELSEWHERE)
+    for path in one.path.parents[:3]:
+        path.chmod(0o755)
+    assert _as_nobody("umount", one.path) == (
+        f"obsfs: the mount on {one.path} was made by root (uid 0): only that user, or root, can unmount it\n"
+    )
+    assert f"{one.path} is already mounted (obsfs, by root (uid 0))" in _as_nobody("mount", "obs://bbb", one.path)
+    for place in (one.path / "x", "obs://impostors/x"):
+        assert f"{place}: the mount {one.path} was made by root (uid 0)" in _as_nobody("refresh", place)
+    assert channel.mounted_at(one.path)
+    assert one.asked == 0
+
+
+def _said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main(list(map(str, arguments))) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
+def test_a_dead_mount_is_told_as_dead(impostor: Impostors, capsys: pytest.CaptureFixture[str]) -> None:
+    dead = impostor()
+    dead.die()
+    for place in (dead.path, dead.path / "a" / "b", "obs://impostors", "obs://impostors/a"):
+        assert f"{place}: the server of {dead.path} has died: mount it again" in _said(capsys, "refresh", place)
+    assert f"lies on the mount {dead.path}: obsfs umount {dead.path}" in _said(capsys, "umount", dead.path / "a")
+    assert "no mount of obsfs shows obs://impostor" in _said(capsys, "refresh", "obs://impostor")
+    assert main(["umount", str(dead.path)]) == 0
+    assert channel.mounted_at(dead.path) is None
+
+
+def test_a_mount_that_never_answers_is_told_as_that(
+    impostor: Impostors, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mounts, "_STATUS_SECONDS", 0.5)
+    hung = impostor()
+    assert f"does not answer: `obsfs umount --lazy {hung.path}`" in _said(capsys, "refresh", hung.path)
+    assert f"lies on the mount {hung.path}" in _said(capsys, "umount", hung.path / "x")
+
+
+def test_what_is_no_mount_of_obsfs_is_told_as_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert f"{tmp_path} lies on no mount of obsfs" in _said(capsys, "refresh", tmp_path)
+    assert "cannot be followed (Too many levels" in _said(capsys, "umount", tmp_path / "loop")
+    assert "/proc is already mounted (proc): mount on another directory" in _said(capsys, "mount", "obs://bbb", "/proc")
+    assert "what is mounted on /proc is no obsfs (proc): use umount(8)" in _said(capsys, "umount", "/proc")
