@@ -149,7 +149,7 @@ def cache() -> Callable[[bytes], None]:
             if opened.has(block):
                 assert opened.read(block * BLOCK, size) == content[block * BLOCK :][:size], "a wrong byte"
         opened.close()
-        store.evict(store.limit)
+        store.trim()
 
     return test
 

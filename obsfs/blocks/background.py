@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
 
@@ -15,11 +16,18 @@ _QUIET_SECONDS = 0.5
 _JOIN_SECONDS = 10.0
 
 
+@dataclass
+class _Round:
+    seconds: float
+    chore: Callable[[], None]
+    due: float
+
+
 class Background:
     """One thread for prompt chores, in order, and one for housekeeping. Close it to end them.
 
-    Housekeeping comes in pieces: chores that are run while `is_quiet` (looked at twice per second), and steps, of which
-    each is short, so that neither chore nor step waits long for another.
+    Housekeeping comes in pieces: chores that are run while `is_quiet` (looked at twice per second), rounds that come
+    again and again, and steps, of which each is short, so that none waits long for another.
     """
 
     def __init__(self, is_quiet: Callable[[], bool]) -> None:
@@ -29,6 +37,7 @@ class Background:
         self._steps: deque[Iterator[object]] = deque()
         self._quiet: deque[Callable[[], None]] = deque()
         self._next_look = 0.0
+        self._rounds: list[_Round] = []
         self._closing = False
         self._threads = [
             threading.Thread(target=self._do_chores, name="obsfs-chores", daemon=True),
@@ -45,6 +54,12 @@ class Background:
         """Run a long piece of housekeeping step by step, in turn with others; what is left at the end is dropped."""
         with self._changed:
             self._steps.append(steps)
+            self._changed.notify()
+
+    def every(self, seconds: float, chore: Callable[[], None]) -> None:
+        """Run a short piece of housekeeping over and over, with a pause of so many seconds or somewhat more."""
+        with self._changed:
+            self._rounds.append(_Round(seconds, chore, time.monotonic() + seconds))
             self._changed.notify()
 
     def when_quiet(self, chore: Callable[[], None]) -> None:
@@ -83,13 +98,18 @@ class Background:
         """A chore whose time has come, or whose step is next; neither after a wait for one."""
         with self._changed:
             now = time.monotonic()
+            for one in self._rounds:
+                if now >= one.due:
+                    one.due = now + one.seconds
+                    return one.chore, None
             if self._quiet and now >= self._next_look:
                 self._next_look = now + _QUIET_SECONDS
                 return (self._quiet.popleft() if self._is_quiet() else None), None
             if self._steps:
                 return None, self._steps.popleft()
             if not self._closing:
-                self._changed.wait(self._next_look - now if self._quiet else None)
+                next_dues = [one.due for one in self._rounds] + ([self._next_look] if self._quiet else [])
+                self._changed.wait(max(0.0, min(next_dues) - now) if next_dues else None)
             return None, None
 
     def _step(self, steps: Iterator[object]) -> None:

@@ -92,7 +92,6 @@ class Cache:
         self._fixed_limit = limit
         self._fixed_min_free = min_free
         self._guard = threading.Lock()
-        self._evicting = threading.Lock()
         self._used = 0
         self._room_of_maps = 0
         self._reserved = 0
@@ -102,8 +101,16 @@ class Cache:
         self._next_complaint = 0.0
         self._was_made = False
         self.exclusive = DirectoryLock(self.root / "lock", self._make)
+        """Held for a moment by who makes, removes or pins a file: every open waits for it."""
+        self._evicting = DirectoryLock(self.root / "evicting", self._make)
+        """Held by who makes room, which takes as long as it takes to read all maps: one process at a time."""
+        self.trim_soon: Callable[[], None] | None = None
+        """Has somebody call :meth:`trim` soon. Without it, whoever stores a block has to."""
+        self.on_removed: Callable[[], None] = lambda: None
+        """Called when files were evicted whole: they keep their room for as long as somebody has them open."""
         self.pins = Pins(self.root, lambda: self.limit, self.exclusive)
         try:
+            self._make()
             self.exclusive.open()
             if not self._takes_holes():
                 raise CacheError(
@@ -308,9 +315,12 @@ class Cache:
         False when there is no room, because what is there is in use by readers in passthrough.
         """
         if self._is_scan_due():
-            with self._evicting:
-                if self._is_scan_due():
-                    self.trim()
+            if self.trim_soon is not None:
+                self.trim_soon()
+            else:
+                with self._evicting:
+                    if self._is_scan_due():
+                        self.trim()
         if self._take(size):
             return True
         with self._evicting:
@@ -342,19 +352,29 @@ class Cache:
         return least + self._reserved + size - free
 
     def _is_scan_due(self) -> bool:
-        return self._stored - self._stored_at_scan >= max(min(self._bound, self.limit) // 16, 64 * BLOCK)
+        limit = min(self._bound, self.limit)
+        stored = self._stored - self._stored_at_scan
+        if stored >= max(limit // 16, 64 * BLOCK):
+            return True
+        # In time, so that nobody has to wait for room; but not over and over where nothing can be evicted.
+        ahead = self._ahead(limit)
+        return self.trim_soon is not None and stored >= ahead // 2 and limit - self._used - self._room_of_maps < ahead
+
+    def _ahead(self, limit: int) -> int:
+        """Bytes of room to have at hand before they are needed: what arrives while all maps are read."""
+        return min(limit // 32, _MOST_SLACK) if self.trim_soon is not None else 0
 
     def trim(self) -> None:
-        """Bring the cache to its limit, and give the disk back what it is to have free."""
-        self._evict(self._bound, 0)
+        """Bring the cache to its limit, and give the disk back what it is to have free; oldest blocks go first."""
+        ahead = self._ahead(min(self._bound, self.limit))
+        self._evict(self._bound - ahead, ahead)
 
-    def evict(self, target: int) -> None:
-        """Bring the cache to `target` bytes, or to 95% of it when it has to go down at all; oldest blocks first."""
-        self._evict(target, None)
+    def _evict(self, target: int, size: int) -> None:
+        """Evict to `target` bytes, or 5 % less if it has to go down at all, and so that the disk takes `size` more.
 
-    def _evict(self, target: int, size: int | None) -> None:
-        """Evict to `target` bytes, and so that the disk takes `size` more (None: whatever it has free)."""
-        with self.exclusive:
+        Files are locked one by one: who opens one waits for no more than that.
+        """
+        with self._evicting:
             stored = self._stored
             blocks: list[StoredBlock] = []
             rooms: dict[Path, int] = {}
@@ -362,7 +382,7 @@ class Cache:
             for path in map_paths(self.root):
                 found = read_map(path)
                 if not found.is_readable:
-                    with suppress(OSError):
+                    with suppress(OSError), self.exclusive:
                         remove_empty(path)
                 rooms[path] = found.room
                 shares[path] = found.room // max(1, len(found.blocks))
@@ -370,24 +390,28 @@ class Cache:
                     blocks += found.blocks
             blocks.sort()
             total = sum(block.size for block in blocks) + self.pins.cached_bytes()
-            excess = total + sum(rooms.values()) - target
-            if size is not None:
-                excess = max(excess, self._shortfall(size))
+            excess = max(total + sum(rooms.values()) - target, self._shortfall(size))
             if excess > 0:
                 excess += min(max(0, total - excess) // 20, _MOST_SLACK)
-            oldest, freed = iter(blocks), 0
+            oldest, freed, is_removed = iter(blocks), 0, False
             # In rounds: what is in use by passthrough frees nothing, so that more must be chosen.
             while freed < excess and (victims := _take_bytes(oldest, excess - freed, shares)):
                 for path, of_file in victims.items():
-                    size_freed = evict_blocks(path, of_file)
+                    with self.exclusive:
+                        size_freed = evict_blocks(path, of_file)
                     self.evicted_bytes += size_freed
                     total -= size_freed
-                    freed += size_freed + (0 if path.exists() else rooms.pop(path, 0))
+                    freed += size_freed
+                    if not path.exists():
+                        freed += rooms.pop(path, 0)
+                        is_removed = True
             with self._guard:
                 # What was stored during the scan may have been seen by it or not.
                 self._used = total + self._stored - stored
                 self._room_of_maps = sum(rooms.values())
                 self._stored_at_scan = stored
+        if is_removed:
+            self.on_removed()
 
     def _estimate(self) -> tuple[int, int]:
         """About how many bytes the data files and the map files take, before all of them have been read."""
@@ -406,18 +430,20 @@ class Cache:
         """
         horizon = (time.time() - older_than) * 1e9
         freed = 0
-        with self.exclusive:
-            for path in map_paths(self.root):
+        for path in map_paths(self.root):
+            # One by one: every open waits for this lock.
+            with self.exclusive:
                 entry = read_entry(path)
                 if entry is None:
                     unlink(path)
-                    continue
-                if is_pinned(path) or is_linked(path) or (prefix is not None and not _is_under(entry.version, prefix)):
-                    continue
-                if entry.last_used * 1e9 > horizon:
-                    continue
-                freed += evict_blocks(path, read_blocks(path))
-            self.discount(freed)
+                elif not (
+                    is_pinned(path)
+                    or is_linked(path)
+                    or (prefix is not None and not _is_under(entry.version, prefix))
+                    or entry.last_used * 1e9 > horizon
+                ):
+                    freed += evict_blocks(path, read_blocks(path))
+        self.discount(freed)
         return freed
 
     def check(self, version: ObjectVersion, advance: Callable[[int], None]) -> tuple[str, list[int]]:
@@ -461,12 +487,14 @@ class Cache:
                 yield entry
 
     def close(self) -> None:
-        """Close the directory's lock file."""
+        """Close the directory's lock files."""
         self.exclusive.close()
+        self._evicting.close()
 
     def abandon(self) -> None:
         """As :meth:`CachedObject.abandon`."""
         self.exclusive.abandon()
+        self._evicting.abandon()
 
 
 def cached_sizes(directory: Path, endpoint: str, bucket: str) -> dict[tuple[str, str, int], int]:

@@ -206,17 +206,16 @@ def header(old: bytes, size: int, identity: bytes) -> bytes:
 
 
 class DirectoryLock:
-    """The lock of the whole directory, among threads and processes; held for short times only.
+    """A lock of the whole directory, among threads and processes.
 
-    `prepare` makes the directory of its file; it is called when the file is not there, as somebody may have removed the
+    `prepare` makes the directory of its file; it is called when that is not there, as somebody may have removed the
     whole cache. Where that is not possible it is a lock among the threads of this process only.
     """
-
-    _threads = threading.RLock()
 
     def __init__(self, path: Path, prepare: Callable[[], None]) -> None:
         self.path = path
         self._prepare = prepare
+        self._threads = threading.RLock()
         self._fd = -1
         self._depth = 0
 
@@ -225,8 +224,11 @@ class DirectoryLock:
         with self._threads:
             if self._fd >= 0 and is_at(self._fd, self.path):
                 return
-            self._prepare()
-            fd = private.open_file(self.path)
+            try:
+                fd = private.open_file(self.path)
+            except FileNotFoundError:
+                self._prepare()
+                fd = private.open_file(self.path)
             self.close()
             self._fd = fd
 
@@ -234,11 +236,6 @@ class DirectoryLock:
     def fd(self) -> int:
         """The descriptor of a file on the cache's file system; -1 when there is none."""
         return self._fd
-
-    @classmethod
-    def after_fork(cls) -> None:
-        """In a forked child: whichever thread of the parent's had the lock, it is not here to give it back."""
-        cls._threads = threading.RLock()
 
     def __enter__(self) -> None:
         self._threads.acquire()
@@ -265,9 +262,6 @@ class DirectoryLock:
         """As :meth:`~obsfs.blocks.object.CachedObject.abandon`."""
         with suppress(OSError):
             self.close()
-
-
-os.register_at_fork(after_in_child=DirectoryLock.after_fork)
 
 
 def read_entry(path: Path) -> CacheEntry | None:

@@ -78,7 +78,10 @@ class Reader:
         self._policy = ReadAhead(cached.blocks, engine.window, self.load.credit, fences)
         self._is_verifying = False
         self._is_complete = cached.is_complete()
-        if not self._is_complete and cached.is_full():
+
+    def begin(self) -> None:
+        """Look at what an earlier process has left, now that the engine knows this reader."""
+        if not self._is_complete and self.cached.is_full():
             self._verify_in_steps()
 
     @property
@@ -272,11 +275,17 @@ class Engine:
         self._readers: OrderedDict[ObjectVersion, Reader] = OrderedDict()
         self._retired: list[Reader] = []
         """Those that are left to who has them open: who opens their versions from now on gets others."""
-        self._next_look = 0.0
+        self._opening: dict[ObjectVersion, Future[None]] = {}
+        """Those whose files are being opened just now."""
         self._next_complaint = 0.0
         self._loads: dict[tuple[str, str], _Load] = {}
+        # Nobody waits for the disk with it: whoever begins or ends a read asks for it.
         self._guard = threading.Lock()
-        self.fetcher.background.in_steps(self._bound_cache())
+        self._is_trimming = False
+        self.cache.trim_soon = self._trim_soon
+        self.cache.on_removed = self._close_evicted
+        self._trim_soon()
+        self.fetcher.background.every(_LOOK_SECONDS, self._look)
         self._read_at_last_look = 0
         self._scrubber: Scrubber | None = None
         if scrubs and settings.scrub:
@@ -293,16 +302,26 @@ class Engine:
         if (version.endpoint, version.bucket) == (self._bucket.endpoint, self._bucket.name):
             self.prefetch([(0, version, block) for block in blocks])
 
-    def _bound_cache(self) -> Iterator[None]:
-        self.cache.trim()
+    def _trim_soon(self) -> None:
+        with self._guard:
+            if self._is_trimming:
+                return
+            self._is_trimming = True
+        self.fetcher.background.in_steps(self._trim())
+
+    def _trim(self) -> Iterator[None]:
+        try:
+            self.cache.trim()
+        finally:
+            self._is_trimming = False
         yield
 
     def open(self, version: ObjectVersion) -> Reader:
         """A reader of `version`, to be given back with :meth:`release`. Raises CacheError."""
+        reader = self._hold(version)
         with self._guard:
-            reader = self._hold(version)
             reader.load.users += 1
-            return reader
+        return reader
 
     def release(self, reader: Reader) -> None:
         """Give a reader back. It is kept for a while with what it has learnt about its streams.
@@ -320,8 +339,7 @@ class Engine:
     @contextmanager
     def held(self, version: ObjectVersion) -> Iterator[Reader]:
         """A reader for the engine's own purposes, which is nobody who has the file open. Raises CacheError."""
-        with self._guard:
-            reader = self._hold(version)
+        reader = self._hold(version)
         try:
             yield reader
         finally:
@@ -339,20 +357,46 @@ class Engine:
             self._let_go(reader)
 
     def _hold(self, version: ObjectVersion) -> Reader:
-        """One more user of a reader. The caller holds the guard."""
-        # First: what is asked for may itself be idle, and its file evicted.
-        self._close_idle()
-        reader = self._readers.get(version)
-        if reader is not None and reader.cached.is_beyond_repair:
-            self._retired.append(self._readers.pop(version))
-            reader = None
-        if reader is None:
-            reader = self._readers[version] = Reader(self, self._open_cached(version))
-        else:
-            reader.learn_version(version)
-        self._readers.move_to_end(version)
-        reader.users += 1
+        """One more user of a reader, whose files are opened if they are not. Raises CacheError."""
+        while True:
+            with self._guard:
+                reader = self._readers.get(version)
+                if reader is not None and reader.cached.is_beyond_repair:
+                    self._retired.append(self._readers.pop(version))
+                    reader = None
+                if reader is not None:
+                    reader.learn_version(version)
+                    reader.users += 1
+                    self._readers.move_to_end(version)
+                    return reader
+                opening = self._opening.get(version)
+                if opening is None:
+                    mine = self._opening[version] = Future()
+            if opening is None:
+                return self._open_first(version, mine)
+            opening.result()
+
+    def _open_first(self, version: ObjectVersion, opening: Future[None]) -> Reader:
+        """Open the files of a version, for all who wait for that. The disk may be slow: nobody else waits."""
+        try:
+            self._close_idle()
+            reader = Reader(self, self._open_cached(version))
+        except BaseException as error:
+            with self._guard:
+                del self._opening[version]
+            opening.set_exception(error)
+            raise
+        with self._guard:
+            del self._opening[version]
+            self._readers[version] = reader
+            reader.users += 1
+        opening.set_result(None)
+        reader.begin()
         return reader
+
+    def is_at_hand(self, version: ObjectVersion) -> bool:
+        """Whether its files are open, so that nobody who opens it waits for the disk."""
+        return version in self._readers
 
     def _let_go(self, reader: Reader) -> None:
         with self._guard:
@@ -371,32 +415,45 @@ class Engine:
             return self.cache.open(version)
 
     def _close_idle(self, keep: int = _IDLE_READERS) -> None:
-        excess = len(self._readers) - keep
-        # What was evicted as a whole takes its room for as long as somebody has it open.
-        is_due = time.monotonic() >= self._next_look
-        if is_due:
-            self._next_look = time.monotonic() + _LOOK_SECONDS
-        for reader in [one for one in self._retired if not (one.users or one.is_fetching)]:
-            self._retired.remove(reader)
+        with self._guard:
+            excess = len(self._readers) - keep
+            idle = [one for one in self._readers.values() if _is_idle(one)] if excess > 0 else []
+            closing = self._forget(idle[: max(0, excess)])
+        for reader in closing:
             reader.cached.close()
-        for version, reader in list(self._readers.items()) if excess > 0 or is_due else ():
-            if reader.users or reader.is_fetching:
-                continue
-            if excess > 0 or (is_due and not reader.cached.is_in_cache):
-                del self._readers[version]
-                reader.cached.close()
-                excess -= 1
+
+    def _close_evicted(self) -> None:
+        """Close files that nobody reads and that were evicted as a whole: they take their room for as long as somebody
+        has them open."""
+        with self._guard:
+            idle = [one for one in self._readers.values() if _is_idle(one)]
+        gone = [one for one in idle if not one.cached.is_in_cache]
+        with self._guard:
+            closing = self._forget([one for one in gone if _is_idle(one)])
+            closing += [one for one in self._retired if _is_idle(one)]
+            self._retired = [one for one in self._retired if one not in closing]
+        for reader in closing:
+            reader.cached.close()
+
+    def _forget(self, readers: list[Reader]) -> list[Reader]:
+        """Those of these readers that were known until now. The caller holds the guard."""
+        return [one for one in readers if self._readers.get(one.version) is one and self._readers.pop(one.version)]
+
+    def _look(self) -> None:
+        """Look at what others, or the disk, may have done to the cache's files meanwhile."""
+        self._close_evicted()
 
     def load_of(self, version: ObjectVersion) -> _Load:
-        """The load that this file belongs to. The caller holds the engine's guard."""
+        """The load that this file belongs to."""
         place = version.bucket, _SHARD.sub("-*-of-", version.key)
-        load = self._loads.get(place)
-        if load is None:
-            credit = Credit()
-            load = self._loads[place] = _Load(credit, LoadOrder(self.window, credit))
-            if len(self._loads) > _LOADS:
-                del self._loads[next(iter(self._loads))]
-        return load
+        with self._guard:
+            load = self._loads.get(place)
+            if load is None:
+                credit = Credit()
+                load = self._loads[place] = _Load(credit, LoadOrder(self.window, credit))
+                if len(self._loads) > _LOADS:
+                    del self._loads[next(iter(self._loads))]
+            return load
 
     def prefetch(self, wanted: list[tuple[int, ObjectVersion, int]]) -> None:
         """Have blocks at hand, ``(urgency, version, block)``, whether anybody has those files open or not."""
@@ -568,6 +625,11 @@ class Engine:
         for reader in [*self._readers.values(), *self._retired]:
             reader.cached.abandon()
         self.cache.abandon()
+
+
+def _is_idle(reader: Reader) -> bool:
+    """Whether nobody has it open, and nothing is being fetched for it."""
+    return not (reader.users or reader.is_fetching)
 
 
 def _pieces(blocks: Iterable[int], longest: int) -> Iterator[range]:

@@ -15,13 +15,15 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from obsfs.blocks.reader import Engine, Reader
 from obsfs.errors import ObsfsError
 from obsfs.fuse.loaders import Loads, companions, shards
-from obsfs.fuse.tree import ROOT, Listing, Node, Tree
+from obsfs.fuse.tree import ROOT, Listing, Node, Tree, WouldBlockError
 from obsfs.limits import available_memory
 from obsfs.remote.objects import ObjectVersion
 from obsfs.settings import Settings
@@ -257,6 +259,18 @@ class Operations:
 
     # files
 
+    @contextmanager
+    def at_hand(self, number: int, *, wait: bool) -> Iterator[None]:
+        """While the block runs, the cache file of a node is open, so that `open` does not wait for the cache's disk."""
+        version = self.tree.node(number).version
+        if version is None:
+            yield
+            return
+        if not wait and not self.engine.is_at_hand(version):
+            raise WouldBlockError
+        with self.engine.held(version):
+            yield
+
     def open(self, number: int, flags: int, unique: int = 0) -> Opened:
         """Open a file, pinned to the version of its node. `unique` is the request's number, if it has one."""
         node = self.tree.node(number)
@@ -275,7 +289,8 @@ class Operations:
             raise _LookAgainError(f"{node.key} was found damaged in the cache")
         if number not in self._readers:
             self._readers[number] = reader
-            self._expect_load(node, node.version)
+            # Beside it: that opens the files of others.
+            self.engine.fetcher.background.later(partial(self._expect_load, node, node.version))
         if direct and not node.direct_opens:
             self._warm(node)
         self.tree.count_open(node, 1, direct=direct, unique=unique)

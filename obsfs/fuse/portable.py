@@ -104,7 +104,7 @@ class _Adapter(mfusepy.Operations):
         return 0
 
     def open(self, path: str, fi: Any) -> int:
-        with self._found(path) as found, self._guard:
+        with self._found(path) as found, self._operations.at_hand(found.node, wait=True), self._guard:
             handle = self._operations.open(found.node, fi.flags).handle
             versions = self._open.setdefault(path, {})
             versions[handle] = versions.pop(handle, 0) + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -67,6 +68,25 @@ def test_a_piece_without_end_does_not_keep_quiet_chores_from_their_turn(house: H
     house.background.when_quiet(lambda: house.done.append("two"))
     house.is_quiet = True
     wait_for(lambda: house.done == ["one", "two"])
+
+
+def test_rounds_come_again_and_again_beside_all_else(house: House) -> None:
+    def endless() -> Iterator[None]:
+        while True:
+            yield
+
+    house.background.in_steps(endless())
+    house.background.every(0.01, lambda: house.done.append("round") or print(1 / 0))  # type: ignore[func-returns-value]
+    wait_for(lambda: house.done.count("round") > 3)
+    alone = House()
+    alone.background.every(0.01, lambda: alone.done.append("round"))
+    wait_for(lambda: alone.done.count("round") > 3)
+    alone.background.when_quiet(lambda: alone.done.append("quiet"))
+    wait_for(lambda: "quiet" in alone.done)
+    alone.background.close()
+    count = len(alone.done)
+    time.sleep(0.05)
+    assert len(alone.done) == count
 
 
 def test_what_fails_takes_nothing_else_along(house: House) -> None:

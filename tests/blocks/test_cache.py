@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from obsfs.blocks import cache as cache_module
 from obsfs.blocks.cache import Cache, cached_sizes
 from obsfs.blocks.layout import BLOCK, checksum, evict_blocks, map_path, read_blocks
 from obsfs.blocks.object import CachedObject
@@ -36,6 +39,13 @@ def put(cached: CachedObject, block: int, seed: int = 0) -> bytes:
     cached.put(block, memoryview(bytearray(data)))
     cached.unlock(blocks)
     return data
+
+
+def evict(directory: Path, target: int) -> int:
+    """Have a process evict that may keep no more than that in this cache; what is left (bytes)."""
+    with closing(Cache(directory, target, min_free=0)) as other:
+        other.trim()
+        return other.used_bytes
 
 
 def test_what_is_cached_is_told_for_each_size_and_only_where_the_data_is(tmp_path: Path) -> None:
@@ -158,8 +168,7 @@ def test_a_file_that_was_in_passthrough_is_evicted_whole(tmp_path: Path, damaged
     if damaged:
         os.pwrite(held.data_fd, b"rot", 0)
         assert cache.check(held.version, lambda size: None)[1] == [0]
-    cache.evict(3 * BLOCK if not damaged else 2 * BLOCK)
-    assert cache.used_bytes == 0
+    assert evict(tmp_path / "c", 3 * BLOCK if not damaged else 2 * BLOCK) == 0
     assert not held.is_in_cache
     assert os.pread(held.data_fd, 3 * BLOCK, BLOCK) == put_bytes[BLOCK:]
 
@@ -170,8 +179,7 @@ def test_a_file_that_was_complete_loses_blocks(tmp_path: Path) -> None:
     for block in range(4):
         put(cached, block)
     cached.seal()
-    cache.evict(3 * BLOCK)
-    assert cache.used_bytes == 2 * BLOCK
+    assert evict(tmp_path / "c", 3 * BLOCK) == 2 * BLOCK
     assert [cached.is_present(block) for block in range(4)] == [False, False, True, True]
 
 
@@ -194,8 +202,53 @@ def test_a_map_whose_data_somebody_removed_is_evicted(tmp_path: Path) -> None:
     cached.close()
     (path,) = (tmp_path / "c").rglob("*.data")
     path.unlink()
-    cache.evict(0)
+    evict(tmp_path / "c", 0)
     assert not [*(tmp_path / "c").rglob("*.map"), *(tmp_path / "c").rglob("*.data")]
+
+
+@pytest.mark.parametrize("what", ["trim", "clean"])
+def test_who_opens_a_file_does_not_wait_for_who_reads_all_maps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Making room takes seconds in a cache of many files."""
+    housekeeper, cache = Cache(tmp_path / "c", GIB), Cache(tmp_path / "c", GIB)
+    for number in range(3):
+        put(cache.open(version(BLOCK, key=str(number))), 0)
+    begun, held = threading.Event(), threading.Event()
+    listed = cache_module.map_paths
+
+    def slow(root: Path) -> Iterator[Path]:
+        for number, path in enumerate(listed(root)):
+            if number:
+                begun.set()
+                assert held.wait(20)
+            yield path
+
+    monkeypatch.setattr(cache_module, "map_paths", slow)
+    with ThreadPoolExecutor() as pool:
+        try:
+            work = pool.submit({"trim": housekeeper.trim, "clean": housekeeper.clean}[what])
+            assert begun.wait(20)
+            cached = pool.submit(cache.open, version(BLOCK, key="new")).result(10)
+            assert put(cached, 0)
+            cache.pins.add(version(BLOCK, key="new"))
+            pool.submit(cached.close).result(10)
+            assert not work.done()
+        finally:
+            held.set()
+        work.result(10)
+    assert sum(entry.cached_bytes for entry in cache.entries()) == (4 * BLOCK if what == "trim" else BLOCK)
+
+
+def test_one_process_at_a_time_makes_room(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "c", GIB)
+    for number in range(10):
+        put(cache.open(version(BLOCK, key=str(number))), 0)
+    others = [Cache(tmp_path / "c", 5 * BLOCK, min_free=0) for _ in range(4)]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(Cache.trim, others))
+    # Each alone takes what is too much, and a twentieth: together they take no more.
+    assert {other.used_bytes for other in others} == {4 * BLOCK}
 
 
 def test_two_processes_do_not_fetch_the_same_block(tmp_path: Path) -> None:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from obsfs.blocks.cache import Cache
 from obsfs.blocks.object import CachedObject
 from obsfs.blocks.reader import Engine
+from obsfs.errors import CacheError
 from obsfs.remote.address import Address
 from obsfs.remote.client import Bucket
 from obsfs.remote.objects import ObjectVersion
 from obsfs.settings import Settings
+from tests.blocks.test_cache import evict
 from tests.conftest import MIB, Store, random_bytes, wait_for
 
 Start = Callable[[], tuple[Bucket, Engine]]
@@ -153,3 +159,83 @@ def test_a_reader_learns_what_its_version_is_pinned_by(bucket: Store, start: Sta
             pass
     for version in (reader.version, reader.cached.version):
         assert (version.version_id, version.modified) == ("v7", full.modified)
+
+
+def test_one_file_whose_disk_is_slow_holds_up_no_other(
+    bucket: Store, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("slow", "fast", "bad"):
+        bucket.put(key, random_bytes(3 * MIB))
+    source, engine = start()
+    slow, fast, bad = (source.version(source.head(key)) for key in ("slow", "fast", "bad"))
+    begun, held, opened = threading.Event(), threading.Event(), []
+    open_file = Cache.open
+
+    def slowly(cache: Cache, version: ObjectVersion) -> CachedObject:
+        opened.append(version.key)
+        if version != fast:
+            begun.set()
+            assert held.wait(20)
+        if version == bad:
+            raise CacheError("planted", "none")
+        return open_file(cache, version)
+
+    monkeypatch.setattr(Cache, "open", slowly)
+    with ThreadPoolExecutor() as pool:
+        try:
+            waiting = [pool.submit(engine.open, slow) for _ in range(3)]
+            failing = [pool.submit(engine.open, bad) for _ in range(2)]
+            assert begun.wait(20)
+            reader = pool.submit(engine.open, fast).result(10)
+            assert pool.submit(reader.read, 0, 3 * MIB).result(10) == random_bytes(3 * MIB)
+            pool.submit(engine.prefetch, [(0, fast, 1)]).result(10)
+            pool.submit(engine.release, reader).result(10)
+            assert not any(one.done() for one in (*waiting, *failing))
+        finally:
+            held.set()
+        readers = [one.result(10) for one in waiting]
+        for one in failing:
+            with pytest.raises(CacheError, match="planted"):
+                one.result(10)
+    assert readers[0] is readers[1] is readers[2]
+    assert readers[0].users == 3
+    assert opened.count("slow") == 1
+    assert readers[0].read(0, 3 * MIB) == random_bytes(3 * MIB)
+
+
+def test_room_is_made_beside_those_who_fetch(bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for a block does not wait until all maps have been read."""
+    bucket.put("big", random_bytes(70 * MIB))
+    settings = Settings.load(cache_dir=tmp_path / "c", endpoint_url=bucket.server.endpoint, cache_size="1GiB")
+    source = Bucket(Address("obs", bucket.name), settings)
+    trim, threads = Cache.trim, []
+
+    def noted(cache: Cache) -> None:
+        threads.append(threading.current_thread().name)
+        trim(cache)
+
+    monkeypatch.setattr(Cache, "trim", noted)
+    with closing(Engine(source, settings, seals=False)) as engine:
+        wait_for(lambda: len(threads) == 1)
+        fill(engine, source.version(source.head("big")))
+        wait_for(lambda: len(threads) > 1)
+    assert set(threads) == {"obsfs-house"}
+
+
+def test_a_file_that_was_evicted_whole_gives_its_room_back_though_nobody_opens_another(
+    bucket: Store, start: Start, tmp_path: Path
+) -> None:
+    bucket.put("a", random_bytes(2 * MIB))
+    source, engine = start()
+    version = source.version(source.head("a"))
+    reader = engine.open(version)
+    assert reader.read(0, 2 * MIB) == random_bytes(2 * MIB)
+    wait_for(lambda: reader.is_complete)
+    assert reader.cached.hold_whole()
+    reader.cached.release_whole()
+    assert evict(tmp_path / "blocks", 0) == 0
+    assert not engine.cache.present_blocks(version)
+    time.sleep(1.2)
+    assert reader.read(0, 2 * MIB) == random_bytes(2 * MIB), "somebody reads it"
+    engine.release(reader)
+    wait_for(lambda: reader.cached.data_fd == -1)

@@ -460,23 +460,35 @@ def test_a_cache_file_that_somebody_spoils_costs_a_fetch(
     assert status(path.parent)["restarts"] == 0
 
 
-def test_reads_go_on_while_an_open_waits_for_the_cache(bucket: Store, mount: Mounter, tmp_path: Path) -> None:
-    """As it does for another process that evicts."""
+def test_reads_go_on_while_opens_wait_for_the_cache(bucket: Store, mount: Mounter, tmp_path: Path, engine: str) -> None:
+    """As they do for a disk that is slow, and for another process that makes room."""
     data = random_bytes(2 * MIB)
     bucket.put("a.bin", data)
-    bucket.put("b.bin", b"text")
-    path = mount(bucket, cache_dir=tmp_path / "cache", passthrough=False)
+    names = [f"{number}.bin" for number in range(12)]
+    for name in names:
+        bucket.put(name, b"text")
+    path = mount(bucket, cache_dir=tmp_path / "cache", passthrough=False, engine=engine)
     fd = os.open(path / "a.bin", os.O_RDONLY | os.O_DIRECT)
-    assert (path / "b.bin").stat().st_size == 4
+    assert (path / names[0]).stat().st_size == 4
     wait_for(lambda: os.pread(fd, 2 * MIB, 0) == data and status(path)["requests_in_flight"] == 0)
-    with ThreadPoolExecutor() as pool, (tmp_path / "cache" / "v1" / "lock").open("r+b") as lock:
+    with ThreadPoolExecutor(20) as pool, (tmp_path / "cache" / "v1" / "lock").open("r+b") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            opening = pool.submit((path / "b.bin").read_bytes)
+            opening = [pool.submit((path / name).read_bytes) for name in names[:8]]
+            killed = [subprocess.Popen(["cat", path / name]) for name in names[8:]]
             time.sleep(0.3)
             assert pool.submit(os.pread, fd, MIB, MIB).result(10) == data[MIB:]
-            assert not opening.done()
+            assert pool.submit((path / "a.bin").read_bytes).result(10) == data
+            assert pool.submit(os.listdir, path).result(10) == sorted([*names, "a.bin"])
+            assert not any(one.done() for one in opening)
+            for process in killed:
+                process.kill()
+            if engine == "native":
+                assert [process.wait(10) for process in killed] == [-9] * 4
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)
-        assert opening.result(10) == b"text"
+        assert [one.result(10) for one in opening] == [b"text"] * 8
+        assert [process.wait(10) for process in killed] == [-9] * 4
     os.close(fd)
+    wait_for(lambda: status(path)["open_files"] == 0)
+    assert [(path / name).read_bytes() for name in names] == [b"text"] * 12

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from obsfs.blocks.cache import Cache
+from tests.blocks.test_cache import evict
 from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for
 
 
@@ -91,15 +91,14 @@ def test_a_direct_reader_keeps_its_bytes_under_eviction(bucket: Store, complete:
 
 def test_a_direct_reader_of_a_mount_that_died_reads_no_holes(complete: Path, mount: Mounter) -> None:
     """The kernel serves it after server and supervisor are gone, and with them whatever locks they held."""
-    cache = Cache(Path(status(complete.parent)["cache_dir"]), 64 * MIB)
+    place = Path(status(complete.parent)["cache_dir"])
     with complete.open("rb", buffering=0) as file:
         mount.kill(complete.parent)
-        cache.evict(4 * MIB)
+        evict(place, 4 * MIB)
         assert os.pread(file.fileno(), 10 * MIB, 0) == random_bytes(9 * MIB + 1)
     # What is left of the mount is the last to hold it.
     subprocess.run(["umount", "-l", complete.parent], check=True, timeout=10)
-    wait_for(lambda: cache.evict(4 * MIB) or cache.used_bytes <= 4 * MIB)
-    cache.close()
+    wait_for(lambda: evict(place, 4 * MIB) <= 4 * MIB)
 
 
 _MAPS = """
@@ -117,7 +116,7 @@ print(hashlib.sha256((ctypes.c_char * size).from_address(start)).hexdigest())
 
 def test_a_map_whose_file_was_closed_reads_no_holes(complete: Path) -> None:
     """The map is of the cache's file itself then, and nobody can tell that it is there."""
-    cache = Cache(Path(status(complete.parent)["cache_dir"]), 64 * MIB)
+    place = Path(status(complete.parent)["cache_dir"])
     with subprocess.Popen(
         [sys.executable, "-c", _MAPS, complete], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -125,13 +124,11 @@ def test_a_map_whose_file_was_closed_reads_no_holes(complete: Path) -> None:
         assert process.stdout
         assert process.stdout.readline() == "closed\n"
         wait_for(lambda: not status(complete.parent)["open_files"])
-        cache.evict(4 * MIB)
-        assert cache.used_bytes <= 4 * MIB
+        assert evict(place, 4 * MIB) <= 4 * MIB
         process.stdin.write("\n")
         process.stdin.flush()
         assert process.stdout.readline().strip() == hashlib.sha256(random_bytes(9 * MIB + 1)).hexdigest()
     assert complete.read_bytes() == random_bytes(9 * MIB + 1)
-    cache.close()
 
 
 def test_it_can_be_switched_off(bucket: Store, mount: Mounter) -> None:

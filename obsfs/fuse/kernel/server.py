@@ -2,8 +2,9 @@
 
 No thread waits for the network on behalf of a read: a read whose bytes are not there is remembered by its number
 and answered by the thread that stored them. Calls that must ask the bucket for names go to a pool, in which those
-about different directories do not wait for each other. A file
-that is complete in the cache is handed to the kernel at open (passthrough) and never seen here again.
+about different directories do not wait for each other; so do opens of files whose cache file is not open, since its
+disk may be slow. A file that is complete in the cache is handed to the kernel at open (passthrough) and never seen here
+again.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Server:
         self._pending: dict[int, tuple[int, int]] = {}
         self._interrupted: deque[int] = deque(maxlen=_MOST_INTERRUPTED)
         self._guard = threading.Lock()
-        # Its own, since opening waits for the cache's disk, and for who evicts: no read must wait for that.
+        # Its own, since whoever opens a file notes down more than a read may wait for.
         self._opening = threading.Lock()
         self._backings: dict[int, tuple[int, int]] = {}
         self._threads: list[threading.Thread] = []
@@ -228,7 +229,8 @@ class Server:
                 self._call(fd, request, body, call, wait=True)
 
         if self._expect(fd, request.unique, request.node):
-            # All that wait for names are about the directory that the request names. A refresh asks nobody.
+            # All that wait for names are about the directory that the request names, an open about its file. A refresh
+            # asks nobody.
             is_refresh = request.opcode == Opcode.GETXATTR
             try:
                 self._names.submit((request.node, is_refresh), ask)
@@ -258,6 +260,9 @@ class Server:
         """Undo what a call counted whose request was interrupted meanwhile: the kernel never gives it back."""
         if request.opcode == Opcode.OPENDIR and isinstance(parts, bytes):
             self._operations.unopened_dir(request.node, wire.OPEN_OUT.unpack(parts)[0])
+        elif request.opcode == Opcode.OPEN and isinstance(parts, bytes):
+            with self._opening:
+                self._close(request.node, wire.OPEN_OUT.unpack(parts)[0])
         self._operations.unanswered(_number(request))
 
     def _answer_error(self, fd: int, request: Request, number: int, deferred: bool) -> None:
@@ -452,7 +457,7 @@ class Server:
 
     def _open(self, request: Request, view: memoryview, wait: bool) -> bytes:
         flags, _ = wire.OPEN_IN.unpack_from(view, request.body)
-        with self._opening:
+        with self._operations.at_hand(request.node, wait=wait), self._opening:
             unique = _number(request)
             before = self._operations.tree.counted(unique)
             if before is None:
@@ -508,16 +513,20 @@ class Server:
             unique = _number(request)
             if self._operations.tree.counted(unique) is not None:
                 return b""
-            if handle & 1:
-                backing, users = self._backings.pop(request.node, (0, 0))
-                if users > 1:
-                    self._backings[request.node] = backing, users - 1
-                elif users:
-                    self._operations.tree.set_backing(self._operations.tree.node(request.node), 0)
-                    channel.close_backing(self._fd, backing)
-                    self._keeper.drop(f"node {request.node}")
-            self._operations.release(handle, unique)
+            self._close(request.node, handle, unique)
         return b""
+
+    def _close(self, number: int, handle: int, unique: int = 0) -> None:
+        """End one open of a file. The caller holds the lock of opens."""
+        if handle & 1:
+            backing, users = self._backings.pop(number, (0, 0))
+            if users > 1:
+                self._backings[number] = backing, users - 1
+            elif users:
+                self._operations.tree.set_backing(self._operations.tree.node(number), 0)
+                channel.close_backing(self._fd, backing)
+                self._keeper.drop(f"node {number}")
+        self._operations.release(handle, unique)
 
     def _on_complete(self, reader: Reader) -> None:
         """End the lifetime of names whose file is open through us, and could be opened in passthrough from now on."""
