@@ -88,10 +88,16 @@ _AT_EMPTY_PATH = 0x1000  # <fcntl.h>
 _STATX_MNT_ID_UNIQUE = 0x4000  # <linux/stat.h>, Linux 6.8
 _STATX_BYTES = 256
 _STATX_MNT_ID_AT = 144
+_WAIT_BEFORE = 1  # SYNC_FILE_RANGE_WAIT_BEFORE, <linux/fs.h>
+_FAR_AWAY = 1 << 62
+"""Where no file has a page."""
 _FALLOC_PUNCH = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, <linux/falloc.h>
+
+_LOST = (errno.EIO, errno.ENOSPC)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 _libc.statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)
 
 
@@ -401,6 +407,15 @@ def give_back(data_fd: int, block: int) -> None:
     # Whole pages, also at the end of the file: a partial page would be zeroed in place, under a reply in a pipe.
     if _libc.fallocate(data_fd, _FALLOC_PUNCH, block * BLOCK, BLOCK) != 0:
         raise OSError(ctypes.get_errno(), "cannot punch a hole into the cache file")
+
+
+def has_lost_writes(fd: int) -> bool:
+    """Whether a disk has failed to write what an open file took, since this descriptor was asked last.
+
+    Waits for nothing. The kernel takes such pages for written: they read right until it needs their memory, and are
+    then what the disk has. It says so once for each open file, to fsync(2) and to this (errseq_t, <linux/errseq.h>).
+    """
+    return bool(_libc.sync_file_range(fd, _FAR_AWAY, 1, _WAIT_BEFORE) and ctypes.get_errno() in _LOST)
 
 
 def takes_holes(fd: int) -> bool:

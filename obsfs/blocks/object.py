@@ -38,12 +38,14 @@ from obsfs.blocks.layout import (
     checksum,
     entry_at,
     give_back,
+    has_lost_writes,
     is_at,
     lock_range,
     map_size,
     remove_empty,
     seal_of,
     stored_blocks,
+    unlink,
 )
 from obsfs.limits import open_files_limit
 from obsfs.remote.objects import ObjectVersion
@@ -140,6 +142,9 @@ class CachedObject:
         self._cache = cache
         self._path = path
         self._in_memory = map_fd < 0
+        self._is_lost = False
+        """Whether the disk has lost some of what was written to the file."""
+        self._is_told = False
         self._map_fd = -1
         self._map_inode: os.stat_result | None = None
         self._map_guard = threading.RLock()
@@ -490,6 +495,8 @@ class CachedObject:
         """
         if self._in_memory:
             return time.monotonic() < self._next_try
+        if self._is_lost:
+            return False
         try:
             with self._map_guard:
                 sizes = os.fstat(self.data_fd).st_size, os.fstat(self._map()).st_size
@@ -503,7 +510,8 @@ class CachedObject:
             if self._has_files() or self._whole_users:
                 return
             if not self._in_memory:
-                log.warning("the cache file of %s has another length: it is fetched again", self._name)
+                if not self._is_lost:
+                    log.warning("the cache file of %s has another length: it is fetched again", self._name)
                 # Whoever is about to take bytes of it looks at these words once more.
                 for block in self._stored():
                     self._drop_word(block.number, block.word)
@@ -516,6 +524,7 @@ class CachedObject:
                     return
                 data_fd, map_fd = self._cache.memory_file(), -1
             self._in_memory = map_fd < 0
+            self._is_lost = False
             self._trusted = _Trust(self.blocks)
             self._was_sealed = False
             os.dup2(data_fd, self.data_fd, inheritable=False)
@@ -525,17 +534,48 @@ class CachedObject:
                 self.close_map()
             self._take_map(map_fd)
 
+    def look(self) -> None:
+        """See whether the data file was cut off, or its disk has lost what was written to it, before a reader does."""
+        if self._in_memory:
+            return
+        if not self._is_lost and has_lost_writes(self.data_fd):
+            self._leave()
+        if not self._is_lost and os.fstat(self.data_fd).st_size == self.size:
+            return
+        if self._whole_users and not self._is_told:
+            self._is_told = True
+            log.error(
+                "the cache file of %s is spoiled, and the kernel reads it for who has it open: they may see an early "
+                "end or damaged bytes until they open it again; who opens it now gets another one",
+                self._name,
+            )
+        self._renew()
+
+    def _leave(self) -> None:
+        """The disk has lost something of the file, and nobody can tell what: it is nobody's any more."""
+        log.error("the disk has lost what was written to the cache file of %s: it is fetched again", self._name)
+        self._is_lost = True
+        with suppress(OSError), self._cache.exclusive:
+            if self.is_in_cache:
+                unlink(self._path)
+
     def seal(self) -> None:
         """If every block is verified, sync the data and note it, so that a later process need not verify again."""
         if not self.is_complete() or self._is_sealed() or seal_of(self.data_fd) is None:
             return
         try:
             os.fsync(self.data_fd)
-            seal = seal_of(self.data_fd)
-            if seal is not None and self.is_complete():
-                self._write_seal(seal)
         except OSError as error:
             self._cache.note_fault(error)
+            self._leave()
+            self.look()
+            return
+        seal = seal_of(self.data_fd)
+        if seal is not None and self.is_complete():
+            try:
+                self._write_seal(seal)
+            except OSError as error:
+                self._cache.note_fault(error)
 
     def link(self, path: Path) -> bool:
         """Give the data file a second name, if every block is verified and in it; says whether it has one.
@@ -572,6 +612,7 @@ class CachedObject:
         `again`: somebody holds it already, maybe for a process that has died. Then its blocks were verified, and only
         those that were found damaged since are none.
         """
+        self.look()
         with self._guard:
             if not self._whole_users and not lock_range(self.data_fd, LOCK_WHOLE, 1, fcntl.F_RDLCK):
                 return False
@@ -599,7 +640,7 @@ class CachedObject:
 
     @property
     def is_cut_off(self) -> bool:
-        """Whether somebody has changed the length of the files."""
+        """Whether somebody has changed the length of the files, or the disk has lost some of them."""
         return not self._in_memory and not self._has_files()
 
     @property

@@ -355,6 +355,62 @@ def test_a_disk_that_fails_to_read_costs_a_fetch(tmp_path: Path, monkeypatch: py
     assert cached.read(0, BLOCK) == data
 
 
+# a disk that loses what it took
+
+
+@pytest.fixture
+def thin(tmp_path: Path) -> Iterator[Path]:
+    """A disk that seems to have 64 MiB, on 6 MiB: it takes what it is given, and loses some of it later."""
+    behind, path = tmp_path / "behind", tmp_path / "thin"
+    behind.mkdir()
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", behind], check=True)
+    subprocess.run(["truncate", "-s", "64M", behind / "image"], check=True)
+    subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", behind / "image"], check=True)
+    subprocess.run(["mount", "-o", "loop", behind / "image", path], check=True)
+    yield path
+    subprocess.run(["umount", "-l", path], check=True)
+    subprocess.run(["umount", "-l", behind], check=True)
+
+
+def write_back(directory: Path) -> None:
+    """Have the kernel write what it holds of these files, and need their memory."""
+    subprocess.run(["sync", "-f", directory], check=False, capture_output=True)
+    for path in files(directory, "data"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@pytest.mark.parametrize("how", ["looked at", "sealed", "opened by the kernel", "read by the kernel"])
+def test_what_the_disk_has_lost_is_not_read(thin: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
+    cache = Cache(thin / "c", min_free=0)
+    cached = cache.open(version(12 * BLOCK))
+    parts = [put(cached, block) for block in range(12)]
+    if how == "read by the kernel":
+        assert cached.hold_whole()
+    if how != "sealed":
+        write_back(thin)
+    if how == "sealed":
+        cached.seal()
+        write_back(thin)
+    elif how == "opened by the kernel":
+        assert not cached.hold_whole()
+    else:
+        cached.look()
+    assert caplog.text.count("the disk has lost") == 1
+    again = cached
+    if how == "read by the kernel":
+        assert cached.is_beyond_repair
+        assert "the kernel reads it" in caplog.text
+        again = cache.open(version(12 * BLOCK))
+    assert not any(map(again.has, range(12)))
+    assert again.read(5 * BLOCK, 10) is None
+    assert put(again, 5) == parts[5]
+    assert again.read(5 * BLOCK, BLOCK) == parts[5]
+    cached.look()
+    assert caplog.text.count("the disk has lost") == 1
+
+
 # seals
 
 

@@ -65,6 +65,8 @@ def test_a_file_that_is_cut_off_under_a_direct_reader_is_right_for_all_who_open_
     with complete.open("rb", buffering=0) as early:
         assert os.pread(early.fileno(), 100, 0) == data[:100]
         os.truncate(stored, length)
+        # The log says so before anybody opens it again.
+        wait_for(lambda: "spoiled, and the kernel reads it" in Path(status(complete.parent)["log"]).read_text())
         before = status(complete.parent)["bytes_fetched"]
         for _ in range(3):
             assert complete.read_bytes() == data
