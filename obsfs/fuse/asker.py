@@ -34,13 +34,14 @@ def ask(number: int, mountpoint: bytes, attribute: str, path: bytes) -> tuple[by
     Raises:
         OSError: what the mount answers; ENOTCONN when its server is dead, EXDEV when it is covered, or gone.
     """
-    fd = os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+    fd = os.open(mountpoint, os.O_PATH | os.O_NOFOLLOW)
     if mount_id(fd) != number:
         raise OSError(errno.EXDEV, "another mount is there")
     while True:
         try:
             # Through the descriptor, so that nothing mounted in between is asked instead.
-            return path, os.getxattr(os.path.join(b"/proc/self/fd/%d" % fd, path), attribute)  # noqa: PTH118
+            # A bind mount may be of a file.
+            return path, os.getxattr(b"/proc/self/fd/%d%s" % (fd, b"/" + path if path else b""), attribute)
         except OSError as error:
             if not path or error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 raise

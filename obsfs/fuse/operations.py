@@ -377,7 +377,9 @@ class Operations:
         return StatFs()
 
     def getxattr(self, number: int, name: str) -> bytes:
-        """``user.obsfs.status`` of the root (JSON); ``key``, ``etag``, ``cached_bytes`` and ``served_by`` of a file.
+        """``user.obsfs.status`` of the mount (JSON); ``key``, ``etag``, ``cached_bytes`` and ``served_by`` of a file.
+
+        Every node has the status: a bind mount may show any part of the mount as its root.
 
         They are not listed, so that no copying tool carries them along. Access control lists and security labels are
         not supported, which ``ls -l`` asks once per mount, where it asks for every file that just has none.
@@ -388,7 +390,7 @@ class Operations:
         if name == REFRESH:
             self.refresh(number)
             return b""
-        if name == f"{XATTR_PREFIX}status" and number == ROOT:
+        if name == f"{XATTR_PREFIX}status":
             return json.dumps(self.status()).encode()
         values: dict[str, Callable[[], object]] = {}
         if (version := node.version) is not None:

@@ -346,6 +346,36 @@ def test_json_of_all_mounts_is_a_list(impostor: Impostors, capsys: pytest.Captur
     assert found == [{"mountpoint": str(other.path), "source": "obs://impostors", "state": "another user's"}]
 
 
+# a bind mount, as a container has it, of a part of a mount
+
+
+@pytest.mark.parametrize("part", ["m/sub", "m/sub/a b.txt"])
+def test_a_bind_mount_stands_for_what_it_shows(part: str, bucket: Store, mount: Mounter, tmp_path: Path) -> None:
+    bucket.put("lib/m/sub/a b.txt", b"1")
+    path = mount(f"{bucket}/lib")
+    bound, what = tmp_path / "bound", path / part
+    bound.mkdir() if what.is_dir() else bound.touch()
+    subprocess.run(["mount", "--bind", what, bound], check=True)
+    try:
+        url = f"{bucket}/lib/{part}"
+        found = mounts.on_mount(bound)
+        assert found is not None
+        assert (found.url, found.mountpoint) == (url, bound)
+        if what.is_dir():
+            inside = mounts.on_mount(bound / "x")
+            assert inside is not None
+            assert inside.url == f"{url}/x"
+        assert mounts.status(bound)["source"] == url
+        assert _state_of(bound) == "mounted"
+        assert mounts.refresh(bound) == [bound]
+        if part == "m/sub":
+            assert set(mounts.refresh(f"{bucket}/lib/m/sub/a b.txt")) == {path / "m/sub/a b.txt", bound / "a b.txt"}
+            assert mounts.refresh(f"{bucket}/lib/m/other") == [path / "m"]
+    finally:
+        mounts.unmount(bound)
+    assert status(path)["source"] == f"{bucket}/lib"
+
+
 # what is said of a mount that cannot be unmounted, refreshed or mounted over
 
 

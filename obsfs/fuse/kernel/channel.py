@@ -38,6 +38,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class MountEntry(NamedTuple):
     """One line of ``/proc/self/mountinfo`` (proc_pid_mountinfo(5)).
 
+    `source` of a mount of obsfs is the URL of what it shows, also of a bind mount, which shows a part of another.
     `minor` is the number of the device, and of a FUSE connection; `user` the uid that mounted a FUSE file system
     (``user_id=``, which the kernel and fusermount3 vouch for), None for others; `number` the ID of the mount and
     `parent` that of the mount it is mounted on.
@@ -75,13 +76,16 @@ def parse_mountinfo(content: bytes) -> list[MountEntry]:
         fields, super_fields = left.split(b" "), right.split(b" ")
         if len(fields) < 6 or len(super_fields) < 3:
             continue
-        fs_type, source, options = super_fields[0], super_fields[1], super_fields[-1]
+        fs_type, options = _unescape(super_fields[0]), super_fields[-1]
+        source, root = _unescape(super_fields[1]), _unescape(fields[3])
+        if fs_type == FS_TYPE and root != "/":
+            source = source.rstrip("/") + root
         user = next((one[8:] for one in options.split(b",") if one.startswith(b"user_id=")), b"")
         found.append(
             MountEntry(
                 Path(_unescape(fields[4])),
-                _unescape(fs_type),
-                _unescape(source),
+                fs_type,
+                source,
                 int(fields[2].partition(b":")[2]),
                 int(user) if user.isdigit() else None,
                 int(fields[0]),
