@@ -52,6 +52,10 @@ class NotFoundError(ObsfsError):
     errno = errno.ENOENT
 
 
+class NoBucketError(NotFoundError):
+    """The bucket itself does not exist."""
+
+
 class ExistsError(ObsfsError):
     """It is there already, or somebody else was first."""
 

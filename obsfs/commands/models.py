@@ -70,13 +70,16 @@ def list_(library: str | None, *, fresh: bool, as_json: bool, **given: Any) -> N
 
 
 def _look(library: str, settings: Settings) -> dict[str, Any]:
+    from obsfs.errors import NotFoundError
     from obsfs.library import catalog
     from obsfs.remote.address import parse_address
     from obsfs.remote.client import Bucket
 
     address = parse_address(library)
     bucket = Bucket(address, settings)
-    bucket.check()
+    page = bucket.check()
+    if address.prefix and page.is_last and not (page.objects or page.prefixes):
+        raise NotFoundError(f"there is nothing in {address}", catalog.nearest_directory(bucket, address))
     found, problems = catalog.models(bucket, address)
     return {
         "library": str(address),
@@ -120,6 +123,9 @@ def _add_cached(document: dict[str, Any], settings: Settings) -> None:
 
 
 def _print(library: str, document: dict[str, Any]) -> None:
+    if not document["models"]:
+        tell(f"0 models in {library}: obsfs push makes one")
+        return
     by_name: dict[str, list[dict[str, Any]]] = {}
     for model in document["models"]:
         by_name.setdefault(model["name"], []).append(model)
@@ -135,7 +141,7 @@ def _print(library: str, document: dict[str, Any]) -> None:
                 count(newest["parameters"]) if newest["parameters"] else "",
                 newest["dtype"],
                 human(newest["size"]),
-                _share(sum(model["cached"] for model in versions), sum(model["size"] for model in versions)),
+                _share(newest["cached"], newest["size"]),
             )
         )
     titles = ("model", "versions", "architecture", ">parameters", "dtype", ">size", ">cached")
@@ -164,7 +170,7 @@ def show(name: str, *, as_json: bool, **given: Any) -> None:
     bucket = Bucket(wanted.address, settings)
     with spinner(f"looking at {wanted.label}", quiet=as_json):
         model = catalog.resolve(bucket, wanted)
-        versions = [one.name.version for one in catalog.versions(bucket, wanted)]
+        versions = [one.name.version for one in catalog.all_versions(bucket, wanted)]
     document = {**_document(model, model.name.library), "versions": versions, "endpoint": bucket.endpoint}
     document["library"] = f"{wanted.scheme}://{wanted.bucket}/{wanted.library}".rstrip("/")
     wrapped = {**document, "models": [document]}

@@ -6,6 +6,7 @@ bucket's own listing is all that is known.
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,15 +18,17 @@ from obsfs.blocks import safetensors
 from obsfs.errors import NotFoundError, ObsfsError, UnavailableError, UsageError, VersionChangedError
 from obsfs.library import manifest as manifests
 from obsfs.library.manifest import About, File, Manifest
-from obsfs.library.names import MANIFEST, ModelName, by_age, is_safe_path, nearest, split_label
+from obsfs.library.names import MANIFEST, OWN, ModelName, by_age, is_safe_path, nearest, split_label
 from obsfs.remote.address import Address
 from obsfs.remote.client import Bucket
-from obsfs.remote.objects import ObjectInfo, ObjectVersion
+from obsfs.remote.objects import ObjectInfo, ObjectVersion, Page
 
 log = logging.getLogger(__name__)
 
 _WORKERS = 32
 _HEADER = 64 << 10
+_LOOKS = 8
+"""Directories that are looked into for the names of models, when one is not there."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,40 @@ def read(bucket: Bucket, name: ModelName) -> Model | None:
 def resolve(bucket: Bucket, name: ModelName) -> Model:
     """What a name stands for: ``NAME`` is what lies there, or else the newest of its versions.
 
-    Raises NotFoundError, with the nearest names that there are.
+    One that was published comes before those without a manifest. Raises NotFoundError, with the nearest names that
+    there are.
     """
     found = read(bucket, name) or _listed(bucket, name)
     if found is None and name.version is None:
-        found = next(iter(reversed(versions(bucket, name))), None)
+        found = next(iter(reversed(versions(bucket, name) or unpublished(bucket, name))), None)
     if found is not None:
         return found
+    raise NotFoundError(f"there is no model {name}", _near(bucket, name))
+
+
+def _near(bucket: Bucket, name: ModelName) -> str:
+    """The models whose names are most like one that is not there, as text for an error."""
     labels = list(_labels(bucket, name.library))
-    known = [label for label in labels if (parts := split_label(label)) and parts[0] == name.name]
-    raise NotFoundError(f"there is no model {name}", nearest(name.label, known or labels))
+    close = [label for label in labels if (parts := split_label(label)) and parts[0] == name.name]
+    close = close or difflib.get_close_matches(name.label, labels, _LOOKS, 0.4)
+    known: list[str] = []
+    for label in dict.fromkeys([*close[:_LOOKS], *labels[-_LOOKS:]]):
+        if known and label not in close:
+            break
+        prefix = f"{name.library}{label}/"
+        page = next(bucket.list(prefix))
+        if _is_model(page, prefix):
+            known.append(label)
+        else:  # perhaps an organisation's, with the model in it
+            inner = [below[len(name.library) :].rstrip("/") for below in page.prefixes]
+            known += [one for one in inner if label in close or one.startswith(f"{label}/{name.name}")]
+    if labels and not known:
+        return f"see `obsfs models {Address(name.scheme, name.bucket, name.library)}`"
+    return nearest(name.label, known)
+
+
+def _is_model(page: Page, prefix: str) -> bool:
+    return f"{prefix}{OWN}" in page.prefixes or manifests.is_model(info.key[len(prefix) :] for info in page.objects)
 
 
 def versions(bucket: Bucket, name: ModelName) -> list[Model]:
@@ -81,6 +108,31 @@ def versions(bucket: Bucket, name: ModelName) -> list[Model]:
         raise damaged
     order = by_age((model.manifest.created.timestamp(), version) for version, model in found.items())
     return [found[version] for version in order]
+
+
+def unpublished(bucket: Bucket, name: ModelName) -> list[Model]:
+    """The versions of a name that lie there without a manifest, the oldest first."""
+    found: dict[str, Model] = {}
+    for version in _version_labels(bucket, name):
+        there = name.at(version)
+        page = next(bucket.list(there.prefix))
+        if f"{there.prefix}{OWN}" not in page.prefixes and (model := _listed(bucket, there)):
+            found[version] = model
+    order = by_age((model.manifest.created.timestamp(), version) for version, model in found.items())
+    return [found[version] for version in order]
+
+
+def all_versions(bucket: Bucket, name: ModelName) -> list[Model]:
+    """The versions of a name with a manifest and without, the oldest first."""
+    found = {model.name.version or "": model for model in [*unpublished(bucket, name), *versions(bucket, name)]}
+    order = by_age((model.manifest.created.timestamp(), version) for version, model in found.items())
+    return [found[version] for version in order]
+
+
+def nearest_directory(bucket: Bucket, place: Address) -> str:
+    """The directories most like one that is not there, as text for an error."""
+    above, slash, name = place.prefix.rstrip("/").rpartition("/")
+    return nearest(name, _labels(bucket, f"{above}{slash}"))
 
 
 def relatives(bucket: Bucket, name: ModelName) -> list[Model]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from obsfs.errors import UsageError
 from obsfs.library import catalog
 from obsfs.library.catalog import Model
 from obsfs.library.inside import inside, write_whole
 from obsfs.library.manifest import File
-from obsfs.library.names import ModelName, parse_model
+from obsfs.library.names import ModelName, is_chosen, parse_model
 from obsfs.library.pull import SNAPSHOTS, Pull, Pulled, read_local
 from obsfs.library.transfer import Advance
 from obsfs.remote.client import Bucket
@@ -126,6 +129,25 @@ def resolve(name: str, **settings: Any) -> str:
     return str(catalog.resolve(Bucket(model.address, chosen), model).name)
 
 
+@dataclass(frozen=True)
+class DryRunFileInfo:
+    """A file as ``snapshot_download(dry_run=True)`` tells of it: huggingface_hub's class of this name, field by field.
+
+    `file_size` in bytes; `is_cached`: it is in `local_path` already, and verified.
+    """
+
+    commit_hash: str
+    file_size: int
+    filename: str
+    local_path: str
+    is_cached: bool
+    will_download: bool
+
+
+@overload
+def snapshot_download(repo_id: str, *, dry_run: Literal[False] = False, **options: Any) -> str: ...
+@overload
+def snapshot_download(repo_id: str, *, dry_run: Literal[True], **options: Any) -> list[DryRunFileInfo]: ...
 def snapshot_download(
     repo_id: str,
     *,
@@ -133,47 +155,106 @@ def snapshot_download(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_dir: str | os.PathLike[str] | None = None,
+    library_name: str | None = None,
+    library_version: str | None = None,
+    user_agent: Mapping[str, str] | str | None = None,
+    etag_timeout: float | None = None,
+    force_download: bool = False,
+    token: bool | str | None = None,
+    local_files_only: bool = False,
     allow_patterns: Sequence[str] | str | None = None,
     ignore_patterns: Sequence[str] | str | None = None,
     max_workers: int | None = None,
-    force_download: bool = False,
-    local_files_only: bool = False,
+    tqdm_class: Any = None,
+    headers: Mapping[str, str] | None = None,
     endpoint: str | None = None,
+    dry_run: bool = False,
     **settings: Any,
-) -> str:
+) -> str | list[DryRunFileInfo]:
     """Pull a model from the bucket, verified, and return the directory that it is in.
 
-    Takes the arguments of ``huggingface_hub.snapshot_download``. `repo_id` is ``obs://BUCKET/NAME``, or ``NAME`` in
-    the library that ``OBSFS_LIBRARY`` names; `revision` is its version; `cache_dir` is where obsfs's block cache is,
-    and `max_workers` how many connections are used at most. Others are fields of :class:`~obsfs.settings.Settings`.
-    Raises ObsfsError.
+    Takes the arguments of ``huggingface_hub.snapshot_download`` (2.4), by name.
+
+    Args:
+        repo_id: ``obs://BUCKET/NAME``, or ``NAME`` in the library that ``OBSFS_LIBRARY`` names.
+        repo_type: None or "model".
+        revision: Its version; "main" and None mean the one that the name stands for.
+        cache_dir: Where obsfs's block cache is.
+        local_dir: The directory to pull to; by default one below `cache_dir`.
+        library_name: Who asks, for a hub's statistics: no meaning here, as `library_version` and `user_agent`.
+        etag_timeout: For how many seconds the bucket is asked for the model.
+        force_download: Replace files that are there with other content.
+        token: A hub's token. Only None and False are taken: a bucket is asked with keys.
+        local_files_only: Ask nobody: `local_dir`, or the default one, if a model was pulled there.
+        allow_patterns: Only files like these.
+        ignore_patterns: No files like these.
+        max_workers: How many connections are used at most.
+        tqdm_class: What makes a progress bar, of bytes: it is called as ``tqdm.tqdm`` is. By default there is none.
+        headers: Only None: what is sent to a bucket is signed as a whole.
+        endpoint: The URL of the server.
+        dry_run: Only look: returns what each file is, and whether it would be fetched.
+        settings: Fields of :class:`~obsfs.settings.Settings`.
+
+    Raises:
+        ObsfsError: It cannot be done; what is in the directory by then is right.
     """
     if repo_type not in (None, "model"):
         raise UsageError(f"repo_type {repo_type!r} is not served", "obsfs keeps models")
+    if token:
+        raise UsageError("token is a hub's: a bucket is asked with keys", _KEYS)
+    if headers:
+        raise UsageError("headers cannot be added: what is sent to a bucket is signed as a whole", "leave them out")
+    if etag_timeout is not None and not etag_timeout > 0:
+        raise UsageError(f"etag_timeout is {etag_timeout}", "give seconds, more than 0")
     given = {"cache_dir": cache_dir, "connections": max_workers, "endpoint_url": endpoint, **settings}
-    chosen = Settings.load(**keywords(given))
+    chosen = Settings.load(**given)
     name = parse_model(repo_id, chosen.library)
     if revision not in (None, "main"):
         name = _at(name, str(revision))
+    patterns = _patterns(allow_patterns), _patterns(ignore_patterns)
     if local_files_only:
-        return _local(name, chosen, local_dir)
-    pulling = Pull(name, chosen)
-    files = pulling.files(_patterns(allow_patterns), _patterns(ignore_patterns))
+        directory = Path(local_dir) if local_dir is not None else default_directory(chosen, name)
+        manifest = read_local(directory)
+        files = [file for file in manifest.files if is_chosen(file.path, *patterns)]
+        return [_info(Model(name, manifest), file, directory, True) for file in files] if dry_run else str(directory)
+    pulling = Pull(name, chosen, patience=etag_timeout)
+    files = pulling.files(*patterns)
     directory = Path(local_dir) if local_dir is not None else default_directory(chosen, pulling.model.name)
-    pull(pulling, chosen, directory=directory, files=files, force=force_download)
+    if dry_run:
+        return [_info(pulling.model, file, directory, pulling.has(directory, file)) for file in files]
+    with _bar(tqdm_class, sum(file.size for file in files), pulling.model.name.label) as advance:
+        pull(pulling, chosen, directory=directory, files=files, force=force_download, advance=advance)
     return str(directory)
+
+
+_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give profile="
+
+
+def _info(model: Model, file: File, directory: Path, is_here: bool) -> DryRunFileInfo:
+    path = str(inside(directory, file.path))
+    return DryRunFileInfo(_commit(model), file.size, file.path, path, is_here, not is_here)
+
+
+@contextmanager
+def _bar(tqdm_class: Any, size: int, label: str) -> Iterator[Advance]:
+    """What is told of each piece, and shows it by a bar of tqdm's kind; nowhere without one."""
+    if tqdm_class is None:
+        yield lambda count: None
+        return
+    guard = threading.Lock()
+    with tqdm_class(total=size, unit="B", unit_scale=True, desc=label) as bar:
+
+        def advance(count: int) -> None:
+            with guard:
+                bar.update(count)
+
+        yield advance
 
 
 def _at(name: ModelName, version: str) -> ModelName:
     if name.version and name.version != version:
         raise UsageError(f"{name} and revision {version!r} contradict each other", "give one of them")
     return parse_model(f"{name.at(None)}@{version}")
-
-
-def _local(name: ModelName, settings: Settings, local_dir: str | os.PathLike[str] | None) -> str:
-    directory = Path(local_dir) if local_dir is not None else default_directory(settings, name)
-    read_local(directory)
-    return str(directory)
 
 
 def _patterns(given: Sequence[str] | str | None) -> list[str]:

@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 
 from obsfs.blocks.safetensors import natural
 from obsfs.errors import UsageError
-from obsfs.remote.address import SCHEMES, Address, is_valid_name, parse_address
+from obsfs.remote.address import SCHEMES, Address, check_text, is_valid_name, parse_address
 
 OWN = ".obsfs/"
 """The directory, in that of a model, for what is not the model's."""
@@ -65,6 +65,7 @@ class ModelName:
 
 def parse_model(text: str, library: str | None = None) -> ModelName:
     """A model's URL, or its name alone when there is a `library` (``obs://BUCKET/PREFIX``). Raises UsageError."""
+    check_text(text)
     if "://" not in text:
         if not library:
             raise UsageError(

@@ -17,6 +17,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -68,14 +69,27 @@ class Pull:
     Raises ObsfsError; what is in a directory by then is right, and the next pull goes on from there.
     """
 
-    def __init__(self, name: ModelName, settings: Settings) -> None:
+    def __init__(self, name: ModelName, settings: Settings, *, patience: float | None = None) -> None:
+        """With `patience`, the bucket is asked for the model for so many seconds at most."""
         self._settings = settings
         self._bucket = Bucket(name.address, settings)
-        self.model = catalog.resolve(self._bucket, name)
+        asked = self._bucket
+        if patience is not None:
+            timeout = min(patience, settings.request_timeout)
+            asked = Bucket(name.address, replace(settings, request_timeout=timeout, retry_timeout=patience))
+        self.model = catalog.resolve(asked, name)
 
     def files(self, allow: Sequence[str] = (), ignore: Sequence[str] = ()) -> list[File]:
         """The files of the model whose paths match one of `allow` (if any are given) and none of `ignore`."""
         return [file for file in self.model.manifest.files if is_chosen(file.path, allow, ignore)]
+
+    def has(self, directory: Path, file: File) -> bool:
+        """Whether a directory has a file of the model as it was when it was verified."""
+        return self._local(directory).has(file)
+
+    def _local(self, directory: Path) -> Local:
+        cache_dir = self._settings.cache_dir
+        return Local(directory, cache_dir if directory.is_relative_to(cache_dir / SNAPSHOTS) else None)
 
     def run(
         self,
@@ -90,8 +104,7 @@ class Pull:
         A file there that is something else, and that obsfs did not put there as it is now, is replaced only by
         `force`.
         """
-        cache_dir = self._settings.cache_dir
-        local = Local(directory, cache_dir if directory.is_relative_to(cache_dir / SNAPSHOTS) else None)
+        local = self._local(directory)
         missing = []
         for file in files:
             if local.has(file):

@@ -47,8 +47,15 @@ class Address:
         return f"{self.scheme}://{self.bucket}/{self.prefix}".rstrip("/")
 
 
+def check_text(url: object) -> None:
+    """Raise TypeError for what is no text, such as a path, which would lose a slash of ``obs://``."""
+    if not isinstance(url, str):
+        raise TypeError(f"an address in a bucket is text, as in 'obs://models', not {type(url).__name__}")
+
+
 def parse_address(url: str) -> Address:
-    """``obs://bucket[/prefix]`` (or ``s3://``) as an Address. Raises UsageError for anything else."""
+    """``obs://bucket[/prefix]`` (or ``s3://``) as an Address. Raises UsageError for any other text."""
+    check_text(url)
     scheme, separator, rest = url.partition("://")
     meant = _meant(url)
     if not separator or scheme not in SCHEMES:

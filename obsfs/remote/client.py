@@ -7,13 +7,14 @@ that, because it knows who is waiting.
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -29,6 +30,7 @@ from obsfs.errors import (
     ExpiredError,
     ForbiddenError,
     MovedError,
+    NoBucketError,
     NotFoundError,
     ObsfsError,
     RefusedError,
@@ -57,6 +59,7 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _NO_PIN = Pin()
 _RENEW_SECONDS = 1.0
+_NEAREST = 3
 _IS_DENIED = "(AccessDenied)"
 _CHECKSUM_MODE = "x-amz-checksum-mode"
 MAX_SMALL = 64 << 20
@@ -256,6 +259,7 @@ class Bucket:
         self._sites = [self._site(url) for url in self._urls]
         self._renewing = threading.Lock()
         self._renewed = float("-inf")
+        self._near: str | None = None
         self._moved: dict[int, str] = {}
         self.replicas = Replicas(len(self._sites))
         self.retries = Retries(settings.retry_timeout, has_answered=is_known)
@@ -350,6 +354,8 @@ class Bucket:
                 return self._ask(work, may_lag=may_lag)
             except RefusedError as error:
                 raise explained(error, self.endpoint) from None
+            except NoBucketError as error:
+                raise NoBucketError(error.message, f"{self._nearest_buckets()}{error.remedy}") from None
             except UnavailableError as error:
                 attempt += 1
                 if isinstance(error, BusyError | CorruptError):
@@ -358,6 +364,18 @@ class Bucket:
                     raise explained(error, self.endpoint) from None
                 log.warning("trying again: %s", error)
             time.sleep(pause)
+
+    def _nearest_buckets(self) -> str:
+        """The buckets whose names are most like this one's, for an error; empty where they may not be listed."""
+        if self._near is None:
+            self._near = ""
+            with suppress(ObsfsError), translated("the buckets"):
+                names = [str(one["Name"]) for one in self.client.list_buckets().get("Buckets", ())]
+                close = difflib.get_close_matches(self.name, names, _NEAREST)
+                self._near = (
+                    f"there is {', '.join(f'{self.address.scheme}://{name}' for name in close)}; " if close else ""
+                )
+        return self._near
 
     def check(self) -> Page:
         """The first page of the place. Raises what is wrong when the bucket is not there or may not be listed."""

@@ -25,6 +25,7 @@ from obsfs.errors import (
     ExpiredError,
     ForbiddenError,
     MovedError,
+    NoBucketError,
     NotFoundError,
     ObsfsError,
     RefusedError,
@@ -69,7 +70,7 @@ _DENIED = "access to {what} denied ({code})"
 _ARREARS = _Rule(ForbiddenError, "{what}: the account is closed or owes money ({code})", "see to the account")
 _BUSY = _Rule(BusyError, "server answered {status} {code} for {what}")
 _AGAIN = _Rule(UnavailableError, "server answered {status} {code} for {what}")
-_MISSING_BUCKET = _Rule(NotFoundError, "bucket of {what} does not exist", "check the name, the region and the endpoint")
+_MISSING_BUCKET = _Rule(NoBucketError, "bucket of {what} does not exist", "check the name, the region and the endpoint")
 _NOT_HAD = _Rule(
     UnsupportedError,
     "the server does not support this request for {what} ({status} {code})",

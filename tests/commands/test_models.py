@@ -77,3 +77,32 @@ def test_mistakes(bucket: Store, obsfs: Run) -> None:
         assert word in done.err
     assert "0 models" in obsfs("models", bucket).out
     assert "show" in obsfs("models", "--help").out
+
+
+def test_models_without_a_manifest_and_names_that_are_not_there(bucket: Store, obsfs: Run, tmp_path: Path) -> None:
+    for key in ("raw@v2/config.json", "raw@v10/config.json", "org/qwen@v3/config.json", "papers/a.txt"):
+        bucket.put(f"lib/{key}", b"{}")
+    document = obsfs("models", "show", f"{bucket}/lib/raw", "--json").json
+    assert document["url"] == f"{bucket}/lib/raw@v10"
+    assert document["versions"] == ["v2", "v10"]
+    for name, near in (("raw@v9", "raw@v10"), ("qwen", "there is org/qwen@v3"), ("organ", "there is org/qwen@v3")):
+        done = obsfs("models", "show", f"{bucket}/lib/{name}")
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert near in done.err
+    assert "papers" not in obsfs("models", "show", f"{bucket}/lib/paper").err
+    for place in (f"{bucket}/lib/papers", f"{bucket}/lib/org/qwen@v3"):
+        done = obsfs("models", place)
+        assert (done.code, done.out) == (0, f"0 models in {place}: obsfs push makes one\n")
+    done = obsfs("models", f"{bucket}/libs")
+    assert (done.code, done.err) == (2, f"obsfs: there is nothing in {bucket}/libs: there is lib\n")
+
+
+def test_what_is_cached_is_of_the_version_whose_size_is_shown(bucket: Store, obsfs: Run, tmp_path: Path) -> None:
+    for version, mib in (("v1", 3), ("v2", 1)):
+        assert obsfs("push", write_model(tmp_path / version, mib=mib), f"{bucket}/m@{version}").code == 0
+        if version == "v1":
+            assert obsfs("pull", f"{bucket}/m@v1", tmp_path / "here").code == 0
+    row = obsfs("models", bucket).out.splitlines()[1].split()
+    assert row[-2:] == ["2.0", "MiB"]  # the size, and nothing of it cached
+    assert obsfs("pull", f"{bucket}/m@v2", tmp_path / "there").code == 0
+    assert obsfs("models", bucket).out.splitlines()[1].split()[-1] == "all"

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import io
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
+from tqdm import tqdm
 
 import obsfs as package
-from obsfs.errors import NotFoundError, UsageError
+from obsfs.errors import NotFoundError, UnavailableError, UsageError
 from tests.conftest import MIB, Mounter, Store, contents, random_bytes, status, stop_group, wait_for, write_model
 from tests.faulty import FaultyLink, FaultyServer
 from tests.library.test_push import Run, start
@@ -406,3 +413,40 @@ def test_without_credentials_a_bucket_that_is_not_public_says_so(bucket: Store, 
     done = obsfs("models", bucket, "--no-sign-request")
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "no credentials were sent: leave out --no-sign-request" in done.err
+
+
+def test_snapshot_download_knows_every_argument_of_the_hubs(bucket: Store, obsfs: Run, tmp_path: Path) -> None:
+    assert set(inspect.signature(huggingface_hub.snapshot_download).parameters) <= set(
+        inspect.signature(package.snapshot_download).parameters
+    )
+    url, place = f"{bucket}/m@v1", tmp_path / "m"
+    assert obsfs("push", write_model(tmp_path / "model", mib=1), url).code == 0
+    seen = package.snapshot_download(url, local_dir=place, dry_run=True, allow_patterns="*.json")
+    assert [(one.filename, one.local_path, one.is_cached, one.will_download) for one in seen] == [
+        ("config.json", str(place / "config.json"), False, True)
+    ]
+    assert {field.name for field in dataclasses.fields(huggingface_hub.DryRunFileInfo)} == set(vars(seen[0]))
+    assert not place.exists()
+    bars: list[tqdm] = []
+
+    def bar(**options: Any) -> tqdm:
+        bars.append(tqdm(**options, file=io.StringIO()))
+        return bars[-1]
+
+    package.snapshot_download(url, local_dir=place, token=False, library_name="x", etag_timeout=9, tqdm_class=bar)
+    assert [(one.n, one.total) for one in bars] == [(sum(map(len, contents(place).values())),) * 2]
+    for one in package.snapshot_download(url, local_dir=place, dry_run=True):
+        assert (one.is_cached, one.file_size) == (True, (place / one.filename).stat().st_size)
+    for given in ({"token": True}, {"token": "t"}, {"headers": {"a": "b"}}, {"etag_timeout": 0}, {"proxies": {}}):
+        (name,) = given
+        with pytest.raises(UsageError, match=name):
+            package.snapshot_download(url, **given)
+
+
+def test_etag_timeout_ends_the_look_for_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(UnavailableError, match="sent nothing"):
+            package.snapshot_download("obs://bucket/m", etag_timeout=0.3, endpoint=endpoint)

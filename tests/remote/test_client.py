@@ -24,6 +24,7 @@ from obsfs.remote.ranges import RangeSender
 from obsfs.settings import Settings
 from tests.conftest import MIB, Mounter, Store, random_bytes, rclone_server
 from tests.faulty import FaultyServer
+from tests.odd import Answer, OddServer, Request, refusal
 
 
 @pytest.fixture
@@ -249,3 +250,25 @@ def test_what_is_no_plain_request_is_left_to_the_client() -> None:
 )  # fmt: skip
 def test_times_are_read_as_botocore_reads_them(text: str | int) -> None:
     assert parse_time(text).timestamp() == parse_timestamp(text).timestamp()
+
+
+@pytest.mark.parametrize("may_list", [True, False])
+def test_a_bucket_that_is_not_there_is_named_with_its_nearest(may_list: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+    names = "".join(f"<Bucket><Name>{name}</Name></Bucket>" for name in ("models", "other"))
+    body = f"<ListAllMyBucketsResult><Buckets>{names}</Buckets></ListAllMyBucketsResult>".encode()
+
+    def choose(request: Request) -> Answer:
+        if "list-type" in request.query:
+            return refusal(404, "NoSuchBucket")
+        return Answer(200, body) if may_list else refusal(403, "AccessDenied")
+
+    with OddServer({}, choose) as server:
+        bucket = Bucket(parse_address("obs://modles"), Settings.load(endpoint_url=server.endpoint))
+        for _ in range(2):
+            with pytest.raises(NotFoundError) as caught:
+                bucket.check()
+            said = "there is obs://models; check the name" if may_list else "does not exist: check the name"
+            assert said in str(caught.value)
+        assert len(server.asked) == 3  # the list of buckets is asked for once
