@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from obsfs.commands.options import Command
+from obsfs.commands.options import Command, Context
 from obsfs.commands.output import tell, tolerate_any_text
 from obsfs.errors import ObsfsError, SettingWarning, UsageError
 from obsfs.fuse import children
@@ -62,6 +62,7 @@ class Group(click.Group):
     """A group of verbs: names the nearest one to a verb that it does not have, and shows each summary whole."""
 
     command_class = Command
+    context_class = Context
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a line for each verb: its `short_help`, or the first sentence of its help."""
@@ -122,7 +123,17 @@ def _broken(name: str, reason: str, remedy: str = "see to the package that has i
     return click.Command(name, context_settings=settings, callback=refuse, params=[anything], short_help=reason)
 
 
-@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+_EPILOG = """\b
+Examples:
+  obsfs mount obs://models /mnt/models --region cn-south-1
+  obsfs status
+  obsfs pull obs://models/Qwen2-7B-Instruct ./qwen
+"""
+
+
+@click.group(
+    cls=_Verbs, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="obsfs")
 def obsfs() -> None:
     """A bucket of models as a directory: lazy, parallel, cached on the local SSD."""

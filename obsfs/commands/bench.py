@@ -11,12 +11,12 @@ import click
 
 from obsfs.commands.options import BUCKET, Command, byte_size, settings_options
 from obsfs.commands.output import (
-    escape_markup,
+    columns,
     human,
-    make_console,
-    make_table,
     tell,
+    tell_heading,
     tell_json,
+    terminal_width,
     terminate_like_interrupt,
 )
 from obsfs.settings import Settings
@@ -92,9 +92,9 @@ def _run(place: Any, file: str | None, most: int) -> Any:
 
     from obsfs.bench import measure
 
-    columns = (TextColumn("{task.description:34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    parts = (TextColumn("{task.description:34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*parts, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(measure.CASES) + 1, completed=-1)
 
         def on_step(title: str) -> None:
@@ -106,9 +106,7 @@ def _run(place: Any, file: str | None, most: int) -> Any:
 def _print(name: str, file: str, figures: Any) -> None:
     from obsfs.bench.report import number
 
-    console = make_console()
-    console.print(f"[bold]{escape_markup(name)}[/]  {escape_markup(file)}", highlight=False)
-    table = make_table("cold", "warm")
-    for figure in figures:
-        table.add_row(figure.title, f"{number(figure.cold)} {figure.unit}", f"{number(figure.warm)} {figure.unit}")
-    console.print(table, highlight=False)
+    width = terminal_width()
+    tell_heading(name, file, width)
+    rows = [(one.title, f"{number(one.cold)} {one.unit}", f"{number(one.warm)} {one.unit}") for one in figures]
+    tell(*columns(("", ">cold", ">warm"), rows, width))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import click
 
 from obsfs.commands.options import Command
-from obsfs.commands.output import escape_markup, human, make_console, make_table, terminate_like_interrupt
+from obsfs.commands.output import columns, fold, human, spinner, tell, terminal_width, terminate_like_interrupt
 from obsfs.errors import ObsfsError
 from obsfs.fuse import children
 
@@ -41,36 +41,31 @@ def demo() -> None:
     from it (cold), unmounts, mounts again and loads it once more (warm). Everything is removed afterwards.
     """
     terminate_like_interrupt()
-    console = make_console()
-    with ExitStack() as cleanup, console.status("starting") as progress:
+    with ExitStack() as cleanup, spinner("starting") as say:
         home = Path(tempfile.mkdtemp(prefix="obsfs-demo-"))
         cleanup.callback(shutil.rmtree, home, ignore_errors=True)
-        progress.update("importing transformers")
+        say("importing transformers")
         from obsfs.demo import model as models
 
         models.require()
         _silence_transformers()
-        progress.update("starting an S3 server (SeaweedFS)")
+        say("starting an S3 server (SeaweedFS)")
         from obsfs.demo.server import EmbeddedServer
 
         server = cleanup.enter_context(EmbeddedServer(home))
-        progress.update("making a model")
+        say("making a model")
         parameters = models.make_model(home / _NAME)
         size = server.upload(home / _NAME, _BUCKET, f"{_NAME}/")
-        console.print(
-            f"A Qwen2 of {parameters / 1e6:.0f} million parameters (random weights), {human(size)}, is in "
-            f"[bold]obs://{_BUCKET}/{_NAME}[/]",
-            highlight=False,
-        )
+        about = f"A Qwen2 of {parameters / 1e6:.0f} million parameters (random weights), {human(size)}, is in"
+        tell(*fold(f"{about} obs://{_BUCKET}/{_NAME}", terminal_width()))
         shutil.rmtree(home / _NAME)
         cleanup.callback(_restore_environment, dict(os.environ))
         os.environ.update(server.environment, XDG_STATE_HOME=str(home / "state"))
-        progress.update("loading from the bucket")
+        say("loading from the bucket")
         cold = _run(home)
-        progress.update("mounting again, and loading from the cache")
+        say("mounting again, and loading from the cache")
         warm = _run(home)
-        progress.stop()
-        _report(console, cold, warm)
+    _report(cold, warm)
 
 
 def _silence_transformers() -> None:
@@ -121,18 +116,18 @@ def _load(directory: Path) -> dict[str, Any]:
     return loaded
 
 
-def _report(console: Any, cold: _Run, warm: _Run) -> None:
-    table = make_table("cold (from the bucket)", "warm (from the SSD)")
+def _report(cold: _Run, warm: _Run) -> None:
     runs = (cold, warm)
-    table.add_row("mount until it answers", *(f"{run.mount_seconds:.2f} s" for run in runs))
-    table.add_row("load, every weight read", *(f"{run.load_seconds:.2f} s" for run in runs))
-    table.add_row("fetched from the bucket", *(human(run.status["bytes_fetched"]) for run in runs))
-    table.add_row("range requests", *(str(run.status["requests"]) for run in runs))
-    table.add_row("weights served by", *(escape_markup(run.served_by) for run in runs))
-    console.print()
-    console.print(table, highlight=False)
-    console.print()
-    console.print(f"{_PROMPT!r} goes on (random weights talk nonsense):", highlight=False)
-    console.print(f"  {escape_markup(repr(warm.text))}", highlight=False)
+    rows = [
+        ("mount until it answers", *(f"{run.mount_seconds:.2f} s" for run in runs)),
+        ("load, every weight read", *(f"{run.load_seconds:.2f} s" for run in runs)),
+        ("fetched from the bucket", *(human(run.status["bytes_fetched"]) for run in runs)),
+        ("range requests", *(str(run.status["requests"]) for run in runs)),
+        ("weights served by", *(run.served_by for run in runs)),
+    ]
+    width = terminal_width()
+    tell("", *columns(("", ">cold (from the bucket)", ">warm (from the SSD)"), rows, width), "")
+    tell(f"{_PROMPT!r} goes on (random weights talk nonsense):")
+    tell(*(f"  {line}" for line in fold(repr(warm.text), width and width - 2)))
     same = "the same text both times" if warm.text == cold.text else "NOT the same text both times: please report it"
-    console.print(f"{same}; server, mount, cache and model are removed", highlight=False)
+    tell(f"{same}; server, mount, cache and model are removed")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import click
 
-from obsfs.commands.output import human
+from obsfs.commands.output import fold, human
 from obsfs.errors import UsageError
 from obsfs.settings import Knob, Written, did_you_mean, knobs, parse_seconds, parse_size
 from obsfs.text import visible
@@ -19,6 +20,8 @@ BUCKET = ("endpoint_url", "region", "profile", "no_sign_request", "insecure_tls"
 PUBLISH = (*BUCKET, "library", "connections")
 LIBRARY = (*PUBLISH, *CACHE, "cache_size")
 _SEVERAL = ("endpoint_url",)
+_LEAST_TEXT = 30
+"""Columns of text beside an option, below which it stands under it."""
 _MOUNT_OPTIONS = frozenset(
     {"defaults", "ro", "rw", "dev", "nodev", "suid", "nosuid", "exec", "async", "auto", "noauto", "user", "nouser"}
     | {"users", "nofail", "_netdev", "atime", "noatime", "relatime", "norelatime", "nodiratime", "diratime"}
@@ -27,8 +30,43 @@ _MOUNT_OPTIONS = frozenset(
 and opens no devices and honours no setuid bits, whatever it is told."""
 
 
+class _Formatter(click.HelpFormatter):
+    """Writes help for a terminal of any width: what does not fit beside an option stands below it, no word is broken.
+
+    click itself breaks long words and at hyphens, and takes no terminal for narrower than 50 columns.
+    """
+
+    def __init__(self, width: int | None = None, max_width: int | None = None) -> None:
+        columns = width or shutil.get_terminal_size().columns
+        super().__init__(width=max(20, min(columns, max_width or columns) - 2), max_width=max_width)
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        """Write names and texts, side by side where a line of the texts has room for some words."""
+        rows = list(rows)
+        fits = [len(name) for name, _ in rows if len(name) <= col_max]
+        column = max(fits, default=0) + col_spacing
+        start = " " * self.current_indent
+        is_narrow = self.width - self.current_indent - column < _LEAST_TEXT
+        column = 4 if is_narrow else column
+        for name, text in rows:
+            lines = fold(text, self.width - self.current_indent - column) if text else []
+            is_beside = not is_narrow and len(name) + col_spacing <= column
+            first = name + " " * (column - len(name)) + lines.pop(0) if is_beside and lines else name
+            self.write(f"{start}{first.rstrip()}\n")
+            for line in lines:
+                self.write(f"{start}{' ' * column}{line}\n")
+
+
+class Context(click.Context):
+    """What a verb is called with."""
+
+    formatter_class = _Formatter
+
+
 class Command(click.Command):
     """A verb whose help shows settings under the headings of their groups, and that takes no empty words."""
+
+    context_class = Context
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Refuse what a variable of the shell that is not set leaves, before it becomes the working directory."""
@@ -42,7 +80,7 @@ class Command(click.Command):
         """Write the verb's own options first, then each group of settings."""
         groups: dict[str, list[tuple[str, str]]] = {"Options": []}
         for option in self.get_params(ctx):
-            if (record := option.get_help_record(ctx)) is not None:
+            if (record := option.get_help_record(ctx)) is not None and record[1]:
                 knob = knobs().get(option.name or "")
                 groups.setdefault(knob.group if knob else "Options", []).append(record)
         for title, records in groups.items():

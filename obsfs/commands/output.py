@@ -4,46 +4,22 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import signal
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from obsfs.text import to_json, visible
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-_WIDE = 240
+_UNIT = r"(?:(?:[KMGTP]i)?B|m?s)\b"
 _MAX_LINE = 4000
 """Characters of a line."""
-
-
-def make_console() -> Console:
-    """Where tables go: as wide as the terminal, or, in a pipe or a file, so wide that no name is folded."""
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _WIDE
-    return console
-
-
-def make_table(*columns: str) -> Table:
-    """A table without lines: what is described on the left, then these columns of figures."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2), show_edge=False)
-    table.add_column("")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
 
 
 def tell(*lines: object, err: bool = False) -> None:
@@ -141,6 +117,41 @@ def columns(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int | N
         for name, cell in zip(names[1:], row[1:], strict=True):
             if cell:
                 yield f"  {name}{' ' * (room - _width(name))}  {visible(cell)}"
+
+
+def facts(rows: Sequence[tuple[str, str]], width: int | None = None, *, least: int = 0) -> Iterator[str]:
+    """Lines of names and what is said of each, which is folded between words where it is wider than `width`.
+
+    `least` are the columns of the widest name of other rows that these stand below or above.
+    """
+    room = max([least, *(_width(name) for name, _ in rows)])
+    for name, text in rows:
+        start = f"  {name}{' ' * (room - _width(name))}  "
+        for line in fold(text, width and max(1, width - len(start))):
+            yield f"{start}{line}".rstrip()
+            start = " " * len(start)
+
+
+def fold(text: str, width: int | None = None) -> list[str]:
+    """Lines of at most `width` columns, but for words that are longer: no word is broken, so that it can be copied.
+
+    A number and its unit are one word.
+    """
+    lines = [""]
+    for word in re.split(rf" (?!{_UNIT})", visible(text, _MAX_LINE)):
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        if lines[-1] and width is not None and _width(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return [line.rstrip(" ") for line in lines]
+
+
+def tell_heading(name: str, rest: str, width: int | None = None) -> None:
+    """Print a name, bold on a terminal, and what belongs to it: on the next line where both do not fit on one."""
+    shown, after = visible(name, _MAX_LINE), visible(rest, _MAX_LINE)
+    between = "\n" if width is not None and _width(f"{shown}  {after}") > width else "  "
+    click.echo(f"{click.style(shown, bold=True)}{between}{after}")
 
 
 def _aligned(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from obsfs.commands.options import Command
-from obsfs.commands.output import counted, escape_markup, human, make_console, tell, tell_json
+from obsfs.commands.output import counted, facts, human, tell, tell_heading, tell_json, terminal_width
 from obsfs.errors import UsageError
 from obsfs.fuse import mounts, state
 
@@ -18,6 +18,8 @@ Examples:
   obsfs status
   obsfs status /mnt/models --json | jq .hit_ratio
 """
+_NAMES = 10
+"""Columns of most names, so that all mounts are aligned."""
 _LOST = {"dead": "mount it again, or `obsfs umount` it", "not answering": "see its log, or `obsfs umount --lazy` it"}
 """The states of a mount that nobody can read, and what to do."""
 _NO_TAKEOVER = "none now: the supervisor was killed, and another cannot be started ({}); tried again every 30 s"
@@ -59,22 +61,14 @@ def _shown(mount: mounts.Found) -> dict[str, Any]:
 
 
 def _print(found: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-
-    console = make_console()
+    width = terminal_width()
     for mount in found:
-        title = f"[bold]{escape_markup(mount['mountpoint'])}[/]  {escape_markup(mount['source'])}"
-        console.print(title, highlight=False)
+        tell_heading(mount["mountpoint"], mount["source"], width)
         if mount["state"] == "mounted":
             rows = _rows(mount)
         else:
             rows = [("state", mount["state"]), *([("log", mount["log"])] if "log" in mount else [])]
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="dim", min_width=12)
-        table.add_column(overflow="fold")
-        for name, text in rows:
-            table.add_row(f"  {name}", escape_markup(text))
-        console.print(table, highlight=False)
+        tell(*facts(rows, width, least=_NAMES))
 
 
 def _endpoint(site: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import takewhile
 
@@ -11,9 +12,12 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from obsfs.commands import main
 from obsfs.commands import obsfs as program
-from obsfs.commands.output import columns
+from obsfs.commands.output import columns, facts, fold
 from obsfs.settings import knobs
+from obsfs.text import visible
+from tests.conftest import Mounter, Store
 
 
 def verbs(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -34,6 +38,23 @@ def help_of(*words: str, width: int = 80) -> list[str]:
 @pytest.mark.parametrize("words", [(), *verbs(program)], ids=" ".join)
 def test_help_fits_a_terminal_of_80_columns(words: tuple[str, ...]) -> None:
     assert max(map(len, help_of(*words))) <= 80
+
+
+@pytest.mark.parametrize("width", [40, 60, 100, 140])
+@pytest.mark.parametrize("words", [(), ("mount",), ("models",), ("cache", "clean"), ("serve",)], ids=" ".join)
+def test_help_fits_any_terminal_and_breaks_no_word(words: tuple[str, ...], width: int) -> None:
+    wide, lines = " ".join(help_of(*words, width=10_000)).split(), help_of(*words, width=width)
+    assert " ".join(lines).split() == wide
+    options = "\n".join(lines).partition("  Example")[0].splitlines()[1:]  # examples are to be copied whole
+    assert not [line for line in options if len(line) > width and len(line.split()) > 3]
+    assert not [line for line in options if line != line.rstrip()]
+
+
+@pytest.mark.parametrize("words", [(), *verbs(program)], ids=" ".join)
+def test_each_help_has_an_example(words: tuple[str, ...]) -> None:
+    text = "\n".join(help_of(*words))
+    assert "Example" in text
+    assert re.search(rf"obsfs ({'|'.join(words[:1])})?.*\S", text.partition("Example")[2])
 
 
 @pytest.mark.parametrize("group", [(), ("cache",), ("models",)])
@@ -82,3 +103,42 @@ def test_no_cell_is_lost_or_broken(rows: list[tuple[str, str]], width: int) -> N
                 cell.encode("unicode_escape").decode() in shown.encode("unicode_escape").decode()
                 or not cell.isprintable()
             )
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=60), st.integers(1, 40))
+def test_text_folds_between_words_and_nowhere_else(text: str, width: int) -> None:
+    lines = fold(text, width)
+    assert " ".join(" ".join(lines).split()) == " ".join(visible(text).split())
+    assert all(len(line) <= width or " " not in line.strip() for line in lines if line.isascii())
+
+
+def test_a_number_stays_beside_its_unit() -> None:
+    assert fold("cached 1.5 GiB in 20 ms of 9 s", 12) == ["cached", "1.5 GiB in", "20 ms of 9 s"]
+
+
+def test_facts_are_folded_under_themselves() -> None:
+    rows = [("a", "one two three"), ("long name", "/a/path/without/blanks")]
+    assert list(facts(rows, 22)) == [
+        "  a          one two",
+        "             three",
+        "  long name  /a/path/without/blanks",
+    ]
+    assert next(facts(rows)) == "  a          one two three"
+
+
+def test_the_status_of_a_mount_fits(
+    bucket: Store, mount: Mounter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = mount(bucket)
+    for width in (None, 40, 60, 80, 120, 200):
+        monkeypatch.delenv("COLUMNS", raising=False)
+        if width:
+            monkeypatch.setenv("COLUMNS", str(width))
+        assert main(["status", str(path)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert not [line for line in lines if line != line.rstrip()]
+        assert f"in {path.parent / 'blocks'}" in " ".join(" ".join(lines).split())
+        if width is None:  # a program reads it: nothing is folded
+            assert not [line for line in lines if line.startswith("   ")]
+        else:
+            assert not [line for line in lines if len(line) > width and len(line.split()) > 2]
