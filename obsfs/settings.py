@@ -47,8 +47,9 @@ _TIME_UNITS = {unit: _TIMES[unit] for unit in ("d", "h", "m", "s")}
 _PREFIX = "OBSFS_"
 _OTHER_VARIABLES = ("CONFIG", "DEBUG", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "SUPERVISOR_FD")
 """Variables of ours that are not settings."""
-_ALIKE = 0.75
+_ALIKE = 0.7
 """How alike (difflib's ratio) two names after ``OBSFS_`` must be for one to be a typo of the other."""
+_ALIKE_PREFIX = 0.8
 _MAX_QUOTED = 200
 """Characters of a value that an error quotes."""
 _SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -61,7 +62,7 @@ def parse_seconds(value: object) -> float:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|[smhdw]?)\s*", str(value))
     if match is None:
-        raise ValueError(f"{value!r} is not a time; write for example 90, 500ms, 5m, 2h or 7d")
+        raise ValueError(f"{str(value)!r} is not a time; write for example 90, 500ms, 5m, 2h or 7d")
     seconds = float(match[1]) * _TIMES[match[2]]
     if seconds > MAX_SECONDS:
         raise ValueError(f"it must be at most {_amount(MAX_SECONDS, 'TIME')}")
@@ -75,7 +76,7 @@ def parse_size(value: object) -> int:
     """
     match = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*(?:([{_PREFIXES}])(i?))?b?\s*", str(value).lower())
     if match is None:
-        raise ValueError(f"{value!r} is not a size; write for example 500MB or 1GiB")
+        raise ValueError(f"{str(value)!r} is not a size; write for example 500MB or 1GiB")
     power = _PREFIXES.index(match[2]) + 1 if match[2] else 0
     size = int(Decimal(match[1]) * (1024 if match[3] else 1000) ** power)
     if size > MAX_SIZE:
@@ -99,8 +100,10 @@ def _octal(value: object) -> object:
 
 
 def _expand(value: object) -> Path:
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError("it must be text")
     try:
-        return Path(str(value)).expanduser().absolute()
+        return Path(value).expanduser().absolute()
     except RuntimeError:
         raise ValueError("there is no such user") from None
 
@@ -461,6 +464,8 @@ def _read_variables() -> dict[str, Written]:
     found: dict[str, Written] = {}
     for variable, text in os.environ.items():
         prefix, is_ours, name = variable.partition(_PREFIX)
+        if not is_ours and (meant := _mistyped_prefix(variable, known)):
+            _warn(f"the variable {variable} is not used", f"did you mean {meant}?")
         if prefix or not is_ours or not text or name in _OTHER_VARIABLES:
             continue
         if name in names:
@@ -470,12 +475,21 @@ def _read_variables() -> dict[str, Written]:
     return found
 
 
+def _mistyped_prefix(variable: str, known: list[str]) -> str:
+    """What a variable such as ``OBFS_CACHE_DIR`` or ``obsfs_cache_dir`` stands for; empty for others."""
+    start, _, name = variable.upper().partition("_")
+    is_close = difflib.SequenceMatcher(None, f"{start}_", _PREFIX).ratio() > _ALIKE_PREFIX
+    return f"{_PREFIX}{name}" if is_close and name in known else ""
+
+
 def _read_config() -> dict[str, Written]:
     """Settings in the config file, each with the place it stands in."""
     path = config_path()
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
     except FileNotFoundError:
+        if os.environ.get("OBSFS_CONFIG"):
+            raise UsageError(f"OBSFS_CONFIG={path}: there is no such file", "write one, or unset it") from None
         return {}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML", str(error)) from None
@@ -488,8 +502,7 @@ def _read_config() -> dict[str, Written]:
                 raise UsageError(f"{path}: {key} = {value}", f'write it as text, in octal: {key} = "022"')
             found[key] = Written(f"{path}: {key} = ", value)
         else:
-            _warn(
-                f"{path}: {key!r} is not a setting and is not used",
-                did_you_mean(key, knobs()) or "see `obsfs mount --help`",
-            )
+            in_table = isinstance(value, dict) and any(name in knobs() for name in value)
+            hint = f"write its keys without [{key}]" if in_table else did_you_mean(key.lower(), knobs())
+            _warn(f"{path}: {key!r} is not a setting and is not used", hint or "see `obsfs mount --help`")
     return found

@@ -100,6 +100,8 @@ def _write_config(text: str) -> None:
         ('cache-size = "1GiB"', "'cache-size' is not a setting and is not used: did you mean 'cache_size'?"),
         ('"a\\u001bb" = 1', r"'a\x1bb' is not a setting and is not used: see `obsfs mount --help`"),
         ("[mount.models]", "'mount' is not a setting and is not used"),
+        ("[obsfs]\nregion = 'x'", "'obsfs' is not a setting and is not used: write its keys without [obsfs]"),
+        ('CACHE-SIZE = "1GiB"', "'CACHE-SIZE' is not a setting and is not used: did you mean 'cache_size'?"),
     ],
 )
 def test_a_key_that_is_not_a_setting_is_told_with_its_file(line: str, said: str) -> None:
@@ -117,6 +119,10 @@ def test_a_key_that_is_not_a_setting_is_told_with_its_file(line: str, said: str)
         ("OBSFS_REGOIN", "OBSFS_REGION"),
         ("OBSFS_SECRET_ACESS_KEY", "OBSFS_SECRET_ACCESS_KEY"),
         ("OBSFS_Cache_Dir", "OBSFS_CACHE_DIR"),
+        ("OBSFS_SECRET_KEY", "OBSFS_SECRET_ACCESS_KEY"),
+        ("OBFS_CACHE_DIR", "OBSFS_CACHE_DIR"),
+        ("OBSSF_REGION", "OBSFS_REGION"),
+        ("obsfs_library", "OBSFS_LIBRARY"),
     ],
 )
 def test_a_variable_that_looks_like_a_typo_is_told_without_its_value(
@@ -129,7 +135,8 @@ def test_a_variable_that_looks_like_a_typo_is_told_without_its_value(
 
 
 @pytest.mark.parametrize(
-    "name", ["OBSFS_SERVICE_HOST", "OBSFS_PORT_80_TCP", "OBSFS_TEST_KILLS", "OBSFS_", "OBSFS_HOME"]
+    "name",
+    ["OBSFS_SERVICE_HOST", "OBSFS_PORT_80_TCP", "OBSFS_TEST_KILLS", "OBSFS_", "OBSFS_HOME", "OBS_REGION", "OBJFS_X"],
 )
 @pytest.mark.filterwarnings("error")
 def test_other_variables_are_nobody_s_mistake(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +175,8 @@ def test_a_wrong_value_is_told_with_the_place_it_stands_in(monkeypatch: pytest.M
         (r'cache_dir = "/tmp/a\u0000b"', "it holds a NUL"),
         (r'profile = "a\u0000b"', "it holds a NUL"),
         ('max_entries = "many"', "it must be a whole number"),
+        ("cache_dir = 5", "it must be text"),
+        ("metadata_ttl = 2026-01-01", "'2026-01-01' is not a time; write for example 90, 500ms, 5m, 2h or 7d"),
         ("umask = 22", 'write it as text, in octal: umask = "022"'),
         ("umask = 0o22", 'write it as text, in octal: umask = "022"'),
     ],
@@ -253,3 +262,18 @@ def test_where_a_value_stands_is_known_later_and_is_no_setting(monkeypatch: pyte
     assert chosen.at_first_endpoint().place("region") == "OBSFS_REGION="
     assert set(chosen.to_json()) == set(knobs())
     assert Settings.parse(chosen.to_json()) == chosen
+
+
+def test_a_file_may_begin_with_a_byte_order_mark() -> None:
+    config_path().parent.mkdir(parents=True)
+    config_path().write_bytes(b"\xef\xbb\xbfconnections = 3\r\n")
+    assert Settings.load().connections == 3
+
+
+def test_a_file_that_was_named_and_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for path, said in ((tmp_path / "none.toml", "there is no such file"), (tmp_path, "Is a directory")):
+        monkeypatch.setenv("OBSFS_CONFIG", str(path))
+        with pytest.raises(UsageError, match=said):
+            Settings.load()
+    monkeypatch.setenv("OBSFS_CONFIG", "/dev/null")
+    Settings.load()
