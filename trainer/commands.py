@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from obsfs.commands.options import BUCKET, CACHE, Command, settings_options
-from obsfs.commands.output import columns, count, human, spinner, tell, tell_json, tell_path, terminate_like_interrupt
+from obsfs.commands.output import columns, count, human, spinner, tell, tell_json, tell_path
 from obsfs.errors import UsageError, first_line
 from obsfs.extras import remedy
 
@@ -89,8 +89,6 @@ def train(words: tuple[str, ...], *, is_guided: bool, only_check: bool, as_json:
     elif path is None and not overrides:
         raise UsageError("there is nothing to train", "give CONFIG.yaml, or --guide (see --help)")
     config = load_config(read_yaml(path) if path else {}, {} if is_guided else overrides)
-    terminate_like_interrupt()
-
     from trainer.run import train as run
 
     outcome = run(config, as_json=as_json, only_check=only_check, started=started)
@@ -234,7 +232,6 @@ def serve(model: str, *, adapter: str | None, host: str, port: int, backend: str
     """An OpenAI-compatible server for MODEL, until Ctrl-C. What follows `--` goes to the backend."""
     from trainer import serve as serving
 
-    terminate_like_interrupt()
     with serving.serve(
         model,
         adapter,
@@ -269,7 +266,6 @@ def chat(model: str, *, adapter: str | None, backend: str | None, **given: Any) 
     """Talk to MODEL in the terminal. What follows `--` goes to `transformers chat`."""
     from trainer import serve as serving
 
-    terminate_like_interrupt()
     with ExitStack() as stack:
         with spinner(f"loading {model}"):
             server = stack.enter_context(

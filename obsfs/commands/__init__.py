@@ -6,7 +6,7 @@ import errno
 import gc
 import logging
 import os
-import sys
+import signal
 import traceback
 import warnings
 from importlib import import_module
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from obsfs.commands.options import Command, Context
-from obsfs.commands.output import tell, tolerate_any_text
+from obsfs.commands.output import drop_output, open_streams, tell, terminate_like_interrupt, tolerate_any_text
 from obsfs.errors import ObsfsError, SettingWarning, UsageError
 from obsfs.fuse import children
 from obsfs.logs import VisibleFormatter
@@ -166,8 +166,14 @@ def _refused_by_system(error: OSError) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line. Returns 0; 2 after a mistake of the user, told in one line; 130 after Ctrl-C."""
+    """Run the command line.
+
+    Returns:
+        0; 1 where a verb says so, and after an error of ours; 2 after a mistake of the user, told in one line; 130
+        after Ctrl-C or SIGTERM; 141 when nobody reads what is printed, as of a program that SIGPIPE ends.
+    """
     children.shut_import_path()
+    open_streams()
     tolerate_any_text()
     warnings.simplefilter("always", SettingWarning)
     shown = warnings.showwarning
@@ -175,42 +181,61 @@ def main(arguments: list[str] | None = None) -> int:
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(VisibleFormatter("obsfs: %(message)s"))
     try:
-        check_ours()
-        status = obsfs.main(arguments, prog_name="obsfs", standalone_mode=False)
-        return status if isinstance(status, int) else 0
-    except click.exceptions.NoArgsIsHelpError as error:
+        with terminate_like_interrupt():
+            check_ours()
+            status = obsfs.main(arguments, prog_name="obsfs", standalone_mode=False)
+            return status if isinstance(status, int) else 0
+    except BaseException as error:
+        try:
+            return _tell(error)
+        except OSError as lost:
+            return _tell(lost)
+    finally:
+        warnings.showwarning = shown
+        gc.freeze()  # to look for garbage once more before the process ends takes it a tenth of a second
+
+
+_PIPE = 128 + signal.SIGPIPE
+
+
+def _tell(error: BaseException) -> int:
+    """Tell what ended a command, in one line. Returns the exit status."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
         click.echo(error.ctx.get_help() if error.ctx else "")  # of our own text
         return 2
-    except click.NoSuchOption as error:
+    if isinstance(error, click.NoSuchOption):
         hint = did_you_mean(error.option_name, error.possibilities or ())
         path = error.ctx.command_path if error.ctx else "obsfs"
         tell(f"obsfs: No such option '{error.option_name}'{hint and f': {hint}'} (see `{path} --help`)", err=True)
         return 2
-    except click.ClickException as error:
+    if isinstance(error, click.ClickException):
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context else ""
         tell(f"obsfs: {error.format_message().rstrip('.')}{hint}", err=True)
         return 2
-    except ObsfsError as error:
+    if isinstance(error, ObsfsError):
         tell(f"obsfs: {error}", err=True)
         return 2
-    except (click.Abort, KeyboardInterrupt):
+    if isinstance(error, click.Abort | KeyboardInterrupt):
         tell("obsfs: interrupted", err=True)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except Exception as error:
-        if os.environ.get("OBSFS_DEBUG"):
-            traceback.print_exc()
-        if isinstance(error, OSError) and (said := _refused_by_system(error)):
-            tell(f"obsfs: {said}", err=True)
-            return 2
-        tell(
-            f"obsfs: internal error: {type(error).__name__}: {error} (OBSFS_DEBUG=1 shows where; please report it)",
-            err=True,
-        )
-        return 1
-    finally:
-        warnings.showwarning = shown
-        gc.freeze()  # to look for garbage once more before the process ends takes it a tenth of a second
+    passed = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, SystemExit):
+        if passed[-1] is not click.Command.main.__code__:  # where click leaves when nobody reads
+            raise error
+        drop_output()
+        return _PIPE
+    if isinstance(error, OSError) and click.echo.__code__ in passed:
+        drop_output()
+        if isinstance(error, BrokenPipeError):
+            return _PIPE
+        tell(f"obsfs: cannot print what was asked ({error.strerror}): make room, or print it elsewhere", err=True)
+        return 2
+    if os.environ.get("OBSFS_DEBUG"):
+        traceback.print_exception(error)
+    if isinstance(error, OSError) and (said := _refused_by_system(error)):
+        tell(f"obsfs: {said}", err=True)
+        return 2
+    shown = f"{type(error).__name__}: {error}"
+    tell(f"obsfs: internal error: {shown} (OBSFS_DEBUG=1 shows where; please report it)", err=True)
+    return 1

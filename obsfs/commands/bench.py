@@ -17,7 +17,6 @@ from obsfs.commands.output import (
     tell_heading,
     tell_json,
     terminal_width,
-    terminate_like_interrupt,
 )
 from obsfs.settings import Settings
 from obsfs.version import __version__
@@ -62,7 +61,6 @@ def bench(
     most = max(byte_size("--size", size), 1 << 20)
     if not no_report:
         reports.require(report)
-    terminate_like_interrupt()
     place = measure.place_of(target, settings)
     try:
         sample, figures = _run(place, file, most)

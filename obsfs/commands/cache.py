@@ -21,7 +21,6 @@ from obsfs.commands.output import (
     tell,
     tell_json,
     terminal_width,
-    terminate_like_interrupt,
 )
 from obsfs.errors import UsageError
 from obsfs.fuse import mounts
@@ -93,7 +92,6 @@ def verify(as_json: bool, **given: Any) -> None:
     entries = list(store.entries())
     size = sum(entry.cached_bytes for entry in entries)
     damaged: dict[str, int] = {}
-    terminate_like_interrupt()
     with progress("verifying", size, quiet=as_json) as advance:
         for entry in entries:
             with closing(store.open(entry.version)) as found:

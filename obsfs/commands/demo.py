@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import click
 
 from obsfs.commands.options import Command
-from obsfs.commands.output import columns, fold, human, spinner, tell, terminal_width, terminate_like_interrupt
+from obsfs.commands.output import columns, fold, human, spinner, tell, terminal_width
 from obsfs.errors import ObsfsError
 from obsfs.fuse import children
 
@@ -40,7 +40,6 @@ def demo() -> None:
     Starts an S3 server on this machine, makes and uploads a small Qwen2 model, mounts the bucket, loads the model
     from it (cold), unmounts, mounts again and loads it once more (warm). Everything is removed afterwards.
     """
-    terminate_like_interrupt()
     with ExitStack() as cleanup, spinner("starting") as say:
         home = Path(tempfile.mkdtemp(prefix="obsfs-demo-"))
         cleanup.callback(shutil.rmtree, home, ignore_errors=True)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from obsfs.commands.options import PUBLISH, Command, settings_options
-from obsfs.commands.output import counted, human, progress, spinner, tell, tell_json, terminate_like_interrupt
+from obsfs.commands.output import counted, human, progress, spinner, tell, tell_json
 from obsfs.fuse import mounts
 from obsfs.settings import Settings
 
@@ -52,7 +52,6 @@ def import_(
     settings = Settings.load(**given)
     wanted = hub.parse_hub_name(repository)
     model = parse_model(name or wanted.repository.rpartition("/")[2], settings.library)
-    terminate_like_interrupt()
     Bucket(model.address, settings)  # so that missing keys are told before the hub is asked
     with spinner(f"looking at {wanted}", quiet=as_json):
         found = hub.find(wanted).chosen(include, exclude)

@@ -60,7 +60,9 @@ def _serve_here(source: str, path: Path, settings: Settings) -> None:
     mounts.prepare(path, settings)
     daemon.log_to(logging.StreamHandler(), settings.log_level)
     stop = daemon.Stop()
-    stop.on_signals()
-    daemon.serve(
-        source, path, settings, lambda: tell(f"{source} is mounted on {path}; Ctrl-C unmounts", err=True), stop
-    )
+
+    def on_ready() -> None:
+        stop.on_signals()  # not before: until then Ctrl-C ends the command at once
+        tell(f"{source} is mounted on {path}; Ctrl-C unmounts", err=True)
+
+    daemon.serve(source, path, settings, on_ready, stop)

@@ -8,9 +8,10 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import click
@@ -29,7 +30,26 @@ def tell(*lines: object, err: bool = False) -> None:
     `escape_markup`, and ask by `ask` and `confirm`: by nothing else.
     """
     for line in lines:
-        click.echo(visible(line, _MAX_LINE), err=err)
+        with suppress(OSError) if err else nullcontext():  # there is nobody else to tell
+            click.echo(visible(line, _MAX_LINE), err=err)
+
+
+def open_streams() -> None:
+    """Open stdin, stdout and stderr on nothing where they are closed, so that no file of ours becomes one of them."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free: this one
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def drop_output() -> None:
+    """Drop what stdout has not taken, when it takes nothing more, so that the process ends without a word on it."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def tell_json(document: object, *, indent: int | None = 1) -> None:
@@ -68,19 +88,31 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def terminate_like_interrupt() -> None:
-    """From now on, SIGTERM and the end of the terminal clean up as Ctrl-C does; a second one does not cut it short."""
+@contextmanager
+def terminate_like_interrupt() -> Iterator[None]:
+    """SIGTERM and the end of the terminal clean up as Ctrl-C does; a second one does not cut it short."""
     ends = [signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup(1) sets it
         ends.append(signal.SIGHUP)
 
     def interrupt(*_: object) -> None:
         for number in ends:
-            signal.signal(number, lambda *_: None)  # unlike SIG_IGN, no child inherits it
+            signal.signal(number, ignore)  # unlike SIG_IGN, no child inherits it
         raise KeyboardInterrupt
 
-    for number in ends:
-        signal.signal(number, interrupt)
+    def ignore(*_: object) -> None:
+        """Do nothing."""
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, interrupt) for number in ends}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) in (interrupt, ignore):
+                signal.signal(number, handler)
 
 
 def human(size: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from obsfs.commands.options import LIBRARY, Command, settings_options
-from obsfs.commands.output import counted, human, progress, tell, tell_json, tell_path, terminate_like_interrupt
+from obsfs.commands.output import counted, human, progress, tell, tell_json, tell_path
 from obsfs.errors import UsageError
 from obsfs.settings import Settings
 
@@ -68,7 +68,6 @@ def pull(
     hubs = [
         hub for hub, on in ((download.HUGGING_FACE, to_hf_cache), (download.MODEL_SCOPE, to_modelscope_cache)) if on
     ]
-    terminate_like_interrupt()
     size = sum(file.size for file in files) * (len(hubs) + (directory is not None or not hubs))
     with progress(f"pulling {pulling.model.name.label}", size, quiet=as_json) as advance:
         done = download.pull(

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from obsfs.commands.options import PUBLISH, Command, settings_options
-from obsfs.commands.output import counted, human, progress, tell, tell_json, terminate_like_interrupt
+from obsfs.commands.output import counted, human, progress, tell, tell_json
 from obsfs.fuse import mounts
 from obsfs.settings import Settings
 
@@ -57,7 +57,6 @@ def push(
     settings = Settings.load(**given)
     model = parse_model(name, settings.library)
     files = pushing.find_files(directory, any_files=any_files)
-    terminate_like_interrupt()
     with progress(f"pushing {model.label}", sum(file.size for file in files), quiet=as_json) as advance:
         manifest, sent = pushing.push(
             directory,

@@ -9,7 +9,7 @@ import click
 
 from obsfs.commands import places
 from obsfs.commands.options import LIBRARY, Command, settings_options
-from obsfs.commands.output import counted, human, progress, tell, tell_json, terminate_like_interrupt
+from obsfs.commands.output import counted, human, progress, tell, tell_json
 from obsfs.errors import UsageError
 from obsfs.fuse import mounts
 from obsfs.library.names import MANIFEST, is_url, parse_model
@@ -43,7 +43,6 @@ def verify(target: str, *, where: str | None, as_json: bool, **given: Any) -> No
     from obsfs.library import verify as verifying
     from obsfs.library.pull import read_local
 
-    terminate_like_interrupt()
     path = Path(target)
     if not is_url(target) and mounts.on_mount(path) is None and path.is_dir() and (path / MANIFEST).is_file():
         manifest = read_local(path)

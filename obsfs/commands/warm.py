@@ -8,7 +8,7 @@ import click
 
 from obsfs.commands import places
 from obsfs.commands.options import CACHE, LIBRARY, Command, byte_size, settings_options
-from obsfs.commands.output import counted, human, progress, tell, tell_json, terminate_like_interrupt
+from obsfs.commands.output import counted, human, progress, tell, tell_json
 from obsfs.errors import UsageError
 from obsfs.remote.address import parse_address
 from obsfs.settings import Settings
@@ -49,7 +49,6 @@ def warm(
 
     Each target is a model, a file or a prefix in a bucket, or a path on a mount.
     """
-    terminate_like_interrupt()
     most = byte_size("--max-bytes", max_bytes) if max_bytes else None
     if record and (recorded or pin or max_bytes):
         raise UsageError("--record goes with no other option", "record first, then warm --for it")

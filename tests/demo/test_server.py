@@ -84,9 +84,8 @@ def test_a_second_signal_does_not_cut_cleaning_up_short() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         for number in before:
-            terminate_like_interrupt()
             cleaned = False
-            with suppress(KeyboardInterrupt):
+            with suppress(KeyboardInterrupt), terminate_like_interrupt():
                 try:
                     os.kill(os.getpid(), number)
                 finally:
@@ -94,9 +93,10 @@ def test_a_second_signal_does_not_cut_cleaning_up_short() -> None:
                     os.kill(os.getpid(), signal.SIGHUP)
                     cleaned = True
             assert cleaned
+            assert {one: signal.getsignal(one) for one in before} == before
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        terminate_like_interrupt()
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, "nohup"
+        with terminate_like_interrupt():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, "nohup"
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
