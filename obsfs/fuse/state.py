@@ -14,6 +14,8 @@ from obsfs import private
 from obsfs.errors import UsageError
 from obsfs.settings import state_dir
 
+_MAX_NAME = 220
+"""Bytes of a mountpoint's name in that of a file: with all that is added, a name has 255 (<linux/limits.h>)."""
 _SETTLE_SECONDS = 2.0
 """In which a server has handed its lock to its supervisor."""
 _PAUSE_SECONDS = 0.02
@@ -22,7 +24,8 @@ _PAUSE_SECONDS = 0.02
 def path(mountpoint: Path, suffix: str) -> Path:
     """The file of a mount with this suffix: ``lock``, ``journal`` or ``log``."""
     digest = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:8]
-    return state_dir() / f"{mountpoint.name[:100]}-{digest}.{suffix}"
+    name = os.fsdecode(os.fsencode(mountpoint.name[:100])[:_MAX_NAME])
+    return state_dir() / f"{name}-{digest}.{suffix}"
 
 
 def lock(mountpoint: Path, keeper: int) -> int:

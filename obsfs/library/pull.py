@@ -512,4 +512,6 @@ def _holds(directory: Path, file: File) -> bool:
 def _local_error(error: OSError, directory: Path) -> ObsfsError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UsageError(f"{directory} is full", "make room, then pull again: it goes on where it stopped")
-    return UsageError(f"{error.filename or directory} cannot be written ({error.strerror})", "choose another place")
+    return UsageError(
+        f"{error.filename2 or error.filename or directory} cannot be written ({error.strerror})", "choose another place"
+    )

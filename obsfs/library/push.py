@@ -26,6 +26,7 @@ from obsfs.library.transfer import Advance
 from obsfs.remote.client import Bucket
 from obsfs.remote.writer import Writer
 from obsfs.settings import Settings, keywords, state_dir
+from obsfs.text import visible
 
 _CONNECTIONS = 16
 _NOT_OURS = {".git", ".obsfs", ".cache", "__pycache__", ".ipynb_checkpoints"}
@@ -112,7 +113,7 @@ def push(
         whole.check(whole.look(found), str(directory), _NOT_WHOLE)
     details = Details(
         author=author(),
-        source=source or directory.resolve().name,
+        source=source or visible(directory.resolve().name),
         revision=revision or revision_of(directory),
         model=manifests.look(found),
     )

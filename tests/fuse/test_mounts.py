@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from obsfs import private
 from obsfs.commands import main
 from obsfs.commands.places import locate
 from obsfs.errors import UsageError
@@ -138,6 +139,20 @@ def test_a_mountpoint_may_have_any_name(name: str, impostor: Impostors) -> None:
     assert found is not None
     assert found.url == f"obs://impostors/a b#c\\d/{name}"
     assert _state_of(odd.path) == "mounted"
+
+
+@pytest.mark.parametrize("name", ["模" * 85, "m" * 255, "é" * 127, "a\udcff" * 100, "模型"], ids=lambda name: name[:2])
+def test_what_a_mount_keeps_has_a_name_that_fits(name: str, tmp_path: Path) -> None:
+    mountpoint, other = tmp_path / name, tmp_path / "x" / name
+    mountpoint.mkdir()
+    files = [
+        state.path(one, suffix) for one in (mountpoint, other) for suffix in ("lock", "journal", "snapshot", "log")
+    ]
+    for file in files:
+        private.write_file(file, b"1")
+    assert len(set(files)) == 8
+    if len(os.fsencode(name)) < 200:
+        assert files[0].name.startswith(f"{name[:100]}-")
 
 
 def test_lines_of_mountinfo_that_cannot_be_read_are_left_out() -> None:

@@ -127,6 +127,10 @@ def test_a_directory_follows_its_model_and_keeps_what_is_not_of_it(
     assert (place / "config.json").read_text() == "my change"
     assert obsfs("pull", f"{bucket}/m", place, "--force").code == 0
     assert contents(place) == {**contents(model), "mine.txt": b"mine"}
+    (place / "config.json").unlink()
+    (place / "config.json").mkdir()
+    refused = obsfs("pull", f"{bucket}/m", place, "--force")
+    assert f"{place}/config.json cannot be written (Is a directory)" in refused.err
 
 
 def test_without_a_manifest_what_the_bucket_offers_is_checked(bucket: Store, obsfs: Run, tmp_path: Path) -> None:

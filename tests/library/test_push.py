@@ -317,6 +317,16 @@ def test_a_bucket_that_cannot_be_written(bucket: Store, obsfs: Run, tmp_path: Pa
     assert not keys(bucket)
 
 
+def test_a_directory_whose_name_is_not_utf_8(bucket: Store, tmp_path: Path) -> None:
+    directory = tmp_path / os.fsdecode(b"m\xff")
+    directory.mkdir()
+    (directory / "config.json").write_bytes(b"{}")
+    model = parse_model(f"{bucket}/m")
+    done = push(directory, model, Settings.load(), files=find_files(directory), check=False)
+    assert done[0].source == r"m\udcff"
+    assert published(bucket, "m")["source"] == r"m\udcff"
+
+
 def test_a_file_that_changes_meanwhile_is_noticed(bucket: Store, tmp_path: Path) -> None:
     model = write_model(tmp_path / "m", mib=1)
     files = find_files(model)
