@@ -523,10 +523,15 @@ class Engine:
         unseen = range(1, min(_FIRST_UNSEEN, block_count(versions[0].size)))
         self.prefetch([(block, versions[0], block) for block in unseen])
 
-    def adopt(self, version: ObjectVersion, blocks: Iterable[int], twin: ObjectVersion) -> None:
-        """Take blocks from another version that is said to have the same bytes, as far as they are in the cache.
+    def peek(self, version: ObjectVersion, block: int) -> bytes | None:
+        """A block, if the cache has it and it matches its checksum. Raises CacheError."""
+        with self.held(version) as reader:
+            return reader.cached.read_checked(block)
 
-        Whoever says so has to check them. Raises CacheError.
+    def adopt(self, version: ObjectVersion, blocks: Iterable[int], twin: ObjectVersion) -> None:
+        """Take blocks from another version that was found to have the same bytes, as far as they are in the cache.
+
+        Raises CacheError.
         """
         with self.held(version) as reader, self.held(twin) as other:
             for block in blocks:

@@ -29,6 +29,7 @@ from obsfs import private
 from obsfs.blocks.cache import cached_sizes
 from obsfs.blocks.layout import BLOCK, block_count
 from obsfs.blocks.object import CachedObject
+from obsfs.blocks.readahead import runs
 from obsfs.blocks.reader import Engine, Reader
 from obsfs.errors import CacheError, ObsfsError, UnavailableError, UsageError, VersionChangedError
 from obsfs.library import catalog
@@ -244,11 +245,7 @@ class _Arrival:
             if offset + size <= start:
                 os.preadv(target, [data], offset)
             else:
-                if self._twin:
-                    self._engine.adopt(self._version, self._adoptable.intersection(self._blocks(index)), self._twin)
-                self._engine.fill(self._version, self._blocks(index))
-                if not reader.cached.readinto(offset, data):
-                    data[:] = reader.read(offset, size)
+                self._bring(reader, index, data)
                 if not self._is_linked:
                     _write(target, data, offset)
             if self._digest:
@@ -261,6 +258,23 @@ class _Arrival:
                 self._finish()
 
         return work
+
+    def _bring(self, reader: Reader, index: int, data: memoryview) -> None:
+        """Fill `data` with a piece: from the twin, as far as the cache has it, else from the bucket."""
+        missing = []
+        for block in self._blocks(index):
+            had = self._engine.peek(self._twin, block) if self._twin and block in self._adoptable else None
+            if had is None:
+                missing.append(block)
+            else:
+                start = block * BLOCK - index * _STEP
+                data[start : start + len(had)] = had
+        self._engine.fill(self._version, missing)
+        for run in runs(missing):
+            offset, stop = run.start * BLOCK, min(run.stop * BLOCK, self._file.size)
+            part = data[offset - index * _STEP : stop - index * _STEP]
+            if not reader.cached.readinto(offset, part):
+                part[:] = reader.read(offset, len(part))
 
     def _open(self) -> tuple[Reader, int, int]:
         with self._guard:
@@ -283,6 +297,9 @@ class _Arrival:
                 "pull again; if that does not help, the bucket has other bytes",
             )
         reader, *_ = self._open()
+        if self._twin:
+            # Not before: until now it was only said that the bytes are the same.
+            self._engine.adopt(self._version, self._adoptable, self._twin)
         if self._is_linked and not self._local.link(file, reader.cached):
             self._copy(reader)
         self._local.accept(file)

@@ -20,7 +20,11 @@ import pytest
 from tqdm import tqdm
 
 import obsfs as package
+from obsfs.blocks.cache import cached_sizes
 from obsfs.errors import NotFoundError, UnavailableError, UsageError
+from obsfs.library import pull as pull_module
+from obsfs.library.names import parse_model
+from obsfs.settings import Settings
 from tests.conftest import MIB, Mounter, Store, contents, random_bytes, status, stop_group, wait_for, write_model
 from tests.faulty import FaultyLink, FaultyServer
 from tests.library.test_push import Run, start
@@ -73,6 +77,36 @@ def test_what_another_version_has_is_not_fetched_again(
     assert (done["bytes_fetched"] > MIB) == is_broken
     assert done["bytes_fetched"] < 5 * MIB
     assert obsfs("cache", "verify").code == 0
+
+
+def test_what_another_version_has_is_not_taken_for_this_one_before_it_is_hashed(
+    bucket: Store, obsfs: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever kills a pull leaves nothing in the cache that is only said to be right."""
+    model = write_model(tmp_path / "model", mib=12, shards=1)
+    assert obsfs("push", model, f"{bucket}/m@v1").code == 0
+    place = tmp_path / "cache" / "obsfs"
+    obsfs("pull", f"{bucket}/m@v1", tmp_path / "a")
+    (model / "config.json").write_text('{"number": 2}')
+    assert obsfs("push", model, f"{bucket}/m@v2").code == 0
+    settings = Settings.load(cache_dir=place, endpoint_url=bucket.server.endpoint)
+    (weights,) = model.glob("*.safetensors")
+
+    def cached_bytes() -> int:
+        sizes = cached_sizes(place, bucket.server.endpoint, bucket.name)
+        return sum(size for (key, *_), size in sizes.items() if key == f"m@v2/{weights.name}")
+
+    def killed(arrival: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(pull_module._Arrival, "_finish", killed)
+        pull = pull_module.Pull(parse_model(f"{bucket}/m@v2"), settings)
+        pull.run(tmp_path / "b", files=pull.files())
+    assert cached_bytes() == 0
+    assert obsfs("pull", f"{bucket}/m@v2", tmp_path / "b", "--json").json["bytes_fetched"] < MIB
+    assert contents(tmp_path / "b") == contents(model)
+    assert cached_bytes() == weights.stat().st_size
 
 
 def test_a_name_means_what_is_there_or_the_newest_version(
