@@ -85,10 +85,10 @@ check(9)
 """,
     "every lock is held": """
 check(1)
-from obsfs.blocks.layout import DirectoryLock
 engine, held, ending = fs.engine, threading.Event(), threading.Event()
 locks = [fs._engine_guard, file._guard, engine._guard, engine.fetcher._changed, engine.cache._guard,
-         engine.cache._evicting, file._reader.load.guard, file._reader.cached._guard, DirectoryLock._threads]
+         file._reader.load.guard, file._reader.cached._guard,
+         engine.cache.exclusive._threads, engine.cache._evicting._threads]
 def hold():
     for lock in locks:
         lock.acquire()
