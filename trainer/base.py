@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import obsfs
 from obsfs.errors import UsageError, first_line
+from obsfs.text import visible
 
 _CHUNK = 8 << 20
 PROBE = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
@@ -262,6 +263,17 @@ def empty_model(path: Path, **options: Any) -> Any:
         return kind(config)
 
 
+def check_attention(path: Path, name: str, **options: Any) -> None:
+    """See that a model can compute its attention in a way, told by its name. Raises UsageError."""
+    try:
+        empty_model(path, attn_implementation=name, **options)
+    except (ValueError, ImportError) as error:
+        reason = visible(first_line(error), 400)
+        raise UsageError(
+            f"attn_implementation: {visible(name)} does not work with {path} ({reason})", "choose another"
+        ) from None
+
+
 class AdapterPlan(NamedTuple):
     """What PEFT makes for a model: how many parameters, on which modules (the ends of their names), and a digest of the
     name and shape of each, by which two adapters are known to have the same parameters."""
@@ -286,8 +298,10 @@ def plan_adapter(path: Path, lora: Any, **options: Any) -> AdapterPlan:
     with torch.device("meta"):
         try:
             model = get_peft_model(model, lora, low_cpu_mem_usage=True)
-        except ValueError as error:
-            raise UsageError("the adapter cannot be made", first_line(error)) from None
+            if lora.layer_replication:  # some models have a list with an entry per layer, which PEFT leaves as it is
+                model(input_ids=torch.zeros(1, 2, dtype=torch.long))
+        except Exception as error:  # whatever PEFT says of a name, a pattern or a number
+            raise UsageError("the adapter cannot be made", visible(first_line(error), 400)) from None
     trained = {name: tuple(one.shape) for name, one in model.named_parameters() if one.requires_grad}
     modules = {name.partition(".lora_")[0].rpartition(".")[2] for name in trained if ".lora_" in name}
     digest = hashlib.sha256(repr(sorted(trained.items())).encode()).hexdigest()[:16]
@@ -322,6 +336,11 @@ def _check_modules(model: Any, lora: Any) -> None:
         if not any(name == wanted or name.endswith(f".{wanted}") for name in parameters):
             ends = sorted({".".join(name.split(".")[-2:]) for name in parameters})
             raise _names_nothing("target_parameters", wanted, ends)
+    tokens = getattr(lora, "trainable_token_indices", None) or []
+    rows = model.get_input_embeddings().num_embeddings
+    for index in tokens if isinstance(tokens, list) else [one for some in tokens.values() for one in some]:
+        if not 0 <= index < rows:
+            raise UsageError(f"trainable_token_indices: there is no token {index}", f"the model knows {rows}")
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     given = getattr(lora, "layers_to_transform", None)
     for index in [given] if isinstance(given, int) else given or ():

@@ -7,6 +7,7 @@ published by ``obsfs.push``: whole or not at all, too. The adapter itself, at th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import queue
@@ -17,44 +18,102 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import TrainerCallback
 
 import obsfs
 from obsfs.errors import UsageError
+from obsfs.text import visible
 from trainer import notes
 from trainer.place import STEP, Place
 
 _SEAL = "obsfs-whole.json"
+_SUMS = "obsfs-sums.json"
+_SUMMED_BYTES = 8 << 20
+"""From the start and from the end of each file: all of an adapter, and little of a model."""
 _OUTBOX = ".outbox"
-_STATE = {_SEAL, "trainer_state.json", notes.NAME}
+_STATE = {_SEAL, _SUMS, "trainer_state.json", notes.NAME}
 _QUICK_START = re.compile(r"(?<=\n## Quick start\n).*?(?=\n## )", re.DOTALL)
-_NOT_PUBLISHED = {"training_args.bin", _SEAL}
+_WRITTEN = (
+    "checkpoint-*", "*.safetensors", "pytorch_model*.bin", "config.json", "adapter_config.json", "README.md",
+    "tokenizer*", "chat_template.jinja",
+)  # fmt: skip
+_NOT_PUBLISHED = {"training_args.bin", _SEAL, _SUMS}
 """The pickled arguments hold paths and tokens of this machine, and nobody needs them to go on."""
+
+
+def refuse_others(output_dir: Path) -> None:
+    """Raise UsageError for a directory with files that a run would write, and that no run of this package wrote.
+
+    Training overwrites a README.md and a tokenizer, and removes checkpoints that are not whole: somebody's project, a
+    model, or what another trainer has made would be lost.
+    """
+    if is_ours(output_dir):
+        return
+    found = sorted(path.name for pattern in _WRITTEN for path in output_dir.glob(pattern))
+    if found:
+        some = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        raise UsageError(
+            f"{output_dir} has files that no run of obsfs train has written: {visible(some)}",
+            "choose another output: a run would overwrite them",
+        )
+
+
+def is_ours(output_dir: Path) -> bool:
+    """Whether a run of this package has written to a directory, also one that was cut off early."""
+    if (output_dir / notes.NAME).exists() or any(output_dir.glob(f"checkpoint-*/{_SEAL}")):
+        return True
+    try:  # versions before wrote the notes at the end only
+        found = yaml.safe_load((output_dir / "train.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(found, dict) and {"model", "data", "output"} <= found.keys()
+
+
+def has_result(output_dir: Path) -> bool:
+    """Whether the result of a run, an adapter or a whole model, lies in a directory."""
+    return any((output_dir / name).exists() for name in ("adapter_config.json", "config.json"))
 
 
 def seal(checkpoint: Path) -> None:
     """Say that a checkpoint is whole, once its bytes are on the disk."""
-    sizes = {}
+    sizes, sums = {}, {}
     for path in _files(checkpoint):
-        if path.name == _SEAL:  # of before, which this one replaces
+        if path.name in (_SEAL, _SUMS):  # of before, which this one replaces
             continue
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        sizes[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
-    new = checkpoint / f"{_SEAL}.new"
-    with new.open("w") as file:
-        json.dump(sizes, file)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(checkpoint / _SEAL)
+        name = path.relative_to(checkpoint).as_posix()
+        sizes[name], sums[name] = path.stat().st_size, _sum(path)
+    # A file beside the seal, whose shape versions before know.
+    for name, found in ((_SUMS, sums), (_SEAL, sizes)):
+        new = checkpoint / f"{name}.new"
+        with new.open("w") as file:
+            json.dump(found, file)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(checkpoint / name)
+
+
+def _sum(path: Path) -> str:
+    """SHA-256 of how a file begins and ends."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(_SUMMED_BYTES))
+        file.seek(max(file.tell(), path.stat().st_size - _SUMMED_BYTES))
+        digest.update(file.read())
+    return digest.hexdigest()
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether it has a seal that holds."""
+    """Whether it has a seal that holds: every file has its size, and begins and ends as it did."""
     try:
         sizes = json.loads((checkpoint / _SEAL).read_bytes())
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+        if any((checkpoint / name).stat().st_size != size for name, size in sizes.items()):
+            return False
+        sums = json.loads((checkpoint / _SUMS).read_bytes()) if (checkpoint / _SUMS).exists() else {}
+        return all(_sum(checkpoint / name) == told for name, told in sums.items())
+    except (OSError, ValueError, AttributeError, TypeError):
         return False
 
 

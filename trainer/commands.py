@@ -78,11 +78,20 @@ def train(words: tuple[str, ...], *, is_guided: bool, only_check: bool, as_json:
 
     started = psutil.Process().create_time()
     path = Path(words[0]) if words and not words[0].startswith("--") else None
+    if path is None and (
+        later := [word for word in words if word.endswith((".yaml", ".yml")) and Path(word).is_file()]
+    ):
+        raise UsageError(f"{later[0]} comes too late", f"write obsfs train {later[0]} --KEY VALUE")
     overrides = parse_overrides(words[1:] if path else words)
     if is_guided:
         from trainer.guide import guide
 
-        path, is_wanted = guide(overrides)
+        if path is not None:
+            raise UsageError(f"--guide writes a configuration, and {path} is one", "leave one of them out")
+        asked = load_config({"model": "asked", "data": "asked", "output": "asked"}, overrides)  # refuses wrong keys
+        path, is_wanted = guide(
+            {name: value for name, value in vars(asked).items() if name in overrides} | asked.options
+        )
         if not is_wanted:
             tell(f"obsfs train {path}")
             return

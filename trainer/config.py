@@ -18,6 +18,7 @@ import yaml
 from obsfs import ObsfsError, Settings
 from obsfs.commands.options import BUCKET, CACHE
 from obsfs.errors import UsageError, first_line
+from obsfs.settings import knobs
 from obsfs.text import visible
 from trainer import keys, needs
 from trainer.foreign import refuse_foreign
@@ -80,6 +81,9 @@ _CHOICES = {
     "bnb_4bit_quant_type": Literal["nf4", "fp4"],
 }
 """Text that the libraries take as it is, and stumble over later."""
+_BEGIN_WITH_DATA = ("eva", "corda", "lora_ga")
+"""Without it these begin as any adapter does, and nobody is told (PEFT, tuners/lora: initialize_lora_eva_weights,
+preprocess_corda, preprocess_loraga)."""
 _NOT_FOR_USERS = {"base_model_name_or_path", "auto_mapping", "peft_type", "inference_mode", "peft_version", "kwargs"}
 
 
@@ -89,7 +93,8 @@ class TrainConfig:
 
     `model` is a directory (on a mount or not) or ``obs://BUCKET/NAME[@VERSION]``; `data` and `eval_data` are files,
     directories, URLs, names of :data:`trainer.data.BUILTIN` or of data sets on the hub; `ignore_columns` are columns of
-    theirs to train without; `output` is a directory, or ``obs://BUCKET/NAME``.
+    theirs to train without; `output` is a directory, or ``obs://BUCKET/NAME``; `rehearse` tries the settings on a small
+    model first.
     """
 
     model: str = ""
@@ -106,6 +111,7 @@ class TrainConfig:
     attn_implementation: str | None = None
     resume: bool = False
     check_memory: bool = True
+    rehearse: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -153,7 +159,8 @@ class TrainConfig:
                 )
             return Parts(trainer, arguments, None, None)
         lora = lora_config(**chosen[LoraConfig])
-        bits = {"bnb_4bit_compute_dtype": self.base_dtype, **chosen[BitsAndBytesConfig]} if self.is_quantized else None
+        computed = "bfloat16" if self.base_dtype == "auto" else self.base_dtype
+        bits = {"bnb_4bit_compute_dtype": computed, **chosen[BitsAndBytesConfig]} if self.is_quantized else None
         return Parts(trainer, arguments, lora, _made(BitsAndBytesConfig, bits) if bits else None)
 
     def _defaults(self) -> dict[str, Any]:
@@ -161,7 +168,8 @@ class TrainConfig:
 
         defaults: dict[str, Any] = {"disable_tqdm": True, "report_to": _trackers(), **TASKS[self.task].preset}
         if not torch.cuda.is_available():
-            defaults |= {"use_cpu": True, "bf16": self.base_dtype == "bfloat16", "dataloader_pin_memory": False}
+            is_bf16 = self.base_dtype == "bfloat16" and not self.options.get("fp16")
+            defaults |= {"use_cpu": True, "bf16": is_bf16, "dataloader_pin_memory": False}
         if self.method != "full":
             config, _ = TASKS[self.task].load()
             rate: Any = {one.name: one.default for one in dataclasses.fields(config)}["learning_rate"]
@@ -200,6 +208,11 @@ def load_config(
     nested = given.pop("options", None) or {}
     spelled = {**_named([*given.items(), *nested.items()]), **_named((overrides or {}).items())}
     known = known_keys(str(spelled.get("task", ("", "sft"))[1]))
+    for name, (spelling, value) in spelled.items():
+        if value is keys.BARE and name in {**(known or {}), **dict.fromkeys(_SETTINGS)}:
+            is_flag = name in _SETTINGS and knobs()[name].type is bool
+            hint = str if name in _SETTINGS and not is_flag else (known or {}).get(name, Any)
+            spelled[name] = spelling, keys.checked(name, value, hint, spelling)
     if known is not None:
         _refuse_unknown([name for name, _ in spelled.values()], known)
     merged = {
@@ -241,7 +254,7 @@ def known_keys(task: str) -> dict[str, Any] | None:
         return None
     own = {name: hint for name, hint in keys.own_keys(TrainConfig).items() if name != "options"}
     others = {name: hint for name, hint in {**bits, **peft}.items() if name not in _NOT_FOR_USERS}
-    return {**others, **trl, **dict.fromkeys(_SETTINGS, Any), **own, **_CHOICES}
+    return {**others, **trl, **own, **_CHOICES, **dict.fromkeys(_SETTINGS, Any)}
 
 
 def _refuse_unknown(given: Sequence[str], known: Mapping[str, Any]) -> None:
@@ -267,8 +280,20 @@ def _check(config: TrainConfig) -> None:
                 f"the run has no {name}",
                 remedy + (also if name == "output" and "output_dir" in config.options else ""),
             )
+    if config.test_split_size and (config.streaming or config.eval_data):
+        reason = "streamed data has no known length" if config.streaming else "eval_data is given"
+        raise UsageError(f"test_split_size takes no effect: {reason}", "leave it out, or evaluate with it alone")
     if config.streaming and not int(config.options.get("max_steps") or 0) > 0:
         raise UsageError("data that is streamed has no known length", "say how long to train with max_steps")
+    if config.options.get("resume_from_checkpoint") is not None:
+        raise UsageError(
+            "resume_from_checkpoint has no effect here", "resume: true goes on from the newest whole checkpoint"
+        )
+    if (begin := config.options.get("init_lora_weights")) in _BEGIN_WITH_DATA:
+        raise UsageError(
+            f"init_lora_weights: {begin} takes a pass over the data before training, which PEFT leaves to programs",
+            "choose another, for example pissa or olora",
+        )
     Settings.load(**config.settings)
     needs.check({**METHODS[config.method], **config.options}, config.attn_implementation)
 
@@ -290,7 +315,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """``--key value``, ``--key=value``, ``--list a b`` and ``--flag``, the values read as YAML."""
+    """Read ``--key value``, ``--key=value``, ``--list a b`` and ``--flag`` (keys.BARE), the values as YAML has them."""
     found: dict[str, Any] = {}
     words = list(words)
     while words:
@@ -304,7 +329,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
         while not is_joined and words and not words[0].startswith("--"):
             values.append(words.pop(0))
         parsed = [_value(value) for value in values]
-        found[name.replace("-", "_")] = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
+        found[name.replace("-", "_")] = keys.BARE if not parsed else parsed[0] if len(parsed) == 1 else parsed
     return found
 
 
@@ -357,7 +382,7 @@ def _unknown(names: Sequence[str], known: Iterable[str]) -> ObsfsError:
     """For one key the nearest that is known; for several all of them, each with its nearest."""
     told, everything = [], sorted(known)
     for name in names:
-        close = " or ".join(map(repr, difflib.get_close_matches(name, everything, 2)))
+        close = " or ".join(map(repr, difflib.get_close_matches(name.lower(), everything, 2)))
         told.append((visible(name, 80), f"the nearest known one is {close}" if close else ""))
     if len(told) == 1:
         ((name, nearest),) = told
@@ -382,8 +407,15 @@ def _arguments(kind: Any, given: Mapping[str, Any]) -> Any:
     try:
         parser.set_defaults_with_config(**listed)
         return parser.parse_args_into_dataclasses(args=[])[0]
-    except (ValueError, TypeError, ImportError) as error:
-        raise UsageError(f"{kind.__name__}: {first_line(error)}", "change that key") from None
+    except ObsfsError:
+        raise
+    except Exception as error:  # its look at its own values may raise anything: also a file that is not there
+        raise UsageError(f"{kind.__name__}: {_told(error)}", "change that key") from None
+
+
+def _told(error: Exception) -> str:
+    missing = error.filename if isinstance(error, FileNotFoundError) else None
+    return f"there is no file {missing}" if missing else first_line(error)
 
 
 def _is_list(hint: Any) -> bool:
@@ -394,8 +426,8 @@ def _is_list(hint: Any) -> bool:
 def _made(kind: Any, given: Mapping[str, Any]) -> Any:
     try:
         return kind(**given)
-    except (ValueError, TypeError, AttributeError, ImportError) as error:
-        raise UsageError(f"{kind.__name__}: {first_line(error)}", "change that key") from None
+    except Exception as error:  # as above
+        raise UsageError(f"{kind.__name__}: {_told(error)}", "change that key") from None
 
 
 def _trackers() -> list[str]:

@@ -13,6 +13,7 @@ import yaml
 
 import obsfs
 from obsfs.commands.output import ask, columns, confirm, count, human, tell
+from obsfs.settings import knobs
 from trainer import base as bases
 from trainer import data
 from trainer.config import METHODS, TASKS, lora_config
@@ -52,8 +53,12 @@ def missing_bytes(directory: Path) -> int:
     return missing
 
 
-def guide(settings: dict[str, Any]) -> tuple[Path, bool]:
-    """Ask, write the YAML, and return where it is and whether to start. Raises ObsfsError, and click.Abort."""
+def guide(given: dict[str, Any]) -> tuple[Path, bool]:
+    """Ask, write the YAML with the keys that were given, and return where it is and whether to start.
+
+    Raises ObsfsError, and click.Abort.
+    """
+    settings = {name: value for name, value in given.items() if name in knobs()}
     models = found_models()
     for number, path in enumerate(models, 1):
         tell(f"  {number}  {path}")
@@ -88,7 +93,7 @@ def guide(settings: dict[str, Any]) -> tuple[Path, bool]:
     default = f"{library.rstrip('/')}/adapters/{name}" if library else f"runs/{name}"
     run["output"] = ask("Where the adapter goes (a directory, or obs://BUCKET/NAME)", default=default)
     run |= {"max_length": _LENGTH, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16}
-    run |= {"save_steps": 100, "save_total_limit": 2, **settings}
+    run |= {"save_steps": 100, "save_total_limit": 2, **given}
     written = Path(ask("Write this run to", default="train.yaml"))
     if written.exists():
         confirm(f"{written} is there: replace it?", abort=True)

@@ -86,6 +86,10 @@ BOUNDS = {
 }
 """What transformers, TRL and PEFT check late, or not at all: a batch of 0 is a division by zero at the first step."""
 
+
+BARE: Any = object()
+"""The value of a flag that was given without one: true, where true can be meant."""
+
 _SIMPLE: Mapping[str, Any] = {"int": int, "float": float, "str": str, "bool": bool, "dict": dict, "Dict": dict,
                               "list": list, "List": list, "None": None}  # fmt: skip
 
@@ -245,8 +249,13 @@ def checked(name: str, value: Any, hint: Any, spelling: str) -> Any:
         spelling: How the user wrote the key.
 
     Raises:
-        UsageError: It is of another type, not finite, or out of its range in :data:`BOUNDS`.
+        UsageError: It is of another type, not finite, out of its range in :data:`BOUNDS`, or missing.
     """
+    if value is BARE:
+        if hint is not Any and bool not in _options(hint):
+            dashes = f"; one that begins with -- as --{spelling}=VALUE" if str in _options(hint) else ""
+            raise UsageError(f"--{spelling} has no value", f"give {_words(hint)}{dashes}")
+        return True
     value = _plain(value)
     for number in _numbers(value):
         if not math.isfinite(number):
@@ -334,6 +343,8 @@ def _words(hint: Any) -> str:
         if _origin(option) is Literal:
             told.append(f"one of {', '.join(map(str, typing.get_args(option)))}")
         else:
+            if option == list[str] and "text" not in told:
+                told.append("text")  # one stands for a list of one
             told.append(_WORDS.get(_origin(option), "another value"))
     return " or ".join(dict.fromkeys(word for word in told if word != "null")) or "null"
 

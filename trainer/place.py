@@ -5,15 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from botocore.exceptions import BotoCoreError
 
 import obsfs
-from obsfs.errors import UnavailableError, first_line
+from obsfs.errors import UnavailableError, UsageError, first_line
+from obsfs.text import visible
 
 _MANIFEST = ".obsfs/manifest.json"
 STEP = re.compile(r"checkpoint-(\d+)")
+_BUCKETS = ("obs", "s3")
+_SCHEMES = {*_BUCKETS, "hf", "ms", "gs", "oss", "az", "file", "http", "https"}
+"""What is meant as a URL also where a slash is missing: such a directory would be made here, and nothing published."""
 
 
 class Place(NamedTuple):
@@ -82,9 +87,33 @@ class Place(NamedTuple):
             ) from None
 
 
+def check_output(output: str) -> None:
+    """Raise UsageError for what is meant as a URL and is no place in a bucket, without looking into one."""
+    scheme, colon, rest = output.partition(":")
+    is_url = rest.startswith("//")
+    if not colon or not (is_url or (scheme.lower() in _SCHEMES and not Path(output).exists())):
+        return
+    if scheme not in _BUCKETS or not is_url:
+        raise UsageError(
+            f"output: {visible(output)} is no place that can be written", "give a directory, or obs://BUCKET/NAME"
+        )
+    if "/" not in rest.strip("/"):
+        raise UsageError(f"output: {visible(output)} is a bucket", f"name a place in it: {output.rstrip('/')}/NAME")
+
+
 def place_of(output: str, settings: dict[str, Any]) -> Place | None:
-    """The place in a bucket that an output means: by URL, or as a path on a mount; None for a local directory."""
+    """The place in a bucket that an output means: by URL, or as a path on a mount; None for a local directory.
+
+    Raises UsageError.
+    """
+    check_output(output)
     if "://" in output:
         return Place(output.rstrip("/"), settings)
-    found = obsfs.on_mount(output)
-    return Place(found.url, {**found.settings, **settings}) if found else None
+    try:
+        found = obsfs.on_mount(Path(output).expanduser())
+    except OSError as error:
+        raise UsageError(f"{output} cannot be written ({error.strerror})", "choose another output") from None
+    if found is None:
+        return None
+    check_output(found.url)
+    return Place(found.url, {**found.settings, **settings})

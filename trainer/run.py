@@ -19,10 +19,11 @@ from obsfs.commands.output import human, spinner, tell
 from obsfs.errors import UsageError, first_line
 from obsfs.settings import state_dir
 from trainer import base as bases
-from trainer import bits, data, notes, room
+from trainer import data, notes, room
 from trainer.config import TASKS, Parts, TrainConfig, load_config
-from trainer.place import place_of
+from trainer.place import check_output, place_of
 from trainer.quiet import hush, hush_bars
+from trainer.setup import is_sharded, load_model, make_trainer, trusts
 
 if TYPE_CHECKING:
     from trainer.checkpoints import Publisher
@@ -69,6 +70,7 @@ def train(
     a run that was cut off goes on with ``resume=True``.
     """
     chosen = load_config(config, overrides)
+    check_output(chosen.output)
     bases.check_name(chosen.model, chosen.settings)
     for place in (*chosen.data, *chosen.eval_data):
         data.check_name(place)
@@ -79,7 +81,8 @@ def train(
         # While Python imports for ten seconds, the bucket is mounted and the weights begin to travel.
         importing = pool.submit(_import, chosen)
         with bases.open_base(chosen.model, chosen.settings) as base:
-            stop = bases.prefetch(base) if _is_first_here() else threading.Event()
+            # A check reads the headers alone.
+            stop = bases.prefetch(base) if _is_first_here() and not only_check else threading.Event()
             try:
                 importing.result()
                 show("checking, loading")
@@ -137,6 +140,9 @@ class _Run:
         self.output_dir = self._find_output_dir()
         self._parts: Parts = config.parts(self.output_dir)
         self._is_main = self._parts.arguments.process_index == 0
+        if self._place and "://" not in config.output and self._is_main:
+            # What is written to a directory elsewhere appears there; here others see it, in the bucket.
+            click.echo(f"{config.output} lies on a mount: the result is published as {self._place.url}", err=True)
         if not as_json:
             # What people see begins with the first step. (All processes must agree: a log gathers the loss of each.)
             self._parts.arguments.logging_first_step = config.options.get("logging_first_step", True)
@@ -152,13 +158,13 @@ class _Run:
         self._timeline.watch_fetch(self._base, first_step)
         with self._timeline.part("check"):
             facts = bases.check_whole(self._base.path)
-            tokenizer = bases.load_tokenizer(self._base.path, trust_remote_code=_trusts(arguments))
+            tokenizer = bases.load_tokenizer(self._base.path, trust_remote_code=trusts(arguments))
             target = data.Target(data.tokenizer_for(tokenizer, arguments), self._base.name, facts.vocabulary)
             bases.check_tokenizer(target.tokenizer, self._base, facts)
             lora = self._parts.lora
             trainable, plan = facts.parameters, None
             if lora is not None:
-                plan = bases.plan_adapter(self._base.path, lora, trust_remote_code=_trusts(arguments))
+                plan = bases.plan_adapter(self._base.path, lora, trust_remote_code=trusts(arguments))
                 trainable = plan.parameters
             needed, there = self._check_memory(facts, trainable)
             if (short := room.check(self.output_dir, arguments, trainable)) and self._is_main:
@@ -168,6 +174,9 @@ class _Run:
             checkpoint = self._prepare_output()
         if checkpoint and checkpoints.is_finished(checkpoint, arguments) and not only_check:
             return self._publish_finished(checkpoint)
+        if self._config.rehearse:
+            with self._timeline.part("rehearsal"):
+                self._rehearse(target.tokenizer)
         with self._timeline.part("data"), arguments.main_process_first(desc="data"):
             found = self._read_data(target)
             report = self._check_data(found, target)
@@ -225,7 +234,7 @@ class _Run:
             loss=getattr(arguments, "loss_type", None),
         )
         there, where = bases.memory_available()
-        if config.check_memory and not _is_sharded(arguments) and needed > there * _MARGIN:
+        if config.check_memory and not is_sharded(arguments) and needed > there * _MARGIN:
             raise UsageError(
                 f"training needs about {human(needed)} of memory, and {where} has {human(there)} free",
                 "method qlora, or a smaller per_device_train_batch_size or max_length, needs less; "
@@ -248,6 +257,8 @@ class _Run:
                 f"{self.output_dir} cannot be written ({error.strerror})", "choose another output"
             ) from None
         with arguments.main_process_first(desc="output"):
+            if self._is_main:
+                checkpoints.refuse_others(self.output_dir)
             if self._config.resume:
                 if self._place and self._is_main:
                     self._place.check()
@@ -256,7 +267,7 @@ class _Run:
                     self._compare(checkpoint)
                 return checkpoint
             if self._is_main:
-                is_taken = self._place.is_taken() if self._place else (self.output_dir / "adapter_config.json").exists()
+                is_taken = self._place.is_taken() if self._place else checkpoints.has_result(self.output_dir)
                 if is_taken:
                     raise UsageError(
                         f"there is a run at {self._config.output} already",
@@ -294,22 +305,20 @@ class _Run:
         if checkpoint and then and (changed := notes.changes(then, self._notes)):
             say(f"since {checkpoint.name} the run has changed: {changed}")
 
-    def _load_model(self) -> Any:
-        from trl.trainer.utils import create_model_from_path
+    def _rehearse(self, tokenizer: Any) -> None:
+        from trainer.rehearsal import rehearse
 
-        arguments, config = self._parts.arguments, self._config
-        options: dict[str, Any] = {"dtype": config.base_dtype, **(arguments.model_init_kwargs or {})}
-        if config.attn_implementation:
-            options["attn_implementation"] = config.attn_implementation
-        if self._parts.quantization is not None:
-            options["quantization_config"] = self._parts.quantization
-        if arguments.world_size > 1:
-            options["device_map"] = None
-        if _trusts(arguments):
-            options["trust_remote_code"] = True
+        if name := self._config.attn_implementation:
+            bases.check_attention(self._base.path, name, trust_remote_code=trusts(self._parts.arguments))
+        # DeepSpeed and FSDP keep what they were first told for the whole process.
+        if not (is_sharded(self._parts.arguments) or self._parts.arguments.deepspeed_plugin):
+            rehearse(self._config, self._base.path, tokenizer)
+
+    def _load_model(self) -> Any:
+        config, trusted = self._config, trusts(self._parts.arguments)
         with self._timeline.part("load"), self._timeline.quantising() if config.is_quantized else nullcontext():
-            kind = bases.model_class(self._base.path, trust_remote_code=_trusts(arguments))
-            return bits.keep_as_loaded(create_model_from_path(str(self._base.path), kind, **options))
+            kind = bases.model_class(self._base.path, trust_remote_code=trusted)
+            return load_model(self._base.path, kind, config, self._parts)
 
     def _read_data(self, target: data.Target) -> list[data.Loaded]:
         """The records to train on, and those to evaluate with, if any."""
@@ -401,6 +410,8 @@ class _Run:
         if self._is_main:
             trainer.add_callback(progress)
             (self.output_dir / "train.yaml").write_text(self._to_yaml())
+            if not (self.output_dir / notes.NAME).exists():  # by which the next run knows the directory as ours
+                self._notes.write(self.output_dir)
             if checkpoint and not self._as_json:
                 say(f"going on from {checkpoint.name}")
         try:
@@ -490,24 +501,10 @@ class _Run:
         from jinja2 import TemplateError
 
         try:
-            trainer = self._parts.trainer(
-                model=model,
-                args=self._parts.arguments,
-                train_dataset=train_data,
-                eval_dataset=eval_data,
-                processing_class=tokenizer,
-                peft_config=self._parts.lora,
-            )
+            return make_trainer(self._parts, model, tokenizer, train_data, eval_data)
         except (ValueError, TemplateError) as error:
             # What TRL and PEFT refuse: a record that the template does not take, modules that the model does not have.
             raise UsageError(f"{self._config.task} cannot be set up", first_line(error)) from None
-        if self._parts.lora is not None and not _is_sharded(self._parts.arguments):
-            # TRL makes the adapter of a quantised base bfloat16, and PEFT float32 when it resumes: float32 at once, so
-            # that a run that was cut off goes on as if it had not been. What shards a model wants one kind for all.
-            for parameter in trainer.model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
-        return trainer
 
     def _to_yaml(self) -> str:
         usual = vars(TrainConfig())
@@ -521,13 +518,3 @@ def _bits(config: TrainConfig) -> int | None:
     if not config.is_quantized:
         return None
     return 8 if config.options.get("load_in_8bit") else 4
-
-
-def _is_sharded(arguments: Any) -> bool:
-    """Whether FSDP or DeepSpeed divides the model among processes (accelerate's configuration tells by a variable)."""
-    given = arguments.fsdp or arguments.deepspeed_plugin or os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    return bool(given) and arguments.world_size > 1
-
-
-def _trusts(arguments: Any) -> bool:
-    return bool(getattr(arguments, "trust_remote_code", False))

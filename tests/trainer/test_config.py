@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from obsfs import ObsfsError
 from trainer.config import TrainConfig, load_config, parse_overrides, read_yaml
+from trainer.keys import BARE
 
 RUN = {"model": "m", "data": "d.jsonl", "output": "o"}
 
@@ -91,6 +94,9 @@ def test_a_dataclass_is_a_run() -> None:
         ({"data": []}, "the run has no data"),
         ({"output": None}, "the run has no output"),
         ({"streaming": True}, "max_steps"),
+        ({"streaming": True, "max_steps": 1, "test_split_size": 0.1}, "test_split_size takes no effect: streamed data"),
+        ({"eval_data": "e", "test_split_size": 0.1}, "test_split_size takes no effect: eval_data is given"),
+        ({"accelerator_config": "/none.json"}, "there is no file /none.json"),
         ({"learning_rate": "fast"}, "learning_rate: 'fast' is of the wrong type: give a number"),
         ({"lr_scheduler_type": "wavy"}, "wavy"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "BitsAndBytesConfig"),
@@ -123,6 +129,8 @@ def test_a_dataclass_is_a_run() -> None:
         ({"bias": "some"}, "bias: 'some' is not known: choose one of none, all, lora_only"),
         ({"dtype": "bf16"}, "dtype: 'bf16' is not known"),
         ({"report_to": ["wandbb"]}, "report_to: 'wandbb' is not known: the nearest is 'wandb'"),
+        ({"resume_from_checkpoint": "c"}, "resume_from_checkpoint has no effect here: resume: true"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights: eva takes a pass over the data"),
         ({"lora_r": 4, "r": 8}, "lora_r and r mean the same: it is given twice"),
         ({"learning_rate": 1, "options": {"learning_rate": 2}}, "learning_rate is given twice"),
     ],
@@ -286,7 +294,7 @@ def test_overrides_are_read_as_yaml() -> None:
     expected = {
         "a": 1,
         "b_c": "x=y",
-        "d": True,
+        "d": BARE,
         "e": ["q", "v"],
         "f": [1, 2],
         "g": None,
@@ -297,6 +305,51 @@ def test_overrides_are_read_as_yaml() -> None:
     assert parse_overrides(text.split()) == expected
     with pytest.raises(ObsfsError, match="write --key value"):
         parse_overrides(["stray"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--lora_r", "--lora_r has no value: give a whole number"),
+        ("--lora_alpha --resume", "--lora_alpha has no value: give a whole number"),
+        ("--warmup-steps --packing", "--warmup_steps has no value: give a number"),
+        ("--run_name --fast", "--run_name has no value: give text; one that begins with -- as --run_name=VALUE"),
+        ("--eval_data", "--eval_data has no value: give text or a list"),
+        ("--region --resume", "--region has no value: give text"),
+        ("--cache_size", "--cache_size has no value"),
+        ("--LORA_DROPOUT 0.1", "unknown key 'LORA_DROPOUT': the nearest known one is 'lora_dropout'"),
+    ],
+)
+def test_a_flag_without_a_value_is_told_so(words: str, said: str) -> None:
+    with pytest.raises(ObsfsError) as caught:
+        load_config(RUN, parse_overrides(words.split()))
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--lora_r 8 run.yaml", "run.yaml comes too late: write obsfs train run.yaml --KEY VALUE"),
+        ("--resume run.yaml", "run.yaml comes too late"),
+        ("run.yaml --guide", "--guide writes a configuration, and run.yaml is one"),
+        ("--guide --learnin_rate 1", "the nearest known one is 'learning_rate'"),
+        ("run.yaml --output s3:/bucket/run", "no place that can be written"),
+    ],
+)
+def test_words_in_the_wrong_place_are_told(
+    words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obsfs_command: Callable[..., Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("model: .\ndata: d.jsonl\noutput: o\n")
+    done = obsfs_command("train", *words.split())
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert said in done.err
+
+
+def test_a_flag_without_a_value_is_true_where_that_can_be() -> None:
+    config = load_config(RUN, parse_overrides(["--packing", "--resume", "--no-sign-request", "--run_name=--fast"]))
+    assert config.resume is True
+    assert config.options == {"packing": True, "no_sign_request": True, "run_name": "--fast"}
 
 
 @given(st.lists(st.one_of(st.text(max_size=8), st.text("-=[]{}&*!|>'%@`: \t\na1", max_size=8)), max_size=6))

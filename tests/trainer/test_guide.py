@@ -95,6 +95,12 @@ def test_a_name_that_means_nothing_in_the_model_is_told(tiny: Path) -> None:
         ({"modules_to_save": ["embed_token"]}, "the nearest is 'embed_tokens'"),
         ({"rank_pattern": {"o_proj": 4, "qproj": 8}}, "rank_pattern: nothing in the model is called 'qproj'"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0, 2]}, "there is no layer 2: the model has 2"),
+        ({"trainable_token_indices": [3, 1024]}, "there is no token 1024: the model knows 1024"),
+        ({"trainable_token_indices": {"embed_tokens": [-1]}}, "there is no token -1"),
+        ({"target_modules": "("}, "the adapter cannot be made: "),
+        ({"rank_pattern": {"q_proj": "a"}}, "the adapter cannot be made: "),
+        ({"runtime_config": {"a": 1}}, "the adapter cannot be made: "),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "the adapter cannot be made: "),
     ):  # fmt: skip
         with pytest.raises(ObsfsError) as caught:
             base.plan_adapter(tiny, lora_config(**given))

@@ -242,6 +242,38 @@ def test_a_seal_can_be_renewed(tmp_path: Path) -> None:
     assert not checkpoints.is_whole(tmp_path)
 
 
+def test_a_file_of_the_same_size_with_other_bytes_breaks_a_seal(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(20 << 20))
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "b").write_bytes(b"abc")
+    for name, where in (("a", 0), ("a", (20 << 20) - 1), ("below/b", 1)):
+        checkpoints.seal(tmp_path)
+        assert checkpoints.is_whole(tmp_path)
+        with (tmp_path / name).open("r+b") as file:
+            file.seek(where)
+            file.write(b"x")
+        assert not checkpoints.is_whole(tmp_path)
+    for seal in ("[]", '["a"]', '{"a": null}', "3"):
+        (tmp_path / "obsfs-whole.json").write_text(seal)
+        assert not checkpoints.is_whole(tmp_path)
+    # As versions before wrote it.
+    (tmp_path / "obsfs-sums.json").unlink()
+    (tmp_path / "obsfs-whole.json").write_text(json.dumps({"a": 20 << 20}))
+    assert checkpoints.is_whole(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["README.md", "checkpoint-7/x", "model-00001-of-00002.safetensors", "tokenizer.model"])
+def test_what_somebody_else_has_made_is_not_overwritten(name: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: m")
+    checkpoints.refuse_others(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(obsfs.ObsfsError, match=r"no run of obsfs train has written.*choose another output"):
+        checkpoints.refuse_others(tmp_path)
+    (tmp_path / "train.yaml").write_text("model: m\ndata: [d]\noutput: o\n")  # all that versions before left early
+    checkpoints.refuse_others(tmp_path)
+
+
 def test_a_model_is_known_by_its_weights(tiny: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(tiny, copy)
