@@ -22,6 +22,10 @@ from obsfs.text import visible
 _CHUNK = 8 << 20
 PROBE = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
 """What a tokenizer and a model are tried with."""
+_OTHER_KINDS = (
+    "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForMaskedLM",
+    "ForImageClassification",
+)  # fmt: skip
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
@@ -232,14 +236,38 @@ def model_class(path: Path, **options: Any) -> Any:
     """Return the class of transformers that a model is loaded with, by training, checks and merging alike.
 
     It is what the model's configuration names, so that a model of vision and language is taken as what it is; or
-    AutoModelForCausalLM, for one that brings its own code. Raises UsageError.
+    AutoModelForCausalLM, for one that brings its own code.
+
+    Raises UsageError, also for a model that does not go on with a text: all that is done with models here is for those.
     """
     import transformers
 
-    for name in _configuration(path, **options).architectures or []:
+    config = _configuration(path, **options)
+    for name in config.architectures or []:
         if kind := getattr(transformers, name, None):
+            if config.is_encoder_decoder or not kind.can_generate():
+                raise _other_kind(path, name)
             return kind
     return transformers.AutoModelForCausalLM
+
+
+def refuse_other_kinds(path: Path) -> None:
+    """Raise UsageError for a model that surely does not go on with a text. Imports nothing large: it knows by names."""
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+        (name,) = config["architectures"]
+        is_other = bool(config.get("is_encoder_decoder")) or name.endswith(_OTHER_KINDS)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return  # whoever loads it will say what is wrong with it
+    if is_other:
+        raise _other_kind(path, name)
+
+
+def _other_kind(path: Path, name: str) -> UsageError:
+    return UsageError(
+        f"{path} is a {visible(name)}, which cannot be trained, merged or served here",
+        "what goes on with a text is a ...ForCausalLM, or one of vision and language",
+    )
 
 
 def _configuration(path: Path, **options: Any) -> Any:

@@ -13,9 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import obsfs
-from obsfs.errors import UsageError, first_line
+from obsfs.errors import ObsfsError, UsageError, first_line
+from obsfs.text import visible
 from trainer import bits
-from trainer.base import PROBE, Base, empty_model, load_tokenizer, memory_available, model_class, open_base
+from trainer.base import (
+    PROBE,
+    Base,
+    empty_model,
+    load_tokenizer,
+    memory_available,
+    model_class,
+    open_base,
+)
 from trainer.data import load
 from trainer.place import place_of
 from trainer.quiet import hush, hush_bars
@@ -157,25 +166,28 @@ def _merge(adapter: Path, base: Path, directory: Path, dequantize: bool) -> tupl
     options: dict[str, Any] = {"device_map": _device(base)}
     if dequantize:
         options = {"quantization_config": BitsAndBytesConfig(**QUANTIZERS["bnb-4bit"].options)}
-    try:
-        model = model_class(base).from_pretrained(base, dtype=torch.bfloat16, **options)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the base {base} cannot be loaded", first_line(error)) from None
+    kind = model_class(base)
+    with _told(f"the base {base} cannot be loaded"):
+        model = kind.from_pretrained(base, dtype=torch.bfloat16, **options)
     if getattr(model, "hf_quantizer", None) is not None:
         # Never merged, nor even tried, while it is quantised: bitsandbytes may repack the weights in use, and then they
         # give garbage. What was just loaded is as it is on the disk.
-        try:
+        with _told(f"the base {base} is quantised, and cannot be merged into"):
             model = model.dequantize().to(torch.bfloat16)
-        except (NotImplementedError, ValueError) as error:
-            raise UsageError(f"the base {base} is quantised, and cannot be merged into", first_line(error)) from None
     tokenizer = _tokenizer(adapter, base)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
-    try:
+    with _told(f"{adapter} does not fit {base}"):
         tuned = PeftModel.from_pretrained(model, str(adapter))
-    except (ValueError, RuntimeError) as error:
-        reason = first_line(error)
-        raise UsageError(f"{adapter} does not fit {base}", reason) from None
+        # PEFT leaves out what the base has no place for, without a word.
+        loaded = tuned.load_adapter(str(adapter), "default")
+        if without := [*loaded.unexpected_keys, *loaded.missing_keys]:
+            raise ValueError(f"{len(without)} of its weights have no counterpart, the first is {without[0]}")
+    if not hasattr(tuned, "merge_and_unload"):
+        kind_of = tuned.peft_config["default"].peft_type
+        raise UsageError(
+            f"{adapter} is an adapter of type {kind_of.value}, which cannot be merged", "LoRA adapters can"
+        )
     probe = tokenizer(PROBE, return_tensors="pt")["input_ids"].to(model.device)
     with torch.no_grad():
         expected = tuned.eval()(probe).logits.float()
@@ -187,6 +199,19 @@ def _merge(adapter: Path, base: Path, directory: Path, dequantize: bool) -> tupl
         if (base / name).exists() and not (directory / name).exists():
             shutil.copyfile(base / name, directory / name)
     return float(difference.max()), float(difference.mean())
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Tell in one line what libraries say of files that they cannot use: they raise whatever comes."""
+    import torch
+
+    try:
+        yield
+    except (ObsfsError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UsageError(what, visible(first_line(error), 400)) from None
 
 
 def _device(model: Path) -> str:

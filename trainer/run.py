@@ -158,6 +158,7 @@ class _Run:
         self._timeline.watch_fetch(self._base, first_step)
         with self._timeline.part("check"):
             facts = bases.check_whole(self._base.path)
+            bases.model_class(self._base.path, trust_remote_code=trusts(arguments))
             tokenizer = bases.load_tokenizer(self._base.path, trust_remote_code=trusts(arguments))
             target = data.Target(data.tokenizer_for(tokenizer, arguments), self._base.name, facts.vocabulary)
             bases.check_tokenizer(target.tokenizer, self._base, facts)

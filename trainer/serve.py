@@ -22,7 +22,7 @@ from obsfs.errors import UsageError, first_line
 from obsfs.fuse import children
 from obsfs.settings import state_dir
 from trainer import bits
-from trainer.base import Base, open_base
+from trainer.base import Base, open_base, refuse_other_kinds
 from trainer.merge import ADAPTER, merge, open_adapter
 
 BACKENDS = ("transformers", "vllm", "sglang")
@@ -88,6 +88,7 @@ def serve(
     with ExitStack() as stack:
         base, tuned = _open(stack, model, adapter, settings)
         if chosen == "transformers":
+            refuse_other_kinds(base.path)
             bits.refuse_unservable(base.path)
         _tell_of_template(base, tuned, is_chat=quiet, extra=extra)
         path, adapter_path = base.path, tuned.path if tuned else None
