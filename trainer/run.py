@@ -142,7 +142,7 @@ class _Run:
         self._is_main = self._parts.arguments.process_index == 0
         if self._place and "://" not in config.output and self._is_main:
             # What is written to a directory elsewhere appears there; here others see it, in the bucket.
-            click.echo(f"{config.output} lies on a mount: the result is published as {self._place.url}", err=True)
+            tell(f"{config.output} lies on a mount: the result is published as {self._place.url}", err=True)
         if not as_json:
             # What people see begins with the first step. (All processes must agree: a log gathers the loss of each.)
             self._parts.arguments.logging_first_step = config.options.get("logging_first_step", True)
