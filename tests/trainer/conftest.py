@@ -23,8 +23,9 @@ QUICK = {
     "report_to": "none",
     "max_length": 64,
     "save_strategy": "no",
+    "rehearse": False,
 }
-"""What every run of the tests is told: small steps that are told one by one."""
+"""What every run of the tests is told: small steps that are told one by one. The tests of the rehearsal have it."""
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -139,6 +139,54 @@ def test_a_model_of_vision_and_language_that_was_trained_is_merged(
     assert not found["unexpected_keys"]
 
 
+@pytest.mark.slow
+def test_an_adapter_that_fits_only_in_part_is_refused(tiny: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+
+    from obsfs.demo.model import make_model
+
+    adapter, flat = tmp_path / "adapter", tmp_path / "flat"
+    get_peft_model(load(tiny), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(adapter)
+    flat.mkdir()
+    make_model(flat, hidden_size=64, layers=1, vocabulary=1024)
+    weights = adapter / "adapter_model.safetensors"
+    whole = load_file(weights)
+
+    def refused(message: str, base: Path) -> None:
+        with pytest.raises(ObsfsError, match=message) as caught:
+            merge(str(adapter), str(tmp_path / "out"), base=str(base))
+        assert "\n" not in str(caught.value)
+
+    refused("does not fit .*: 2 of its weights have no counterpart, the first is .*layers.1", flat)
+    save_file(dict(list(whole.items())[:-1]), weights)
+    refused("does not fit .*: 1 of its weights have no counterpart", tiny)
+    weights.write_bytes(b"\xff" * 100)
+    refused("does not fit", tiny)
+    weights.unlink()
+    refused("does not fit", tiny)
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(load(tiny), prompt).save_pretrained(adapter)
+    refused("an adapter of type PROMPT_TUNING, which cannot be merged", tiny)
+
+
+@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BertForMaskedLM", "LlamaForSequenceClassification"])
+def test_a_model_that_does_not_go_on_with_a_text_is_named(name: str, tmp_path: Path) -> None:
+    import transformers
+
+    from trainer.base import model_class, refuse_other_kinds
+
+    config = getattr(transformers, name).config_class(architectures=[name])
+    config.save_pretrained(tmp_path)
+    for look in (model_class, refuse_other_kinds):
+        with pytest.raises(ObsfsError, match=f"{tmp_path} is a {name}, which cannot be trained, merged or served here"):
+            look(tmp_path)
+    for other in ("GPT2LMHeadModel", "Qwen2VLForConditionalGeneration", "MixtralForCausalLM", "OPTForCausalLM"):
+        getattr(transformers, other).config_class(architectures=[other]).save_pretrained(tmp_path)
+        assert model_class(tmp_path).__name__ == other
+        refuse_other_kinds(tmp_path)
+
+
 def test_what_gptq_reads_is_what_the_model_would(tiny: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny)
     chats = [{"messages": [{"role": "user", "content": f"ask {n}"}, {"role": "assistant", "content": "said"}]}

@@ -58,7 +58,8 @@ def test_every_method_and_task_learns(
 ) -> None:
     path = write_lines(tmp_path / "data.jsonl", _DATA.get(task, CHOICES))
     losses = Losses()
-    outcome = run(data=str(path), task=task, method=method, max_steps=12, callbacks=[losses.callback])
+    given = {"task": task, "method": method, "max_steps": 12, "callbacks": [losses.callback]}
+    outcome = run(data=str(path), rehearse=True, **given)
     told = list(losses.found.values())
     assert outcome.steps == len(told) == 12
     assert sum(told[-3:]) < sum(told[:3]) * 0.95, told
@@ -366,7 +367,8 @@ def test_only_the_answers_of_conversations_are_learned(run: Train, tmp_path: Pat
 def test_what_people_and_machines_see(
     model: str, rows: Path, tmp_path: Path, obsfs_command: Callable[..., Any], other_processor: None
 ) -> None:
-    words = [word for name, value in QUICK.items() for word in (f"--{name}", str(value).lower())]
+    quick = {**QUICK, "rehearse": True}
+    words = [word for name, value in quick.items() for word in (f"--{name}", str(value).lower())]
     common = ["train", "--model", model, "--data", rows, "--max_steps", 4, *words]
     shown = obsfs_command(*common, "--output", tmp_path / "a", timeout=120)
     assert shown.code == 0, shown.err
