@@ -30,9 +30,9 @@ from trainer import room
 from trainer.config import Parts, TrainConfig
 from trainer.setup import load_model, make_trainer, trusts
 
-_WIDTH = 32
-"""Of the stand-in. Two heads of 16: the least that flex attention takes, and a power of two."""
-_MOST_RANK = 16
+_WIDTH, _HEADS = 64, 4
+"""Of the stand-in. Heads of 16 are the smallest that flex attention takes (torch/nn/attention/flex_attention.py)."""
+_MOST_RANK = 32
 """Ranks above the width would be refused by the ways to begin that decompose a weight (pissa, olora)."""
 _BATCH = 4
 _RECORDS = 8
@@ -179,8 +179,8 @@ def _configuration(base: Path, is_trusted: bool) -> Any:
 
 def _small(vocabulary: int) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=vocabulary, hidden_size=_WIDTH, intermediate_size=_WIDTH, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
+        vocab_size=vocabulary, hidden_size=_WIDTH, intermediate_size=_WIDTH, num_hidden_layers=1,
+        num_attention_heads=_HEADS, num_key_value_heads=_HEADS, max_position_embeddings=4096, tie_word_embeddings=True,
     )  # fmt: skip
 
 
@@ -190,6 +190,10 @@ def _shorten(arguments: Any) -> None:
     arguments.per_device_eval_batch_size = min(arguments.per_device_eval_batch_size, _BATCH)
     arguments.gradient_accumulation_steps = 1
     arguments.disable_tqdm = True
+    if hasattr(arguments, "assistant_only_loss"):
+        arguments.assistant_only_loss = False  # the labels say it, as in the run
+    if arguments.optim_target_modules:
+        arguments.optim_target_modules = ["q_proj"]
     if hasattr(arguments, "dataset_num_proc"):
         arguments.dataset_num_proc = None
     if arguments.dataloader_num_workers:

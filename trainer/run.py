@@ -311,8 +311,10 @@ class _Run:
 
         if name := self._config.attn_implementation:
             bases.check_attention(self._base.path, name, trust_remote_code=trusts(self._parts.arguments))
-        # DeepSpeed and FSDP keep what they were first told for the whole process.
-        if not (is_sharded(self._parts.arguments) or self._parts.arguments.deepspeed_plugin):
+        # DeepSpeed and FSDP keep what they were first told for the whole process; and a model that one process spreads
+        # over several GPUs is not like one that has room on the first.
+        arguments = self._parts.arguments
+        if not (is_sharded(arguments) or arguments.deepspeed_plugin or arguments.n_gpu > 1):
             rehearse(self._config, self._base.path, tokenizer)
 
     def _load_model(self) -> Any:

@@ -77,6 +77,7 @@ def test_what_fails_late_is_told_early_by_its_key(
         {**_EVAL, "load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1},
         {"task": "dpo", "loss_type": ["sigmoid", "sft"], "precompute_ref_log_probs": True, "test_split_size": 0.5},
         {"task": "kto", "streaming": True},
+        {"assistant_only_loss": True, "optim_target_modules": ["c_attn"]},
         {"init_lora_weights": "olora", "lora_r": 128, "rank_pattern": {"q_proj": 3}, "layers_to_transform": [1]},
         {"model_init_kwargs": {"rope_theta": 5e5, "use_sliding_window": False}, "neftune_noise_alpha": 5},
         {"dataloader_num_workers": 3, "dataloader_prefetch_factor": 2, "dataloader_persistent_workers": True},
