@@ -38,7 +38,7 @@ _WRITTEN = (
     "checkpoint-*", "*.safetensors", "pytorch_model*.bin", "config.json", "adapter_config.json", "README.md",
     "tokenizer*", "chat_template.jinja",
 )  # fmt: skip
-_NOT_PUBLISHED = {"training_args.bin", _SEAL, _SUMS}
+_NOT_PUBLISHED = {"training_args.bin", "train.yaml.before", _SEAL, _SUMS}
 """The pickled arguments hold paths and tokens of this machine, and nobody needs them to go on."""
 
 
@@ -68,6 +68,14 @@ def is_ours(output_dir: Path) -> bool:
     except (OSError, ValueError, yaml.YAMLError):
         return False
     return isinstance(found, dict) and {"model", "data", "output"} <= found.keys()
+
+
+def write_run(output_dir: Path, text: str) -> None:
+    """Write the YAML of a run beside its result. Another one, which may be what somebody has written, stays there."""
+    path = output_dir / "train.yaml"
+    if path.exists() and path.read_bytes() != text.encode():
+        path.replace(output_dir / "train.yaml.before")
+    path.write_text(text, encoding="utf-8")
 
 
 def has_result(output_dir: Path) -> bool:

@@ -33,6 +33,8 @@ _ARGUMENTS = (
     "gradient_accumulation_steps",
     "world_size",
     "max_length",
+    "packing",
+    "warmup_steps",
     "seed",
     "loss_type",
     "beta",

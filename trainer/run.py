@@ -266,10 +266,14 @@ class _Run:
                 checkpoint = checkpoints.newest(self.output_dir, self._place)
                 if checkpoint and self._is_main:
                     self._compare(checkpoint)
+                if not checkpoint and self._is_main and self._is_taken():
+                    raise UsageError(
+                        f"{self._config.output} has no checkpoint to go on from, and something else that would be lost",
+                        "choose another output, or delete it",
+                    )
                 return checkpoint
             if self._is_main:
-                is_taken = self._place.is_taken() if self._place else checkpoints.has_result(self.output_dir)
-                if is_taken:
+                if self._is_taken():
                     raise UsageError(
                         f"there is a run at {self._config.output} already",
                         "--resume goes on with it, or choose another output",
@@ -283,6 +287,11 @@ class _Run:
                     self._place.check()
                 checkpoints.newest(self.output_dir, None)
         return None
+
+    def _is_taken(self) -> bool:
+        from trainer import checkpoints
+
+        return self._place.is_taken() if self._place else checkpoints.has_result(self.output_dir)
 
     def _compare(self, checkpoint: Path) -> None:
         """Refuse a checkpoint that was made with what cannot change, and have the best one here that may be needed."""
@@ -412,7 +421,7 @@ class _Run:
         trainer.add_callback(checkpoints.Checkpointing(self.output_dir, self._notes, publisher))
         if self._is_main:
             trainer.add_callback(progress)
-            (self.output_dir / "train.yaml").write_text(self._to_yaml())
+            checkpoints.write_run(self.output_dir, self._to_yaml())
             if not (self.output_dir / notes.NAME).exists():  # by which the next run knows the directory as ours
                 self._notes.write(self.output_dir)
             if checkpoint and not self._as_json:

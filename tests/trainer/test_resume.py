@@ -291,6 +291,25 @@ def test_resuming_nothing_is_beginning(run: Callable[..., Any], rows: Path) -> N
 
 
 @pytest.mark.slow
+def test_what_no_checkpoint_belongs_to_is_not_replaced(
+    run: Callable[..., Any], model: str, rows: Path, bucket: Store, tmp_path: Path
+) -> None:
+    before = contents(Path(obsfs.snapshot_download(model, local_dir=tmp_path / "before")))
+    bucket.put("models/plain/config.json", b"{}")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train.yaml").write_text("# mine\nmodel: m\ndata: d\noutput: o\n")
+    (tmp_path / "run" / "config.json").write_text("{}")
+    for output in (model.partition("@")[0], f"{bucket}/models/plain", str(tmp_path / "run")):
+        bucket.put("models/tiny/config.json", b"{}")
+        with pytest.raises(obsfs.ObsfsError, match="no checkpoint to go on from, and something else"):
+            run(data=str(rows), max_steps=1, resume=True, output=output)
+    assert contents(Path(obsfs.snapshot_download(model, local_dir=tmp_path / "after"))) == before
+    (tmp_path / "run" / "config.json").unlink()
+    run(data=str(rows), max_steps=1, resume=True, output=str(tmp_path / "run"))
+    assert (tmp_path / "run" / "train.yaml.before").read_text().startswith("# mine")
+
+
+@pytest.mark.slow
 def test_ctrl_c_is_one_line_and_leaves_no_mount(model: str, rows: Path, bucket: Store, tmp_path: Path) -> None:
     process = start(tmp_path, model=model, data=str(rows), output=f"{bucket}/a", max_steps=100000, save_steps=50000)
     assert process.stdout is not None
