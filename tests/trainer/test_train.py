@@ -147,7 +147,7 @@ def test_an_adapter_in_the_bucket_is_the_one_that_was_trained(
 
 @pytest.mark.slow
 def test_a_path_on_a_mount_is_a_place_in_the_bucket(
-    bucket: Store, mount: Mounter, model: str, rows: Path, run: Train
+    bucket: Store, mount: Mounter, model: str, rows: Path, run: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mounted = mount(bucket)
     assert not (mounted / "adapters").exists()
@@ -155,6 +155,8 @@ def test_a_path_on_a_mount_is_a_place_in_the_bucket(
         model=str(mounted / "models" / "tiny@v1"), data=str(rows), max_steps=2, output=str(mounted / "adapters" / "a")
     )
     assert outcome.output == f"{bucket}/adapters/a"
+    told = f"{mounted}/adapters/a lies on a mount: the result is published as {bucket}/adapters/a"
+    assert capsys.readouterr().err.splitlines()[0] == told
     assert (mounted / "adapters" / "a" / "adapter_model.safetensors").exists()
 
 
