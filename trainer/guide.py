@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 import yaml
 
 import obsfs
 from obsfs.commands.output import ask, columns, confirm, count, human, tell
+from obsfs.fuse import mounts
 from obsfs.settings import knobs
 from trainer import base as bases
 from trainer import data
 from trainer.config import METHODS, TASKS, lora_config
 from trainer.quiet import hush, hush_bars
 
-_FS_TYPE = "fuse.obsfs"
 _LENGTH = 1024
 _BITS = {"qlora": 4}
 _ABOUT = {
@@ -32,15 +34,43 @@ _ABOUT = {
 }
 
 
+_SEARCH = """
+import glob, os, sys
+root = glob.escape(sys.argv[1])
+for pattern in ("*/config.json", "*/*/config.json"):
+    for path in sorted(glob.glob(os.path.join(root, pattern))):
+        os.write(1, os.fsencode(os.path.dirname(path)) + bytes(1))
+"""
+_SEARCH_SECONDS = 5.0
+
+
 def found_models() -> list[str]:
-    """Directories on obsfs mounts that have a configuration and weights, one or two levels deep."""
+    """Directories on this user's mounts that have a configuration, one or two levels deep.
+
+    Each mount is searched by a process of its own, and one that takes longer than 5 seconds is left out: nobody who
+    waits for a mount can be made to stop.
+    """
+    roots = [one.entry.mountpoint for one in mounts.find() if one.state == "mounted"]
+    searches = [
+        subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _SEARCH, root],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+        )
+        for root in roots
+    ]
+    deadline = time.monotonic() + _SEARCH_SECONDS
     found = []
-    for place in psutil.disk_partitions(all=True):
-        if place.fstype == _FS_TYPE:
-            with suppress(OSError):
-                root = Path(place.mountpoint)
-                for config in sorted([*root.glob("*/config.json"), *root.glob("*/*/config.json")]):
-                    found.append(str(config.parent))
+    for search in searches:
+        try:
+            said, _ = search.communicate(timeout=max(0.1, deadline - time.monotonic()))
+            found += [os.fsdecode(one) for one in said.split(b"\0") if one]
+        except subprocess.TimeoutExpired:
+            search.kill()
+            if search.stdout:
+                search.stdout.close()
     return found
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+import obsfs as package
 from obsfs import ObsfsError
 from tests.conftest import Mounter, Store
 from tests.trainer.conftest import CHOICES, write_lines
@@ -54,6 +57,20 @@ def test_the_guide_finds_the_model_and_writes_a_run_that_works(
     # What is there is not replaced without being asked.
     again = ask(2, "dpo", data, "lora", 1, tmp_path / "out", written, "n")
     assert again.exit_code == 1
+
+
+def test_a_mount_that_hangs_hides_no_model_of_another(bucket: Store, mount: Mounter, tiny: Path) -> None:
+    bucket.put("models/a/config.json", b"{}")
+    bucket.put("other/b/config.json", b"{}")
+    well, hung = mount(f"{bucket}/models"), mount(f"{bucket}/other")
+    server = package.status(hung)["pid"]
+    os.kill(server, signal.SIGSTOP)
+    try:
+        found = found_models()
+    finally:
+        os.kill(server, signal.SIGCONT)
+    assert str(well / "a") in found
+    assert str(hung / "b") not in found
 
 
 @pytest.mark.slow
