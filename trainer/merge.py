@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ _PROCESSOR = (
     "image_processor_config.json",
 )
 """What a model of more than text needs beside its tokenizer."""
+_LORA = re.compile(r"\.lora_(embedding_)?[AB]\b")
 _ROOM = 1.3
 """What merging takes, in times of the weights: the largest of them twice, and a few activations."""
 
@@ -179,10 +181,12 @@ def _merge(adapter: Path, base: Path, directory: Path, dequantize: bool) -> tupl
         model.resize_token_embeddings(len(tokenizer))
     with _told(f"{adapter} does not fit {base}"):
         tuned = PeftModel.from_pretrained(model, str(adapter))
-        # PEFT leaves out what the base has no place for, without a word.
-        loaded = tuned.load_adapter(str(adapter), "default")
-        if without := [*loaded.unexpected_keys, *loaded.missing_keys]:
-            raise ValueError(f"{len(without)} of its weights have no counterpart, the first is {without[0]}")
+        if hasattr(tuned, "merge_and_unload"):
+            # PEFT leaves out what the base has no place for, without a word.
+            loaded = tuned.load_adapter(str(adapter), "default")
+            names = [name for name in (*loaded.unexpected_keys, *loaded.missing_keys) if _LORA.search(name)]
+            if names:
+                raise ValueError(f"{len(names)} of its weights have no counterpart, the first is {names[0]}")
     if not hasattr(tuned, "merge_and_unload"):
         kind_of = tuned.peft_config["default"].peft_type
         raise UsageError(

@@ -101,7 +101,9 @@ def take(config: TrainConfig, parts: Parts, base: Base, plan: AdapterPlan | None
     lora = parts.lora
     if lora is not None and plan is not None:
         fixed |= {"rank (lora_r)": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": list(plan.modules)}
-        fixed |= {"use_dora": lora.use_dora, "use_rslora": lora.use_rslora, "the adapter's parameters": plan.digest}
+        fixed |= {"use_dora": lora.use_dora, "use_rslora": lora.use_rslora}
+        # Some ways to begin change the base: an adapter goes on with the base that it was begun on.
+        fixed |= {"init_lora_weights": lora.init_lora_weights, "the adapter's parameters": plan.digest}
     free = {name: _plain(getattr(arguments, name, None)) for name in _ARGUMENTS}
     free = {name: value for name, value in free.items() if value is not None}
     free["dtype"] = config.base_dtype

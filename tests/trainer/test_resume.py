@@ -218,6 +218,7 @@ def test_what_cannot_change_is_refused_and_what_can_is_said(tiny: Path, tmp_path
         ({"rank_pattern": {"q_proj": 2}}, "the adapter's parameters"),
         ({"task": "dpo"}, "task sft, not dpo"),
         ({"optim": "sgd"}, "optim adamw_torch, not sgd"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights True, not olora"),
         ({"load_in_8bit": True}, "base in 4 or 8 bits False, not True"),
     ):
         with pytest.raises(obsfs.ObsfsError, match=re.escape(message)):
