@@ -8,7 +8,9 @@ packages that ours needs are not in it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
 import time
 import zipfile
@@ -18,8 +20,11 @@ from pathlib import Path
 import obsfs
 from obsfs.fuse.supervisor import FD_PATH
 
+log = logging.getLogger(__name__)
+
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-_PACKAGE = Path(obsfs.__file__).parent
+_PACKAGE = Path(obsfs.__file__).resolve().parent
+"""Of what runs here, also when a link on the way leads to another version by the time it is copied."""
 _SOURCE = str(getattr(obsfs.__loader__, "archive", ""))
 """The zip file that we were imported from, if it was one."""
 
@@ -33,20 +38,20 @@ def copy_in_steps(started: float, keep: Callable[[int], None], package: Path = _
     if _SOURCE.startswith(FD_PATH):
         keep(int(_SOURCE.removeprefix(FD_PATH)))
         return
-    paths = sorted(package.rglob("*.py"))
     fd = os.memfd_create("obsfs-program", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with os.fdopen(os.dup(fd), "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as copy:
-        for path in paths:
-            if path.stat().st_ctime >= started:
-                paths = []
-                break
-            copy.write(path, path.relative_to(package.parent))
-            yield
-    if paths:
+    try:
+        with os.fdopen(os.dup(fd), "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as copy:
+            for path in sorted(package.rglob("*.py")):
+                if path.stat().st_ctime >= started:
+                    raise OSError(errno.ESTALE, "it was written just now", str(path))
+                copy.write(path, path.relative_to(package.parent))
+                yield
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-        keep(fd)
-    else:
+    except OSError as error:
+        log.info("no copy of the program is kept: %s", error)
         os.close(fd)
+    else:
+        keep(fd)
 
 
 def process_start() -> float:
