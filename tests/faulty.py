@@ -32,7 +32,7 @@ class FaultyLink:
     cut off. Requests that contain `stalled_text` wait while it is set.
 
     `bytes_per_second` is for each connection and direction, `delay` seconds for each piece of a
-    request; `passed` counts the bytes of all answers.
+    request; `passed` counts the bytes of all answers, and `held` the requests that are kept waiting now.
     """
 
     def __init__(self, port: int) -> None:
@@ -49,6 +49,7 @@ class FaultyLink:
         self.bytes_per_second: float | None = None
         self.ranges: list[tuple[int, int]] = []
         self.passed = 0
+        self.held = 0
         self.delay = 0.0
         self._open: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
@@ -71,8 +72,13 @@ class FaultyLink:
         seen = b""
         with suppress(OSError):
             while data := near.recv(65536):
-                while self._is_stalled(data):
-                    time.sleep(0.02)
+                if self._is_stalled(data):
+                    with self._counting:
+                        self.held += 1
+                    while self._is_stalled(data):
+                        time.sleep(0.02)
+                    with self._counting:
+                        self.held -= 1
                 if self.bytes_per_second:
                     time.sleep(len(data) / self.bytes_per_second)
                 seen = (seen + data)[-_HEAD_BYTES:]

@@ -69,7 +69,14 @@ class TooLongError(ObsfsError):
 
 
 class WouldBlockError(Exception):
-    """The answer is not at hand: the bucket must be asked, which the caller did not want to wait for."""
+    """The answer is not at hand: the bucket must be asked, which the caller did not want to wait for.
+
+    `is_alone`: about one name, so that nobody else waits for the same answer; else about a directory.
+    """
+
+    def __init__(self, *, is_alone: bool = False) -> None:
+        super().__init__()
+        self.is_alone = is_alone
 
 
 class Entry(NamedTuple):
@@ -623,10 +630,10 @@ class Tree:
         found = self._known(parent, name, key) if is_valid_name(name) else None
         if found is WouldBlockError:
             if not wait:
-                raise WouldBlockError
+                is_listed = not self._must_load(self._fresh(parent.key), name)
+                raise WouldBlockError(is_alone=is_listed and not self._is_listing_cheaper(parent.key))
             with self._only(parent.key):
-                listing = self._fresh(parent.key)
-                if listing is None or (listing.is_hint and name not in listing.entries):
+                if self._must_load(self._fresh(parent.key), name):
                     self._load(parent.key, self._source.list(parent.key), whole=False)
                 found = self._known(parent, name, key)
             if found is WouldBlockError:
@@ -653,6 +660,11 @@ class Tree:
                 if (listing := self._listings.get(parent.key)) is not None:
                     listing.pages = 1  # by which it is not tried again
         return self._probe(parent, name, key)
+
+    @staticmethod
+    def _must_load(listing: Listing | None, name: str) -> bool:
+        """Whether the first page of a directory has to be asked for before anything can be said of a name."""
+        return listing is None or (listing.is_hint and name not in listing.entries)
 
     def _is_listing_cheaper(self, prefix: str) -> bool:
         """Whether asking name by name has cost as much as a listing of all names would: somebody walks through them."""

@@ -492,3 +492,25 @@ def test_reads_go_on_while_opens_wait_for_the_cache(bucket: Store, mount: Mounte
     os.close(fd)
     wait_for(lambda: status(path)["open_files"] == 0)
     assert [(path / name).read_bytes() for name in names] == [b"text"] * 12
+
+
+def test_names_of_one_directory_do_not_wait_for_each_other(bucket: Store, mount: Mounter, link: FaultyLink) -> None:
+    """In one that is too long for a page, where each is asked for by itself; also while the kernel is to be told."""
+    names = [f"long/f{n:04}" for n in range(1010)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: bucket.put(name, b"data"), names))
+    path = mount(bucket, endpoint_url=link.endpoint, metadata_ttl="1h")
+    assert (path / "long" / "f0000").stat().st_size == 4
+    link.stalled_text = b"f1absent"
+    absent = [path / "long" / f"f1absent{n}" for n in range(20)]
+    waiting = [subprocess.Popen(["cat", name], stderr=subprocess.DEVNULL) for name in absent]
+    try:
+        wait_for(lambda: link.held == 20)
+        # Each is complete as soon as it was read, of which the kernel would like to be told.
+        for name in ("f0001", "f1005", "f0002", "f1006"):
+            assert (path / "long" / name).read_bytes() == b"data"
+        assert link.held == 20
+    finally:
+        link.stalled_text = b""
+        for process in waiting:
+            assert process.wait(30) == 1

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import closing
 from itertools import takewhile
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from obsfs.blocks.layout import BLOCK, block_count
 from obsfs.blocks.reader import Reader
@@ -44,6 +44,10 @@ _TRIM_SECONDS = 0.5
 _TELL_SECONDS = 2.0
 _MOST_INTERRUPTED = 64
 _NOTICES = 64
+_MOST_ALONE = 512
+_MOST_ALONE_OF_ONE = 256
+_HOLD_SECONDS = 0.25
+"""Between two looks whether the kernel can be told something without delay."""
 
 _Call = Callable[[Request, memoryview, bool], bytes | list[bytes] | None]
 
@@ -63,6 +67,10 @@ class Server:
         self._operations = operations
         self._passthrough = passthrough
         self._names = WaitingPool("obsfs-names")
+        # Names that are asked for one by one, in directories that are too long for a page: none waits for another.
+        self._single_names = WaitingPool(
+            "obsfs-name", most=_MOST_ALONE, most_of_one=_MOST_ALONE_OF_ONE, few=_MOST_ALONE_OF_ONE
+        )
         self._local = threading.local()
         # By the number of a request: the descriptor that it came over, and the node whose names it waits for, or 0.
         self._pending: dict[int, tuple[int, int]] = {}
@@ -75,7 +83,8 @@ class Server:
         self._fds: list[int] = []
         self._pages = Notifier(fd)
         self._crowded = threading.Event()
-        self._notices: SimpleQueue[bytes | threading.Event | None] = SimpleQueue()
+        # What the kernel is told: a message, or the parent and name of what it may be told once nobody is held up.
+        self._notices: SimpleQueue[bytes | tuple[int, str] | threading.Event | None] = SimpleQueue()
         self.ended = threading.Event()
         self._on_end = on_end
         self._calls: dict[int, _Call] = {
@@ -135,6 +144,7 @@ class Server:
         for thread in self._threads:
             thread.join(timeout=max(0.1, deadline - time.monotonic()))
         self._names.close()
+        self._single_names.close()
         with self._guard:
             # What is answered from here on is told nobody: its descriptor's number may be another file's by then.
             self._pending.clear()
@@ -215,14 +225,15 @@ class Server:
         elif (call := self._calls.get(opcode)) is not None:
             try:
                 self._call(fd, request, view, call, wait=False)
-            except WouldBlockError:
-                self._call_later(fd, request, memoryview(bytes(view[: request.end])), call)
+            except WouldBlockError as error:
+                pool = self._single_names if error.is_alone else self._names
+                self._call_later(pool, fd, request, memoryview(bytes(view[: request.end])), call)
         elif opcode == Opcode.DESTROY:
             self._reply(fd, request.unique)
         else:
             self._reply_error(fd, request.unique, errno.ENOSYS)
 
-    def _call_later(self, fd: int, request: Request, body: memoryview, call: _Call) -> None:
+    def _call_later(self, pool: WaitingPool, fd: int, request: Request, body: memoryview, call: _Call) -> None:
         def ask() -> None:
             # Whoever was interrupted in the queue has his answer.
             if request.unique in self._pending:
@@ -233,7 +244,7 @@ class Server:
             # asks nobody.
             is_refresh = request.opcode == Opcode.GETXATTR
             try:
-                self._names.submit((request.node, is_refresh), ask)
+                pool.submit((request.node, is_refresh), ask)
             except RuntimeError as error:
                 log.error("no thread to ask for a name: %s", error)
                 self._answer_error(fd, request, errno.EAGAIN, deferred=True)
@@ -533,12 +544,12 @@ class Server:
         if self._operations.can_be_direct:
             for node in self._operations.open_nodes(reader):
                 if place := self._operations.tree.current_name(node):
-                    self._notices.put(wire.inval_entry(place[0], place[1].encode()))
+                    self._notices.put(place)
 
     def _on_changed(self, reader: Reader) -> None:
         """End the lifetime of names that stand for a version which the bucket no longer has."""
-        for parent, name in self._operations.outdate(reader):
-            self._notices.put(wire.inval_entry(parent, name.encode()))
+        for place in self._operations.outdate(reader):
+            self._notices.put(place)
 
     def _store(self, reader: Reader, block: int) -> None:
         """Put a block into the page cache of the files that are open, before anybody asks for it.
@@ -558,20 +569,43 @@ class Server:
             os.close(witness[0])
 
     def _tell(self) -> None:
-        """Send what is to be told. On its own thread: the kernel may wait for whoever looks up a name beside it."""
+        """Send what is to be told. On its own thread: the kernel may wait for whoever looks up a name beside it.
+
+        While it waits, it lets nobody else look up a name in that directory. So what can wait is held back until nobody
+        looks one up who waits for the bucket.
+        """
+        held: deque[tuple[int, str]] = deque()
         with closing(Notifier(self._fd)) as notifier:
-            while (notice := self._notices.get()) is not None:
+            while True:
+                try:
+                    notice = self._notices.get(timeout=_HOLD_SECONDS if held else None)
+                except Empty:
+                    self._tell_held(notifier, held)
+                    continue
+                if notice is None:
+                    return
                 if isinstance(notice, bytes):
                     _notify(notifier, [notice])
+                elif isinstance(notice, tuple):
+                    held.append(notice)
+                    self._tell_held(notifier, held)
                 else:
                     notice.set()
+
+    def _tell_held(self, notifier: Notifier, held: deque[tuple[int, str]]) -> None:
+        for _ in range(len(held)):
+            parent, name = held.popleft()
+            if self._is_awaited(parent):
+                held.append((parent, name))
+            else:
+                _notify(notifier, [wire.inval_entry(parent, name.encode())])
 
     def _trim(self) -> None:
         """Have the kernel forget names beyond the bound. On a thread of its own: it waits for whoever lists them."""
         with closing(Notifier(self._fd)) as notifier:
             while self._crowded.wait() and not self.ended.is_set():
                 self._crowded.clear()
-                spare = self._operations.tree.spare()
+                spare = [place for place in self._operations.tree.spare() if not self._is_awaited(place[0])]
                 notices = [wire.inval_entry(parent, name.encode(), drop=True) for parent, name in spare]
                 for start in range(0, len(notices), _NOTICES):
                     _notify(notifier, notices[start : start + _NOTICES])
