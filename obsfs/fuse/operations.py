@@ -381,7 +381,7 @@ class Operations:
 
         Every node has the status: a bind mount may show any part of the mount as its root.
 
-        They are not listed, so that no copying tool carries them along. Access control lists and security labels are
+        Only those of :meth:`listxattr` are listed. Access control lists and security labels are
         not supported, which ``ls -l`` asks once per mount, where it asks for every file that just has none.
         """
         if not name.startswith("user."):
@@ -404,6 +404,10 @@ class Operations:
         if value is None:
             raise _NoAttributeError(f"no attribute {name}")
         return str(value()).encode()
+
+    def listxattr(self, number: int) -> list[str]:
+        """The attributes of a file that stay true of a copy: tools that copy (``cp -a``) take along what is listed."""
+        return [f"{XATTR_PREFIX}{name}" for name in ("key", "etag")] if self.tree.node(number).version else []
 
     def _cached_bytes(self, node: Node) -> int:
         assert node.version is not None

@@ -146,7 +146,8 @@ class _Adapter(mfusepy.Operations):
             return self._operations.getxattr(found.node, name)
 
     def listxattr(self, path: str) -> list[str]:
-        return []
+        with self._found(path) as found:
+            return self._operations.listxattr(found.node)
 
 
 def serve(

@@ -8,6 +8,7 @@ import hashlib
 import mmap
 import os
 import random
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -140,6 +141,16 @@ def test_attributes(bucket: Store, files: dict[str, bytes], mount: Mounter, engi
     with pytest.raises(OSError) as caught:
         os.getxattr(path / "top.txt", "security.selinux")
     assert caught.value.errno == errno.EOPNOTSUPP, "so that `ls -l` does not ask for every file"
+
+
+def test_attributes_that_stay_true_of_a_copy_are_listed(
+    bucket: Store, files: dict[str, bytes], mount: Mounter, engine: str, tmp_path: Path
+) -> None:
+    path = mount(bucket, engine=engine)
+    assert sorted(os.listxattr(path / "top.txt")) == ["user.obsfs.etag", "user.obsfs.key"]
+    assert os.listxattr(path) == os.listxattr(path / "dir") == []
+    shutil.copy2(path / "top.txt", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == files["top.txt"]
 
 
 def test_keys_that_no_directory_can_show(mount: Mounter, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -462,7 +462,7 @@ class Server:
 
     def _listxattr(self, request: Request, view: memoryview, wait: bool) -> bytes:
         size, _ = wire.GETXATTR_IN.unpack_from(view, request.body)
-        return _sized(b"", size)
+        return _sized(b"".join(b"%s\0" % name.encode() for name in self._operations.listxattr(request.node)), size)
 
     # files
 
