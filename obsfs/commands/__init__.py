@@ -155,6 +155,12 @@ _REMEDIES = {
 }
 
 
+def _missing(error: ModuleNotFoundError) -> str:
+    """The package that another module needs and is not there; empty when it is one of ours."""
+    package = str(error.name or "").partition(".")[0]
+    return "" if package in ("obsfs", "trainer") else package
+
+
 def _refused_by_system(error: OSError) -> str:
     """What the system refused, on which file, and what to do; empty when it is about no file, and so our mistake."""
     if error.filename is None and error.errno != errno.ENOTCONN:
@@ -233,6 +239,9 @@ def _tell(error: BaseException) -> int:
         return 2
     if os.environ.get("OBSFS_DEBUG"):
         traceback.print_exception(error)
+    if isinstance(error, ModuleNotFoundError) and (missing := _missing(error)):
+        tell(f"obsfs: the Python package {missing!r} is missing: in a clone of obsfs: pip install .", err=True)
+        return 2
     if isinstance(error, OSError) and (said := _refused_by_system(error)):
         tell(f"obsfs: {said}", err=True)
         return 2

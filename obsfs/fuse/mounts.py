@@ -8,6 +8,7 @@ import os
 import pwd
 import select
 import selectors
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from obsfs.fuse.kernel import channel
 from obsfs.fuse.kernel.channel import MountEntry
 from obsfs.remote.address import parse_address
 from obsfs.settings import Settings, keywords, state_home
+from obsfs.text import visible
 
 State = Literal["mounted", "dead", "not answering", "another user's", "covered"]
 _STATUS = "user.obsfs.status"
@@ -228,7 +230,9 @@ def prepare(mountpoint: Path, settings: Settings) -> None:
         with os.scandir(mountpoint) as entries:
             is_empty = next(entries, None) is None
     except FileNotFoundError:
-        raise UsageError(f"mountpoint {mountpoint} does not exist", f"mkdir -p {mountpoint}") from None
+        shown = visible(mountpoint)  # a line break in a name is often a mistake of the shell's
+        remedy = f"mkdir -p {shlex.quote(shown)}" if shown == str(mountpoint) else "check the name"
+        raise UsageError(f"mountpoint {shown} does not exist", remedy) from None
     except NotADirectoryError:
         raise UsageError(f"mountpoint {mountpoint} is no directory", "choose an empty directory") from None
     except OSError as error:

@@ -125,6 +125,34 @@ def test_what_the_system_refuses_is_one_line_and_not_our_mistake(
     assert capsys.readouterr().err.startswith(f"obsfs: {said}")
 
 
+@pytest.mark.parametrize(("name", "code"), [("rich.console", 2), ("obsfs.nowhere", 1), (None, 1)])
+def test_a_package_that_is_missing_is_named(
+    name: str | None, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise ModuleNotFoundError(f"No module named {name}", name=name)
+
+    monkeypatch.setattr(mounts, "find", fail)
+    assert main(["status"]) == code
+    said = "the Python package 'rich' is missing" if code == 2 else "internal error: ModuleNotFoundError"
+    assert capsys.readouterr().err.startswith(f"obsfs: {said}")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("x\n", r"x\n does not exist: check the name"),
+        ("a b", "a b does not exist: mkdir -p '{d}/a b'"),
+        ("x", "x does not exist: mkdir -p {d}/x"),
+    ],
+)
+def test_a_mountpoint_that_is_not_there_is_shown_whole(
+    name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["mount", "obs://models", f"{tmp_path}/{name}"]) == 2
+    assert capsys.readouterr().err == f"obsfs: mountpoint {tmp_path}/{said.replace('{d}', str(tmp_path))}\n"
+
+
 def test_an_error_of_ours_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.EBADF, "Bad file descriptor")
