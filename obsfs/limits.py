@@ -11,6 +11,9 @@ _MOST_FILES = 1 << 20
 """Some programs look at every number up to the limit, which they inherit; Linux itself allows so many by default
 (fs.nr_open)."""
 
+LEAST_FILES = 48
+"""With which a server can read at all: its own, pipes for splice, and a few connections."""
+
 
 def allow_open_files() -> bool:
     """Raise the soft limit of open files to the hard limit. Returns whether it is higher now than before."""

@@ -165,3 +165,13 @@ def test_memory_is_what_machine_and_control_groups_leave(files: dict[str, str], 
 
 def test_this_machine_has_memory() -> None:
     assert 0 < available_memory() < psutil.virtual_memory().total
+
+
+def test_a_limit_with_which_nothing_could_be_read_is_refused(bucket: Store, tmp_path: Path) -> None:
+    path = tmp_path / "mnt"
+    path.mkdir()
+    command = ["prlimit", "--nofile=40:40", sys.executable, "-m", "obsfs", "mount", str(bucket), path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "limit of open files is 40" in done.stderr
+    assert channel.mounted_at(path) is None

@@ -35,7 +35,7 @@ from obsfs.fuse.operations import Operations
 from obsfs.fuse.supervisor import FORMAT, RETRY
 from obsfs.fuse.tree import Source, Tree
 from obsfs.library import snapshot
-from obsfs.limits import allow_open_files
+from obsfs.limits import LEAST_FILES, allow_open_files, open_files_limit
 from obsfs.logs import VisibleFormatter
 from obsfs.remote.address import Address, parse_address
 from obsfs.remote.client import Bucket
@@ -135,6 +135,12 @@ def serve(
     """
     address = parse_address(source)
     keeper = Keeper()
+    allow_open_files()
+    if takeover is None and (limit := open_files_limit()) < LEAST_FILES:
+        raise UsageError(
+            f"the limit of open files is {limit}, and a mount needs {LEAST_FILES} at least",
+            "raise it (LimitNOFILE= of a unit, `ulimit -n`)",
+        )
     with ExitStack() as cleanup, _retried(takeover) as is_serving:
         ends_with = os.getppid() if keeper.is_there else os.getpid()
         lock = takeover.lock if takeover else state.lock(mountpoint, ends_with)
@@ -458,7 +464,6 @@ def main() -> int:
         takeover.own()
     stop = Stop()
     stop.on_signals()
-    allow_open_files()
     os.chdir("/")
     os.umask(private.OTHERS)
     answer = os.fdopen(os.dup(1), "w")
