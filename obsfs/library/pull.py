@@ -337,7 +337,13 @@ class Local:
         self.directory = directory
         self._cache_dir = cache_dir
         self._guard = threading.Lock()
+        if cache_dir is not None and directory.exists():
+            self._check_cache_dir(cache_dir)  # before anything in it is believed
         self._record = _read_record(directory)
+
+    @staticmethod
+    def _check_cache_dir(path: Path) -> None:
+        private.make_directory(path, "cache directory", "choose another --cache-dir", CacheError)
 
     @property
     def _mode(self) -> int:
@@ -347,7 +353,7 @@ class Local:
         if self._cache_dir is None:
             path.mkdir(parents=True, exist_ok=True)
             return
-        private.make_directory(self._cache_dir, "cache directory", "choose another --cache-dir", CacheError)
+        self._check_cache_dir(self._cache_dir)
         level = self._cache_dir
         for part in path.relative_to(level).parts:
             level /= part

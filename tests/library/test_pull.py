@@ -488,3 +488,19 @@ def test_etag_timeout_ends_the_look_for_a_model(tmp_path: Path, monkeypatch: pyt
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(UnavailableError, match="sent nothing"):
             package.snapshot_download("obs://bucket/m", etag_timeout=0.3, endpoint=endpoint)
+
+
+def test_what_others_could_have_changed_in_the_cache_is_not_given_out(
+    bucket: Store, obsfs: Run, tmp_path: Path, model: Path
+) -> None:
+    assert obsfs("push", model, f"{bucket}/m@v1").code == 0
+    above = tmp_path / "above"
+    above.mkdir()
+    given = ("pull", f"{bucket}/m@v1", "--cache-dir", above / "cache")
+    assert obsfs(*given).code == 0
+    above.chmod(0o777)
+    refused = obsfs(*given)
+    assert (refused.code, refused.out) == (2, "")
+    assert f"other users can write to {above}" in refused.err
+    above.chmod(0o755)
+    assert obsfs(*given).code == 0
