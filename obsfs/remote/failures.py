@@ -191,7 +191,7 @@ def translated(what: str, *, pinned: bool = False) -> Iterator[None]:
         yield
     except ObsfsError:
         raise
-    except (botocore.NoCredentialsError, botocore.PartialCredentialsError):
+    except botocore.NoCredentialsError:
         raise ForbiddenError(*NO_CREDENTIALS) from None
     except _NO_KEYS as error:
         raise ForbiddenError(f"no credentials for {what} ({_words(error)})", _where_keys_come_from(error)) from None
@@ -206,6 +206,7 @@ def translated(what: str, *, pinned: bool = False) -> Iterator[None]:
 _SIGN_IN = (botocore.SSOError, botocore.TokenRetrievalError)
 _NO_KEYS = (
     *_SIGN_IN,
+    botocore.PartialCredentialsError,
     botocore.CredentialRetrievalError,
     botocore.InvalidConfigError,
     botocore.InfiniteLoopConfigError,
@@ -220,6 +221,8 @@ _NO_KEYS = (
 def _where_keys_come_from(error: Exception) -> str:
     if isinstance(error, _SIGN_IN):
         return "sign in with `aws sso login`, with the same profile"
+    if isinstance(error, botocore.PartialCredentialsError):
+        return "an access key and its secret key go together"
     return "see to the profile in ~/.aws/config, and to what it takes the keys from"
 
 

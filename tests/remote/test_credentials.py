@@ -184,6 +184,21 @@ def test_a_profile_that_gives_no_keys_is_told_as_that(
     assert str(caught.value).startswith("no credentials for ")
 
 
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), ("aws_access_key_id", "aws_secret_access_key")],
+)
+def test_half_a_pair_of_botocores_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, missing: str
+) -> None:
+    if name.isupper():
+        monkeypatch.setenv(name, "a")
+    else:
+        (tmp_path / "aws-credentials").write_text(f"[default]\n{name} = a\n")
+    with pytest.raises(ForbiddenError, match=f"missing: {missing}.*go together"):
+        connect(Settings.load(endpoint_url="http://127.0.0.1:1"))
+
+
 def test_who_hands_out_keys_is_not_waited_for_as_long_as_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
