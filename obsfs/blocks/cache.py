@@ -237,6 +237,8 @@ class Cache:
 
     def _open_files(self, path: Path, version: ObjectVersion) -> tuple[int, int]:
         with self.exclusive:
+            # Somebody may have put a link in its place.
+            private.make_level(self.root)
             try:
                 private.make_level(path.parent)
                 data_fd = private.open_file(path.with_suffix(".data"))

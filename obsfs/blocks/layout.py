@@ -230,6 +230,8 @@ class DirectoryLock:
         with self._threads:
             if self._fd >= 0 and is_at(self._fd, self.path):
                 return
+            if self.path.parent.is_symlink():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self.path.parent))
             try:
                 fd = private.open_file(self.path)
             except FileNotFoundError:

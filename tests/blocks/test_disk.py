@@ -336,6 +336,23 @@ def test_what_is_no_cache_file_is_removed(tmp_path: Path, suffix: str, kind: str
     assert path.lstat().st_uid == os.geteuid()
 
 
+def test_a_link_in_place_of_the_cache_is_not_followed(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "c", GIB)
+    cached = cache.open(version(2 * BLOCK))
+    parts = [put(cached, block) for block in range(2)]
+    (tmp_path / "c" / "v1").rename(tmp_path / "before")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "c" / "v1").symlink_to(tmp_path / "elsewhere")
+    assert whole(cached) == b"".join(parts)
+    other = cache.open(version(BLOCK, key="other"))
+    assert put(other, 0) == whole(other)
+    cache.trim()
+    assert not [*(tmp_path / "elsewhere").iterdir()]
+    (tmp_path / "c" / "v1").unlink()
+    assert put(cache.open(version(BLOCK, key="third")), 0)
+    assert len(files(tmp_path / "c", "data")) == 1
+
+
 def test_a_disk_that_fails_to_read_costs_a_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = Cache(tmp_path / "c", GIB)
     cached = cache.open(version(2 * BLOCK))
