@@ -208,8 +208,10 @@ class Tokeniser:
         """Where answer `i` starts and ends in the text. None when the text writes it in another way than at its end."""
         try:
             upto = render(self._tokenizer, messages[: i + 1], tools) if i + 1 < len(messages) else text
-            before = render(self._tokenizer, messages[:i], tools, add_generation_prompt=True) if i else ""
-            plain = render(self._tokenizer, messages[:i], tools) if i else ""
+            plain = render(self._tokenizer, messages[:i] or messages[:1], tools)
+            before = render(self._tokenizer, messages[:i] or messages[:1], tools, add_generation_prompt=True)
+            if not i:  # Nothing is in front of the answer but what begins one.
+                before, plain = before.removeprefix(plain), ""
         except ValueError:
             return None
         start = common_length(before, text)
