@@ -99,6 +99,13 @@ def test_only_answers_are_learned_whatever_the_template(target: Any, template: s
     assert made.input_ids == expected == tokens_of(one, {"messages": skipped}).input_ids
 
 
+def test_an_answer_that_comes_first_is_learned_without_what_begins_it(target: Any) -> None:
+    for template in (CHATML, PLAIN):
+        one = target(template)
+        made = tokens_of(one, {"messages": [CHAT[2], *CHAT[1:3]]})
+        assert [text.removesuffix("<|im_end|>") for text in learned(one, made)] == ["one", "one"]
+
+
 def test_text_and_plain_prompts_end_with_the_end_token(target: Any) -> None:
     one = target()
     made = tokens_of(one, {"prompt": "2 + 2 =", "completion": " 4"})
@@ -228,7 +235,8 @@ def test_what_a_template_leaves_out(target: Any, tmp_path: Path) -> None:
         look(target(silent), path)
     thinking = [CHAT[1], {**CHAT[2], "reasoning_content": "hm, let me see", "mood": "good"}]
     report = look(target(), write_lines(tmp_path / "f.jsonl", [{"messages": thinking}]))
-    assert sorted(report.left_out) == ["the key mood of messages", "the key reasoning_content of messages"]
+    assert list(report.left_out) == ["the key reasoning_content of messages"]
+    assert report.warnings()[0].endswith("f.jsonl: the chat template leaves out mood of messages")
 
 
 @pytest.mark.parametrize("task", ["sft", "dpo"])

@@ -1,5 +1,6 @@
-"""Data for a run: found (places.py), read (loading.py), told apart and converted (formats.py, messages.py), made into
-tokens (tokens.py), and looked at before the weights are loaded (check.py)."""
+"""Data for a run: found (places.py), read (reading.py, loading.py), told apart and converted (formats.py, messages.py),
+with an account of what is not used (account.py), made into tokens (tokens.py), and looked at before the weights are
+loaded (check.py)."""
 
 from trainer.data.check import Limits, Report, look
 from trainer.data.formats import is_conversation, recognise, shown

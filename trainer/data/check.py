@@ -12,18 +12,14 @@ from obsfs.errors import UsageError
 from obsfs.text import visible
 from trainer.data import messages as chats
 from trainer.data.formats import Record, is_conversation
-from trainer.data.loading import Loaded
+from trainer.data.loading import SAMPLE, Loaded
 from trainer.data.tokens import IGNORED, Target, Tokeniser, check_vocabulary, common_length, refused_by_template, render
 
-SAMPLE = 256
-"""Records that are looked at: all of a small set, else so many, spread evenly."""
-_ROLE_SCAN = 5000
-"""Records whose sequence of roles is looked at, to add one of each sequence to the sample."""
-_MORE = 64
+_MORE = 256
+"""Kinds of records of which one each is looked at, in addition to the sample."""
 _PREFERENCE_LENGTH = 512
 """What TRL's ORPO and CPO take for max_length when it is not set."""
 _TAIL = 40
-_KNOWN_KEYS = {"role", "content", "tool_calls", "tool_call_id", "id", "name", chats.LOSS}
 
 
 @dataclass
@@ -115,14 +111,14 @@ def look(loaded: Loaded, tokeniser: Tokeniser | None, target: Target, limits: Li
     """
     records = loaded.records
     total = len(records) if hasattr(records, "__len__") else None
-    report = Report(total, limits.max_length, loss, notes=list(loaded.notes))
+    report = Report(total, limits.max_length, loss)
     extra = len(target.tokenizer) - target.vocabulary if target.vocabulary else 0
     if extra > 0:
         # Each record is looked at: the first batch with such a token would end the run.
         report.notes.append(
             f"{target.name} does not know {extra:,} tokens of its tokenizer: records must not have them"
         )
-    for index, record in _sample(records, total, is_whole=extra > 0):
+    for index, record in _sample(loaded, total, is_whole=extra > 0):
         where = loaded.places.where(index)
         if is_conversation(record):
             _check_template(report, record, target, where)
@@ -134,6 +130,9 @@ def look(loaded: Loaded, tokeniser: Tokeniser | None, target: Target, limits: Li
         else:
             sizes = list(_sizes(record, target, limits, where))
         _count(report, sizes, where)
+    report.notes += [*loaded.notes, *_keys_left_out(loaded, str(target.tokenizer.chat_template), report)]
+    for account in loaded.accounts:
+        account.go_live()
     if report.looked and report.gone == report.looked:
         raise UsageError(
             f"none of the {report.looked:,} records checked has an answer left within max_length {limits.max_length} "
@@ -143,29 +142,18 @@ def look(loaded: Loaded, tokeniser: Tokeniser | None, target: Target, limits: Li
     return report
 
 
-def _sample(records: Any, total: int | None, *, is_whole: bool) -> Iterator[tuple[int, Record]]:
+def _sample(loaded: Loaded, total: int | None, *, is_whole: bool) -> Iterator[tuple[int, Record]]:
+    """Some records, and the first of each kind that a template may refuse."""
+    records = loaded.records
     if total is None:
         yield from enumerate(records.take(SAMPLE))
         return
     if is_whole or total <= SAMPLE:
         yield from enumerate(records)
         return
-    chosen = {i * (total - 1) // (SAMPLE - 1) for i in range(SAMPLE)}
-    chosen |= _one_of_each_kind(records.select(range(min(total, _ROLE_SCAN))))
+    chosen = {i * (total - 1) // (SAMPLE - 1) for i in range(SAMPLE)} | set(loaded.kinds[:_MORE])
     for index in sorted(chosen):
         yield index, records[index]
-
-
-def _one_of_each_kind(records: Any) -> set[int]:
-    """Return the first record of each sequence of roles: templates refuse sequences."""
-    found: dict[tuple[Any, ...], int] = {}
-    if not is_conversation(records[0]):
-        return set()
-    for index, record in enumerate(records):
-        kind = tuple((name, *(one["role"] for one in side)) for name, side in record.items() if isinstance(side, list))
-        if found.setdefault((*kind, bool(record.get("tools"))), index) == index and len(found) >= _MORE:
-            break
-    return set(found.values())
 
 
 def _count(report: Report, sizes: list[tuple[int, bool]], where: str) -> None:
@@ -225,12 +213,15 @@ def _check_template(report: Report, record: Record, target: Target, where: str) 
                 f"the chat template of {target.name} leaves out {lost} of {where}",
                 "give a template that shows it with chat_template_path: FILE.jinja, or take it out of the record",
             )
-        source = str(target.tokenizer.chat_template)
-        keys = {key for one in messages for key in one if key not in _KNOWN_KEYS and key not in chats.THOUGHTS}
-        missed |= {f"the key {key} of messages" for key in keys if key not in source}
-        if any("name" in one for one in messages if one["role"] != "tool") and "name" not in source:
-            missed.add("the key name of messages")
         report.left_out.update(missed)
+
+
+def _keys_left_out(loaded: Loaded, template: str, report: Report) -> Iterator[str]:
+    """The keys of messages, in whatever record, that the chat template does not even name."""
+    for account in loaded.accounts:
+        names = [one for one in account.keys if one.partition(" ")[0] not in template]
+        if names := [one for one in names if f"the key {one}" not in report.left_out]:
+            yield f"{account.place}: the chat template leaves out {', '.join(names)}"
 
 
 def _conversations(record: Record) -> list[list[chats.Message]]:

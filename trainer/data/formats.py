@@ -8,13 +8,14 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from obsfs.errors import UsageError
+from obsfs.text import visible
 from trainer.data import messages as chats
 
 Record = dict[str, Any]
 
 _SHOWN = 300
 _TALKS = ("messages", "conversations", "conversation")
-_ASKS = ("prompt", "instruction", "query", "question")
+_ASKS = ("prompt", "instruction", "query", "question", "input")
 _ANSWERS = ("completion", "output", "response", "answer")
 _MORE = ("input", "context")
 _SYSTEM = ("system", "system_prompt")
@@ -37,10 +38,68 @@ _KNOWN = (
 )
 
 
+class Shape(NamedTuple):
+    """What all records of a place become: `is_chat` with a chat template; `is_plain` where question and answers stay
+    text; `has_tools` where some record has tools, which is only where they can have them. (A table has one type in each
+    column.)"""
+
+    is_chat: bool
+    is_plain: bool
+    can_have_tools: bool
+    has_tools: bool
+
+
+class Made(NamedTuple):
+    """TRL's record, and what it was not made of: names of columns, and of keys of messages that few templates show."""
+
+    record: Record
+    columns: list[str]
+    keys: list[str]
+
+
+class Held:
+    """What a record holds: of this everything is taken by a conversion, or told to the user, or refused."""
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self.left = {name: value for name, value in record.items() if not _is_empty(value)}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.left
+
+    def take(self, name: str | None) -> Any:
+        """Return a value, None for an empty one. It counts as used from now on."""
+        return self.left.pop(name, None) if name else None
+
+    def text(self, names: Iterable[str]) -> str:
+        """Take several values, which are to be texts, as one."""
+        parts = []
+        for name in names:
+            if (value := self.take(name)) is not None:
+                if not isinstance(value, str):
+                    raise ValueError(f"{name} is no text")
+                parts.append(value)
+        return "\n\n".join(parts)
+
+    def filled(self, name: str) -> Any:
+        """Take a value that must not be empty."""
+        if name not in self:
+            raise ValueError(f"{name} is empty")
+        return self.take(name)
+
+    def same(self, names: Iterable[str], read: Callable[[Any], Any]) -> Any:
+        """Take a value that goes by one of several names; by two of them, it has to be the same."""
+        given = {name: read(self.take(name)) for name in names if name in self}
+        values = [value for value in given.values() if value]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"{' and '.join(given)} differ: keep one of them")
+        return next(iter(values), None)
+
+
 class Format(NamedTuple):
     """What a record is: its kind, the columns that make it so, and the tasks that learn from it.
 
-    `talk`, `ask` and `answer` are the columns of a conversation, a question and its answer, if it has them.
+    `talk`, `ask`, `answer` and `rejected` are the columns of a conversation, a question, its answer, and the answer
+    that was rejected, if it has them.
     """
 
     kind: str
@@ -49,30 +108,41 @@ class Format(NamedTuple):
     talk: str | None = None
     ask: str | None = None
     answer: str | None = None
+    rejected: str | None = None
 
     @property
     def name(self) -> str:
         """For people: its columns."""
         return ", ".join(self.columns)
 
-    @property
-    def used(self) -> set[str]:
-        """The columns that a conversion looks at."""
-        more = {*_SYSTEM, *_TOOLS, *_MEDIA, *_REJECTED, "chosen"}
-        if self.ask and not self.talk:
-            more |= {*_MORE, _HISTORY}
-        return {*self.columns, *more}
+    def shape(self, record: Record, columns: Collection[str], is_chat: bool) -> Shape:
+        """Return what the records of a place become, given the first of them and the columns that any of them holds."""
+        others = (*_SYSTEM, *_TOOLS, *_MORE, _HISTORY)
+        own = self.ask in (None, "prompt") and self.answer in (None, "completion", "chosen")
+        asked_is_text = not self.talk and (self.ask is None or isinstance(record.get(self.ask), str))
+        is_text = asked_is_text and all(
+            isinstance(record.get(name), str) for name in (self.answer, self.rejected) if name
+        )
+        is_plain = is_text and (not is_chat or (own and not any(name in columns for name in others)))
+        can = not is_plain and self.kind != "text"
+        return Shape(is_chat, is_plain, can, can and any(name in columns for name in _TOOLS))
 
     def convert(self, record: Record, is_chat: bool) -> Record:
-        """Return TRL's record. With `is_chat`, instructions become conversations. Raises ValueError with the reason."""
-        _refuse_unused(self, record)
-        made = _CONVERT[self.kind](self, record, is_chat)
-        offered = chats.tools(_first(record, _TOOLS))
-        if _column(record, _TOOLS):
-            if offered and not is_conversation(made):
-                raise ValueError("it has tools, and only conversations can have them")
+        """Return TRL's record of one that stands alone. Raises ValueError with the reason."""
+        return self.make(record, self.shape(record, held_columns(record), is_chat)).record
+
+    def make(self, record: Record, shape: Shape) -> Made:
+        """Return TRL's record, and what of the record is not in it. Raises ValueError with the reason."""
+        held = Held(record)
+        made = _CONVERT[self.kind](self, held, shape)
+        offered = held.same(_TOOLS, chats.tools) if self.kind != "text" else None
+        if offered and not is_conversation(made):
+            raise ValueError("it has tools, and only conversations can have them")
+        _refuse(self, held)
+        if shape.has_tools or offered:
             made["tools"] = offered
-        return made
+        messages = [one for side in made.values() if isinstance(side, list) for one in side]
+        return Made(made, list(held.left), sorted(chats.other_keys(messages)))
 
 
 def recognise(record: Record, task: str, where: str) -> Format:
@@ -88,10 +158,14 @@ def recognise(record: Record, task: str, where: str) -> Format:
     raise UsageError(f"{where} is in no format for task {task}{what}: its first record is {shown(record)}", remedy)
 
 
+def held_columns(record: Mapping[str, Any]) -> list[str]:
+    """Return the names of the columns in which a record has something."""
+    return list(Held(record).left)
+
+
 def shown(record: Mapping[str, Any]) -> str:
     """Return a record for an error, cut short."""
-    text = json.dumps(dict(record), ensure_ascii=False, default=str)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    return visible(json.dumps(dict(record), ensure_ascii=False, default=str), _SHOWN)
 
 
 def is_conversation(record: Record) -> bool:
@@ -99,63 +173,35 @@ def is_conversation(record: Record) -> bool:
     return "messages" in record or any(isinstance(record.get(name), list) for name in ("prompt", "chosen"))
 
 
-def unused(form: Format, columns: Iterable[str]) -> list[str]:
-    """Return the columns that nothing is made of."""
-    return [name for name in columns if name not in form.used]
+def refuse_other(form: Format, record: Record, task: str) -> None:
+    """Raise ValueError, with the reason, for a record that is not in the format of its place."""
+    other = _format(record, task)
+    if other == form:
+        return
+    if all(_is_empty(value) for value in record.values()):
+        raise ValueError("it is empty")
+    lacking = [name for name in form.columns if _is_empty(record.get(name))]
+    if lacking and (other is None or set(other.columns) <= set(form.columns)):
+        raise ValueError(f"{lacking[0]} is empty")
+    raise ValueError(f"it is {other.name if other else 'in no format'}, and the first is {form.name}")
 
 
-class Converter:
-    """Makes TRL's records of the records of one place, for ``Dataset.map``.
+def can_have_tools(task: str) -> bool:
+    """Return whether TRL shows tools to the chat template."""
+    return task not in _WITHOUT_TOOLS
 
-    `form` is what its first record is in; `nested` are the columns that a table keeps as structs, in which it has
-    filled in nulls; `ignored` are columns that the user gave up.
-    """
 
-    def __init__(
-        self,
-        form: Format,
-        task: str,
-        where: str,
-        *,
-        is_chat: bool,
-        has_tools: bool = False,
-        nested: Collection[str] = (),
-        ignored: Collection[str] = (),
-    ) -> None:
-        self._form, self._task, self._where, self._is_chat = form, task, where, is_chat
-        self._has_tools, self._nested, self._ignored = has_tools, frozenset(nested), frozenset(ignored)
+def refuse_tools(made: Record, task: str) -> None:
+    """Raise ValueError for a record with tools where TRL would leave them out."""
+    if not can_have_tools(task) and (made.get("tools") or _calls(made)):
+        raise ValueError(f"it has tools or calls them, which TRL leaves out in task {task}: dpo shows them")
 
-    def __call__(self, record: Record, number: int) -> Record:
-        """Raises UsageError, which shows the record that does not fit and its number, counted from 1."""
-        try:
-            made = self._convert(record)
-        except ValueError as error:
-            raise UsageError(
-                f"record {number + 1} of {self._where} does not fit ({error}): {shown(record)}",
-                "correct it, or take it out",
-            ) from None
-        if self._has_tools:
-            made.setdefault("tools", None)
-        return made
 
-    def _convert(self, record: Record) -> Record:
-        record = {
-            name: _without_nulls(value) if name in self._nested else value
-            for name, value in record.items()
-            if name not in self._ignored
-        }
-        other = _format(record, self._task)
-        if other is None or other != self._form:
-            if all(_is_empty(value) for value in record.values()):
-                raise ValueError("it is empty")
-            lacking = [name for name in self._form.columns if record.get(name) is None]
-            if lacking and (other is None or set(other.columns) < set(self._form.columns)):
-                raise ValueError(f"{lacking[0]} is empty")
-            raise ValueError(f"it is {other.name if other else 'in no format'}, and the first is {self._form.name}")
-        made = self._form.convert(record, self._is_chat)
-        if self._task in _WITHOUT_TOOLS and (made.get("tools") or _calls(made)):
-            raise ValueError(f"it has tools or calls them, which TRL leaves out in task {self._task}: dpo shows them")
-        return made
+def without_nulls(value: Any) -> Any:
+    """Return a value without the keys that a table has filled in with nulls."""
+    if isinstance(value, dict):
+        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _calls(made: Record) -> bool:
@@ -164,15 +210,20 @@ def _calls(made: Record) -> bool:
 
 
 def _format(record: Record, task: str) -> Format | None:
-    """By what a record holds: columns without a value do not count."""
-    talk, ask, answer = (_column_held(record, names) for names in (_TALKS, _ASKS, _ANSWERS))
+    """By what a record holds: columns without a value count only where nothing else tells what it is."""
+    return _format_by(_column_held, record, task) or _format_by(_column_given, record, task)
+
+
+def _format_by(column: Callable[[Record, Iterable[str]], str | None], record: Record, task: str) -> Format | None:
+    talk, answer, label = (column(record, names) for names in (_TALKS, _ANSWERS, _LABELS))
+    # Alpaca's question may be in its input alone.
+    ask = _column_held(record, _ASKS[:-1]) or _column_given(record, _ASKS[:-1]) or column(record, _ASKS[-1:])
     asked = (talk,) if talk else (ask,) if ask else ()
-    rejected = _column_held(record, _REJECTED)
-    has_chosen = record.get("chosen") is not None
-    if rejected and (has_chosen or (rejected == "rejected_response" and (talk or (ask and answer)))):
-        said = ("chosen",) if has_chosen else () if talk else (str(answer),)
-        return Format("choice", (*asked, *said, rejected), _PREFERENCE, talk, ask, None if has_chosen else answer)
-    label = _column_held(record, _LABELS)
+    rejected, chosen = column(record, _REJECTED), column(record, ("chosen",))
+    if rejected and (chosen or (rejected == "rejected_response" and (talk or (ask and answer)))):
+        answer = chosen or (None if talk else answer)
+        columns = (*asked, *([answer] if answer else []), rejected)
+        return Format("choice", columns, _PREFERENCE, talk, None if talk else ask, answer, rejected)
     if talk:
         if label and _judges(record[label], task):
             return Format("judged", (talk, label), ("kto",), talk)
@@ -181,7 +232,7 @@ def _format(record: Record, task: str) -> Format | None:
         if label and _judges(record[label], task):
             return Format("judged", (ask, answer, label), ("kto",), None, ask, answer)
         return Format("answer", (ask, answer), ("sft",), None, ask, answer)
-    return Format("text", ("text",), ("sft",)) if record.get("text") is not None else None
+    return Format("text", ("text",), ("sft",)) if column(record, ("text",)) else None
 
 
 def _judges(label: object, task: str) -> bool:
@@ -196,72 +247,52 @@ def _wanted(task: str) -> str:
     return "it needs chosen and rejected answers: prompt, chosen, rejected"
 
 
-def _column(record: Record, names: Iterable[str]) -> str | None:
-    return next((name for name in names if name in record), None)
-
-
-def _column_held(record: Record, names: Iterable[str]) -> str | None:
+def _column_given(record: Record, names: Iterable[str]) -> str | None:
     return next((name for name in names if record.get(name) is not None), None)
 
 
-def _first(record: Record, names: Iterable[str]) -> Any:
-    """The value of the first of some columns that is not empty."""
-    return next((record[name] for name in names if not _is_empty(record.get(name))), None)
+def _column_held(record: Record, names: Iterable[str]) -> str | None:
+    return next((name for name in names if not _is_empty(record.get(name))), None)
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, str | list | dict) and not value)
-
-
-def _without_nulls(value: Any) -> Any:
+    """Whether a value holds nothing: also where a table has made something of nothing, such as a list of a null."""
+    if isinstance(value, list):
+        return all(_is_empty(one) for one in value)
     if isinstance(value, dict):
-        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
-    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+        return all(_is_empty(one) for one in value.values())
+    return value is None or value == ""
 
 
-def _refuse_unused(form: Format, record: Record) -> None:
+def _refuse(form: Format, held: Held) -> None:
+    """Refuse what is left of a record and would change what is learned."""
     for name in _MEDIA:
-        if not _is_empty(record.get(name)):
-            raise ValueError(f"it has {name}, and training is on text only: ignore_columns: {name} trains without")
-    able = {*form.columns, *_SYSTEM, *_TOOLS} | ({_HISTORY} if form.ask and not form.talk else set())
-    if form.kind == "text":
-        able = set(form.columns)
-    for name in _NEVER_LEFT:
-        if name not in able and not _is_empty(record.get(name)):
+        if name in held:
+            raise ValueError(
+                f"it has {name}, and training is on text only, also of a model of vision: "
+                f"ignore_columns: {name} trains without"
+            )
+    for name in (*_NEVER_LEFT, *(_MORE if form.ask else ())):
+        if name in held:
             raise ValueError(f"{name} cannot be used beside {form.name}: ignore_columns: {name} trains without")
-    given = [name for name in _SYSTEM if not _is_empty(record.get(name))]
-    if len({record[name] for name in given if isinstance(record[name], str)}) > 1:
-        raise ValueError(f"{' and '.join(given)} differ: keep one of them")
 
 
-def _text(record: Record, names: Iterable[str]) -> str:
-    parts = []
-    for name in names:
-        value = record.get(name)
-        if _is_empty(value):
-            continue
+def _system(held: Held) -> str:
+    def read(value: Any) -> str:
         if not isinstance(value, str):
-            raise ValueError(f"{name} is no text")
-        parts.append(value)
-    return "\n\n".join(parts)
+            raise ValueError("system is no text")
+        return value
+
+    return held.same(_SYSTEM, read) or ""
 
 
-def _filled(record: Record, name: str) -> Any:
-    if _is_empty(record.get(name)):
-        raise ValueError(f"{name} is empty")
-    return record[name]
-
-
-def _system(record: Record) -> str:
-    name = next((one for one in _SYSTEM if not _is_empty(record.get(one))), None)
-    return _text(record, (name,)) if name else ""
-
-
-def _label(record: Record) -> bool:
-    value = _first(record, _LABELS)
-    if not isinstance(value, bool | int) or value not in (0, 1):
-        raise ValueError("label is neither true nor false")
-    return bool(value)
+def _label(value: Any) -> bool:
+    text = value.strip().casefold() if isinstance(value, str) else value
+    if text in ("true", "1") or (isinstance(value, bool | int | float) and value == 1):
+        return True
+    if text in ("false", "0") or (isinstance(value, bool | int | float) and value == 0):
+        return False
+    raise ValueError("label is neither true nor false")
 
 
 def _said(value: Any, name: str) -> list[chats.Message]:
@@ -270,48 +301,47 @@ def _said(value: Any, name: str) -> list[chats.Message]:
         raise ValueError(f"{name} is empty")
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
+    if not isinstance(value, list | dict):
+        raise ValueError(f"{name} is no text")
     try:
         return chats.turns([value] if isinstance(value, dict) else value)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _is_plain(form: Format, record: Record, is_chat: bool) -> bool:
-    """Whether question and answers stay text: when they are TRL's own columns, or there is no chat template."""
-    if form.talk or (form.ask and not isinstance(record[form.ask], str)):
-        return False
-    if not is_chat:
-        return True
-    own = form.ask in (None, "prompt") and form.answer in (None, "completion")
-    return own and not any(name in record for name in (*_SYSTEM, *_TOOLS, *_MORE, _HISTORY))
-
-
-def _question(form: Format, record: Record) -> list[chats.Message]:
+def _question(form: Format, held: Held) -> list[chats.Message]:
     """What is asked, as messages: system prompt, earlier turns, question."""
     ask = form.ask or ""
-    past = record.get(_HISTORY)
-    turns = [] if _is_empty(past) else chats.history(past)
-    if isinstance(record[ask], list):
-        turns = [*turns, *chats.turns(record[ask])]
-        if more := _text(record, _MORE):
-            raise ValueError(f"{ask} is messages, and there is {_MORE[0]} beside it ({more[:20]!r})")
+    past = held.take(_HISTORY)
+    turns = chats.history(past) if past is not None else []
+    if isinstance(held.left.get(ask), list):
+        turns = [*turns, *chats.turns(held.take(ask))]
     else:
-        question = _text(record, (ask, *_MORE))
+        question = held.text(dict.fromkeys((ask, *_MORE)))
         if not question:
             raise ValueError(f"{ask} is empty")
         turns = [*turns, {"role": "user", "content": question}]
-    return chats.with_system(turns, _system(record))
+    return chats.with_system(turns, _system(held))
 
 
-def _question_text(form: Format, record: Record) -> str:
-    """What is asked, for a model without a chat template: everything in front of the answer."""
-    turns = _question(form, record)
+def _question_text(form: Format, held: Held, shape: Shape) -> str:
+    """What is asked, where it stays text: everything in front of the answer."""
+    if shape.is_chat:
+        return str(_filled_text(held, form.ask or ""))
+    turns = _question(form, held)
     is_bare = len(turns) == 1 and form.ask == "prompt"
     return str(turns[0]["content"]) if is_bare else "".join(f"{one['content']}\n\n" for one in turns)
 
 
-def _of_talk(form: Format, record: Record, is_chat: bool) -> Record:
-    turns = chats.with_system(chats.turns(record[form.talk or ""]), _system(record))
+def _filled_text(held: Held, name: str) -> str:
+    value = held.filled(name)
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is no text")
+    return value
+
+
+def _of_talk(form: Format, held: Held, shape: Shape) -> Record:
+    turns = chats.with_system(chats.turns(_talk(form, held)), _system(held))
     if not any(one["role"] == "assistant" for one in turns):
         raise ValueError("it has no message of the assistant")
     if not chats.learned(turns):
@@ -319,77 +349,85 @@ def _of_talk(form: Format, record: Record, is_chat: bool) -> Record:
     return {"messages": turns}
 
 
-def _of_answer(form: Format, record: Record, is_chat: bool) -> Record:
+def _talk(form: Format, held: Held) -> Any:
+    """Take a conversation: an empty one is no conversation, and its reader says so."""
+    return held.take(form.talk) or []
+
+
+def _of_answer(form: Format, held: Held, shape: Shape) -> Record:
     ask, answer = form.ask or "", form.answer or ""
-    if _is_plain(form, record, is_chat) and isinstance(record[answer], str):
-        _filled(record, ask)
-        return {"prompt": _question_text(form, record), "completion": _filled(record, answer)}
-    said = _said(record[answer], answer)
+    if shape.is_plain:
+        if ask not in held and ask == "prompt":
+            raise ValueError(f"{ask} is empty")
+        return {"prompt": _question_text(form, held, shape), "completion": _filled_text(held, answer)}
+    said = _said(held.filled(answer), answer)
     if not chats.learned(said):
         raise ValueError("every answer in it has loss: false" if said else f"{answer} is empty")
-    return {"prompt": _question(form, record), "completion": said}
+    return {"prompt": _question(form, held), "completion": said}
 
 
-def _of_text(form: Format, record: Record, is_chat: bool) -> Record:
-    if not isinstance(_filled(record, "text"), str):
-        raise ValueError("text is no text")
-    return {"text": record["text"]}
+def _of_text(form: Format, held: Held, shape: Shape) -> Record:
+    return {"text": _filled_text(held, "text")}
 
 
-def _of_judged(form: Format, record: Record, is_chat: bool) -> Record:
-    label = _label(record)
+def _of_judged(form: Format, held: Held, shape: Shape) -> Record:
+    label = _label(held.take(form.columns[-1]))
     if not form.talk:
-        return {**_all_learned(_of_answer(form, record, is_chat)), "label": label}
-    turns = chats.with_system(chats.turns(record[form.talk]), _system(record))
+        return {**_all_learned(_of_answer(form, held, shape)), "label": label}
+    turns = chats.with_system(chats.turns(_talk(form, held)), _system(held))
     if turns[-1]["role"] != "assistant" or len(turns) < 2:
         raise ValueError("its last message, which the label is for, is not the assistant's")
     return {**_all_learned({"prompt": turns[:-1], "completion": turns[-1:]}), "label": label}
 
 
-def _of_choice(form: Format, record: Record, is_chat: bool) -> Record:
-    names = (form.answer or "chosen", _REJECTED[0] if record.get(_REJECTED[0]) is not None else _REJECTED[1])
-    if form.talk and record.get("chosen") is None:
-        turns = chats.turns(record[form.talk])
+def _of_choice(form: Format, held: Held, shape: Shape) -> Record:
+    bad, good = form.rejected or "", form.answer or ""
+    if not good:
+        turns = chats.turns(_talk(form, held))
         if turns[-1]["role"] != "assistant":
             raise ValueError("its last message, which was chosen, is not the assistant's")
-        return _choice(record, turns[:-1], turns[-1:], _said(record[names[1]], names[1]))
-    if _is_plain(form, record, is_chat) and all(isinstance(record[name], str) for name in names):
-        asked = {"prompt": _question_text(form, record)} if form.ask else {}
-        if not form.ask and _system(record):
-            raise ValueError("system cannot be used without a prompt")
-        return {**asked, "chosen": _filled(record, names[0]), "rejected": _filled(record, names[1])}
-    chosen, rejected = (_said(record[name], name) for name in names)
+        return _choice(held, turns[:-1], turns[-1:], _said(held.filled(bad), bad))
+    if shape.is_plain:
+        asked = {"prompt": _question_text(form, held, shape)} if form.ask else {}
+        return {**asked, "chosen": _filled_text(held, good), "rejected": _filled_text(held, bad)}
+    chosen, rejected = (_said(held.filled(name), name) for name in (good, bad))
     if form.talk:
-        asked_turns = chats.turns(record[form.talk])
+        asked_turns = chats.turns(_talk(form, held))
         # Some sets repeat the chosen conversation in a column of its own.
         asked_turns = [] if asked_turns == chosen else asked_turns
     else:
-        asked_turns = _question(form, record) if form.ask else []
+        asked_turns = _question(form, held) if form.ask else []
     if chosen[0]["role"] in ("system", "user"):
-        # The whole conversation twice: what they share is the prompt, which may also stand in a column of its own.
-        shared = [
-            one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1], strict=False))
-        ]
-        if not shared:
-            raise ValueError("chosen and rejected do not begin with the same question")
-        last_asked = asked_turns[-1]["content"] if asked_turns else shared[-1]["content"]
-        if last_asked not in [one["content"] for one in shared]:
-            raise ValueError(f"{form.talk or form.ask} is not what chosen begins with: keep one of them")
-        systems = [one for one in asked_turns[:1] if one["role"] == "system" and shared[0]["role"] != "system"]
-        cut = len(shared)
-        asked_turns, chosen, rejected = [*systems, *shared], chosen[cut:], rejected[cut:]
-    return _choice(record, list(asked_turns), chosen, rejected)
+        asked_turns, chosen, rejected = _without_shared(form, asked_turns, chosen, rejected)
+    return _choice(held, asked_turns, chosen, rejected)
+
+
+def _without_shared(
+    form: Format, asked: list[chats.Message], chosen: list[chats.Message], rejected: list[chats.Message]
+) -> tuple[list[chats.Message], list[chats.Message], list[chats.Message]]:
+    """The whole conversation twice: what they share is the prompt, which may also stand in a column of its own."""
+    pairs = zip(chosen[:-1], rejected[:-1], strict=False)
+    shared = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    if not shared:
+        raise ValueError("chosen and rejected do not begin with the same question")
+    if asked[-len(shared) :] == shared:
+        return asked, chosen[len(shared) :], rejected[len(shared) :]
+    systems = [one for one in asked[:1] if one["role"] == "system" and shared[0]["role"] != "system"]
+    if any(not any(one.items() <= other.items() for other in shared) for one in asked[len(systems) :]):
+        raise ValueError(f"{form.talk or form.ask} is not what chosen begins with: keep one of them")
+    cut = len(shared)
+    return [*systems, *shared], chosen[cut:], rejected[cut:]
 
 
 def _choice(
-    record: Record, asked: list[chats.Message], chosen: list[chats.Message], rejected: list[chats.Message]
+    held: Held, asked: list[chats.Message], chosen: list[chats.Message], rejected: list[chats.Message]
 ) -> Record:
     if not asked:
         raise ValueError("it has no question")
     for name, said in (("chosen", chosen), ("rejected", rejected)):
         if not said or said[-1]["role"] != "assistant":
             raise ValueError(f"{name} does not end with an answer of the assistant")
-    return _all_learned({"prompt": chats.with_system(asked, _system(record)), "chosen": chosen, "rejected": rejected})
+    return _all_learned({"prompt": chats.with_system(asked, _system(held)), "chosen": chosen, "rejected": rejected})
 
 
 def _all_learned(made: Record) -> Record:
@@ -402,7 +440,7 @@ def _all_learned(made: Record) -> Record:
     return made
 
 
-_CONVERT: dict[str, Callable[[Format, Record, bool], Record]] = {
+_CONVERT: dict[str, Callable[[Format, Held, Shape], Record]] = {
     "talk": _of_talk,
     "answer": _of_answer,
     "text": _of_text,

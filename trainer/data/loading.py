@@ -1,14 +1,36 @@
-"""Data sets read by ``datasets``, and made into the records that TRL takes."""
+"""Data sets read, by ``datasets`` and by reading.py, and made into the records that TRL takes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from obsfs.errors import UsageError, first_line
-from obsfs.text import visible
-from trainer.data.formats import Converter, Format, Record, recognise, unused
+from trainer.data import reading
+from trainer.data.account import Account, entry
+from trainer.data.formats import (
+    Format,
+    Made,
+    Record,
+    Shape,
+    can_have_tools,
+    held_columns,
+    recognise,
+    refuse_other,
+    refuse_tools,
+    shown,
+    without_nulls,
+)
 from trainer.data.places import find
+
+SAMPLE = 256
+"""Records of streamed data that are looked at before the run: what they hold, all others are to hold."""
+_ENTRY = "account"
+"""The column that :func:`trainer.data.account.entry` is kept in until it is counted."""
 
 
 class Places(NamedTuple):
@@ -30,22 +52,83 @@ class Places(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """One data set of all places: a ``Dataset``, or an ``IterableDataset`` when it is streamed. `notes` say what is
-    not used."""
+    """One data set of all places: a ``Dataset``, or an ``IterableDataset`` when it is streamed.
+
+    `accounts` are of what is not used, for each place; `kinds` has the index of the first record of each kind, as
+    :func:`trainer.data.account.kind` tells them apart (none when streamed). `notes` say what was not even read.
+    """
 
     records: Any
     places: Places
-    notes: list[str]
+    accounts: list[Account]
+    kinds: list[int]
+    unread: list[str]
+
+    @property
+    def notes(self) -> list[str]:
+        """What is not used, a line each."""
+        return [*self.unread, *(line for one in self.accounts for line in one.notes())]
 
 
 class _Raw(NamedTuple):
-    """A place as ``datasets`` reads it: `nested` are the columns in which its tables have filled in nulls."""
+    """A place as it was read: its first record, and the columns in which some record has something (when streamed, one
+    of a sample). `nested` are the columns in which tables have filled in nulls; `given` those of the data set."""
 
     place: str
     records: Any
     first: Record
-    form: Format
+    columns: set[str]
     nested: list[str]
+    given: list[str]
+    form: Format
+    unread: str
+
+
+class Converter:
+    """Makes TRL's records of the records of one place, for ``Dataset.map``, and keeps account of the rest.
+
+    `account` is where it is kept of streamed data; else it stands in a column, as ``datasets`` may take from its cache
+    what was converted before. `becomes` is what all records are to be, as :func:`described` says of the first.
+    """
+
+    def __init__(
+        self,
+        raw: _Raw,
+        task: str,
+        shape: Shape,
+        ignored: Collection[str],
+        *,
+        account: Account | None,
+        becomes: str,
+    ) -> None:
+        self._form, self._task, self._shape, self._where = raw.form, task, shape, raw.place
+        self._nested, self._ignored, self._account = frozenset(raw.nested), frozenset(ignored), account
+        self._becomes = becomes
+        self._code = _code()  # what was converted by other code is not taken from a cache
+
+    def __call__(self, record: Record, number: int) -> Record:
+        """Raises UsageError, which shows the record that does not fit and its number, counted from 1."""
+        try:
+            record = {name: one for name, one in _opened(record).items() if name not in self._ignored}
+            made = self._made(record)
+        except ValueError as error:
+            raise UsageError(
+                f"record {number + 1} of {self._where} does not fit ({error}): {shown(record)}",
+                "correct it, or take it out",
+            ) from None
+        if self._account is None:
+            return {**made.record, _ENTRY: entry(made)}
+        self._account.add(made.columns, made.keys)
+        return made.record
+
+    def _made(self, record: Record) -> Made:
+        record = {name: without_nulls(one) if name in self._nested else one for name, one in record.items()}
+        refuse_other(self._form, record, self._task)
+        made = self._form.make(record, self._shape)
+        refuse_tools(made.record, self._task)
+        if self._becomes and (becomes := described(made.record)) != self._becomes:
+            raise ValueError(f"it becomes {becomes}, and the first one {self._becomes}")
+        return made
 
 
 def load_all(
@@ -69,21 +152,24 @@ def load_all(
         _read(place, task=task, split=split, streaming=streaming, settings=settings, ignored=ignored)
         for place in places
     ]
-    has_tools = any("tools" in raw.form.convert(raw.first, chat) for raw in raws if _fits(raw, chat))
-    parts, notes, forms = [], [], dict[str, str]()
-    for raw in raws:
-        convert = Converter(
-            raw.form, task, raw.place, is_chat=chat, has_tools=has_tools, nested=raw.nested, ignored=ignored
-        )
-        made = convert(raw.first, 0)
-        forms.setdefault(_described(made), raw.place)
-        parts.append(
-            raw.records.map(convert, with_indices=True, remove_columns=list(raw.first), features=_features(made))
-        )
-        if names := unused(raw.form, raw.first):
-            is_one = len(names) == 1
-            said = visible(", ".join(names))
-            notes.append(f"{raw.place}: column{'' if is_one else 's'} {said} {'is' if is_one else 'are'} not used")
+    shapes = [raw.form.shape(raw.first, raw.columns, chat) for raw in raws]
+    # Streamed data may have tools later on.
+    has_tools = any(shape.has_tools for shape in shapes) or (streaming and can_have_tools(task))
+    parts, accounts, kinds, forms, before = [], [], [], dict[str, str](), 0
+    for raw, own in zip(raws, shapes, strict=True):
+        shape = own._replace(has_tools=has_tools and own.can_have_tools)
+        account = Account(raw.place)
+        first = Converter(raw, task, shape, ignored, account=Account(raw.place), becomes="")(raw.first, 0)
+        forms.setdefault(described(first), raw.place)
+        features = _features(first, has_entry=not streaming)
+        convert = Converter(raw, task, shape, ignored, account=account if streaming else None, becomes=described(first))
+        part = raw.records.map(convert, with_indices=True, remove_columns=raw.given, features=features)
+        if not streaming:
+            kinds += [before + index for index in _count(part, account)]
+            part = part.remove_columns(_ENTRY)
+            before += len(part)
+        parts.append(part)
+        accounts.append(account)
     if len(forms) > 1:
         raise UsageError(
             "the data sets are in different formats: "
@@ -95,7 +181,8 @@ def load_all(
     except ValueError as error:
         raise UsageError("the data sets do not go together", first_line(error)) from None
     sizes = tuple(None if streaming else len(part) for part in parts)
-    return Loaded(whole, Places(tuple(raw.place for raw in raws), sizes), notes)
+    unread = [raw.unread for raw in raws if raw.unread]
+    return Loaded(whole, Places(tuple(raw.place for raw in raws), sizes), accounts, kinds, unread)
 
 
 def load(places: Iterable[str], task: str, *, split: str, streaming: bool, chat: bool, settings: dict[str, Any]) -> Any:
@@ -103,24 +190,50 @@ def load(places: Iterable[str], task: str, *, split: str, streaming: bool, chat:
     return load_all(places, task, split=split, streaming=streaming, chat=chat, settings=settings).records
 
 
-def _fits(raw: _Raw, chat: bool) -> bool:
-    try:
-        raw.form.convert(raw.first, chat)
-    except ValueError:
-        return False  # Told with its number, when its turn comes.
-    return True
+def described(made: Record) -> str:
+    """Return what a record of TRL is made of: its columns, and their types."""
+    kinds = {str: "text", list: "messages", bool: "true or false"}
+    told = [f"{name} ({kinds.get(type(value), '?')})" for name, value in sorted(made.items()) if name != "tools"]
+    return " and ".join(told)
 
 
-def _described(made: Record) -> str:
-    return " and ".join(f"{name} ({type(value).__name__})" for name, value in sorted(made.items()) if name != "tools")
-
-
-def _features(made: Record) -> Any:
+def _features(made: Record, *, has_entry: bool) -> Any:
     """The columns of TRL's records. Messages are JSON, so that no table fills in keys that a message does not have."""
     from datasets import Features, Json, Value
 
     kinds = {list: Json(), bool: Value("bool")}
-    return Features({name: kinds.get(type(value), Value("string")) for name, value in made.items()})
+    found = {name: kinds.get(type(value), Value("string")) for name, value in made.items()}
+    return Features({**found, **({_ENTRY: Value("string")} if has_entry else {})})
+
+
+def _count(part: Any, account: Account) -> list[int]:
+    """Enter every record into the account, and return the index of the first record of each kind."""
+    firsts: dict[str, int] = {}
+    seen: dict[str, str] = {}
+    index = 0
+    for batch in part.select_columns(_ENTRY).with_format("arrow").iter(batch_size=10_000):
+        for text in batch[_ENTRY].to_pylist():
+            if text not in seen:
+                columns, keys, seen[text] = json.loads(text)
+                account.add(columns, keys)
+                firsts.setdefault(seen[text], index)
+            index += 1
+    return list(firsts.values())
+
+
+@cache
+def _code() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _opened(record: Record) -> Record:
+    """A record as it was in its file. Raises ValueError."""
+    if record.keys() == {reading.RECORD, reading.COLUMNS}:
+        return reading.parsed(str(record[reading.RECORD]))
+    return record
 
 
 def _read(
@@ -129,14 +242,18 @@ def _read(
     """Read a place, and recognise it by its first record."""
     import datasets
 
-    builder, options = find(place, settings)
+    found = find(place, settings)
     try:
-        if builder == "json":
-            options = {**options, "features": _json_features(builder, split, options)}
-        records = datasets.load_dataset(builder, split=split, streaming=streaming, **options)
+        if found.is_text:
+            records = _read_text(found.files, found.options.get("storage_options", {}), streaming=streaming)
+        else:
+            records = datasets.load_dataset(found.builder, split=split, streaming=streaming, **found.options)
         first = next(iter(records), None)
+        columns = set() if first is None else _columns(records, first, streaming=streaming)
     except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError) as error:
         cause = error.__cause__ or error
+        if isinstance(cause, UsageError):
+            raise cause from None
         raise UsageError(f"data {place} cannot be read ({first_line(cause)})", "correct it, or name another") from None
     except StopIteration:
         first = None
@@ -144,28 +261,34 @@ def _read(
         raise UsageError(f"data {place} cannot be read ({first_line(error)})", "correct it, or name another") from None
     if first is None:
         raise UsageError(f"data {place} is empty", "name another")
-    kept = {name: value for name, value in first.items() if name not in ignored}
     nested = [name for name, kind in (records.features or {}).items() if not isinstance(kind, datasets.Value)]
     nested = [name for name in nested if not isinstance(records.features[name], datasets.Json)]
-    form = recognise(kept, task, place)
-    return _Raw(place, records, first, form, nested)
+    try:
+        opened = {name: value for name, value in _opened(first).items() if name not in ignored}
+    except ValueError as error:
+        raise UsageError(f"record 1 of {place} does not fit ({error})", "correct it, or take it out") from None
+    form = recognise(opened, task, place)
+    return _Raw(place, records, opened, columns - set(ignored), nested, list(first), form, found.unread)
 
 
-def _json_features(builder: str, split: str, options: dict[str, Any]) -> Any:
-    """The columns of JSON files, with everything nested kept as it is.
+def _read_text(files: Sequence[str], storage_options: dict[str, Any], *, streaming: bool) -> Any:
+    """The records of JSON and CSV files, as :func:`trainer.data.reading.read_text` makes them."""
+    from datasets import Dataset, Features, IterableDataset, Value
 
-    Left to itself, ``datasets`` makes tables of it, and gives each object the keys of all others, with nulls.
-    """
-    import datasets
+    features = Features({reading.RECORD: Value("large_string"), reading.COLUMNS: Value("string")})
+    given: dict[str, Any] = {"files": list(files), "storage_options": storage_options}
+    if streaming:
+        return IterableDataset.from_generator(reading.read_text, features=features, gen_kwargs=given)
+    given |= {"stamps": tuple(reading.stamps(files, storage_options)), "code": _code()}
+    return Dataset.from_generator(reading.read_text, features=features, gen_kwargs=given)
 
-    probe = datasets.load_dataset(builder, split=split, streaming=True, **options)
-    kinds = probe.features
-    text = datasets.Value("string")
-    if kinds is None:  # An array of objects, which is read whole.
-        kinds = {}
-        for record in probe:
-            kinds |= {name: text for name, one in record.items() if isinstance(one, str) or kinds.get(name) == text}
-            kinds = {**dict.fromkeys(record), **kinds}
-            if None not in record.values():
-                break
-    return datasets.Features({name: text if kind == text else datasets.Json() for name, kind in kinds.items()}) or None
+
+def _columns(records: Any, first: Record, *, streaming: bool) -> set[str]:
+    """The columns in which some record has something."""
+    if streaming:
+        sample = [_opened(record) for record in records.take(SAMPLE)]
+        return {name for record in sample for name in held_columns(record)}
+    if first.keys() == {reading.RECORD, reading.COLUMNS}:
+        return {name for text in records.unique(reading.COLUMNS) for name in json.loads(text)}
+    columns = records.with_format("arrow")[:].itercolumns() if False else records.data.itercolumns()
+    return {name for name, column in zip(records.column_names, columns, strict=True) if column.null_count < len(column)}

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from trainer.data.strict import NotJson, decoded
+
 Message = dict[str, Any]
 
 _CALL = "function_call"
 _SYNONYMS = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter"),
-    "assistant": ("assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "claude", "bot", "chatbot", "model", "ai"),
     "tool": (
         "tool",
         "observation",
@@ -34,8 +36,12 @@ THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 """Keys of what an assistant thinks before it answers. Some templates show it."""
 LOSS = "loss"
 """The key of a message that is not learned from; its value is false. Other messages do not have it."""
-_LOSS_KEYS = (LOSS, "train", "training", "trainable", "weight")
-"""As ms-swift (loss), axolotl (train, training) and Mistral and OpenAI (weight) write it."""
+_LOSS_KEYS = (LOSS, "train", "training", "trainable", "train_on_turn", "weight")
+"""As ms-swift (loss), axolotl (train, training, train_on_turn) and Mistral and OpenAI (weight) write it."""
+_NOTHING: tuple[Any, ...] = (None, "", {}, [])
+_KNOWN_KEYS = {"role", "content", "tool_calls", "tool_call_id", "id", "name", LOSS}
+_KNOWN_OF_CALLS = {"type", "id", "function"}
+_KNOWN_OF_FUNCTIONS = {"name", "arguments"}
 
 
 def turns(value: Any) -> list[Message]:
@@ -67,6 +73,16 @@ def for_template(messages: list[Message]) -> list[Message]:
     return [{key: value for key, value in one.items() if key != LOSS} for one in messages]
 
 
+def other_keys(messages: list[Message]) -> set[str]:
+    """Return what else messages hold, each with where: only some chat templates show it."""
+    found = {f"{key} of messages" for one in messages for key in one if key not in _KNOWN_KEYS}
+    found |= {"name of messages" for one in messages if "name" in one and one["role"] != "tool"}
+    for call in (call for one in messages for call in one.get("tool_calls", ())):
+        found |= {f"{key} of tool calls" for key in call if key not in _KNOWN_OF_CALLS}
+        found |= {f"{key} of tool calls" for key in call["function"] if key not in _KNOWN_OF_FUNCTIONS}
+    return found
+
+
 def with_system(messages: list[Message], system: str) -> list[Message]:
     """Put a system prompt in front. Refuse a second one that differs."""
     if not system:
@@ -74,6 +90,8 @@ def with_system(messages: list[Message], system: str) -> list[Message]:
     if messages and messages[0]["role"] == "system":
         if messages[0]["content"] == system:
             return messages
+        if not messages[0]["content"]:
+            return [{**messages[0], "content": system}, *messages[1:]]
         raise ValueError("its system column and its first message are two different system prompts: keep one of them")
     return [{"role": "system", "content": system}, *messages]
 
@@ -85,7 +103,10 @@ def history(value: Any) -> list[Message]:
     if not isinstance(value, list):
         raise ValueError("history is no list of pairs (question, answer)")
     if value and all(isinstance(one, dict) for one in value):
-        return turns(value)
+        try:
+            return turns(value)
+        except ValueError as error:
+            raise ValueError(f"history: {error}") from None
     found: list[Message] = []
     for pair in value:
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(one, str) for one in pair)):
@@ -122,8 +143,7 @@ def _add(found: list[Message], turn: Any) -> None:
     if not isinstance(turn, dict):
         raise ValueError("is no object with role and content")
     rest = {key: value for key, value in turn.items() if value is not None}
-    role = rest.pop("role", None) or rest.pop("from", None)
-    content = rest.pop("content") if "content" in rest else rest.pop("value", None)
+    role, content = _one_of(rest, "role", "from"), _one_of(rest, "content", "value")
     if not isinstance(role, str):
         raise ValueError("has no role")
     word = "_".join(role.casefold().replace("-", " ").split())
@@ -152,9 +172,21 @@ def _add(found: list[Message], turn: Any) -> None:
     if is_call and last and last["role"] == "assistant" and (LOSS in last) is not is_learned:
         # Calls of one answer that stand in turns of their own: templates know one assistant message.
         last["tool_calls"] = [*last.get("tool_calls", []), *calls]
-        last.update(rest)
+        for key, value in rest.items():
+            if last.setdefault(key, value) != value:
+                raise ValueError(f"belongs to the message before it, and has another {key}")
         return
     found.append({**message, **rest, **({} if is_learned or known != "assistant" else {LOSS: False})})
+
+
+def _one_of(rest: Message, name: str, other: str) -> Any:
+    """Take a value out of a message that goes by one of two names."""
+    value, second = rest.pop(name, None), rest.pop(other, None)
+    if value in _NOTHING:
+        return second if second is not None else value
+    if second not in (*_NOTHING, value):
+        raise ValueError(f"has both {name} and {other}: keep one of them")
+    return value
 
 
 def _loss(rest: Message, role: str) -> bool:
@@ -189,7 +221,9 @@ def _part(part: Any) -> str:
         return part
     kind = part.get("type", "unknown") if isinstance(part, dict) else type(part).__name__
     if kind != "text" or not isinstance(part.get("text"), str):
-        raise ValueError(f"has a part of type {kind}: training is on text only")
+        raise ValueError(f"has a part of type {kind}: training is on text only, also of a model of vision")
+    if more := [key for key, value in part.items() if key not in ("type", "text") and value]:
+        raise ValueError(f"has a part of type text with {more[0]}, which no text can keep: take it out")
     return str(part["text"])
 
 
@@ -197,20 +231,21 @@ def _call(one: Any) -> dict[str, Any]:
     """A tool call as templates take it: its arguments an object, also where they came as JSON text."""
     if isinstance(one, str):
         one = _parsed(one, "a tool call")
-    inner = one.get("function", one) if isinstance(one, dict) else None
-    if isinstance(inner, str) and isinstance(one, dict):
-        inner = {"name": inner, **{key: one[key] for key in ("arguments", "parameters") if key in one}}
-    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+    call = {key: value for key, value in one.items() if value is not None} if isinstance(one, dict) else {}
+    function, is_nested = call, isinstance(call.get("function"), dict)
+    if is_nested:
+        function = {key: value for key, value in call.pop("function").items() if value is not None}
+    name = _one_of(function, "name", "function")
+    if not isinstance(name, str):
         raise ValueError("has a tool call without a name: each is {name, arguments}")
-    given = inner.get("arguments")
-    given = inner.get("parameters") if given is None else given
+    given = _one_of(function, "arguments", "parameters")
     if isinstance(given, str):
-        given = _parsed(given, f"the arguments of {inner['name']}") if given.strip() else {}
+        given = _parsed(given, f"the arguments of {name}") if given.strip() else {}
     if given is not None and not isinstance(given, dict):
-        raise ValueError(f"calls {inner['name']} with arguments that are no object")
-    outer = {key: value for key, value in one.items() if value is not None and inner is not one and key != "function"}
-    kept = {key: one[key] for key in ("id",) if inner is one and one.get(key) is not None}
-    return {"type": "function", **kept, **outer, "function": {"name": inner["name"], "arguments": given or {}}}
+        raise ValueError(f"calls {name} with arguments that are no object")
+    if not is_nested:
+        call = {key: function.pop(key) for key in ("type", "id") if key in function}
+    return {"type": "function", **call, "function": {"name": name, "arguments": given or {}, **function}}
 
 
 def _listed(value: Any, name: str) -> list[Any]:
@@ -223,6 +258,6 @@ def _listed(value: Any, name: str) -> list[Any]:
 
 def _parsed(text: str, name: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
-        raise ValueError(f"has {name} that is no JSON") from None
+        return decoded(text)
+    except NotJson as error:
+        raise ValueError(f"has {name} that is no JSON ({error})") from None

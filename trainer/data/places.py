@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import obsfs
 from obsfs.errors import UsageError, first_line
+from obsfs.text import visible
+from trainer.data.reading import CSV_SUFFIXES, JSON_SUFFIXES, bare
 
 BUILTIN = {
     "alpaca-en": "yahma/alpaca-cleaned",
@@ -17,7 +20,24 @@ BUILTIN = {
 }
 """Short names of common data sets: ``LIBRARY/datasets/NAME`` in the bucket if it is there, else this on the hub."""
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_TEXT = "text"
+_BUILDERS = {**dict.fromkeys((*JSON_SUFFIXES, *CSV_SUFFIXES), _TEXT), ".parquet": "parquet"}
+_SHOWN = 5
+
+
+class Found(NamedTuple):
+    """Where data is: files of text, which reading.py reads; else what ``datasets.load_dataset`` is to be told, its
+    first argument and the others. `unread` says, for people, which files of a directory are left alone."""
+
+    builder: str
+    files: Sequence[str]
+    options: dict[str, Any]
+    unread: str = ""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the files are read here."""
+        return bool(self.files) and self.builder == _TEXT
 
 
 def check_name(place: str) -> None:
@@ -26,8 +46,8 @@ def check_name(place: str) -> None:
         find(place, {})
 
 
-def find(place: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """What ``datasets.load_dataset`` is to be told of a place: its first argument, and the others.
+def find(place: str, settings: dict[str, Any]) -> Found:
+    """Find a place.
 
     Raises UsageError when there is nothing, or nothing that can be read as data.
     """
@@ -36,7 +56,7 @@ def find(place: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         for suffix in ("", *_BUILDERS) if library else ():
             if found := _in_bucket(f"{str(library).rstrip('/')}/datasets/{place}{suffix}", settings):
                 return found
-        return BUILTIN[place], {}
+        return Found(BUILTIN[place], (), {})
     if "://" in place:
         if found := _in_bucket(place, settings):
             return found
@@ -49,10 +69,10 @@ def find(place: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         raise UsageError(
             f"there is no data at {place}", "give a file, a directory, obs://BUCKET/FILE, or a name of the hub"
         )
-    return place, {}
+    return Found(place, (), {})
 
 
-def _in_bucket(url: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+def _in_bucket(url: str, settings: dict[str, Any]) -> Found | None:
     fs = obsfs.OBSFileSystem(**settings)
     try:
         if not fs.exists(url):
@@ -65,8 +85,17 @@ def _in_bucket(url: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]
     return _builder(url, files, {"storage_options": settings} if settings else {})
 
 
-def _builder(place: str, files: list[str], options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _builder(place: str, files: list[str], options: dict[str, Any]) -> Found:
+    files = [file for file in files if "/.obsfs/" not in file]
     for suffix, builder in _BUILDERS.items():
-        if chosen := [file for file in files if file.removesuffix(".gz").endswith(suffix) and "/.obsfs/" not in file]:
-            return builder, {"data_files": chosen, **options}
+        if chosen := [file for file in files if bare(file).endswith(suffix)]:
+            others = [file for file in files if bare(file).endswith(tuple(_BUILDERS)) and file not in chosen]
+            unread = ""
+            if others:
+                names = ", ".join(file.rpartition("/")[2] for file in others[:_SHOWN])
+                more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+                unread = visible(f"{place}: only *{suffix} is read, not {names}{more}")
+            if builder != _TEXT:
+                options = {"data_files": chosen, **options}
+            return Found(builder, chosen, options, unread)
     raise UsageError(f"{place} has no data that can be read", f"it takes {', '.join(_BUILDERS)}")
