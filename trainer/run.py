@@ -148,6 +148,7 @@ class _Run:
             self._parts.arguments.logging_first_step = config.options.get("logging_first_step", True)
         self._data_figures: dict[str, float] = {}
         self._data_notes: list[str] = []
+        self._reports: list[data.Report] = []
 
     def go(self, stop: threading.Event, only_check: bool, on_ready: Callable[[], None]) -> Outcome:
         from trainer import checkpoints
@@ -363,11 +364,16 @@ class _Run:
             tokeniser, loss = self._tokeniser(one, target)
             reports.append(data.look(one, tokeniser, target, limits, loss))
         self._data_figures = reports[0].figures()
-        self._data_notes = [reports[0].summary(), *(line for one in reports for line in one.warnings())]
-        if self._is_main:
-            for line in self._data_notes:
-                tell(line, err=True)
+        self._reports = reports
+        self._note([reports[0].summary(), *(line for one in reports for line in one.warnings())])
         return reports[0]
+
+    def _note(self, lines: list[str]) -> None:
+        """Say what was found in the data, and remember it."""
+        self._data_notes += lines
+        if self._is_main:
+            for line in lines:
+                tell(line, err=True)
 
     def _tokeniser(self, one: data.Loaded, target: data.Target) -> tuple[data.Tokeniser | None, str]:
         """What makes tokens of the records (None where TRL does it), and in words what is learned of them."""
@@ -380,9 +386,14 @@ class _Run:
         """The records as TRL's trainer takes them: for task sft as tokens and labels."""
         config, arguments = self._config, self._parts.arguments
         parts = []
-        for one in found:
+        for one, report in zip(found, self._reports, strict=True):
             tokeniser, _ = self._tokeniser(one, target)
-            parts.append(one.records if tokeniser is None else data.tokenise(one.records, tokeniser))
+            if tokeniser is None:
+                parts.append(one.records)
+                continue
+            made = data.tokenise(one.records, tokeniser, report.max_length)
+            parts.append(made.records)
+            self._note(report.rest(made))
         if config.task == "sft":
             arguments.assistant_only_loss = False  # The labels say it; TRL would look for messages.
         if len(parts) == 1 and config.test_split_size and not config.streaming:
@@ -402,9 +413,7 @@ class _Run:
         if not len(kept):
             raise UsageError(f"all {dropped:,} records are dropped: {behind}", "raise max_length, or shorten them")
         self._data_figures["records_dropped"] = dropped
-        self._data_notes.append(f"{dropped:,} of {len(given):,} records are dropped: {behind}")
-        if self._is_main:
-            tell(self._data_notes[-1], err=True)
+        self._note([f"{dropped:,} of {len(given):,} records are dropped: {behind}"])
 
     def _train(self, trainer: Any, checkpoint: Path | None, began: threading.Event) -> Outcome:
         import torch

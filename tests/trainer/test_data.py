@@ -149,7 +149,8 @@ def test_formats_are_not_mixed(tmp_path: Path, record: dict[str, Any], message: 
     [
         ("none.jsonl", None, "there is no data"),
         ("cut.jsonl", '{"text": "x"}\n{"text": ', "cannot be read"),
-        ("empty.jsonl", "", "cannot be read|is empty"),
+        ("empty.jsonl", "", "is empty"),
+        ("empty.csv", "a,b\n", "is empty"),
         ("odd.xyz", "x", "has no data that can be read"),
     ],
 )

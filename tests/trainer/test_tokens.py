@@ -266,3 +266,20 @@ def test_the_tokenizer_is_looked_at_as_trl_will_change_it(target: Any, tmp_path:
     assert (tokenizer.chat_template, tokenizer.eos_token) == (CHATML, "<|im_end|>")
     with pytest.raises(ObsfsError, match="pad_token: '<nothing>' is not in the vocabulary"):
         data.tokenizer_for(tokenizer, SimpleNamespace(pad_token="<nothing>"))
+
+
+def test_what_is_cut_is_counted_in_all_records(target: Any, tmp_path: Path) -> None:
+    one = target(FORGETS)
+    chat = [CHAT[1], {"role": "assistant", "content": "<think>x</think>one"}, *CHAT[3:]]
+    rows = [{"messages": CHAT[1:3]}] * 1000
+    rows[500] = {"messages": [CHAT[1], {"role": "assistant", "content": "word " * 60}]}
+    rows[502] = {"messages": chat}
+    path = write_lines(tmp_path / "d.jsonl", rows)
+    loaded = data.load_all([str(path)], "sft", split="train", settings={}, chat=True, streaming=False)
+    tokeniser = data.Tokeniser(one, is_whole=False, where=loaded.places.where)
+    report = data.look(loaded, tokeniser, one, data.Limits("sft", 64), "the answers only")
+    made = data.tokenise(loaded.records, tokeniser, 64)
+    assert (made.cut, made.unfound, made.records.column_names) == (1, 1, ["input_ids", "labels"])
+    cut, unfound = report.rest(made)
+    assert cut == "1 of all 1,000 records are longer than max_length 64"
+    assert unfound.startswith("1 answers of all records are not learned")

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
-import click
-
+from obsfs.commands.output import tell
 from obsfs.text import visible
 from trainer.data import messages as chats
 from trainer.data.formats import Made, Record
@@ -46,9 +45,9 @@ class Account:
         self._keys |= dict.fromkeys(keys)
         if self._is_live and (new or other) and os.environ.get("RANK", "0") == "0":
             if new:
-                click.echo(visible(_unused(self.place, new)), err=True)
+                tell(visible(_unused(self.place, new)), err=True)
             if other:
-                click.echo(f"{visible(self.place)}: some records have {visible(', '.join(other))}", err=True)
+                tell(f"{visible(self.place)}: some records have {visible(', '.join(other))}", err=True)
 
     def go_live(self) -> None:
         """Tell from now on what is new: of streamed data, what has been noted until now is told elsewhere."""

@@ -13,13 +13,23 @@ from obsfs.text import visible
 from trainer.data import messages as chats
 from trainer.data.formats import Record, is_conversation
 from trainer.data.loading import SAMPLE, Loaded
-from trainer.data.tokens import IGNORED, Target, Tokeniser, check_vocabulary, common_length, refused_by_template, render
+from trainer.data.tokens import (
+    IGNORED,
+    Target,
+    Tokenised,
+    Tokeniser,
+    check_vocabulary,
+    common_length,
+    refused_by_template,
+    render,
+)
 
 _MORE = 256
 """Kinds of records of which one each is looked at, in addition to the sample."""
 _PREFERENCE_LENGTH = 512
 """What TRL's ORPO and CPO take for max_length when it is not set."""
 _TAIL = 40
+_UNLEARNED = "are not learned, only later ones: the chat template writes earlier answers in another way"
 
 
 @dataclass
@@ -60,6 +70,17 @@ class Report:
         which = f"all {of}" if self.looked == self.total else f"{self.looked:,} of {of}"
         return f"records checked: {which}, up to {self.longest:,} tokens; the loss covers {self.loss}"
 
+    def rest(self, whole: Tokenised) -> list[str]:
+        """Return what was not known before the run from the records that were looked at, a line each."""
+        found: list[str] = []
+        if self.total is None or self.looked >= self.total:
+            return found
+        if whole.cut:
+            found.append(f"{whole.cut:,} of all {self.total:,} records are longer than max_length {self.max_length}")
+        if whole.unfound:
+            found.append(f"{whole.unfound:,} answers of all records {_UNLEARNED}")
+        return found
+
     def warnings(self) -> list[str]:
         """Return what a user should know before the run, a line each."""
         found = [visible(note) for note in self.notes]
@@ -74,10 +95,7 @@ class Report:
                 f"{self.max_length} and are dropped ({visible(self.example_gone)})"
             )
         if self.unfound:
-            found.append(
-                f"{self.unfound:,} answers of the records checked are not learned, only later ones: the chat template "
-                "writes earlier answers in another way"
-            )
+            found.append(f"{self.unfound:,} answers of the records checked {_UNLEARNED}")
         for what, count in self.left_out.items():
             found.append(f"the chat template leaves out {visible(what)} of {count:,} records checked")
         return found

@@ -279,6 +279,8 @@ def _read_text(files: Sequence[str], storage_options: dict[str, Any], *, streami
     given: dict[str, Any] = {"files": list(files), "storage_options": storage_options}
     if streaming:
         return IterableDataset.from_generator(reading.read_text, features=features, gen_kwargs=given)
+    if next(reading.read_text(files, storage_options), None) is None:
+        return []  # datasets takes it for an error of ours
     given |= {"stamps": tuple(reading.stamps(files, storage_options)), "code": _code()}
     return Dataset.from_generator(reading.read_text, features=features, gen_kwargs=given)
 

@@ -19,6 +19,7 @@ from trainer.data.formats import Record
 
 IGNORED = -100
 """The label of a token that is not learned (torch's cross_entropy)."""
+_UNFOUND = "unfound"
 
 
 class Target(NamedTuple):
@@ -60,13 +61,30 @@ def what_is_learned(record: Record, options: Mapping[str, Any]) -> tuple[bool, s
     return False, "the answers only"
 
 
-def tokenise(records: Any, tokeniser: Tokeniser) -> Any:
+class Tokenised(NamedTuple):
+    """The records of a data set as tokens and labels; how many of them are longer than `max_length`, and how many
+    answers are not learned, as :class:`Tokens` says. (Both are 0 of streamed records, which nobody has seen yet.)"""
+
+    records: Any
+    cut: int = 0
+    unfound: int = 0
+
+
+def tokenise(records: Any, tokeniser: Tokeniser, max_length: int | None) -> Tokenised:
     """Return the records of a data set as tokens and labels."""
-    from datasets import Features, List, Value
+    from datasets import Dataset, Features, List, Value
 
     first = next(iter(records))
-    features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int64"))})
-    return records.map(tokeniser, with_indices=True, remove_columns=list(first), features=features)
+    features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int64")), _UNFOUND: Value("int64")})
+    made = records.map(tokeniser, with_indices=True, remove_columns=list(first), features=features)
+    if not isinstance(made, Dataset):
+        return Tokenised(made.remove_columns(_UNFOUND))
+    cut = unfound = 0
+    for batch in made.select_columns(["input_ids", _UNFOUND]).with_format("arrow").iter(batch_size=1000):
+        unfound += sum(batch[_UNFOUND].to_pylist())
+        if max_length is not None:
+            cut += sum(len(ids) > max_length for ids in batch["input_ids"].combine_chunks())
+    return Tokenised(made.remove_columns(_UNFOUND), cut, unfound)
 
 
 def tokenizer_for(tokenizer: Any, arguments: Any) -> Any:
@@ -119,10 +137,10 @@ class Tokeniser:
         self._tokenizer = target.tokenizer
         self._marked = _marked_template(target.tokenizer)
 
-    def __call__(self, record: Record, index: int) -> dict[str, list[int]]:
+    def __call__(self, record: Record, index: int) -> dict[str, list[int] | int]:
         """Raises UsageError, which names the record."""
         made = self.tokens(record, index)
-        return {"input_ids": made.input_ids, "labels": made.labels}
+        return {"input_ids": made.input_ids, "labels": made.labels, _UNFOUND: made.unfound}
 
     def tokens(self, record: Record, index: int) -> Tokens:
         """Return a record's tokens and labels. Raises UsageError, which names the record."""
