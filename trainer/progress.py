@@ -81,8 +81,8 @@ def say(text: str) -> None:
 
 
 class Progress(TrainerCallback):
-    """A bar on a terminal; without one a line for the first step, for the last, and now and then between them; with
-    `as_json` an object per log instead."""
+    """A bar on a terminal; without one a line for the first step, for the last, for each evaluation, and now and then
+    between them; with `as_json` an object per log instead."""
 
     def __init__(self, base: Base, timeline: Timeline, *, as_json: bool, on_first_step: Callable[[], None]) -> None:
         self._base, self._timeline, self._as_json = base, timeline, as_json
@@ -90,6 +90,7 @@ class Progress(TrainerCallback):
         self._bar: Any = None
         self._tokens: Any = 0
         self._figures: dict[str, Any] = {}
+        self._is_read = True
         self._logged_at = 0
         """The step of the newest log, which the losses are of."""
         self._told: tuple[float, int, int] | None = None
@@ -137,13 +138,17 @@ class Progress(TrainerCallback):
             self._last = (now, tokens)
         if self._as_json:
             figures |= self._resources()
-            tell_json({"step": state.global_step, "of": state.max_steps, **figures}, indent=None)
+            told = {"step": state.global_step, "of": state.max_steps, **figures}
+            self._show(lambda: tell_json(told, indent=None))
         elif self._bar:
             self._bar.update(self._task, description=line({**figures, **self._resources()}))
         elif "train_runtime" not in figures:
             self._figures |= {name: figures[name] for name in _LOSSES if figures.get(name) is not None}
             self._logged_at = state.global_step
-            self._tell_if_due(state)
+            if "eval_loss" in figures:
+                self._tell(state)
+            else:
+                self._tell_if_due(state)
 
     def _resources(self) -> dict[str, Any]:
         """Memory, and what the mount of the model has done."""
@@ -166,7 +171,15 @@ class Progress(TrainerCallback):
         self._told = now, state.global_step, tokens
         is_older = self._figures and self._logged_at != state.global_step
         of = f"  (loss of step {self._logged_at})" if is_older else ""
-        say(f"step {state.global_step}/{state.max_steps}  {doing}{line(figures)}{of}")
+        self._show(lambda: say(f"step {state.global_step}/{state.max_steps}  {doing}{line(figures)}{of}"))
+
+    def _show(self, show: Callable[[], None]) -> None:
+        """Print, as long as somebody reads: a run does not end with a pipe's reader, or a terminal that was closed."""
+        if self._is_read:
+            try:
+                show()
+            except OSError:
+                self._is_read = False
 
     def _count(self, model: Any, unnamed: tuple[Any, ...], given: dict[str, Any]) -> None:
         """Count the tokens that are learned from: not all of TRL's trainers say how many they have seen."""

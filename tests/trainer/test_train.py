@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +278,9 @@ def test_without_a_terminal_a_line_comes_now_and_then(
     monkeypatch.setattr(progress, "time", clock)
     arguments, model = TrainingArguments("unused", use_cpu=True), torch.nn.Linear(2, 2)
 
-    def steps(number: int, *, seconds: float, log_every: int, as_json: bool = False) -> list[str]:
+    def steps(
+        number: int, *, seconds: float, log_every: int, judge_every: int = 1000, as_json: bool = False
+    ) -> list[str]:
         state, control = TrainerState(max_steps=number), TrainerControl()
         shown = progress.Progress(Base(tiny, "m"), progress.Timeline(1000.0), as_json=as_json, on_first_step=list)
         shown.on_train_begin(arguments, state, control, model=model)
@@ -287,6 +291,8 @@ def test_without_a_terminal_a_line_comes_now_and_then(
             shown.on_step_end(arguments, state, control)
             if control.should_log:
                 shown.on_log(arguments, state, control, {"loss": 100.0 - step})
+            if step % judge_every == 0:
+                shown.on_log(arguments, state, control, {"eval_loss": 7.0})
         shown.on_train_end(arguments, state, control)
         told = capsys.readouterr()
         assert bool(told.out) is as_json
@@ -299,12 +305,43 @@ def test_without_a_terminal_a_line_comes_now_and_then(
     assert numbers(quick) == [1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 100]
     assert quick[1].startswith("step 11/100  loss 89.0000")
     assert numbers(steps(5, seconds=1, log_every=1)) == [1, 5]
+    judged = steps(9, seconds=0.1, log_every=1, judge_every=4)  # what an evaluation found is told at once
+    assert numbers(judged) == [1, 4, 8, 9]
+    assert "eval_loss 7.0000" in judged[1]
     slow = steps(5, seconds=60, log_every=10)  # ten minutes to the next log: every step is told
     assert numbers(slow) == [1, 2, 3, 4, 5]
     assert slow[3].startswith("step 4/5  loss 99.0000")  # the newest that is known
     assert slow[3].endswith("(loss of step 1)")
     assert "(loss of" not in slow[0] + quick[1]
     assert steps(5, seconds=60, log_every=1, as_json=True) == []
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_run_goes_on_when_nobody_reads_on(tiny: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
+    import torch
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from trainer import progress
+    from trainer.base import Base
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    clock = _Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    arguments, state, control = TrainingArguments("unused", use_cpu=True), TrainerState(max_steps=3), TrainerControl()
+    shown = progress.Progress(Base(tiny, "m"), progress.Timeline(1000.0), as_json=as_json, on_first_step=list)
+    ended = False
+    with suppress(BrokenPipeError), os.fdopen(writer, "w") as broken:  # closing it fails with what was not written
+        monkeypatch.setattr("sys.stdout" if as_json else "sys.stderr", broken)
+        shown.on_train_begin(arguments, state, control, model=torch.nn.Linear(2, 2))
+        for step in range(1, 4):
+            clock.now += 60
+            state.global_step = step
+            shown.on_step_end(arguments, state, control)
+            shown.on_log(arguments, state, control, {"loss": 1.0})
+        shown.on_train_end(arguments, state, control)
+        ended = True
+    assert ended
 
 
 @pytest.mark.slow
