@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import warnings
 
+from obsfs.logs import VisibleFormatter
+
 _TALKATIVE = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "kernels", "peft", "trl")
 """bitsandbytes warns at its import, on processors with AVX512-BF16, that it found no kernel of the hub for them."""
 
@@ -21,7 +23,7 @@ def hush() -> None:
 
 
 def hush_bars() -> None:
-    """Have datasets and transformers draw no bars, in addition. Imports them."""
+    """Have datasets and transformers draw no bars, in addition, and print text by `visible`. Imports them."""
     import datasets
     import transformers
 
@@ -29,3 +31,5 @@ def hush_bars() -> None:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs of an error, it raises too
     transformers.utils.logging.disable_progress_bar()
+    for handler in logging.getLogger("transformers").handlers:
+        handler.setFormatter(VisibleFormatter("[transformers] %(message)s"))
