@@ -257,7 +257,7 @@ def test_an_open_file_offers_what_s3fs_s_does(bucket: Store) -> None:
         ({"key": "k"}, "secret is not given: key and secret go together"),
         ({"client_kwargs": {"aws_secret_access_key": "s"}}, "key is not given: key and secret go together"),
         ({"key": "k", "username": "u", "secret": "s"}, "key is given twice, with two values: give it once"),
-        ({"cache_size": "lots"}, "--cache-size lots: "),
+        ({"cache_size": "lots"}, "cache_size=lots: "),
     ],
 )
 def test_a_wrong_option_is_one_error_of_ours(options: dict[str, Any], said: str) -> None:
