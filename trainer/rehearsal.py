@@ -92,8 +92,10 @@ def _suspects(config: TrainConfig, said: str) -> list[str]:
     def is_quoted(value: Any) -> bool:
         return isinstance(value, str) and bool(re.search(rf"(?<!\w){re.escape(value)}(?!\w)", said))
 
-    def rank(name: str) -> tuple[bool, bool]:
-        return not is_quoted(config.options.get(name, getattr(config, name, None))), not is_quoted(name)
+    def rank(name: str) -> tuple[bool, bool, bool]:
+        is_marked = re.search(rf"`[\w.]*\b{re.escape(name)}`", said) is not None  # as the libraries write keys
+        value = config.options.get(name, getattr(config, name, None))
+        return not is_marked, not is_quoted(value), not is_quoted(name)
 
     names = [
         *(name for name in config.options if name not in config.settings),

@@ -15,6 +15,7 @@ from trainer.config import load_config
 from trainer.rehearsal import rehearse
 
 _EVAL = {"eval_data": "e.jsonl", "eval_strategy": "steps", "eval_steps": 1}
+_BEST = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1}
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def tried(tiny: Path) -> Callable[..., str]:
         ({"attn_implementation": "wave"}, "attn_implementation", "sdpa"),
         ({"method": "qlora", "init_lora_weights": "pissa"}, "init_lora_weights", "quantize"),
         ({"eval_strategy": "steps"}, "eval_strategy", "eval_dataset"),
-        ({**_EVAL, "save_strategy": "best", "metric_for_best_model": "wave"}, "metric_for_best_model", "wave"),
+        ({**_EVAL, **_BEST, "metric_for_best_model": "wave"}, "metric_for_best_model", "wave"),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"wave": 1}},
          "gradient_checkpointing_kwargs", "wave"),
     ],
@@ -74,7 +75,7 @@ def test_what_fails_late_is_told_early_by_its_key(
     [
         {"method": "qlora", "lora_r": 63, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
         {"method": "full", "optim": "adafactor", "streaming": True, "packing": True},
-        {**_EVAL, "load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1},
+        {**_EVAL, **_BEST},
         {"task": "dpo", "loss_type": ["sigmoid", "sft"], "precompute_ref_log_probs": True, "test_split_size": 0.5},
         {"task": "kto", "streaming": True},
         {"assistant_only_loss": True, "optim_target_modules": ["c_attn"]},
@@ -113,7 +114,7 @@ def test_the_hub_is_asked_before_the_weights_are_loaded(
 def test_a_rehearsal_says_nothing_itself_and_blames_no_full_disk(
     tried: Callable[..., str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert tried(report_to="tensorboard", padding_free=True) == ""
+    assert tried(report_to="tensorboard", packing=True) == ""
     assert capfd.readouterr() == ("", "")
 
     def full(*_: Any, **__: Any) -> None:
