@@ -18,7 +18,7 @@ from obsfs.blocks import safetensors
 from obsfs.errors import NotFoundError, ObsfsError, UnavailableError, UsageError, VersionChangedError
 from obsfs.library import manifest as manifests
 from obsfs.library.manifest import About, File, Manifest
-from obsfs.library.names import MANIFEST, OWN, ModelName, by_age, is_safe_path, nearest, split_label
+from obsfs.library.names import CLAIM, MANIFEST, OWN, ModelName, by_age, is_safe_path, nearest, split_label
 from obsfs.remote.address import Address
 from obsfs.remote.client import Bucket
 from obsfs.remote.objects import ObjectInfo, ObjectVersion, Page
@@ -205,9 +205,10 @@ def _look(
 
 def _listed(bucket: Bucket, name: ModelName) -> Model | None:
     """A model without a manifest, from the bucket's listing."""
-    infos = [info for info in bucket.walk(name.prefix) if is_safe_path(info.key[len(name.prefix) :])]
-    if not infos:
-        return None
+    found = list(bucket.walk(name.prefix))
+    infos = [info for info in found if is_safe_path(info.key[len(name.prefix) :])]
+    if not infos or any(info.key == f"{name.prefix}{CLAIM}" for info in found):
+        return None  # of one that is being published, or whose publisher was killed, some files may be there
     files = tuple(File(path=info.key[len(name.prefix) :], size=info.size, etag=info.etag) for info in infos)
     newest = datetime.fromtimestamp(int(max(info.mtime for info in infos)), UTC)
     about = _about(bucket, {info.key[len(name.prefix) :]: info for info in infos})

@@ -20,6 +20,8 @@ from obsfs.remote.address import SCHEMES, Address, check_text, is_valid_name, pa
 OWN = ".obsfs/"
 """The directory, in that of a model, for what is not the model's."""
 MANIFEST = f"{OWN}manifest.json"
+CLAIM = f"{OWN}claim.json"
+"""What a publisher holds while the files of a model appear."""
 
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 _NEAREST = 3

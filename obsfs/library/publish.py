@@ -42,12 +42,11 @@ from obsfs.errors import (
 from obsfs.library import catalog
 from obsfs.library.catalog import Model
 from obsfs.library.manifest import About, File, Manifest, now, parse_manifest
-from obsfs.library.names import OWN, ModelName
+from obsfs.library.names import CLAIM, ModelName
 from obsfs.library.transfer import Advance, Crew, OrderedHash, each
 from obsfs.remote.objects import ObjectInfo, ObjectVersion
-from obsfs.remote.writer import COPY_PART, PART, Part, Writer, Written, part_size, parts_etag
+from obsfs.remote.writer import COPY_PART, MAX_PUT, PART, Part, Writer, Written, part_size, parts_etag
 
-_CLAIM = f"{OWN}claim.json"
 _NOTES_FORMAT = 1
 """Of what is noted of uploads under way; without a number it is format 0, which is the same."""
 _CLAIM_SECONDS = 900.0
@@ -145,6 +144,8 @@ class _Item:
     copied: tuple[Model, File] | None = None
     copy_md5s: list[str] = field(default_factory=list)
     """What each part (of `part` bytes) that is to be copied must have as its ETag."""
+    has_md5_etag: bool = False
+    """Whether the ETag of what is to be copied is known to be of MD5s."""
     written: Written | None = None
 
     @property
@@ -255,7 +256,7 @@ class Publication:
             for model, file in candidates:
                 if file.sha256 == item.sha256:
                     key = f"{model.name.prefix}{file.path}"
-                    if found and key == item.key and found.etag == file.etag:
+                    if found and key == item.key and self._is_there(crew, found, file):
                         item.kept = Written(file.etag, file.version_id)
                     else:
                         item.copied = item.copied or (model, file)
@@ -263,9 +264,14 @@ class Publication:
                 self._advance(item.size)
             elif item.copied:
                 item.part, item.copy_md5s = hashes.copy_part, hashes.copy_md5s
+                item.has_md5_etag = item.copied[1].etag.strip('"') == etag
 
         crew = Crew(_HASHERS, self._retry_timeout)
         crew.run(each(self._items, compare))
+
+    def _is_there(self, crew: Crew, found: ObjectInfo, file: File) -> bool:
+        """Whether an object in a listing is the one of a manifest; a server that lists no ETags is asked for it."""
+        return found.etag == file.etag or crew.retried(lambda: self._writer.bucket.head(found.key)).etag == file.etag
 
     # staging
 
@@ -293,7 +299,15 @@ class Publication:
             item.had = {}
             self._notes.note(item.key, item.upload)
 
-        crew.run(each(large, begin))
+        try:
+            crew.run(each(large, begin))
+        except UnsupportedError:
+            # Without uploads in parts: they are sent whole, when all appear.
+            for item in large:
+                item.upload = ""
+                if item.size > MAX_PUT:
+                    raise
+            return
 
         def tasks(items: list[_Item], bring: Callable[..., None]) -> Iterator[Callable[[], None]]:
             for item in items:
@@ -338,15 +352,18 @@ class Publication:
         with self._guard:
             if not item.copied:
                 return
-            if self._is_copy(etag or "", item.copy_md5s[index], partial(self._refuses_parts, crew, item)):
+            if self._is_copy(item, etag or "", item.copy_md5s[index], partial(self._refuses_parts, crew, item)):
                 item.etags[number] = etag or ""
                 self._advance(size)
             else:
                 self._send_instead(item)
 
-    def _is_copy(self, etag: str, md5: str, refuses: Callable[[], bool]) -> bool:
-        """Whether what was copied is what it should be: by its MD5, or since the server `refuses` other versions."""
-        return etag.strip('"') == md5 or (bool(etag) and refuses())
+    def _is_copy(self, item: _Item, etag: str, md5: str, refuses: Callable[[], bool]) -> bool:
+        """Whether what was copied is what it should be: by its MD5, or, where ETags are no MD5, since the server
+        `refuses` other versions."""
+        if etag.strip('"') == md5:
+            return True
+        return bool(etag) and not (item.has_md5_etag and _kind(etag) == "md5") and refuses()
 
     def _refuses_parts(self, crew: Crew, item: _Item) -> bool:
         """Whether the server looks at the version that it is to copy a part of: asked once, with a wrong one."""
@@ -412,6 +429,16 @@ class Publication:
     # publishing
 
     def _publish(self, claim: _Claim, before: Model | None, there: dict[str, ObjectInfo]) -> Manifest:
+        try:
+            return self._make_appear(claim, before, there)
+        except RefusedError:
+            if not there:
+                # Another push would meet the same refusal; until then they would look like a model without a manifest.
+                with suppress(ObsfsError):
+                    self._writer.delete(*(item.key for item in self._items))
+            raise
+
+    def _make_appear(self, claim: _Claim, before: Model | None, there: dict[str, ObjectInfo]) -> Manifest:
         after, again = self._look()
         if (after.etag if after else "") != (before.etag if before else ""):
             raise ExistsError(f"{self._name} was published by somebody else just now", "look at it, then push again")
@@ -466,12 +493,27 @@ class Publication:
             return item.kept
         if item.upload:
             return self._complete(crew, item)
+        if item.size > PART:
+            return self._send_whole(crew, item)
         if item.copied and (written := self._copy_small(crew, item)):
             self._advance(item.size)
             return written
         data = crew.retried(lambda: item.source.read(0, item.size))
         self._check(item, hashlib.sha256(data).hexdigest())
         written = crew.retried(lambda: self._writer.put(item.key, data))
+        self._count(item.size)
+        self._advance(item.size)
+        return written
+
+    def _send_whole(self, crew: Crew, item: _Item) -> Written:
+        """Send a large file in one request, to a server without uploads in parts. It is read twice."""
+        sha, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+        for _, offset, size in item.pieces():
+            data = crew.retried(lambda offset=offset, size=size: item.source.read(offset, size))  # type: ignore[misc]
+            sha.update(data)
+            md5.update(data)
+        self._check(item, sha.hexdigest())
+        written = crew.retried(lambda: self._writer.put_file(item.key, item.size, item.source.read, md5.digest()))
         self._count(item.size)
         self._advance(item.size)
         return written
@@ -485,7 +527,7 @@ class Publication:
             return None
         etag = written.etag or self._head(crew, item).etag
         with self._guard:
-            is_right = self._is_copy(etag, item.copy_md5s[0], partial(self._refuses_copies, crew, item))
+            is_right = self._is_copy(item, etag, item.copy_md5s[0], partial(self._refuses_copies, crew, item))
         return written if is_right else None
 
     def _head(self, crew: Crew, item: _Item) -> ObjectInfo:
@@ -570,7 +612,7 @@ def _is_refused(crew: Crew, call: Callable[[], object]) -> bool:
 def _kind(etag: str) -> str:
     """Which kind of digest an ETag is: of one piece, or of so many parts; empty for others."""
     found = _DIGEST.fullmatch(etag)
-    return f"md5{found[1]}" if found else ""
+    return f"md5{found[1] or ''}" if found else ""
 
 
 class _Hashes(NamedTuple):
@@ -609,7 +651,7 @@ class _Claim:
     def __init__(self, writer: Writer, name: ModelName, author: str, nonce: str) -> None:
         self._writer = writer
         self._name = name
-        self._key = f"{name.prefix}{_CLAIM}"
+        self._key = f"{name.prefix}{CLAIM}"
         self._nonce = nonce
         self._text = json.dumps({"author": author, "nonce": nonce}).encode()
         self._until = 0.0

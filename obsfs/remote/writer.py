@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Mapping
+import io
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from obsfs.errors import ExistsError, VersionChangedError
@@ -22,6 +23,8 @@ PART = 8 << 20
 _MOST_PARTS = 10_000
 """https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html; OBS has the same limit."""
 _MIB = 1 << 20
+MAX_PUT = 5 << 30
+"""Bytes of an object that is put in one request (the same pages)."""
 COPY_PART = 64 << 20
 """Bytes in a part that is copied inside the server: no more than it copies well within a request's timeout."""
 
@@ -54,6 +57,29 @@ def parts_etag(digests: Iterable[bytes]) -> str:
     return f"{hashlib.md5(b''.join(found), usedforsecurity=False).hexdigest()}-{len(found)}"
 
 
+class _Body(io.RawIOBase):
+    """Bytes that are read as they are sent."""
+
+    def __init__(self, size: int, read: Callable[[int, int], bytes]) -> None:
+        self._size, self._source, self._offset = size, read, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._offset = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._offset, io.SEEK_END: self._size}[whence]
+        return self._offset
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(self._size - self._offset, len(buffer)))
+        buffer[:count] = self._source(self._offset, count) if count else b""
+        self._offset += count
+        return count
+
+
 class Writer:
     """Writes to a bucket. Safe to use from many threads.
 
@@ -81,6 +107,21 @@ class Writer:
                 answer = self._client.put_object(Bucket=self._name, Key=key, Body=data, ContentMD5=digest, **condition)
         except VersionChangedError:
             raise ExistsError(f"{key} is there already") from None
+        return _written(answer)
+
+    def put_file(self, key: str, size: int, read: Callable[[int, int], bytes], md5: bytes) -> Written:
+        """Write a whole object of any size up to `MAX_PUT`.
+
+        Args:
+            key: Where.
+            size: Its bytes.
+            read: Gives so many bytes from an offset on.
+            md5: What all of it must have, which the server checks.
+        """
+        digest = base64.b64encode(md5).decode()
+        body = io.BufferedReader(_Body(size, read), PART)
+        with self._translated(key):
+            answer = self._client.put_object(Bucket=self._name, Key=key, Body=body, ContentMD5=digest)
         return _written(answer)
 
     def begin(self, key: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -18,7 +19,15 @@ from typing import Any
 import botocore.session
 import pytest
 
-from obsfs.errors import ExistsError, ForbiddenError, RefusedError, UnsupportedError, UsageError
+from obsfs.errors import (
+    ExistsError,
+    ForbiddenError,
+    NotFoundError,
+    RefusedError,
+    UnsupportedError,
+    UsageError,
+    VersionChangedError,
+)
 from obsfs.library import catalog, publish
 from obsfs.library.download import snapshot_download
 from obsfs.library.names import parse_model
@@ -238,6 +247,23 @@ def test_what_the_server_does_not_copy_right_is_sent(
     assert not uploads_of(bucket)
 
 
+def test_a_copy_with_another_md5_is_not_believed(
+    bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a server that refuses to copy other versions: its ETags are known to be MD5s."""
+    model = write_model(tmp_path / "m", mib=1, shards=1)
+    push(model, parse_model(f"{bucket}/m@v1"), Settings.load(), files=find_files(model))
+
+    def copy(self: Writer, source: ObjectVersion, key: str) -> Written:
+        if source.etag.strip('"') == "0" * 32:
+            raise VersionChangedError("it is another")
+        return self.put(key, bytes(source.size))
+
+    monkeypatch.setattr(Writer, "copy", copy)
+    push(model, parse_model(f"{bucket}/m@v2"), Settings.load(), files=find_files(model))
+    verify_whole(bucket, model, "m@v2")
+
+
 def test_what_the_server_has_not_kept_whole_is_not_published(
     bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +276,46 @@ def test_what_the_server_has_not_kept_whole_is_not_published(
     monkeypatch.setattr(Writer, "put", cut)
     with pytest.raises(RefusedError, match="1024 bytes of model-00001"):
         push(model, parse_model(f"{bucket}/m@v1"), Settings.load(), files=find_files(model))
-    assert "m@v1/.obsfs/manifest.json" not in keys(bucket)
+    assert keys(bucket) == {}  # nor does it look like a model without a manifest
+
+
+def test_a_server_without_uploads_in_parts_is_sent_whole_files(
+    bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(tmp_path / "m", mib=9, shards=1)
+    monkeypatch.setattr(Writer, "begin", unsupported)
+    seen: list[int] = []
+    name = parse_model(f"{bucket}/m@v1")
+    push(model, name, Settings.load(), files=find_files(model), advance=seen.append)
+    verify_whole(bucket, model, "m@v1")
+    assert sum(seen) == sum(map(len, contents(model).values()))
+    (shard,) = model.glob("*.safetensors")
+    etag = bucket.client.head_object(Bucket=bucket.name, Key=f"m@v1/{shard.name}")["ETag"]
+    assert etag.strip('"') == hashlib.md5(shard.read_bytes()).hexdigest()
+
+
+def test_a_server_that_lists_no_etags_is_asked_for_them(
+    bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(tmp_path / "m", mib=1, shards=1)
+    publish_again = partial(
+        push, model, parse_model(f"{bucket}/m@v1"), Settings.load(), files=find_files(model), check=False
+    )
+    publish_again()
+    walk = Bucket.walk
+    monkeypatch.setattr(Bucket, "walk", lambda self, prefix: (info._replace(etag="") for info in walk(self, prefix)))
+    _, sent = publish_again()
+    assert sent == 0
+
+
+def test_what_a_killed_publisher_left_is_no_model(bucket: Store) -> None:
+    bucket.put("m@v1/config.json", b"{}")
+    found = Bucket(parse_model(f"{bucket}/m@v1").address, Settings.load())
+    assert catalog.resolve(found, parse_model(f"{bucket}/m")).name.version == "v1"
+    bucket.put("m@v1/.obsfs/claim.json", b"{}")
+    for name in ("m@v1", "m"):
+        with pytest.raises(NotFoundError):
+            catalog.resolve(found, parse_model(f"{bucket}/{name}"))
 
 
 def test_a_server_without_conditional_writes(bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
