@@ -6,10 +6,12 @@ and who waits for it is answered, the moment its own bytes have arrived. A block
 the moment it is wanted until it has landed, so it is never in flight twice; among processes the cache's locks see to
 it.
 
-Failures are tried again with growing, jittered pauses until the reader's patience (``--retry-timeout``) is over.
-Read-ahead that fails is dropped: whoever needs the block will demand it. A connection that has been silent for much
-longer than the others take is *hedged*: what somebody waits for is asked for once more beside it, and whichever
-brings a block first has brought it.
+Failures are tried again with growing, jittered pauses until the reader's patience (``--retry-timeout``) is over, from
+when the first request that failed was sent. Who asks for the same block in the next second is told the same at once,
+unless the file was opened anew: the kernel asks again, page by page, before one read of a user fails, which would take
+three times as long. Read-ahead that fails is dropped: whoever needs the block will demand it. A connection that has
+been silent for much longer than the others take is *hedged*: what somebody waits for is asked for once more beside it,
+and whichever brings a block first has brought it.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from obsfs.blocks.background import Background
 from obsfs.blocks.concurrency import Concurrency, Patience, RoundTrip
@@ -42,6 +44,8 @@ FAR = 64
 _ELSEWHERE_POLL = 0.02
 _WATCH_SECONDS = 0.25
 _HEDGES = 4
+_SAME_READ_SECONDS = 1.0
+"""For so long after a block was given up, who asks for it is taken for the same reader: the kernel asks at once."""
 
 
 class Body(Protocol):
@@ -107,8 +111,11 @@ class _Want:
     hedged: bool = False
     paused: bool = False
     demanded: bool = False
+    demanded_since: float = 0.0
     attempts: int = 0
     failing_since: float = 0.0
+    error: UnavailableError | None = None
+    """What went wrong the last time."""
 
 
 @dataclass(slots=True, eq=False)
@@ -141,6 +148,8 @@ class Target:
     ) -> None:
         self.cached = cached
         self.wants: dict[int, _Want] = {}
+        self.given_up: dict[int, tuple[float, UnavailableError]] = {}
+        """Blocks that were given up lately: until when that is said again (monotonic seconds), and why."""
         self.workers = 0
         self.on_ahead = on_ahead
         self.on_idle = on_idle
@@ -217,13 +226,13 @@ class Fetcher:
         """Blocks that arrive in the time that another request would take to be answered."""
         return self._trip.blocks
 
-    def demand(self, target: Target, blocks: Iterable[int], waiter: Waiter) -> None:
+    def demand(self, target: Target, blocks: Sequence[int], waiter: Waiter) -> None:
         """Fetch blocks that somebody waits for, before all read-ahead."""
         with self._changed:
-            if self._stopping:
-                landed = None
-            else:
-                landed = []
+            error = UnavailableError("the mount is shutting down") if self._stopping else None
+            error = error or self._given_up_of(target, blocks)
+            landed = []
+            if error is None:
                 for block in blocks:
                     want = target.wants.get(block)
                     if want is None:
@@ -235,15 +244,27 @@ class Fetcher:
                         self._queued += 1
                     want.waiters.append(waiter)
                     if not want.demanded:
-                        want.demanded = True
+                        want.demanded, want.demanded_since = True, time.monotonic()
                         if _is_queued(want):
                             self._demand.append((target, block))
                 self._wake()
-        if landed is None:
-            waiter.failed(UnavailableError("the mount is shutting down"))
-            return
+        if error is not None:
+            waiter.failed(error)
         for _ in landed:
             waiter.landed()
+
+    def _given_up_of(self, target: Target, blocks: Sequence[int]) -> UnavailableError | None:
+        """Why one of these blocks was given up a moment ago."""
+        if not target.given_up:
+            return None
+        now = time.monotonic()
+        target.given_up = {block: said for block, said in target.given_up.items() if now < said[0]}
+        return next((target.given_up[block][1] for block in blocks if block in target.given_up), None)
+
+    def try_again(self, target: Target) -> None:
+        """Somebody begins to read: forget what was given up lately."""
+        with self._changed:
+            target.given_up.clear()
 
     def prefetch(self, target: Target, blocks: Iterable[tuple[int, int]]) -> None:
         """Fetch blocks that a reader will want: ``(urgency, block)``, 0 first among all readers."""
@@ -256,13 +277,16 @@ class Fetcher:
                     heapq.heappush(self._ahead, (self._landed_blocks + urgency, next(self._order), target, block))
             self._wake()
 
-    def drop_prefetch(self, target: Target) -> None:
-        """Forget what is wanted of a target that nobody has open, and is not yet in flight."""
+    def drop_prefetch(self, target: Target) -> list[int]:
+        """Forget what is wanted of a target that nobody has open, and is not yet in flight. Returns those blocks."""
+        dropped = []
         with self._changed:
             for block, want in list(target.wants.items()):
                 if want.flight is None and not want.waiters:
                     del target.wants[block]
                     self._queued -= 0 if want.paused else 1
+                    dropped.append(block)
+        return dropped
 
     def throughput(self, seconds: float = 5.0) -> float:
         """Bytes per second that arrived in the last `seconds`."""
@@ -439,6 +463,7 @@ class Fetcher:
             want = target.wants.pop(block, None)
             self._queued -= want is not None and _is_queued(want)
             if size:
+                target.given_up.clear()
                 self._landed_blocks += 1
                 self.stats.bytes_fetched += size
                 self._recent.append((time.monotonic(), size))
@@ -466,6 +491,7 @@ class Fetcher:
         """Begin other flights beside silent ones, for what somebody waits for."""
         while self._flying.wait() and not self._stopping:
             time.sleep(_WATCH_SECONDS)
+            self._give_up_overdue()
             with self._changed:
                 horizon = time.monotonic() - self._patience.seconds
                 room = max(1, self.connections // _HEDGES) - sum(flight.is_hedge for flight in self._flights)
@@ -473,6 +499,29 @@ class Fetcher:
                 for flight in sorted(silent, key=lambda one: one.since):
                     if room > 0 and self._begin_beside(flight):
                         room -= 1
+
+    def _give_up_overdue(self) -> None:
+        """Tell those whose patience is over: what failed before is silent now, and may be for long."""
+        told: dict[Waiter, UnavailableError] = {}
+        with self._changed:
+            latest = time.monotonic() - self._retry_timeout
+            for flight in self._flights:
+                wants = flight.target.wants
+                for block in flight.left:
+                    want = wants.get(block)
+                    if want and want.error and want.waiters and want.flight is flight and want.failing_since <= latest:
+                        told |= self._give_up(flight.target, block, want.error)
+            self.stats.errors += bool(told)
+        for waiter, error in told.items():
+            log.error("giving up: %s", error)
+            _tell(waiter.failed, error)
+
+    def _give_up(self, target: Target, block: int, error: ObsfsError) -> dict[Waiter, Any]:
+        """Forget a block; who is to be told why. The caller holds the lock."""
+        want = target.wants.pop(block)
+        if want.waiters and isinstance(error, UnavailableError) and not self._stopping:
+            target.given_up[block] = time.monotonic() + _SAME_READ_SECONDS, error
+        return dict.fromkeys(want.waiters, error)
 
     def _begin_beside(self, flight: _Flight) -> bool:
         target = flight.target
@@ -503,8 +552,8 @@ class Fetcher:
 
     def _fail(self, flight: _Flight, error: ObsfsError, *, final: bool) -> None:
         target, now = flight.target, time.monotonic()
-        told: list[Waiter] = []
-        retried: list[int] = []
+        told: dict[Waiter, ObsfsError] = {}
+        retried: dict[int, float] = {}
         with self._changed:
             self.stats.last_error = str(error)
             for block in flight.left:
@@ -512,24 +561,25 @@ class Fetcher:
                 if want is None or want.flight is not flight:
                     continue
                 want.attempts += 1
-                want.failing_since = want.failing_since or now
-                if final or not want.waiters or now - want.failing_since >= self._retry_timeout or self._stopping:
-                    del target.wants[block]
-                    told += want.waiters
+                want.failing_since = want.failing_since or max(flight.since, want.demanded_since)
+                pause = backoff(want.attempts)
+                is_over = now + pause - want.failing_since >= self._retry_timeout
+                if final or not want.waiters or is_over or self._stopping:
+                    told |= self._give_up(target, block, error)
                 else:
-                    retried.append(block)
+                    retried[block] = pause
+                    want.error = error if isinstance(error, UnavailableError) else None
             self.stats.retries += not (final or told)
             self.stats.errors += bool(told)
-        for block in retried:
-            want_now = target.wants.get(block)
-            self._pause(flight, [block], backoff(want_now.attempts if want_now else 1))
+        for block, pause in retried.items():
+            self._pause(flight, [block], pause)
         if retried:
             log.warning("trying again: %s", error)
         if told:
             log.error("giving up: %s", error)
         if isinstance(error, VersionChangedError):
             _tell(target.on_changed)
-        for waiter in dict.fromkeys(told):
+        for waiter in told:
             _tell(waiter.failed, error)
 
 

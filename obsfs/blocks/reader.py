@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ from obsfs.blocks.cache import Cache
 from obsfs.blocks.fetcher import Fetcher, Target, Waiter
 from obsfs.blocks.layout import BLOCK, block_count
 from obsfs.blocks.object import CachedObject
-from obsfs.blocks.readahead import Credit, LoadOrder, ReadAhead, runs
+from obsfs.blocks.readahead import Budget, Credit, LoadOrder, ReadAhead, runs
 from obsfs.blocks.scrub import Scrubber
 from obsfs.errors import CacheError, ObsfsError, TooManyFilesError, UnavailableError
 from obsfs.limits import allow_open_files
@@ -54,6 +54,7 @@ class _Load:
     """What the readers of one model share: the shards ``NAME-00001-of-00004.safetensors``, or a file by itself."""
 
     credit: Credit
+    budget: Budget
     order: LoadOrder
     guard: threading.Lock = field(default_factory=threading.Lock)
     shards: dict[str, ObjectVersion] = field(default_factory=dict)
@@ -78,7 +79,7 @@ class Reader:
         self._order: LoadOrder | None = None
         # Until the tensors are known, the start of such a file is its header, and nobody's stream.
         fences = (0,) if self._has_tensors else ()
-        self._policy = ReadAhead(cached.blocks, engine.window, self.load.credit, fences)
+        self._policy = self._new_policy(fences)
         self._is_verifying = False
         self._is_complete = cached.is_complete()
 
@@ -153,11 +154,15 @@ class Reader:
             load, key, window = self.load, self.version.key, self._engine.window
             self._order = load.order
             if not load.order.add(key, found):
-                self._order = LoadOrder(window, load.credit)
+                self._order = LoadOrder(window, load.credit, load.budget)
                 self._order.add(key, found)
             load.shards[key] = self.version
             # In the file's order a loader jumps, which earns and spends nothing.
-            self._policy = ReadAhead(self.cached.blocks, window, fences=safetensors.file_fences(found, BLOCK))
+            self._policy = self._new_policy(safetensors.file_fences(found, BLOCK))
+
+    def _new_policy(self, fences: Sequence[int]) -> ReadAhead:
+        key, load = self.version.key, self.load
+        return ReadAhead(self.cached.blocks, self._engine.window, fences=fences, name=key, budget=load.budget)
 
     def _peek(self, offset: int, size: int) -> bytes | None:
         last = block_count(min(offset + size, self.size))
@@ -237,8 +242,9 @@ class Reader:
 
     def drop_prefetch(self) -> None:
         """Nobody has it open: fetch no more than what is in flight."""
-        self._engine.fetcher.drop_prefetch(self.target)
+        dropped = self._engine.fetcher.drop_prefetch(self.target)
         with self.load.guard:
+            self.load.budget.drop((self.version.key, block) for block in dropped)
             self._policy.forget_wanted()
             if self._order is not None:
                 self._order.forget_wanted()
@@ -324,6 +330,8 @@ class Engine:
         reader = self._hold(version)
         with self._guard:
             reader.load.users += 1
+        if reader.target.given_up:
+            self.fetcher.try_again(reader.target)
         return reader
 
     def release(self, reader: Reader) -> None:
@@ -461,8 +469,8 @@ class Engine:
         with self._guard:
             load = self._loads.get(place)
             if load is None:
-                credit = Credit()
-                load = self._loads[place] = _Load(credit, LoadOrder(self.window, credit))
+                credit, budget = Credit(), Budget()
+                load = self._loads[place] = _Load(credit, budget, LoadOrder(self.window, credit, budget))
                 if len(self._loads) > _LOADS:
                     del self._loads[next(iter(self._loads))]
             return load

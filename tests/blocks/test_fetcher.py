@@ -213,6 +213,61 @@ def test_patience_ends(tmp_path: Path) -> None:
     setup.fetcher.close()
 
 
+def test_who_asks_again_at_once_for_what_was_given_up_is_told_the_same(tmp_path: Path) -> None:
+    """As the kernel does, page by page. Whoever opens the file, or comes later, has it tried again."""
+    setup = Setup(tmp_path, connections=1, retry_timeout=0.1)
+    setup.bucket.failures = [UnavailableError("busy")] * 100
+    setup.demand(0)
+    wait_for(lambda: len(setup.told) == 1)
+    asked = len(setup.bucket.asked)
+    setup.demand(0)
+    setup.demand(0, 1)
+    assert [str(error) for error in setup.told] == ["busy"] * 3
+    assert len(setup.bucket.asked) == asked
+    setup.demand(5)
+    wait_for(lambda: len(setup.told) == 4)
+    assert setup.bucket.asked[-1] == (5, 6), "nobody has asked for that yet"
+    setup.bucket.failures.clear()
+    setup.bucket.allow.release(1000)
+    setup.fetcher.try_again(setup.target)
+    setup.demand(0)
+    wait_for(lambda: setup.told[4:] == [None])
+    setup.fetcher.close()
+
+
+def test_what_was_given_up_is_tried_again_a_moment_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obsfs.blocks.fetcher._SAME_READ_SECONDS", 0.2)
+    setup = Setup(tmp_path, connections=1, retry_timeout=0)
+    setup.bucket.failures = [UnavailableError("busy")]
+    setup.bucket.allow.release(1000)
+    setup.demand(0)
+    wait_for(lambda: len(setup.told) == 1)
+    time.sleep(0.3)
+    setup.demand(0)
+    wait_for(lambda: setup.told[1:] == [None])
+    setup.fetcher.close()
+
+
+def test_patience_ends_while_what_is_tried_again_is_silent(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, connections=1, retry_timeout=0.5)
+    silence = threading.Event()
+    setup.bucket.failures = [UnavailableError("busy")]
+    setup.bucket.silences = {1: silence}
+    setup.demand(0)
+    wait_for(lambda: len(setup.told) == 1)
+    assert [str(error) for error in setup.told] == ["busy"]
+    assert len(setup.bucket.asked) == 2
+    assert setup.fetcher.stats.errors == 1
+    silence.set()
+    setup.bucket.allow.release(1000)
+    wait_for(lambda: not setup.target.is_busy)
+    setup.fetcher.try_again(setup.target)
+    setup.demand(0)
+    wait_for(lambda: setup.told[1:] == [None])
+    assert setup.fetcher._busy == setup.fetcher._queued == 0
+    setup.fetcher.close()
+
+
 def test_what_waits_on_a_silent_connection_is_asked_for_again_beside_it(tmp_path: Path) -> None:
     setup = Setup(tmp_path, connections=2)
     fetcher, bucket = setup.fetcher, setup.bucket

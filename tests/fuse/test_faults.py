@@ -155,6 +155,31 @@ def test_a_read_fails_when_patience_is_over_and_the_mount_survives(
     assert file.read_bytes() == data
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_one_read_of_a_silent_server_is_given_up_once(
+    bucket: Store, mount: Mounter, link: FaultyLink, mapped: bool
+) -> None:
+    """The kernel asks again for the page, after its read-ahead has failed: it is not waited for once more."""
+    bucket.put("file.bin", random_bytes(6 * MIB))
+    path = mount(bucket, endpoint_url=link.endpoint, read_ahead=0, retry_timeout="0.5s", request_timeout="0.5s")
+    file = path / "file.bin"
+    assert file.stat().st_size == 6 * MIB
+    link.stalled = True
+    program = (
+        "import mmap,sys\n"
+        "f=open(sys.argv[1],'rb',buffering=0)\n"
+        "m=mmap.mmap(f.fileno(),0,prot=mmap.PROT_READ)\n"
+        f"{'m[0]' if mapped else 'f.read(1)'}"
+    )
+    command = [sys.executable, "-c", program, file]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == (-7 if mapped else 1)
+    assert mapped or "Errno 5" in done.stderr
+    assert status(path)["errors"] == 1
+    link.stalled = False
+    assert file.read_bytes() == random_bytes(6 * MIB), "a new attempt is a new one"
+
+
 @pytest.mark.slow
 def test_four_maps_of_a_bucket_that_stalls_do_not_hang(
     bucket: Store, mount: Mounter, link: FaultyLink, engine: str
