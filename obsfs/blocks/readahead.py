@@ -393,7 +393,9 @@ class ReadAhead:
         With extents only when it has gone on beyond the first by more than the kernel reads ahead: before that it may
         want no more than one.
         """
-        return stream.from_start or (self._is_first(stream) and stream.tail > max(self.fences[0] + _HOP, 2 * _YOUNG))
+        return stream.from_start or (
+            self._is_first(stream) and stream.tail > max(self.fences[0] + _HOP + 1, 2 * _YOUNG)
+        )
 
     def _is_first(self, stream: _Stream) -> bool:
         return bool(self.fences) and stream.begin <= _HOP and not stream.passed

@@ -138,7 +138,7 @@ def test_who_reads_from_the_first_tensor_on_reads_all() -> None:
     for block in range(400):
         late += block not in had
         had |= wanted(policy, block, block)
-    assert late <= 2
+    assert late <= 3, "the first two, and the one by which it is told from a mapped reader of the first tensor"
 
 
 def test_a_loader_that_looks_at_the_start_of_each_tensor_is_one_stream() -> None:
