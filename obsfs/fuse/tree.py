@@ -223,8 +223,8 @@ class Tree:
         # By the numbers of the last requests: the nodes of which they counted a lookup.
         self._looked: OrderedDict[int, list[int]] = OrderedDict()
         self._uncounted = 0
-        # (parent id, name) of what the kernel was told is not there, the newest last.
-        self._absent: OrderedDict[tuple[int, str], None] = OrderedDict()
+        # (parent id, name) of what the kernel may take to be absent, and until when (monotonic seconds).
+        self._absent: OrderedDict[tuple[int, str], float] = OrderedDict()
         self._refreshed = 0
 
     # nodes
@@ -383,9 +383,13 @@ class Tree:
                     continue
                 yield from _describe(node)
                 yield ["lookups", node.id, max(0, node.lookups)]
+                if node.is_outdated:
+                    yield ["outdated", node.id]
                 if node.opens or node.direct_opens:
                     yield ["open", node.id, node.opens, node.direct_opens, 0, False]
                     yield ["backing", node.id, node.backing]
+            for parent, name in self._absent:
+                yield ["absent", parent, name]
             for unique, direct in self._counted.items():
                 yield ["counted", unique, direct]
             for unique, ids in self._looked.items():
@@ -444,6 +448,9 @@ class Tree:
             self._remember_lookups(_whole(number), [_whole(one) for one in ids])
         elif kind == "counted":
             self._remember(_whole(number), bool(values[0]))
+        elif kind == "absent":
+            # For how long its predecessor has told the kernel is not known: at most for as long as this.
+            self._note_absent((_whole(number), _text(values[0])), self._now() + self.ttl)
         elif kind == "forgot":
             for one, count in zip([number, *values[1::2]], values[::2], strict=True):
                 if (node := self._nodes.get(_whole(one))) is not None:
@@ -466,6 +473,8 @@ class Tree:
             self._remember(_whole(unique), bool(direct))
         elif kind == "backing":
             node.backing = _whole(values[0])
+        elif kind == "outdated":
+            node.is_outdated = True
         elif kind == "forget":
             del self._nodes[node.id]
             self._drop_name(node)
@@ -532,12 +541,24 @@ class Tree:
         return max(0.0, self.ttl - (self._now() - loaded))
 
     def absence(self, directory: Node, name: str) -> float:
-        """The `lifetime` of a name that is not there, of which the kernel is told now."""
+        """The `lifetime` of a name that is not there, of which the kernel is told now.
+
+        It is 0 beyond _MAX_ABSENT names: the kernel keeps none that :meth:`refresh` does not know.
+        """
         with self._guard:
-            self._absent[directory.id, name] = None
-            if len(self._absent) > _MAX_ABSENT:
+            now, lifetime = self._now(), self.lifetime(directory, name)
+            while self._absent and next(iter(self._absent.values())) <= now:
                 self._absent.popitem(last=False)
-        return self.lifetime(directory, name)
+            place = directory.id, name
+            if lifetime <= 0 or (len(self._absent) >= _MAX_ABSENT and place not in self._absent):
+                return 0.0
+            self._note_absent(place, now + lifetime)
+            self._record(["absent", *place])
+            return lifetime
+
+    def _note_absent(self, place: tuple[int, str], until: float) -> None:
+        self._absent[place] = until
+        self._absent.move_to_end(place)
 
     def refresh(self, directory: Node) -> list[tuple[int, str]]:
         """Believe nothing of what was known of a directory and those under it. Returns ``(parent id, name)`` of what
@@ -558,7 +579,9 @@ class Tree:
             node = self._nodes.get(number)
             if node is None:
                 return None
-            node.is_outdated = True
+            if not node.is_outdated:
+                node.is_outdated = True
+                self._record(["outdated", node.id])
             # What somebody is asking just now may be older than this.
             self._refreshed += 1
             prefix = node.key.removesuffix(node.name)

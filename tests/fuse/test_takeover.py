@@ -309,3 +309,17 @@ def test_when_both_die_it_can_be_mounted_again_at_once(bucket: Store, mount: Mou
     path = mount(bucket)
     mount.kill(path, wait=False)
     assert (mount(bucket, at=path) / "file.txt").read_bytes() == b"text"
+
+
+def test_a_refresh_after_a_takeover_shows_a_name_that_was_absent(bucket: Store, mount: Mounter) -> None:
+    """The kernel remembers that a name is absent, by the word of a server that was killed since."""
+    bucket.put("d/x", b"1")
+    path = mount(bucket, metadata_ttl=3600)
+    names = [path / "new", path / "d" / "new", path / "d" / "é"]
+    assert not any(name.exists() for name in names)
+    successor(path, kill(path))
+    for name in names:
+        bucket.put(name.relative_to(path).as_posix(), b"here")
+    assert not names[0].exists()
+    mounts.refresh(path)
+    assert [name.read_bytes() for name in names] == [b"here"] * 3

@@ -238,6 +238,52 @@ def test_a_successor_knows_what_its_predecessor_told_the_kernel() -> None:
             successor.node(gone.id)
 
 
+def test_a_successor_can_refresh_every_name_that_the_kernel_takes_to_be_absent() -> None:
+    records: list[list[object]] = []
+    bucket, clock = MemoryBucket({"d/x": "1"}), Clock()
+    tree = Tree(bucket, "", 60, lambda *changes: records.extend(changes), now=clock)
+    directory = tree.lookup(tree.node(ROOT), "d")
+    told = {(directory.id, "new"), (directory.id, "é"), (ROOT, "new")}
+    for parent, name in told:
+        with pytest.raises(NotFoundError):
+            tree.lookup(tree.node(parent), name)
+        tree.absence(tree.node(parent), name)
+    for source in (records, list(tree.snapshot())):
+        successor = Tree(bucket, "", 60, now=clock)
+        assert successor.restore(source) == 0
+        assert told <= set(successor.refresh(successor.node(ROOT)))
+
+
+def test_a_successor_knows_which_versions_are_gone() -> None:
+    records: list[list[object]] = []
+    bucket = MemoryBucket({"a": "1", "b": "1"})
+    tree = Tree(bucket, "", 60, lambda *changes: records.extend(changes), now=Clock())
+    gone, right = (tree.lookup(tree.node(ROOT), name) for name in "ab")
+    tree.outdate(gone.id)
+    for source in (records, list(tree.snapshot())):
+        successor = Tree(bucket, "", 60, now=Clock())
+        assert successor.restore(source) == 0
+        assert successor.should_look_again(successor.node(gone.id))
+        assert not successor.should_look_again(successor.node(right.id))
+
+
+def test_the_kernel_keeps_no_absent_name_that_a_refresh_would_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obsfs.fuse.tree._MAX_ABSENT", 4)
+    clock = Clock()
+    tree = Tree(MemoryBucket({}), "", 60, now=clock)
+    root = tree.node(ROOT)
+    tree.listing(root)
+    kept = [name for name in "abcdefgh" if tree.absence(root, name) > 0]
+    assert kept == list("abcd")
+    assert [name for _, name in tree.refresh(root)] == kept
+    # A name that is told again takes no room, and what the kernel no longer believes makes some.
+    tree.listing(root)
+    assert tree.absence(root, "b") == 60
+    clock.now += 61
+    tree.listing(root)
+    assert [name for name in "efghi" if tree.absence(root, name) > 0] == list("efgh")
+
+
 def test_what_came_with_the_mount_hides_nothing_that_came_since() -> None:
     bucket = MemoryBucket({"old/a": "1"})
     tree = Tree(bucket, "", 60, now=Clock())
