@@ -222,7 +222,7 @@ def test_what_cannot_be_run_is_told_before_it_starts(
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     ])))  # fmt: skip
     (cut / "tokenizer.json").write_text("{")
-    refused("the tokenizer of", model=str(cut))
+    refused("tokenizer.json is not JSON", model=str(cut))
     (cut / "tokenizer.json").unlink()
     refused(f"{cut} has no tokenizer", model=str(cut))
     shutil.copyfile(tiny / "tokenizer.json", cut / "tokenizer.json")
