@@ -160,6 +160,8 @@ class _Stream:
     """Where what it reads without a gap began."""
     missed: dict[int, tuple[int, bool]] = field(default_factory=dict)
     """Extents that it has passed and not entered, by number: how many blocks, and whether they are costly."""
+    is_announced: bool = False
+    """Whether it was begun before the first read, as a load was about to begin."""
     is_filled: bool = False
     """Whether what it skipped before it was known for a loader's has been wanted."""
 
@@ -271,6 +273,9 @@ class ReadAhead:
     def _skip_to(self, stream: _Stream, first: int) -> int:
         """A stream goes on behind a gap. Returns how many blocks of it count as skipped: if it goes on with the start
         of an extent, none of those of which a part is read, since loaders come back for the rest."""
+        if stream.is_announced:
+            # All is about to be read. The kernel reads on in the file's order, which in a loader's is far ahead.
+            return 0
         is_costly = first - stream.tail > self.cheap_gap
         if not self._is_near_start(first):
             near = max(stream.tail, first - _REORDERED)
@@ -327,7 +332,7 @@ class ReadAhead:
     def begin(self, count: int) -> list[tuple[int, int]]:
         """The first `count` positions are about to be read in order: as `on_read`, before the first read."""
         stop = min(count, self.blocks, self.max_window)
-        self._add(_Stream(0, stop, 0, stop // _START_FACTOR, True, 0, 0, self._reads))
+        self._add(_Stream(0, stop, 0, stop // _START_FACTOR, True, 0, 0, self._reads, is_announced=True))
         return [(position, position) for position in range(stop)]
 
     def _add(self, stream: _Stream) -> _Stream:
