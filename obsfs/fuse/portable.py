@@ -2,7 +2,8 @@
 
 libfuse's high-level interface knows paths where :mod:`obsfs.fuse.operations` knows nodes, and one inode per path
 where the native engine has one per version. So when a file is replaced while it is open here, the open of the new
-version bypasses the kernel's page cache (direct I/O), and the old version's descriptors are refused further reads.
+version bypasses the kernel's page cache (direct I/O), and the old version's descriptors are refused further reads. A
+version of which the kernel does not have the size yet is not opened: the kernel looks up the path once more first.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import os
 import signal
 import stat
 import threading
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +23,7 @@ from obsfs.errors import ObsfsError, UsageError, VersionChangedError
 from obsfs.extras import remedy
 from obsfs.fuse.kernel import channel
 from obsfs.fuse.operations import ROOT, UNKNOWN_INO, Attributes, Operations
+from obsfs.remote.objects import ObjectVersion
 from obsfs.settings import Settings
 
 try:
@@ -51,7 +55,11 @@ class _Adapter(mfusepy.Operations):
         self._on_init = on_init
         self._name_ttl = name_ttl
         self._guard = threading.Lock()
-        self._open: dict[str, dict[int, int]] = {}
+        # Of each path: the versions that are open, by how many, the one that was opened last at the end. Not by handle:
+        # a path below a directory gets a new node with each open.
+        self._open: dict[str, dict[ObjectVersion, int]] = {}
+        # Of each path: what the kernel was told that it stands for, and until when it believes that, the newest last.
+        self._told: OrderedDict[str, tuple[ObjectVersion | None, float]] = OrderedDict()
 
     def init_with_config(self, conn_info: Any, config_3: Any) -> None:
         if config_3 is not None:
@@ -76,7 +84,8 @@ class _Adapter(mfusepy.Operations):
 
     def getattr(self, path: str, fh: int | None = None) -> dict[str, Any]:
         with self._found(path) as found:
-            time = int(found.mtime * 1e9)
+            self._note_told(path, self._version(found))
+            mtime = int(found.mtime * 1e9)
             return {
                 "st_ino": found.ino,
                 "st_mode": found.mode,
@@ -85,10 +94,21 @@ class _Adapter(mfusepy.Operations):
                 "st_blocks": -(-found.size // 512),
                 "st_uid": found.uid,
                 "st_gid": found.gid,
-                "st_atime": time,
-                "st_mtime": time,
-                "st_ctime": time,
+                "st_atime": mtime,
+                "st_mtime": mtime,
+                "st_ctime": mtime,
             }
+
+    def _version(self, found: Attributes) -> ObjectVersion | None:
+        return self._operations.tree.node(found.node).version
+
+    def _note_told(self, path: str, version: ObjectVersion | None) -> None:
+        with self._guard:
+            now = time.monotonic()
+            while self._told and next(iter(self._told.values()))[1] <= now:
+                self._told.popitem(last=False)
+            self._told[path] = version, now + self._name_ttl
+            self._told.move_to_end(path)
 
     def opendir(self, path: str) -> int:
         with self._found(path) as found:
@@ -105,29 +125,35 @@ class _Adapter(mfusepy.Operations):
 
     def open(self, path: str, fi: Any) -> int:
         with self._found(path) as found, self._operations.at_hand(found.node, wait=True), self._guard:
+            version = self._version(found)
+            if version is not None and self._told.get(path, (version, 0))[0] != version:
+                # By the size that it has, a reader would take the new version to end where the old one did.
+                raise VersionChangedError(f"{path} was replaced since it was looked up", "open it again")
             handle = self._operations.open(found.node, fi.flags).handle
+            assert version is not None
             versions = self._open.setdefault(path, {})
-            versions[handle] = versions.pop(handle, 0) + 1
+            versions[version] = versions.pop(version, 0) + 1
             fi.fh = handle
             fi.direct_io = len(versions) > 1
             return 0
 
     def read(self, path: str, size: int, offset: int, fi: Any) -> bytes:
         with _errors():
-            if next(reversed(self._open[path])) != fi.fh:
+            reader = self._operations.reader(fi.fh)
+            if next(reversed(self._open[path])) != reader.version:
                 raise VersionChangedError(f"{path} was replaced while it was open", "open it again")
-            return self._operations.reader(fi.fh).read(offset, size)
+            return reader.read(offset, size)
 
     def release(self, path: str, fi: Any) -> int:
-        with self._guard:
+        with self._guard, _errors():
+            version = self._operations.reader(fi.fh).version
             versions = self._open[path]
-            versions[fi.fh] -= 1
-            if not versions[fi.fh]:
-                del versions[fi.fh]
+            versions[version] -= 1
+            if not versions[version]:
+                del versions[version]
             if not versions:
                 del self._open[path]
-            with _errors():
-                self._operations.release(fi.fh)
+            self._operations.release(fi.fh)
         return 0
 
     def statfs(self, path: str) -> dict[str, int]:

@@ -283,3 +283,32 @@ def test_who_opens_a_name_again_after_estale_sees_what_is_there(
         else:
             assert path.read_bytes() == (new if how == "replaced" else old)
         assert (directory / "other.bin").read_bytes() == old
+
+
+def test_libfuse_knows_one_version_below_a_directory_as_one(bucket: Store, mount: Mounter) -> None:
+    """Opened again, and mapped, while it is open: no reader of the same version is refused."""
+    data = random_bytes(6 * MIB)
+    bucket.put("a/b/file", data)
+    path = mount(bucket, engine="fusepy") / "a" / "b" / "file"
+    with path.open("rb", buffering=0) as first:
+        assert first.read(16) == data[:16]
+        for _ in range(2):
+            with path.open("rb", buffering=0) as second:
+                second.seek(4 * MIB)
+                assert second.read(16) == data[4 * MIB : 4 * MIB + 16]
+                with mmap.mmap(second.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ) as pages:
+                    assert pages[5 * MIB : 5 * MIB + 16] == data[5 * MIB : 5 * MIB + 16]
+            first.seek(3 * MIB)
+            assert first.read(16) == data[3 * MIB : 3 * MIB + 16]
+
+
+@pytest.mark.parametrize("key", ["file", "a/file"])
+def test_libfuse_opens_no_version_by_the_size_of_another(bucket: Store, mount: Mounter, key: str) -> None:
+    """The kernel believes the size of a path for a second; a reader of the new version must not end there."""
+    root = mount(bucket, engine="fusepy")
+    path = root / key
+    for data in (b"1" * 1000, b"2" * 300_000, b"3" * 10):
+        bucket.put(key, data)
+        os.getxattr(root, "user.obsfs.refresh")
+        assert path.read_bytes() == data
+        assert path.stat().st_size == len(data)
