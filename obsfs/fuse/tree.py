@@ -38,6 +38,8 @@ _MAX_COUNTED = 4096
 _MAX_PROBED = 4096
 _MAX_ABSENT = 4096
 _MAX_LOOKED = 1024
+_JUST_ASKED_SECONDS = 1.0
+"""A listing of this age is not asked for again for the sake of a version that it does not show."""
 MAX_NAMES = 20_000_000
 """Of one directory that is listed: twenty times as many as are tried, and about 10 GB of memory."""
 _ENTRY_BYTES = 400
@@ -579,7 +581,8 @@ class Tree:
             node = self._nodes.get(number)
             if node is None:
                 return None
-            if not node.is_outdated:
+            is_news = not node.is_outdated
+            if is_news:
                 node.is_outdated = True
                 self._record(["outdated", node.id])
             # What somebody is asking just now may be older than this.
@@ -588,7 +591,10 @@ class Tree:
             if (listing := self._listings.get(prefix)) is not None:
                 listing.probed.pop(node.name, None)
                 shown = listing.entries.get(node.name)
-                if shown and shown.info and self._source.version(shown.info) == node.version:
+                is_shown = shown and shown.info and self._source.version(shown.info) == node.version
+                # A listing that shows another version may be as old. All versions of a directory that was replaced are
+                # found to be gone one after the other, and each once.
+                if is_shown or (is_news and self._now() - listing.loaded > _JUST_ASKED_SECONDS):
                     self._drop_listing(prefix)
             return (node.parent, node.name) if self._is_current(node) else None
 

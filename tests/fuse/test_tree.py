@@ -377,6 +377,29 @@ def test_a_version_that_is_gone_has_its_name_looked_up_again(page: int) -> None:
     assert bucket.requests == before
 
 
+def test_after_a_version_is_gone_no_older_listing_is_believed() -> None:
+    """Replaced twice: the listing that was loaded in between shows a version that is gone, too."""
+    bucket, clock = MemoryBucket({"d/a": "1"}), Clock()
+    tree = Tree(bucket, "", 60, now=clock)
+    directory = tree.lookup(tree.node(ROOT), "d")
+    old = tree.lookup(directory, "a")
+    clock.now += 61
+    bucket.keys = {"d/a": "2"}
+    tree.listing(directory)
+    clock.now += 2
+    bucket.keys = {"d/a": "3"}
+    tree.outdate(old.id)
+    new = tree.lookup(directory, "a")
+    assert new.version is not None
+    assert new.version.etag == '"3"'
+    # Who reads on from the old version asks no more of the bucket.
+    before = bucket.requests
+    clock.now += 2
+    tree.outdate(old.id)
+    assert tree.lookup(directory, "a") is new
+    assert bucket.requests == before
+
+
 def test_a_version_that_comes_back_can_be_opened() -> None:
     bucket = MemoryBucket({"a": "1"})
     tree = Tree(bucket, "", 60, now=Clock())
