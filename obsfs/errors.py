@@ -94,6 +94,10 @@ class BusyError(UnavailableError):
     """The server answered that it cannot do it now (SlowDown, 5xx)."""
 
 
+class BrokenOffError(UnavailableError):
+    """The server began to answer, and ended too early."""
+
+
 class CorruptError(UnavailableError):
     """The server sent other bytes than those of its own checksum."""
 

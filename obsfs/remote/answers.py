@@ -12,7 +12,7 @@ from typing import Any
 
 from botocore.awsrequest import AWSResponse
 
-from obsfs.errors import ObsfsError, UnavailableError
+from obsfs.errors import BrokenOffError, ObsfsError
 from obsfs.remote.bounds import (
     MAX_ANSWER,
     MAX_ERROR,
@@ -87,7 +87,7 @@ def _whole(request: Any, answer: AWSResponse) -> bytes:
         raise ObsfsError(f"the server's answer to {_place(request)} defines entities", "this is no S3 server's")
     length = parse_count(answer.headers.get("content-length"))
     if length is not None and len(data) < length and request.method != "HEAD":
-        raise UnavailableError("the server closed a body early")
+        raise BrokenOffError("the server closed a body early")
     return data
 
 

@@ -25,6 +25,7 @@ from botocore.credentials import Credentials
 from botocore.exceptions import ProfileNotFound
 
 from obsfs.errors import (
+    BrokenOffError,
     BusyError,
     CorruptError,
     ExpiredError,
@@ -358,7 +359,7 @@ class Bucket:
                 raise NoBucketError(error.message, f"{self._nearest_buckets()}{error.remedy}") from None
             except UnavailableError as error:
                 attempt += 1
-                if isinstance(error, BusyError | CorruptError):
+                if isinstance(error, BrokenOffError | BusyError | CorruptError):
                     self.retries.answered()
                 if (pause := self.retries.failed(attempt, began)) is None:
                     raise explained(error, self.endpoint) from None
@@ -455,7 +456,7 @@ class Bucket:
         if data is None:
             raise UsageError(f"{self._what(key)} is too large to be what it should be", "look at it")
         if length is not None and len(data) != length:
-            raise UnavailableError(f"the server closed the body of {key} early")
+            raise BrokenOffError(f"the server closed the body of {key} early")
         checksum = self._offered(answer.headers)
         if checksum and not checksum.is_of(data):
             raise wrong_bytes(self._what(key), checksum)

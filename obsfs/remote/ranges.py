@@ -24,7 +24,7 @@ from botocore.exceptions import ClientError
 from botocore.utils import percent_encode
 from urllib3.exceptions import HTTPError
 
-from obsfs.errors import CorruptError, UnavailableError
+from obsfs.errors import BrokenOffError, CorruptError, UnavailableError
 from obsfs.remote.checksums import Checksum
 from obsfs.remote.failures import translated
 
@@ -67,7 +67,7 @@ class RangeBody:
                 while filled < wanted:
                     count = self._readinto(buffer[filled:])
                     if not count:
-                        raise UnavailableError(f"the server closed a body {self._left - filled} bytes early")
+                        raise BrokenOffError(f"the server closed a body {self._left - filled} bytes early")
                     filled += count
                 if not self._is_framed and filled == self._left and self._readinto(memoryview(bytearray(1))):
                     raise UnavailableError("the server sent a longer body than was asked for")

@@ -97,6 +97,19 @@ def test_each_answer_has_its_own_sentence_on_every_way() -> None:
                 assert re.search(words, str(caught.value)), caught.value
 
 
+@pytest.mark.parametrize("call", [lambda ours: ours.get("key").data, lambda ours: ours.check().objects[0].key])
+def test_a_first_answer_that_breaks_off_is_asked_for_again(call: Callable[[Bucket], object]) -> None:
+    broken = iter([True, True])
+
+    def choose(request: Request) -> Answer | None:
+        cut = Answer(200, b"da", {"Content-Length": "400", "Connection": "close"})
+        return cut if next(broken, False) else None
+
+    with OddServer({"key": Thing(b"data")}, choose) as server:
+        settings = Settings.load(endpoint_url=server.endpoint, retry_timeout=30)
+        assert call(Bucket(parse_address("obs://models"), settings)) in (b"data", "key")
+
+
 @pytest.mark.parametrize("header", ["x-amz-error-code", "x-obs-error-code"])
 def test_the_code_of_a_head_is_in_a_header(header: str) -> None:
     def choose(request: Request) -> Answer | None:
