@@ -134,7 +134,7 @@ def serve(
     the supervisor has asked for, which another one is given should it be killed.
     """
     address = parse_address(source)
-    keeper = Keeper()
+    keeper = Keeper(is_successor=takeover is not None)
     allow_open_files()
     if takeover is None and (limit := open_files_limit()) < LEAST_FILES:
         raise UsageError(
@@ -142,7 +142,7 @@ def serve(
             "raise it (LimitNOFILE= of a unit, `ulimit -n`)",
         )
     with ExitStack() as cleanup, _retried(takeover) as is_serving:
-        ends_with = os.getppid() if keeper.is_there else os.getpid()
+        ends_with = keeper.supervisor or os.getpid()
         lock = takeover.lock if takeover else state.lock(mountpoint, ends_with)
         cleanup.callback(os.close, lock)
         bucket = Bucket(address, settings, is_known=takeover is not None)
@@ -181,7 +181,7 @@ def serve(
             "snapshot": settings.snapshot,
             "pid": os.getpid(),
             "engine": settings.engine,
-            "supervisor": os.getppid() if keeper.is_there else None,
+            "supervisor": keeper.supervisor,
             "restarts": takeover.restarts if takeover else 0,
             "upgrades": takeover.upgrades if takeover else 0,
             "log": str(log_file) if log_file else None,
@@ -306,7 +306,7 @@ class _Native:
                 __version__,
             )
             self._keeper.keep("connection", [self._lock, *takeover.fds], self._state)
-            state.note_keeper(self._lock, os.getppid())
+            state.note_keeper(self._lock, self._keeper.supervisor or os.getpid())
         is_serving.set()
         try:
             if takeover is None:

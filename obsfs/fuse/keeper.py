@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -24,20 +25,30 @@ from obsfs.fuse.supervisor import CONTROL, FORMAT, READY, Program
 log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_UCRED = struct.Struct("3i")  # <linux/socket.h>: pid, uid, gid
 _MOST_MESSAGE = 64 << 10
 _APPOINT_SECONDS = 60.0
 
 
 class Keeper:
-    """Speaks to the supervisor of this process; to nobody, when it has none. Safe to use from many threads."""
+    """Speaks to the supervisor of this process; to nobody, when it has none. Safe to use from many threads.
 
-    def __init__(self) -> None:
+    A successor outlives its supervisor from the first: it has all that the mount needs. Another server ends with it
+    until it serves (:meth:`listen`): whoever gives up waiting for a mount ends the supervisor, and no more.
+    """
+
+    def __init__(self, *, is_successor: bool = False) -> None:
         number = os.environ.pop(CONTROL, None)
         self._control = socket.socket(fileno=int(number)) if number else None
+        self.supervisor: int | None = None
+        """The pid of the supervisor that has started this process."""
         if self._control is not None:
             self._control.set_inheritable(False)
-            # Until it serves: whoever gives up waiting for a mount ends the supervisor, and no more.
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            # Not the parent's: of a process whose supervisor was killed already, that is another's.
+            credentials = self._control.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+            self.supervisor = int(_UCRED.unpack(credentials)[0])
+            if not is_successor:
+                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     @property
     def is_there(self) -> bool:

@@ -10,9 +10,11 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import obsfs as package
@@ -189,3 +191,37 @@ def test_it_ends_at_once_while_no_server_can_follow(bucket: Store, tmp_path: Pat
             mounts.unmount(path)
         wait_for(lambda: not is_running(shown["supervisor"]), 10)
         assert channel.mounted_at(path) is None
+
+
+def test_killed_while_a_successor_starts(bucket: Store, mount: Mounter) -> None:
+    """It has all that it takes to serve, and appoints another supervisor."""
+    data = random_bytes(MIB)
+    bucket.put("file", data)
+    path = mount(bucket)
+    with (path / "file").open("rb", buffering=0) as file:
+        before = status(path)
+        supervisor = psutil.Process(before["supervisor"])
+        os.kill(before["pid"], signal.SIGKILL)
+        started: list[psutil.Process] = []
+
+        def has_begun() -> bool:
+            """Whether the successor has its journal open, which it has before it serves."""
+            for child in supervisor.children():
+                with suppress(OSError, psutil.Error):
+                    fds = Path(f"/proc/{child.pid}/fd").iterdir()
+                    if child.pid != before["pid"] and any(fd.readlink().suffix == ".journal" for fd in fds):
+                        child.suspend()
+                        started[:] = [child]
+            return bool(started)
+
+        wait_for(has_begun)
+        supervisor.kill()
+        wait_for(lambda: not is_running(supervisor.pid))
+        started[0].resume()
+        assert file.read() == data
+        wait_for(lambda: status(path)["can_be_followed"])
+        after = status(path)
+        assert after["pid"] == started[0].pid
+        assert after["supervisor"] not in (before["supervisor"], os.getpid())
+        os.kill(after["pid"], signal.SIGKILL)
+        assert (path / "file").read_bytes() == data
