@@ -74,15 +74,16 @@ def train(words: tuple[str, ...], *, is_guided: bool, only_check: bool, as_json:
     """
     import psutil
 
-    from trainer.config import load_config, parse_overrides, read_yaml
+    from trainer.config import load_config, parse_overrides, read_yaml, refuse_unknown
 
     started = psutil.Process().create_time()
     path = Path(words[0]) if words and not words[0].startswith("--") else None
+    overrides = parse_overrides(words[1:] if path else words)
+    refuse_unknown(overrides, ("check", "guide", "json", "help"))
     if path is None and (
         later := [word for word in words if word.endswith((".yaml", ".yml")) and Path(word).is_file()]
     ):
         raise UsageError(f"{later[0]} comes too late", f"write obsfs train {later[0]} --KEY VALUE")
-    overrides = parse_overrides(words[1:] if path else words)
     if is_guided:
         from trainer.guide import guide
 

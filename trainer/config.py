@@ -257,6 +257,12 @@ def known_keys(task: str) -> dict[str, Any] | None:
     return {**others, **trl, **own, **_CHOICES, **dict.fromkeys(_SETTINGS, Any)}
 
 
+def refuse_unknown(overrides: Mapping[str, Any], flags: Iterable[str]) -> None:
+    """Raise UsageError for options of a command line that are no keys, by the nearest key or flag."""
+    if (known := known_keys(str(overrides.get("task", "sft")))) is not None:
+        _refuse_unknown(list(overrides), {**known, **dict.fromkeys(flags)})
+
+
 def _refuse_unknown(given: Sequence[str], known: Mapping[str, Any]) -> None:
     if unknown := [name for name in given if name not in known and name not in _ALIASES]:
         refuse_foreign(given, unknown)

@@ -4,12 +4,17 @@ TRL, PEFT, transformers and accelerate look at many values late: when a trainer 
 evaluation or save. A list of such values would be out of date with their next release. So the run is tried: the real
 trainer, optimiser, scheduler, loss, quantisation, evaluation and checkpoint, with a few made-up records. What fails is
 told by the key whose default value does not fail.
+
+A run is refused only where the same run without its settings passes: in doubt it goes on, and fails later if it must.
+What several processes do is not rehearsed (:func:`can_rehearse`).
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import random
 import re
 import tempfile
 import warnings
@@ -20,23 +25,26 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from huggingface_hub import HfApi
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from obsfs.errors import ObsfsError, UsageError, first_line
+from obsfs.errors import UsageError, first_line
 from obsfs.text import visible
 from trainer import room
 from trainer.config import Parts, TrainConfig
 from trainer.setup import load_model, make_trainer, trusts
 
 _WIDTH, _HEADS = 64, 4
-"""Of the stand-in. Heads of 16 are the smallest that flex attention takes (torch/nn/attention/flex_attention.py)."""
+"""Of the stand-in."""
 _MOST_RANK = 32
 """Ranks above the width would be refused by the ways to begin that decompose a weight (pissa, olora)."""
-_BATCH = 4
-_RECORDS = 8
-_WORDS = "The quick brown fox jumps over the lazy dog"
+_BATCH, _RECORDS = 4, 8
+_TOKENS = 256
+"""Enough for a record: how many are left of real ones is for :mod:`trainer.data` to say."""
+_PROMPT, _GOOD, _BAD = "The quick brown", " fox jumps", " dog"
 _OF_THE_MODEL = (
     "exclude_modules",
     "layers_to_transform",
@@ -47,8 +55,28 @@ _OF_THE_MODEL = (
     "trainable_token_indices",
 )
 """Options of LoraConfig that name parts of the real model: :func:`trainer.base.plan_adapter` looks at those."""
-_KEYS = ("attn_implementation", "dtype", "test_split_size", "eval_data")
+_NOT_FOR_OTHERS = {
+    "attn_implementation",
+    "gguf_file",
+    "key_mapping",
+    "max_memory",
+    "subfolder",
+    "tp_plan",
+    "tp_size",
+    "variant",
+}
+"""Arguments of ``from_pretrained`` that fit the real model, its files or its size."""
+_KEYS = ("dtype", "test_split_size", "eval_data")
 """Keys of our own that can be at fault."""
+
+
+def can_rehearse(arguments: Any) -> bool:
+    """Whether a run, by TRL's arguments, is that of one process on one device.
+
+    Several would have to agree on what failed, or wait for each other for ever. DeepSpeed keeps what it was first told
+    for the whole process, and a model that is spread over several GPUs is not like one that has room on the first.
+    """
+    return arguments.world_size == 1 and arguments.n_gpu <= 1 and not arguments.deepspeed_plugin
 
 
 def rehearse(config: TrainConfig, base: Path, tokenizer: Any) -> None:
@@ -62,28 +90,27 @@ def rehearse(config: TrainConfig, base: Path, tokenizer: Any) -> None:
     Raises:
         UsageError: It fails; the key at fault is named where one can be found.
     """
-    with tempfile.TemporaryDirectory(prefix="obsfs-rehearsal-") as place:
-        scene = _Scene(Path(place), config, base, tokenizer)
-        error = scene.play(config)
-        if error is None:
+    with _aside():
+        try:
+            with tempfile.TemporaryDirectory(prefix="obsfs-rehearsal-", ignore_cleanup_errors=True) as place:
+                fault = _find_fault(_Scene(Path(place), config, base, tokenizer), config)
+        except OSError:  # no room for a stand-in, or no place
             return
-        remedy = "change it; rehearse: false skips this trial on a small model"
-        is_alone = config.parts(Path(place)).arguments.world_size == 1
-        for name in _suspects(config, str(error)) if is_alone else ():
-            other = _without(config, name)
-            try:
-                found = scene.play(other)
-            except ObsfsError:
-                continue
-            if found is None:
-                value = config.options.get(name, getattr(config, name, None))
-                shown = f"{name}: {visible(repr(value), 80)} does not work here"
-                raise UsageError(f"{shown} ({_reason(error)})", remedy) from error
-        raise UsageError(f"a run with these settings fails ({_reason(error)})", remedy) from error
+    if fault:
+        raise UsageError(fault, "change it; rehearse: false skips this trial on a small model")
 
 
-def _reason(error: BaseException) -> str:
-    return visible(first_line(error), 400).rstrip(". ")
+def _find_fault(scene: _Scene, config: TrainConfig) -> str:
+    """What is wrong with a run, in words; empty where nothing is, or where it is in doubt."""
+    error = scene.play(config)
+    if error is None or scene.play(_plain(config)) is not None:
+        return ""
+    reason = visible(first_line(error), 400).rstrip(". ")
+    for name in _suspects(config, str(error)):
+        if scene.play(_without(config, name)) is None:
+            value = config.options.get(name, getattr(config, name, None))
+            return f"{name}: {visible(repr(value), 80)} does not work here ({reason})"
+    return f"a run with these settings fails ({reason})"
 
 
 def _suspects(config: TrainConfig, said: str) -> list[str]:
@@ -104,10 +131,16 @@ def _suspects(config: TrainConfig, said: str) -> list[str]:
     return sorted(names, key=rank)
 
 
-def _without(config: TrainConfig, name: str) -> TrainConfig:
-    if name in config.options:
-        return replace(config, options={key: value for key, value in config.options.items() if key != name})
-    return replace(config, **{name: getattr(TrainConfig(), name)})
+def _without(config: TrainConfig, *names: str) -> TrainConfig:
+    """The run with the defaults of some keys."""
+    usual = TrainConfig()
+    own = {name: getattr(usual, name) for name in names if name not in config.options}
+    return replace(config, options={key: value for key, value in config.options.items() if key not in names}, **own)
+
+
+def _plain(config: TrainConfig) -> TrainConfig:
+    """The run of the same task and method, with every other key's default."""
+    return _without(config, *config.options, *(name for name in _KEYS if name not in config.options))
 
 
 class _Scene:
@@ -117,16 +150,14 @@ class _Scene:
         self._place, self._tokenizer = place, tokenizer
         self._config = _configuration(base, trusts(config.parts(place).arguments))
         self._model = place / "model"
-        with _silence():
-            LlamaForCausalLM(_small(len(tokenizer))).save_pretrained(self._model)
+        LlamaForCausalLM(_small(tokenizer)).save_pretrained(self._model)
 
     def play(self, config: TrainConfig) -> Exception | None:
         """Return what a run fails with; None where it does not."""
-        parts = config.parts(self._place / "out")
-        _shorten(parts.arguments)
         try:
-            with _silence():
-                self._step(config, parts)
+            parts = config.parts(self._place / "out")
+            _shorten(parts.arguments)
+            self._step(config, parts)
         except (torch.OutOfMemoryError, MemoryError):
             return None  # not for its settings
         except Exception as error:  # whatever a library says of a value that it does not take
@@ -138,25 +169,34 @@ class _Scene:
 
         arguments = parts.arguments
         if arguments.push_to_hub:
-            HfApi(token=arguments.hub_token).whoami()
+            _ask_hub(arguments.hub_token)
             arguments.push_to_hub = False
         get_reporting_integration_callbacks(arguments.report_to)
         arguments.report_to = []  # nobody is told of a rehearsal
-        given = arguments.model_init_kwargs or {}
-        # What the real model's configuration takes is none of the stand-in's.
-        init = {name: value for name, value in given.items() if name == "dtype" or not hasattr(self._config, name)}
-        model = load_model(self._model, LlamaForCausalLM, config, parts, init)
+        # How attention is computed is looked at with the real model (trainer.base.check_attention), and takes long to
+        # compile.
+        config = replace(config, attn_implementation=None)
+        model = load_model(self._model, LlamaForCausalLM, config, parts, self._init(parts))
         records = _records(config.task, self._tokenizer)
-        has_eval = bool(config.eval_data or config.test_split_size)
-        eval_data = records if has_eval else None
         if config.streaming:
             records = records.to_iterable_dataset()
-            eval_data = records if has_eval else None
+        eval_data = records if config.eval_data or config.test_split_size else None
         tokenizer = copy.deepcopy(self._tokenizer)
         trainer = make_trainer(parts._replace(lora=_fitting(parts.lora)), model, tokenizer, records, eval_data)
-        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_OneStep())
         trainer.train()
+
+    def _init(self, parts: Parts) -> dict[str, Any]:
+        """Arguments of ``from_pretrained`` for the stand-in: those that are not about the real model."""
+        given = parts.arguments.model_init_kwargs or {}
+        if self._config is None or trusts(parts.arguments):  # its own code may take any
+            return {name: value for name, value in given.items() if name == "dtype"}
+        return {
+            name: value
+            for name, value in given.items()
+            if name == "dtype"
+            or not (hasattr(self._config, name) or name in _NOT_FOR_OTHERS or isinstance(value, dict))
+        }
 
 
 class _OneStep(TrainerCallback):
@@ -166,8 +206,16 @@ class _OneStep(TrainerCallback):
         """See :class:`transformers.TrainerCallback`."""
         control.should_training_stop = control.should_log = True
         control.should_evaluate = args.eval_strategy != "no"
-        # Several processes have no directory in common.
-        control.should_save = args.save_strategy != "no" and args.world_size == 1
+        control.should_save = args.save_strategy != "no"
+
+
+def _ask_hub(token: str | None) -> None:
+    """See that the hub knows who will push to it. Raises what huggingface_hub does."""
+    try:
+        HfApi(token=token).whoami()
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise
 
 
 def _configuration(base: Path, is_trusted: bool) -> Any:
@@ -179,30 +227,33 @@ def _configuration(base: Path, is_trusted: bool) -> Any:
         return None
 
 
-def _small(vocabulary: int) -> LlamaConfig:
+def _small(tokenizer: Any) -> LlamaConfig:
+    rows = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))  # some tokenizers have gaps
     return LlamaConfig(
-        vocab_size=vocabulary, hidden_size=_WIDTH, intermediate_size=_WIDTH, num_hidden_layers=1,
+        vocab_size=rows, hidden_size=_WIDTH, intermediate_size=_WIDTH, num_hidden_layers=1,
         num_attention_heads=_HEADS, num_key_value_heads=_HEADS, max_position_embeddings=4096, tie_word_embeddings=True,
     )  # fmt: skip
 
 
 def _shorten(arguments: Any) -> None:
-    """Leave out of a run what takes long, and what others would see."""
+    """Leave out of a run what takes long, what others would see, and what depends on how many records there are."""
     arguments.per_device_train_batch_size = min(arguments.per_device_train_batch_size, _BATCH)
     arguments.per_device_eval_batch_size = min(arguments.per_device_eval_batch_size, _BATCH)
     arguments.gradient_accumulation_steps = 1
     arguments.disable_tqdm = True
-    if hasattr(arguments, "assistant_only_loss"):
-        arguments.assistant_only_loss = False  # the labels say it, as in the run
+    arguments.dataloader_drop_last = False  # packed, the records are one
+    arguments.dataloader_num_workers, arguments.dataloader_prefetch_factor = 0, None
+    arguments.dataloader_persistent_workers = False
+    arguments.torch_compile, arguments.torch_compile_backend, arguments.torch_compile_mode = False, None, None
     if arguments.optim_target_modules:
         arguments.optim_target_modules = ["q_proj"]
+    for name in ("max_length", "max_prompt_length", "max_completion_length"):
+        if getattr(arguments, name, None) is not None:
+            setattr(arguments, name, _TOKENS)
+    if hasattr(arguments, "assistant_only_loss"):
+        arguments.assistant_only_loss = False  # the labels say it, as in the run
     if hasattr(arguments, "dataset_num_proc"):
         arguments.dataset_num_proc = None
-    if arguments.dataloader_num_workers:
-        arguments.dataloader_num_workers, arguments.dataloader_prefetch_factor = 0, None
-        arguments.dataloader_persistent_workers = False
-    if arguments.world_size > 1:
-        arguments.load_best_model_at_end = False
 
 
 def _fitting(lora: Any) -> Any:
@@ -224,25 +275,30 @@ def _records(task: str, tokenizer: Any) -> Any:
     from datasets import Dataset
 
     if task == "sft":
-        ids = tokenizer(_WORDS)["input_ids"]
+        ids = tokenizer(_PROMPT + _GOOD)["input_ids"]
         return Dataset.from_list([{"input_ids": ids, "labels": ids}] * _RECORDS)
-    pair = {"prompt": _WORDS, "chosen": f" {_WORDS}", "rejected": " dog"}
     if task != "kto":
-        return Dataset.from_list([pair] * _RECORDS)
-    judged = [
-        {"prompt": _WORDS, "completion": pair[side], "label": side == "chosen"} for side in ("chosen", "rejected")
-    ]
+        return Dataset.from_list([{"prompt": _PROMPT, "chosen": _GOOD, "rejected": _BAD}] * _RECORDS)
+    judged = [{"prompt": _PROMPT, "completion": text, "label": text == _GOOD} for text in (_GOOD, _BAD)]
     return Dataset.from_list(judged * (_RECORDS // 2))
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Keep from users what libraries say: the run itself will say it again."""
-    before = logging.root.manager.disable
+def _aside() -> Iterator[None]:
+    """Leave no trace: nothing of what libraries say, the random numbers that the run will draw, and no memory."""
+    before, state, state_of_numpy = logging.root.manager.disable, random.getstate(), numpy.random.get_state()
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        with (
+            warnings.catch_warnings(),
+            redirect_stdout(StringIO()),
+            redirect_stderr(StringIO()),
+            torch.random.fork_rng(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
+        random.setstate(state)
+        numpy.random.set_state(state_of_numpy)
+        gc.collect()  # a trainer refers to itself

@@ -88,7 +88,7 @@ def train(
                 show("checking, loading")
                 run = _Run(chosen, base, as_json, started, callbacks)
                 with room.told_when_full(run.output_dir, Path(tempfile.gettempdir())):
-                    return run.go(stop, only_check, waiting.close)
+                    return run.go(stop, only_check, show, waiting.close)
             except RuntimeError as error:
                 if _is_of_another(error):
                     raise UsageError("another process of this run has ended", "it has said why") from None
@@ -150,7 +150,9 @@ class _Run:
         self._data_notes: list[str] = []
         self._reports: list[data.Report] = []
 
-    def go(self, stop: threading.Event, only_check: bool, on_ready: Callable[[], None]) -> Outcome:
+    def go(
+        self, stop: threading.Event, only_check: bool, show: Callable[[str], None], on_ready: Callable[[], None]
+    ) -> Outcome:
         from trainer import checkpoints
         from trainer.progress import say
 
@@ -177,8 +179,10 @@ class _Run:
         if checkpoint and checkpoints.is_finished(checkpoint, arguments) and not only_check:
             return self._publish_finished(checkpoint)
         if self._config.rehearse:
+            show("trying one step on a small model")
             with self._timeline.part("rehearsal"):
                 self._rehearse(target.tokenizer)
+            show("checking, loading")
         with self._timeline.part("data"), arguments.main_process_first(desc="data"):
             found = self._read_data(target)
             report = self._check_data(found, target)
@@ -317,14 +321,11 @@ class _Run:
             say(f"since {checkpoint.name} the run has changed: {changed}")
 
     def _rehearse(self, tokenizer: Any) -> None:
-        from trainer.rehearsal import rehearse
+        from trainer.rehearsal import can_rehearse, rehearse
 
         if name := self._config.attn_implementation:
             bases.check_attention(self._base.path, name, trust_remote_code=trusts(self._parts.arguments))
-        # DeepSpeed and FSDP keep what they were first told for the whole process; and a model that one process spreads
-        # over several GPUs is not like one that has room on the first.
-        arguments = self._parts.arguments
-        if not (is_sharded(arguments) or arguments.deepspeed_plugin or arguments.n_gpu > 1):
+        if can_rehearse(self._parts.arguments):
             rehearse(self._config, self._base.path, tokenizer)
 
     def _load_model(self) -> Any:

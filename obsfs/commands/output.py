@@ -249,7 +249,7 @@ def spinner(title: str, *, quiet: bool = False) -> Iterator[Callable[[str], None
     """A sign of life on the terminal's stderr, for what has no length; yields what changes its text."""
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)  # this one, also while what libraries write there is kept back
     if quiet or not console.is_terminal:
         yield lambda text: None
         return

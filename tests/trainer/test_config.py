@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obsfs import ObsfsError
-from trainer.config import TrainConfig, load_config, parse_overrides, read_yaml
+from trainer.config import TrainConfig, load_config, parse_overrides, read_yaml, refuse_unknown
 from trainer.keys import BARE
 
 RUN = {"model": "m", "data": "d.jsonl", "output": "o"}
@@ -324,6 +324,14 @@ def test_a_flag_without_a_value_is_told_so(words: str, said: str) -> None:
     with pytest.raises(ObsfsError) as caught:
         load_config(RUN, parse_overrides(words.split()))
     assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(("mistyped", "meant"), [("chekc", "check"), ("gude", "guide"), ("jsn", "json")])
+def test_a_mistyped_flag_is_told_by_the_nearest(mistyped: str, meant: str) -> None:
+    with pytest.raises(ObsfsError) as caught:
+        refuse_unknown({mistyped: BARE, "lora_r": 8}, ["check", "guide", "json"])
+    assert str(caught.value) == f"unknown key {mistyped!r}: the nearest known one is {meant!r}"
+    refuse_unknown({"lora_r": 8, "resume": BARE}, ["check", "guide", "json"])
 
 
 @pytest.mark.parametrize(
