@@ -173,6 +173,8 @@ class Supervisor:
         self._running = self._installed.resolved
         self._is_serving = False
         self._probe: Probe | None = None
+        self._is_wanted = False
+        """Whether another server was asked for while none was there."""
         self._refusals = 0
         self._is_ending = False
         self._since = time.monotonic()
@@ -341,9 +343,13 @@ class Supervisor:
         return None
 
     def _ask_to_replace(self) -> None:
-        """Have another server follow, if what is installed now says that it can."""
-        if self._state is None or self._probe is not None or not self._is_serving or self._is_ending:
+        """Have another server follow, if what is installed now says that it can: once there is one to be followed."""
+        if self._probe is not None or self._is_ending:
             return
+        if not self._is_serving:
+            self._is_wanted = True
+            return
+        self._is_wanted = False
         try:
             self._probe = Probe(self._installed, self._arguments, self._request_now())
         except OSError as error:
@@ -357,9 +363,13 @@ class Supervisor:
         reason, self._probe = self._probe.finish(), None
         if reason is not None:
             self._refuse(reason)
-        elif self._is_serving and self._server is not None and not self._is_ending:
+        elif self._is_ending:
+            return
+        elif self._is_serving and self._server is not None:
             self._is_replaced = True
             self._kill()
+        else:
+            self._is_wanted = True
 
     def _refuse(self, reason: str) -> None:
         """The server shows why it was not replaced."""
@@ -420,6 +430,8 @@ class Supervisor:
             self._good = self._running
             if not self._is_ending:
                 self._alarm = None
+            if self._is_wanted:
+                self._ask_to_replace()
 
     def _on_end(self) -> int | None:
         assert self._server is not None

@@ -65,6 +65,21 @@ def test_another_one_takes_the_place_of_one_that_is_killed(bucket: Store, mount:
     wait_for(lambda: not is_running(shown["supervisor"]))
 
 
+@pytest.mark.parametrize("pause", [0.0, 0.1, 0.3])
+def test_an_upgrade_that_is_asked_for_while_nobody_serves_comes_afterwards(
+    bucket: Store, mount: Mounter, pause: float
+) -> None:
+    bucket.put("file.bin", b"data")
+    path = mount(bucket)
+    before = status(path)
+    os.kill(before["pid"], signal.SIGKILL)
+    time.sleep(pause)
+    os.kill(before["supervisor"], signal.SIGHUP)
+    wait_for(lambda: status(path).get("upgrades"), 60)
+    assert status(path)["pid"] != before["pid"]
+    assert (path / "file.bin").read_bytes() == b"data"
+
+
 @pytest.mark.parametrize("how", ["umount", "SIGTERM"])
 def test_a_mount_ends_by_its_second_supervisor_too(bucket: Store, mount: Mounter, how: str) -> None:
     path = mount(bucket)
