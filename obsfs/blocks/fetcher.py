@@ -277,16 +277,13 @@ class Fetcher:
                     heapq.heappush(self._ahead, (self._landed_blocks + urgency, next(self._order), target, block))
             self._wake()
 
-    def drop_prefetch(self, target: Target) -> list[int]:
-        """Forget what is wanted of a target that nobody has open, and is not yet in flight. Returns those blocks."""
-        dropped = []
+    def drop_prefetch(self, target: Target) -> None:
+        """Forget what is wanted of a target that nobody has open, and is not yet in flight."""
         with self._changed:
             for block, want in list(target.wants.items()):
                 if want.flight is None and not want.waiters:
                     del target.wants[block]
                     self._queued -= 0 if want.paused else 1
-                    dropped.append(block)
-        return dropped
 
     def throughput(self, seconds: float = 5.0) -> float:
         """Bytes per second that arrived in the last `seconds`."""

@@ -9,21 +9,18 @@ and any number of streams run through a file side by side.
   window. A file that is read from its start, before anything else of it, is being copied: there the window is three
   times what was read from the second block on; as is that of a load that was announced. (Who looks elsewhere first, as
   into the directory of a zip file or the footer of a Parquet file, wants a part.)
-* A stream that skips more than one block of eight (every fourth tensor, one column of many) gets nothing beyond what is
-  read. One that skips fewer loses as much of its window as it skips, but for blocks that come sooner than another
-  request would be answered (`cheap_gap`). The kernel's own read-ahead arrives out of order; a block counts as skipped
-  for as long as it has not come.
+* A stream that skips blocks (every fourth tensor, one column of many) loses as much of its window as it skips, so that
+  it asks for less, and in the end for nothing beyond what is read. Skipped blocks that come sooner than another request
+  would be answered (`cheap_gap`) cost nothing of it. In any case what it has skipped and what it has not yet read
+  are together no more than what it has read, and 4 MiB: a part costs at most twice its bytes. The kernel's own
+  read-ahead arrives out of order; a block counts as skipped for as long as it has not come.
 * A read that continues no stream begins a new one, and gets nothing beyond what it asked for. Only in a loader's order
   (below), where streams have gone on until now (:class:`Credit`; loaders jump from layer to layer and from shard to
   shard), a new one is lent a quarter of what they have earned.
 * Where the file says what lies in it (*extents*: the tensors of a safetensors file), a young stream is given the rest
   of the extent that it is in at once, and nothing beyond; in the first, 3 MiB more, as far as a mapped reader's kernel
-  reads: if it goes on there, it copies the file. One that goes from extent to extent, and leaves out a quarter at most,
-  is a loader's: its window is 16 MiB after the second and doubles with each further one. It may read only the start of
-  each, and come back for the rest. Who leaves out more (every third tensor) reads a part: extents that it has not
-  entered count as skipped.
-* Whatever streams there are and however they end: what is wanted for readers of parts and has not been read is no
-  more than what has been read, and 4 MiB (:class:`Budget`). Copies, and loaders that look at starts, are not counted.
+  reads: if it goes on there, it copies the file. One that goes from extent to extent is a loader's, though it may read
+  only the start of each: after the second its window is 16 MiB, and doubles with each further one.
 * Streams share the largest window, so that eight readers together do not want more than one.
 
 A loader reads tensors in the natural order of their names (layer 2 before layer 10), which is not their order in the
@@ -52,16 +49,7 @@ _REORDERED = 32
 _LEAST = 32
 _MOST_CREDIT = 256
 _LOADER = 2
-_SURE_LOADER = 4
-_SURE_SPAN = 64
 _HOP = 2
-_FEW = 4
-"""One in so many extents, by their size, may be left out of what is still a load, or a copy: a quarter is lost."""
-_MOST_MISSED = 64
-_STRAY = 2
-_DENSE = 8
-"""Blocks that may be missing of a stream that reads all, as the kernel's read-ahead comes out of order; and one more of
-so many that it has read."""
 _FAR = 32
 _SPARSE = 2
 _SKIPS = 8
@@ -89,48 +77,6 @@ class Credit:
         return lent
 
 
-Block = tuple[str, int]
-"""A block by the name of its file, and its number."""
-
-
-class Budget:
-    """What the streams of one model, or file, want for readers of parts: no more than is read, and 4 MiB."""
-
-    def __init__(self) -> None:
-        self._read = 0
-        self._seen = dict[str, bytearray]()
-        """Of each file, a bit for each block that was read."""
-        self._unread: set[Block] = set()
-
-    @property
-    def left(self) -> int:
-        """How many blocks may be wanted now."""
-        return max(0, self._read + _SPARE - len(self._unread))
-
-    @property
-    def is_well_spent(self) -> bool:
-        """Whether guesses were right so far: two blocks were read for one that is not."""
-        return 2 * len(self._unread) <= self._read
-
-    def want(self, blocks: Iterable[Block]) -> None:
-        """Blocks are fetched that nobody has asked for, and that may turn out to be in vain."""
-        self._unread.update(blocks)
-
-    def drop(self, blocks: Iterable[Block]) -> None:
-        """They are not fetched after all."""
-        self._unread.difference_update(blocks)
-
-    def on_read(self, name: str, first: int, last: int) -> None:
-        """Blocks of a file were read."""
-        seen = self._seen.setdefault(name, bytearray())
-        seen.extend(bytes(max(0, last // 8 + 1 - len(seen))))
-        for block in range(first, last + 1):
-            bit = 1 << block % 8
-            self._read += not seen[block // 8] & bit
-            seen[block // 8] |= bit
-            self._unread.discard((name, block))
-
-
 @dataclass(slots=True)
 class _Stream:
     tail: int
@@ -154,14 +100,6 @@ class _Stream:
     """Those of them that took longer to fetch than to ask anew."""
     dense_from: int = 0
     """Where it went on after it skipped something for the last time."""
-    dense_own: int = 0
-    """Blocks that it had read by then."""
-    run_from: int = 0
-    """Where what it reads without a gap began."""
-    missed: dict[int, tuple[int, bool]] = field(default_factory=dict)
-    """Extents that it has passed and not entered, by number: how many blocks, and whether they are costly."""
-    is_announced: bool = False
-    """Whether it was begun before the first read, as a load was about to begin."""
     is_filled: bool = False
     """Whether what it skipped before it was known for a loader's has been wanted."""
 
@@ -172,7 +110,6 @@ class ReadAhead:
 
     `fences` are the ascending positions where an extent ends, none if that is not known; `borders` those where a piece
     ends, none if that is every PIECE positions. With `gives_extents`, a young stream is given the rest of its extent.
-    Where `order` is given, somebody else tells the budget what is read.
     """
 
     blocks: int
@@ -181,10 +118,6 @@ class ReadAhead:
     fences: Sequence[int] = ()
     borders: Sequence[int] = ()
     gives_extents: bool = True
-    name: str = ""
-    order: Sequence[Block] = ()
-    """Which block is at each position; none if they are those of the file `name`."""
-    budget: Budget = field(default_factory=Budget)
     cheap_gap: int = 0
     """Positions that arrive in the time that another request would take to be answered."""
     is_mapped: bool = False
@@ -198,50 +131,33 @@ class ReadAhead:
         A position is wanted once per stream; the caller leaves out those that it has.
         """
         self._reads += 1
-        self._enter(first, last)
         stream = self._continuing(first)
         if stream is None:
             stream = self._begin(first, last)
         else:
             self._go_on(stream, first, last)
         stream.last_read = self._reads
-        if not self.order:
-            self.budget.on_read(self.name, first, last)
         start = max(stream.tail, stream.ahead)
-        window, is_sure = self._window(stream)
-        stop = min(self.blocks, stream.tail + window)
-        if not is_sure and start < stop:
-            stop = min(stop, start + self.budget.left)
+        stop = min(self.blocks, stream.tail + self._window(stream))
         if start - stream.tail >= _FAR and stop < self.blocks:
             # By whole pieces: block by block, each would become a request wherever a connection is idle.
             stop = self._border_before(stop)
         if start >= stop:
             return []
         stream.ahead = stop
-        if not is_sure:
-            self.budget.want(map(self._block, range(start, stop)))
         wanted = [(position - last, position) for position in range(start, stop)]
-        if self._is_mapped_loader(stream):
-            # It looks at the start of each extent, to come back for the rest in the order in which it went.
-            self.is_mapped = True
-            wanted = [
-                (distance // _SKIPS if self._is_start(position) else position - stream.begin, position)
-                for distance, position in wanted
-            ]
+        if self._crossed(stream) >= _LOADER:
+            if stream.own * _SPARSE < stream.tail - stream.begin:
+                # It looks at the start of each extent, to come back for the rest in the order in which it went.
+                self.is_mapped = True
+                wanted = [
+                    (distance // _SKIPS if self._is_start(position) else position - stream.begin, position)
+                    for distance, position in wanted
+                ]
             if not stream.is_filled:
                 wanted += [(position - stream.begin, position) for position in range(stream.begin, start)]
                 stream.is_filled = True
         return wanted
-
-    def _block(self, position: int) -> Block:
-        return self.order[position] if self.order else (self.name, position)
-
-    def _enter(self, first: int, last: int) -> None:
-        """What is read lies in extents that some streams have passed: they do not count as skipped any more."""
-        for stream in self._streams:
-            if stream.missed and first < stream.tail:
-                for extent in range(self._fences_behind(first), self._fences_behind(last) + 1):
-                    stream.missed.pop(extent, None)
 
     def _go_on(self, stream: _Stream, first: int, last: int) -> None:
         for position in range(first, min(last + 1, stream.tail)):
@@ -249,53 +165,27 @@ class ReadAhead:
                 stream.own += 1
         if last < stream.tail:
             return
-        passed = last + 1 - stream.tail
-        if first > stream.tail:
-            passed -= self._skip_to(stream, first)
-            stream.run_from = first
+        if first > stream.tail and not self.fences:
+            is_costly = first - stream.tail > self.cheap_gap
+            near = max(stream.tail, first - _REORDERED)
+            stream.unread |= dict.fromkeys(range(near, first), is_costly)
+            stream.skipped += near - stream.tail
+            stream.skipped_costly += (near - stream.tail) * is_costly
+            stream.dense_from = first
         stream.own += last + 1 - max(first, stream.tail)
         if stream.own > _YOUNG:
-            self.credit.earn(passed)
+            self.credit.earn(last + 1 - stream.tail)
         stream.tail = last + 1
         # In ascending order but for what was skipped at different times, which lies behind.
         for position in [position for position in stream.unread if position < stream.tail - _REORDERED]:
             stream.skipped += 1
             stream.skipped_costly += stream.unread.pop(position)
-        if (stream.skipped or stream.missed) and stream.tail - stream.dense_from >= _START:
+        if stream.skipped and stream.tail - stream.dense_from >= _START:
             # It reads all from here on, as if it had begun there.
             stream.begin = stream.dense_from
-            stream.passed = self._meant(stream.begin)
-            stream.own = min(stream.own - stream.dense_own, stream.tail - stream.begin)
+            stream.own = stream.tail - stream.begin
             stream.skipped = stream.skipped_costly = 0
             stream.unread = {position: costly for position, costly in stream.unread.items() if position >= stream.begin}
-            stream.missed.clear()
-
-    def _skip_to(self, stream: _Stream, first: int) -> int:
-        """A stream goes on behind a gap. Returns how many blocks of it count as skipped: if it goes on with the start
-        of an extent, none of those of which a part is read, since loaders come back for the rest."""
-        if stream.is_announced:
-            # All is about to be read. The kernel reads on in the file's order, which in a loader's is far ahead.
-            return 0
-        is_costly = first - stream.tail > self.cheap_gap
-        if not self._is_near_start(first):
-            near = max(stream.tail, first - _REORDERED)
-            stream.unread |= dict.fromkeys(range(near, first), is_costly)
-            stream.skipped += near - stream.tail
-            stream.skipped_costly += (near - stream.tail) * is_costly
-            skipped = first - stream.tail
-        else:
-            entered = max(self._meant(stream.run_from), self._fences_behind(stream.tail - 1))
-            missed = range(entered + 1, self._meant(first))
-            for extent in missed:
-                stream.missed[extent] = self.fences[extent] - self.fences[extent - 1], is_costly
-            skipped = self.fences[missed[-1]] - self.fences[entered] if missed else 0
-            for extent in list(stream.missed)[:-_MOST_MISSED]:
-                blocks, was_costly = stream.missed.pop(extent)
-                stream.skipped += blocks
-                stream.skipped_costly += blocks * was_costly
-        if skipped:
-            stream.dense_from, stream.dense_own = first, stream.own
-        return skipped
 
     def forget_wanted(self) -> None:
         """What was wanted and has not come will not come: streams want it again when they go on."""
@@ -318,21 +208,24 @@ class ReadAhead:
         return behind < len(self.fences) and -_HOP <= first - self.fences[behind] <= _SLACK
 
     def _begin(self, first: int, last: int) -> _Stream:
-        lent = 0 if self.gives_extents or not self.budget.is_well_spent else self.credit.lend()
+        lent = 0 if self.gives_extents else self.credit.lend()
         count = last + 1 - first
-        passed = max(self._fences_behind(last), self._meant(first, last))
+        passed = self._fences_behind(last)
+        extent = self.fences[passed - 1] if passed else 0
+        # A page fault reads around its page: who begins inside an extent, right before its end, means the next one.
+        if passed < len(self.fences) and extent < first and self.fences[passed] <= last + _HOP:
+            passed += 1
         from_start = first == 0 and not self.fences and not self._streams
         if self.gives_extents:
             # Who has only looked at the start so far wants more than to copy the file.
             for other in self._streams:
                 other.from_start = other.from_start and other.own > _YOUNG
-        stream = _Stream(last + 1, last + 1, count, lent, from_start, passed, first, self._reads, run_from=first)
-        return self._add(stream)
+        return self._add(_Stream(last + 1, last + 1, count, lent, from_start, passed, first, self._reads))
 
     def begin(self, count: int) -> list[tuple[int, int]]:
         """The first `count` positions are about to be read in order: as `on_read`, before the first read."""
         stop = min(count, self.blocks, self.max_window)
-        self._add(_Stream(0, stop, 0, stop // _START_FACTOR, True, 0, 0, self._reads, is_announced=True))
+        self._add(_Stream(0, stop, 0, stop // _START_FACTOR, True, 0, 0, self._reads))
         return [(position, position) for position in range(stop)]
 
     def _add(self, stream: _Stream) -> _Stream:
@@ -341,36 +234,21 @@ class ReadAhead:
         self._streams.append(stream)
         return stream
 
-    def _gaps(self, stream: _Stream) -> tuple[int, int]:
-        """How many blocks count as skipped now, and how many of them are costly."""
-        missed = stream.missed.values()
-        gaps = stream.skipped + len(stream.unread) + sum(blocks for blocks, _ in missed)
-        costly = sum(stream.unread.values()) + sum(blocks for blocks, is_costly in missed if is_costly)
-        return gaps, stream.skipped_costly + costly
-
-    def _window(self, stream: _Stream) -> tuple[int, bool]:
-        """How many positions behind a stream's tail are worth having, and whether that is no guess: then it copies the
-        file, or loads it."""
-        gaps, costly = self._gaps(stream)
-        read, is_sure = stream.own + stream.lent, False
-        run = read - costly
+    def _window(self, stream: _Stream) -> int:
+        gaps = stream.skipped + len(stream.unread)
+        run = stream.own + stream.lent - stream.skipped_costly - sum(stream.unread.values())
         from_start = self._is_from_start(stream)
-        if gaps > _STRAY + read // _DENSE:
-            window = 0
-        elif from_start and run > 1:
+        if from_start and run > 1 and gaps <= stream.own // 4:
             window = _START_FACTOR * run
-            is_sure = not self.fences or run >= _START
         else:
             window = run if run >= _START else run // 2 if run >= _YOUNG else 0
-            window = min(window, max(0, read + _SPARE - gaps))
+            window = min(window, max(0, stream.own + stream.lent + _SPARE - gaps))
         active = sum(1 for other in self._streams if other.last_read + _ACTIVE > self._reads)
         window = min(window, max(self.max_window // max(active, 1), min(_LEAST, self.max_window)))
         crossed = self._crossed(stream)
-        if self._is_loader(stream):
-            window = max(window, min(_START << min(crossed - _LOADER, _LEAST), self.max_window))
-            if self._is_mapped_loader(stream):
-                is_sure = True
-        elif crossed < _LOADER and stream.passed < len(self.fences) and not from_start:
+        if crossed >= _LOADER:
+            window = max(window, min(_START << crossed - _LOADER, self.max_window))
+        elif stream.passed < len(self.fences) and not from_start:
             beyond = _HOP + 1 if self._is_first(stream) else 0
             rest = self.fences[stream.passed] + beyond - stream.tail
             is_young = stream.own < _START
@@ -379,18 +257,7 @@ class ReadAhead:
             # The kernel's own read-ahead goes on beyond what is read, and must not be taken for a reader.
             if is_young or not crossed:
                 window = max(0, min(window, rest)) if self.gives_extents or not is_young else 0
-        return window, is_sure
-
-    def _is_loader(self, stream: _Stream) -> bool:
-        """Whether it goes from one extent to the next, with few left out."""
-        return self._crossed(stream) >= _LOADER and self._gaps(stream)[0] * _FEW <= stream.tail - stream.begin
-
-    def _is_mapped_loader(self, stream: _Stream) -> bool:
-        """Whether it goes from one extent to the next, and looks at a part of each only: it has mapped the file, and
-        will come back. Known for sure, as few others do so for long."""
-        span = stream.tail - stream.begin
-        is_long = span >= _SURE_SPAN and self._crossed(stream) >= _SURE_LOADER
-        return is_long and stream.own * _SPARSE < span and self._is_loader(stream)
+        return window
 
     def _is_from_start(self, stream: _Stream) -> bool:
         """Whether it copies the file, as far as can be told.
@@ -398,9 +265,7 @@ class ReadAhead:
         With extents only when it has gone on beyond the first by more than the kernel reads ahead: before that it may
         want no more than one.
         """
-        return stream.from_start or (
-            self._is_first(stream) and stream.tail > max(self.fences[0] + _HOP + 1, 2 * _YOUNG)
-        )
+        return stream.from_start or (self._is_first(stream) and stream.tail > self.fences[0] + _HOP)
 
     def _is_first(self, stream: _Stream) -> bool:
         return bool(self.fences) and stream.begin <= _HOP and not stream.passed
@@ -412,21 +277,6 @@ class ReadAhead:
 
     def _crossed(self, stream: _Stream) -> int:
         return max(0, self._fences_behind(stream.tail - 1) - stream.passed)
-
-    def _is_near_start(self, position: int) -> bool:
-        """Whether an extent begins at, or right behind, a position where somebody begins to read."""
-        number = bisect.bisect_left(self.fences, position - 1)
-        return number < len(self.fences) and self.fences[number] <= position + _HOP
-
-    def _meant(self, first: int, last: int | None = None) -> int:
-        """The extent that a read means which begins here.
-
-        A page fault reads around its page: who begins inside an extent, right before its end, means the next one.
-        """
-        number = self._fences_behind(first)
-        begins = self.fences[number - 1] if number else 0
-        last = first if last is None else last
-        return number + (number < len(self.fences) and begins < first and self.fences[number] <= last + _HOP)
 
     def _border_before(self, position: int) -> int:
         if not self.borders:
@@ -444,10 +294,9 @@ class LoadOrder:
     Files have names; a block is a name and a number.
     """
 
-    def __init__(self, max_window: int, credit: Credit, budget: Budget | None = None) -> None:
+    def __init__(self, max_window: int, credit: Credit) -> None:
         self._max_window = max_window
         self._credit = credit
-        self._budget = budget or Budget()
         self._tensors: dict[str, Sequence[Extent]] = {}
         self._order: list[tuple[str, int]] = []
         self._position: dict[tuple[str, int], int] = {}
@@ -467,16 +316,7 @@ class LoadOrder:
         pieces = [(file, number // PIECE) for file, number in self._order]
         borders = [position for position in range(1, len(pieces)) if pieces[position - 1] != pieces[position]]
         self._position = {block: position for position, block in enumerate(self._order)}
-        self._policy = ReadAhead(
-            len(self._order),
-            self._max_window,
-            self._credit,
-            fences,
-            borders,
-            gives_extents=False,
-            order=self._order,
-            budget=self._budget,
-        )
+        self._policy = ReadAhead(len(self._order), self._max_window, self._credit, fences, borders, gives_extents=False)
         return True
 
     @property

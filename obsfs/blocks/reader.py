@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ from obsfs.blocks.cache import Cache
 from obsfs.blocks.fetcher import Fetcher, Target, Waiter
 from obsfs.blocks.layout import BLOCK, block_count
 from obsfs.blocks.object import CachedObject
-from obsfs.blocks.readahead import Budget, Credit, LoadOrder, ReadAhead, runs
+from obsfs.blocks.readahead import Credit, LoadOrder, ReadAhead, runs
 from obsfs.blocks.scrub import Scrubber
 from obsfs.errors import CacheError, ObsfsError, TooManyFilesError, UnavailableError
 from obsfs.limits import allow_open_files
@@ -54,7 +54,6 @@ class _Load:
     """What the readers of one model share: the shards ``NAME-00001-of-00004.safetensors``, or a file by itself."""
 
     credit: Credit
-    budget: Budget
     order: LoadOrder
     guard: threading.Lock = field(default_factory=threading.Lock)
     shards: dict[str, ObjectVersion] = field(default_factory=dict)
@@ -79,7 +78,7 @@ class Reader:
         self._order: LoadOrder | None = None
         # Until the tensors are known, the start of such a file is its header, and nobody's stream.
         fences = (0,) if self._has_tensors else ()
-        self._policy = self._new_policy(fences)
+        self._policy = ReadAhead(cached.blocks, engine.window, self.load.credit, fences)
         self._is_verifying = False
         self._is_complete = cached.is_complete()
 
@@ -154,15 +153,11 @@ class Reader:
             load, key, window = self.load, self.version.key, self._engine.window
             self._order = load.order
             if not load.order.add(key, found):
-                self._order = LoadOrder(window, load.credit, load.budget)
+                self._order = LoadOrder(window, load.credit)
                 self._order.add(key, found)
             load.shards[key] = self.version
             # In the file's order a loader jumps, which earns and spends nothing.
-            self._policy = self._new_policy(safetensors.file_fences(found, BLOCK))
-
-    def _new_policy(self, fences: Sequence[int]) -> ReadAhead:
-        key, load = self.version.key, self.load
-        return ReadAhead(self.cached.blocks, self._engine.window, fences=fences, name=key, budget=load.budget)
+            self._policy = ReadAhead(self.cached.blocks, window, fences=safetensors.file_fences(found, BLOCK))
 
     def _peek(self, offset: int, size: int) -> bytes | None:
         last = block_count(min(offset + size, self.size))
@@ -242,9 +237,8 @@ class Reader:
 
     def drop_prefetch(self) -> None:
         """Nobody has it open: fetch no more than what is in flight."""
-        dropped = self._engine.fetcher.drop_prefetch(self.target)
+        self._engine.fetcher.drop_prefetch(self.target)
         with self.load.guard:
-            self.load.budget.drop((self.version.key, block) for block in dropped)
             self._policy.forget_wanted()
             if self._order is not None:
                 self._order.forget_wanted()
@@ -469,8 +463,8 @@ class Engine:
         with self._guard:
             load = self._loads.get(place)
             if load is None:
-                credit, budget = Credit(), Budget()
-                load = self._loads[place] = _Load(credit, budget, LoadOrder(self.window, credit, budget))
+                credit = Credit()
+                load = self._loads[place] = _Load(credit, LoadOrder(self.window, credit))
                 if len(self._loads) > _LOADS:
                     del self._loads[next(iter(self._loads))]
             return load

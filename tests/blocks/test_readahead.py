@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obsfs.blocks.layout import BLOCK
-from obsfs.blocks.readahead import Budget, Credit, LoadOrder, ReadAhead
-from obsfs.blocks.safetensors import Extent, file_fences, natural
+from obsfs.blocks.readahead import Credit, LoadOrder, ReadAhead
+from obsfs.blocks.safetensors import Extent
 
 WINDOW = 256
 
@@ -126,9 +126,9 @@ def test_one_tensor_is_given_whole_and_nothing_beyond(tensor: int, size: int, ar
 
 
 def test_a_tensor_comes_with_its_second_read() -> None:
-    policy = ReadAhead(400, WINDOW, fences=[6 * n + 3 for n in range(1, 60)])
+    policy = ReadAhead(400, WINDOW, fences=[8 * n + 1 for n in range(1, 50)])
     assert wanted(policy, 79, 79) == set()
-    assert wanted(policy, 80, 80) == set(range(81, 87)), "the tensor goes from the end of block 80 to that of block 86"
+    assert wanted(policy, 80, 80) == set(range(81, 89)), "the tensor goes from the end of block 80 to that of block 88"
 
 
 def test_who_reads_from_the_first_tensor_on_reads_all() -> None:
@@ -138,7 +138,7 @@ def test_who_reads_from_the_first_tensor_on_reads_all() -> None:
     for block in range(400):
         late += block not in had
         had |= wanted(policy, block, block)
-    assert late <= 3, "the first two, and the one by which it is told from a mapped reader of the first tensor"
+    assert late <= 2
 
 
 def test_a_loader_that_looks_at_the_start_of_each_tensor_is_one_stream() -> None:
@@ -303,8 +303,8 @@ def test_strided_streams_side_by_side_fetch_at_most_twice_what_they_touch(stream
 
 
 def test_gaps_that_are_cheap_are_fetched_on_the_way() -> None:
-    """Nine of ten blocks: to ask for each part anew would wait for an answer each time."""
-    reads = [(block, block) for block in range(100, 1000) if block % 10]
+    """Three of four blocks: to ask for each part anew would wait for an answer each time."""
+    reads = [(block, block) for block in range(100, 1000) if block % 4]
     touched, fetched, late = cost(ReadAhead(2000, WINDOW, cheap_gap=2), reads)
     assert late <= 8
     assert len(fetched) <= 2 * len(touched) + 4
@@ -315,102 +315,3 @@ def test_a_reader_that_stops_skipping_has_its_window_again() -> None:
     cost(policy, ((block, block) for block in range(100, 700, 6)))
     _, _, late = cost(policy, ((block, block) for block in range(700, 2000)))
     assert late <= 20
-
-
-def tensors(count: int, kib: int) -> list[Extent]:
-    """Layers of so many KiB each, as transformers writes them: in lexicographic order, after a header."""
-    names = sorted(f"layers.{n}" for n in range(count))
-    return [Extent(name, 9000 + at * kib * 1024, 9000 + (at + 1) * kib * 1024) for at, name in enumerate(names)]
-
-
-def load(file: list[Extent], reads: Iterable[tuple[int, int]]) -> tuple[set[int], set[int], int]:
-    """As `cost`, of a safetensors file, watched in its own order and in a loader's. Its header has been read."""
-    budget = Budget()
-    budget.on_read("f", 0, 0)
-    ahead = LoadOrder(WINDOW, Credit(), budget)
-    assert ahead.add("f", file)
-    fences = file_fences(file, BLOCK)
-    policy = ReadAhead(fences[-1], WINDOW, fences=fences, name="f", budget=budget)
-    touched, fetched, late = {0}, {0}, 0
-    for first, last in reads:
-        blocks = set(range(first, last + 1))
-        touched |= blocks
-        late += not blocks <= fetched
-        fetched |= blocks | wanted(policy, first, last) | {block for _, _, block in ahead.on_read("f", first, last)}
-    return touched, fetched, late
-
-
-def blocks_of(chosen: Iterable[Extent], step: int = 1) -> Iterator[tuple[int, int]]:
-    for extent in chosen:
-        stop = -(-extent.stop // BLOCK)
-        for block in range(extent.start // BLOCK, stop, step):
-            yield block, min(block + step, stop) - 1
-
-
-@given(
-    count=st.integers(10, 200),
-    kib=st.integers(64, 6000),
-    every=st.integers(2, 12),
-    begin=st.integers(0, 11),
-    many=st.integers(1, 60),
-    in_order=st.booleans(),
-    step=st.integers(1, 4),
-)
-def test_who_leaves_tensors_out_fetches_at_most_twice_what_is_touched(
-    count: int, kib: int, every: int, begin: int, many: int, in_order: bool, step: int
-) -> None:
-    """Every third tensor, in the order of the file or of their names; stopped at any point, so also a single one."""
-    file = tensors(count, kib)
-    order = sorted(file, key=lambda extent: natural(extent.name)) if in_order else file
-    touched, fetched, _ = load(file, blocks_of(order[begin::every][:many], step))
-    assert len(fetched) <= 2 * len(touched) + 4
-
-
-@given(count=st.integers(10, 200), kib=st.integers(64, 6000), seed=st.integers(0, 1000), many=st.integers(1, 12))
-def test_tensors_picked_at_random_cost_at_most_twice_their_bytes(count: int, kib: int, seed: int, many: int) -> None:
-    file = tensors(count, kib)
-    picked = random.Random(seed).sample(file, min(many, count // 2))
-    touched, fetched, _ = load(file, blocks_of(picked))
-    assert len(fetched) <= 2 * len(touched) + 4
-
-
-@given(count=st.integers(10, 60), kib=st.integers(3000, 20_000), part=st.integers(2, 8), seed=st.integers(0, 100))
-def test_slices_from_within_tensors_cost_at_most_twice_their_bytes(count: int, kib: int, part: int, seed: int) -> None:
-    """A rank's share of some tensors."""
-    file = tensors(count, kib)
-    picked = sorted(random.Random(seed).sample(file, count // 4), key=lambda extent: extent.start)
-    size = kib * 1024
-    share = [Extent(one.name, one.start + size // 2, one.start + size // 2 + size // part // 2) for one in picked]
-    touched, fetched, _ = load(file, blocks_of(share))
-    assert len(fetched) <= 2 * len(touched) + 4
-
-
-@given(count=st.integers(10, 100), kib=st.integers(64, 20_000), in_order=st.booleans(), left_out=st.integers(0, 9))
-def test_who_loads_all_tensors_waits_for_few(count: int, kib: int, in_order: bool, left_out: int) -> None:
-    """In the order of the file or of their names, also but for one."""
-    file = tensors(count, kib)
-    order = sorted(file, key=lambda extent: natural(extent.name)) if in_order else list(file)
-    del order[left_out]
-    touched, fetched, late = load(file, blocks_of(order))
-    assert late <= 16
-    assert fetched >= touched
-
-
-def test_guesses_in_vain_are_few_over_all_streams() -> None:
-    """Many streams that begin well and end at once, each of which alone would be worth reading ahead for."""
-    dice = random.Random(1)
-    starts = [dice.randrange(90_000) for _ in range(60)]
-    reads = [(start + block, start + block) for start in starts for block in range(6)]
-    touched, fetched, _ = cost(ReadAhead(100_000, WINDOW), reads)
-    assert len(fetched) <= 2 * len(touched) + 4
-
-
-def test_what_is_not_fetched_after_all_is_not_counted() -> None:
-    budget = Budget()
-    budget.want(("f", block) for block in range(4))
-    assert budget.left == 0
-    budget.drop([("f", 3)])
-    assert budget.left == 1
-    budget.on_read("f", 0, 1)
-    budget.on_read("f", 1, 1)
-    assert budget.left == 5
