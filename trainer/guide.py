@@ -47,10 +47,13 @@ _SEARCH_SECONDS = 5.0
 def found_models() -> list[str]:
     """Directories on this user's mounts that have a configuration, one or two levels deep.
 
+    Not on those that end with a program which has made them.
+
     Each mount is searched by a process of its own, and one that takes longer than 5 seconds is left out: nobody who
     waits for a mount can be made to stop.
     """
-    roots = [one.entry.mountpoint for one in mounts.find() if one.state == "mounted"]
+    there = [one for one in mounts.find() if one.state == "mounted" and not one.status.get("ends_with_program")]
+    roots = [one.entry.mountpoint for one in there]
     searches = [
         subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _SEARCH, root],

@@ -130,7 +130,9 @@ def clean(path: str | None, older_than: str | None, **given: Any) -> None:
     """
     store = _open(given)
     freed = store.clean(older_than=age(older_than), prefix=_prefix(path) if path else None)
-    tell(f"{human(freed)} freed in {store.directory}")
+    pinned = store.pins.size()
+    kept = f"; pins stay ({human(pinned)}, see `obsfs unpin`)" if pinned else ""
+    tell(f"{human(freed)} freed in {store.directory}{kept}")
 
 
 def _prefix(path: str) -> tuple[str, str]:

@@ -186,6 +186,7 @@ def serve(
             "upgrades": takeover.upgrades if takeover else 0,
             "log": str(log_file) if log_file else None,
             "can_be_followed": takeover is not None,
+            "ends_with_program": bool(request and request.get("lifeline")),
         }
         operations = Operations(tree, engine, settings, identity, lambda: bucket.sites)
         if settings.engine == "native":

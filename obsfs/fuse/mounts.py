@@ -445,7 +445,7 @@ def _leave(process: subprocess.Popen[bytes]) -> None:
 def _status_of(entry: MountEntry, answer: _Answer | OSError | None) -> dict[str, Any]:
     """What an answer says; where the mount is, and what it shows, is the kernel's to say. Raises as :func:`status`."""
     if isinstance(answer, OSError):
-        raise answer
+        raise OSError(answer.errno, answer.strerror, str(entry.mountpoint))
     found: Any = None
     with suppress(ValueError):
         found = json.loads(answer.value) if answer is not None else None

@@ -69,6 +69,8 @@ def parse_model(text: str, library: str | None = None) -> ModelName:
     """A model's URL, or its name alone when there is a `library` (``obs://BUCKET/PREFIX``). Raises UsageError."""
     check_text(text)
     if "://" not in text:
+        if "@" in text.rpartition("/")[0]:
+            raise UsageError(f"{text!r} names no model: a version has no '/'", "write NAME@VERSION, as in Qwen2-7B@v1")
         if not library:
             raise UsageError(
                 f"{text!r} is no model of a bucket", "write obs://BUCKET/NAME, or set OBSFS_LIBRARY=obs://BUCKET/PREFIX"
@@ -123,5 +125,9 @@ def by_age(versions: Iterable[tuple[float, str]]) -> list[str]:
 def nearest(name: str, known: Iterable[str]) -> str:
     """The known names most like `name`, as text for an error."""
     found = sorted(set(known), key=natural)
-    close = difflib.get_close_matches(name, found, _NEAREST, 0.4) or found[-_NEAREST:]
-    return f"there is {', '.join(close)}" if close else "there is none yet"
+    if not found:
+        return "there is none yet"
+    if close := difflib.get_close_matches(name, found, _NEAREST, 0.4):
+        return f"there is {', '.join(close)}"
+    others = len(found) - 1
+    return f"there is {found[-1]}, and {others} other{'s' * (others > 1)}" if others else f"there is only {found[0]}"

@@ -31,6 +31,7 @@ from obsfs.text import visible
 _CONNECTIONS = 16
 _NOT_OURS = {".git", ".obsfs", ".cache", "__pycache__", ".ipynb_checkpoints"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_DIRECTORY = "give the directory of a model"
 _NOT_WHOLE = "the model is not whole: mend it, or publish it as it is with --no-check (check=False)"
 
 
@@ -59,14 +60,16 @@ class LocalFile:
 
 def find_files(directory: Path, *, any_files: bool = False) -> list[LocalFile]:
     """The files of a local model, by path. Raises UsageError for what is no model, or cannot be one in a bucket."""
+    if not directory.exists():
+        raise UsageError(f"there is no directory {directory}", _DIRECTORY)
     try:
         found = sorted(_walk(directory, ""), key=lambda file: file.path)
     except OSError as error:
         raise UsageError(f"{error.filename} cannot be read ({error.strerror})", "push what you may read") from None
     if not directory.is_dir():
-        raise UsageError(f"{directory} is no directory", "give the directory of a model")
+        raise UsageError(f"{directory} is no directory", _DIRECTORY)
     if not found:
-        raise UsageError(f"there is nothing in {directory}", "give the directory of a model")
+        raise UsageError(f"there is nothing in {directory}", _DIRECTORY)
     for file in found:
         if not is_safe_path(file.path):
             raise UsageError(f"{file.place} has a name that no model can have", "rename it")
@@ -159,7 +162,7 @@ def check_model(directory: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
             if entry.is_file()
         }
     except OSError as error:
-        raise UsageError(f"{directory} cannot be read ({error.strerror})", "give the directory of a model") from None
+        raise UsageError(f"{directory} cannot be read ({error.strerror})", _DIRECTORY) from None
     found = whole.look({name: (file.size, file.read) for name, file in files.items()})
     whole.check(found, str(directory), "the model is not whole: push or pull it again")
     return found.headers

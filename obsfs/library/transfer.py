@@ -46,7 +46,8 @@ class Crew:
         except BaseException:
             self._stop.set()
             for thread in threads:
-                thread.join(_WAIT_SECONDS)
+                if thread.is_alive():  # not the one that a signal has kept from starting, nor those behind it
+                    thread.join(_WAIT_SECONDS)
             raise
         if self._error is not None:
             raise self._error

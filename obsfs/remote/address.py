@@ -88,6 +88,8 @@ def _meant(url: str) -> str:
     except ValueError:
         return _FORM
     if parts.scheme in ("http", "https"):
+        if host.startswith("console."):
+            return "that is a web console: write obs://BUCKET and --region REGION"
         end = next((end for end in PROVIDERS if host.endswith(end)), "")
         labels = host.removesuffix(end).split(".")
         bucket = ".".join(labels[:-2]) if end and len(labels) > 2 else ""  # BUCKET.obs.REGION

@@ -78,3 +78,18 @@ def test_what_waits_for_a_silent_server_can_be_interrupted(
     assert process.returncode == 130
     assert said.strip().splitlines()[-1] == "obsfs: interrupted"
     assert channel.mounted_at(tmp_path / "mnt") is None
+
+
+def test_interrupted_while_it_imports_it_ends_as_by_the_signal() -> None:
+    code = """
+import os, signal, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "click":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+from obsfs.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

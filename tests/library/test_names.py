@@ -58,3 +58,11 @@ def test_versions_in_order_and_the_nearest() -> None:
     assert by_age([(2.0, "a"), (1.0, "v10"), (1.0, "v2")]) == ["v2", "v10", "a"]
     assert "Qwen2-7B" in nearest("Qwen2-7b", ["Qwen2-7B", "Llama"])
     assert nearest("x", []) == "there is none yet"
+    assert nearest("unlike", ["Qwen2", "Llama"]) == "there is Qwen2, and 1 other"
+    assert nearest("unlike", ["Qwen2"]) == "there is only Qwen2"
+
+
+@pytest.mark.parametrize("text", ["x@v/1", "org/x@v1/2", "x@/y"])
+def test_a_version_with_a_slash_is_no_name_without_a_version(text: str) -> None:
+    with pytest.raises(UsageError, match="a version has no '/'"):
+        parse_model(text, "obs://models")

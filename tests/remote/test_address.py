@@ -66,6 +66,9 @@ def test_valid_names_are_those_that_linux_takes(name: str) -> None:
     assert is_valid_name(name) == expected
 
 
+CONSOLE = "write obs://BUCKET and --region REGION"
+
+
 @pytest.mark.parametrize(
     ("url", "hint"),
     [
@@ -81,6 +84,7 @@ def test_valid_names_are_those_that_linux_takes(name: str) -> None:
         ("https://a.b.s3.eu-west-1.amazonaws.com/x", "write s3://a.b/x and --region eu-west-1"),
         ("http://127.0.0.1:9000/models", "write obs://models and --endpoint-url http://127.0.0.1:9000"),
         ("https://minio", "write obs://BUCKET and --endpoint-url https://minio"),
+        ("https://console.huaweicloud.com/#/obs/models", "that is a web console: " + CONSOLE),
         ("/mnt/models", "write obs://BUCKET or obs://BUCKET/PREFIX"),
         ("https://[", "write obs://BUCKET or obs://BUCKET/PREFIX"),
         ("", "write obs://BUCKET or obs://BUCKET/PREFIX"),

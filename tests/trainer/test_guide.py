@@ -59,6 +59,13 @@ def test_the_guide_finds_the_model_and_writes_a_run_that_works(
     assert again.exit_code == 1
 
 
+def test_a_mount_of_another_program_is_not_offered(bucket: Store) -> None:
+    bucket.put("models/a/config.json", b"{}")
+    with package.mount(f"{bucket}/models") as temporary:
+        assert (temporary.path / "a" / "config.json").is_file()
+        assert str(temporary.path / "a") not in found_models()
+
+
 def test_a_mount_that_hangs_hides_no_model_of_another(bucket: Store, mount: Mounter, tiny: Path) -> None:
     bucket.put("models/a/config.json", b"{}")
     bucket.put("other/b/config.json", b"{}")
