@@ -559,12 +559,12 @@ class Fetcher:
                     continue
                 want.attempts += 1
                 want.failing_since = want.failing_since or max(flight.since, want.demanded_since)
-                pause = backoff(want.attempts)
-                is_over = now + pause - want.failing_since >= self._retry_timeout
-                if final or not want.waiters or is_over or self._stopping:
+                left = want.failing_since + self._retry_timeout - now
+                if final or not want.waiters or left <= 0 or self._stopping:
                     told |= self._give_up(target, block, error)
                 else:
-                    retried[block] = pause
+                    # The last time when patience ends: pauses grow fast where neighbours fail together.
+                    retried[block] = min(backoff(want.attempts), left)
                     want.error = error if isinstance(error, UnavailableError) else None
             self.stats.retries += not (final or told)
             self.stats.errors += bool(told)

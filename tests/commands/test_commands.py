@@ -97,7 +97,7 @@ def test_s3_is_another_name(bucket: Store, obsfs: Run, mountpoint: Path) -> None
 
 
 def test_mistakes_about_the_bucket(bucket: Store, obsfs: Run, mountpoint: Path) -> None:
-    fails(obsfs("mount", "models", mountpoint), mountpoint, "models", "obs://BUCKET")
+    fails(obsfs("mount", "models", mountpoint), mountpoint, "models", "did you mean obs://models?")
     fails(obsfs("mount", "obs://no-such-bucket-here", mountpoint), mountpoint, "no-such-bucket-here")
     fails(obsfs("mount", f"{bucket}/no/such/prefix", mountpoint), mountpoint, "no/such/prefix")
     fails(obsfs("mount", bucket, mountpoint, "--endpoint-url", "http://127.0.0.1:1"), mountpoint, "cannot reach")
