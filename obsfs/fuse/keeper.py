@@ -1,7 +1,7 @@
 """A server's side of its supervisor (:mod:`obsfs.fuse.supervisor`): what it gives to keep, and what it inherits.
 
 A server that serves does not depend on its supervisor. When that is killed, it appoints another one
-(:class:`Appointer`): a process of the same kind, which adopts the server as it is, and is given all to keep again.
+(:func:`appoint`): a process of the same kind, which adopts the server as it is, and is given all to keep again.
 """
 
 from __future__ import annotations
@@ -129,11 +129,10 @@ def appoint(
     here = [sys.executable, os.environ.get("PYTHONPATH", "")]
     programs = request.get("programs") or {"installed": here, "running": here}
     installed = Program(*programs["installed"])
-    adopt = {**counts, "running": programs["running"]}
-    request = {**request, "adopt": adopt}
+    request = {**request, "adopt": {**counts, "running": programs["running"], "installed": installed[:2]}}
     reason = ""
     for program in (installed, installed._replace(copy=copy)) if copy >= 0 else (installed,):
-        found = _start(program, arguments, request, Program(*programs["installed"]))
+        found = _start(program, arguments, request)
         if not isinstance(found, str):
             return found
         log.error("%s could not be started as a supervisor: %s", program.executable, found)
@@ -142,11 +141,11 @@ def appoint(
 
 
 def _start(
-    program: Program, arguments: list[str], request: dict[str, Any], installed: Program
+    program: Program, arguments: list[str], request: dict[str, Any]
 ) -> tuple[subprocess.Popen[bytes], socket.socket] | str:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pidfd = os.pidfd_open(os.getpid())
-    adopt = {**request["adopt"], "control": theirs.fileno(), "pidfd": pidfd, "installed": installed[:2]}
+    adopt = {**request["adopt"], "control": theirs.fileno(), "pidfd": pidfd}
     try:
         process = subprocess.Popen(
             [program.executable, "-P", "-m", "obsfs.fuse.supervisor", *arguments],

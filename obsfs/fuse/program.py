@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import obsfs
+from obsfs.fuse import state
 from obsfs.fuse.supervisor import FD_PATH
 
 log = logging.getLogger(__name__)
@@ -56,5 +57,5 @@ def copy_in_steps(started: float, keep: Callable[[int], None], package: Path = _
 
 def process_start() -> float:
     """When this process was started, in seconds since the epoch."""
-    ticks = int(Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[19])
+    ticks = state.started(os.getpid())
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))

@@ -49,7 +49,7 @@ def lock(mountpoint: Path, keeper: int) -> int:
 def note_keeper(lock: int, keeper: int) -> None:
     """Write into the file of a lock that we have with which process the mount ends."""
     os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{keeper} {_started(keeper)}".encode(), 0)
+    os.pwrite(lock, f"{keeper} {started(keeper)}".encode(), 0)
 
 
 def is_abandoned(mountpoint: Path) -> bool:
@@ -57,8 +57,8 @@ def is_abandoned(mountpoint: Path) -> bool:
     keeper = _keeper(mountpoint)
     if keeper is None:
         return False
-    pid, started = keeper
-    return _started(pid) == 0 or (started is not None and _started(pid) != started)
+    pid, noted = keeper
+    return started(pid) == 0 or (noted is not None and started(pid) != noted)
 
 
 def open_keeper(mountpoint: Path) -> int:
@@ -108,7 +108,7 @@ def _keeper(mountpoint: Path) -> tuple[int, int | None] | None:
     return numbers[0], numbers[1] if len(numbers) > 1 else None
 
 
-def _started(pid: int) -> int:
+def started(pid: int) -> int:
     """When a process started, in clock ticks after the boot (proc_pid_stat(5), field 22); 0 when it is gone."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])

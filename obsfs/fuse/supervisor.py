@@ -426,6 +426,7 @@ class Supervisor:
             self._since = time.monotonic()
         if name == "connection" and "state" in message:
             self._is_serving = True
+            self._drop_said()
             self._failed = 0
             self._good = self._running
             if not self._is_ending:
@@ -484,6 +485,10 @@ class Supervisor:
         self._log("ERROR", f"a server that should follow did not start: {reason}")
         is_last = self._failed > 1 and time.monotonic() - self._since > _PATIENCE_SECONDS
         self._alarm = time.monotonic() + _PAUSE_SECONDS, self._give_up if is_last else self._follow
+        self._drop_said()
+
+    def _drop_said(self) -> None:
+        """What a server has said is of use only until it serves, or has failed to."""
         if self._said >= 0:
             os.close(self._said)
             self._said = -1

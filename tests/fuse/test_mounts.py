@@ -239,7 +239,7 @@ def test_no_process_is_signalled_because_a_mount_names_it(impostor: Impostors) -
         said = {**_ELSEWHERE, "supervisor": victim.pid, "pid": victim.pid, "can_be_followed": True}
         liar = impostor(status=said)
         lock = state.path(liar.path, "lock")
-        for content in (None, f"{victim.pid}", f"{victim.pid} {state._started(victim.pid)}", "-1 1", "0", "x"):
+        for content in (None, f"{victim.pid}", f"{victim.pid} {state.started(victim.pid)}", "-1 1", "0", "x"):
             if content is not None:
                 lock.write_text(content)
             with pytest.raises(UsageError, match="cannot be proven"):

@@ -58,6 +58,8 @@ def test_another_one_takes_the_place_of_one_that_is_killed(bucket: Store, mount:
         assert file.read() == data[100:]
     shown = status(path)
     assert (shown["restarts"], shown["upgrades"]) == (1, 1)
+    kept = [str(fd.readlink()) for fd in Path(f"/proc/{shown['supervisor']}/fd").iterdir()]
+    assert not [name for name in kept if "obsfs-said" in name], "what a server says is kept only until it serves"
     logged = state.path(path, "log").read_text()
     assert logged.count(f"the supervisor (pid {before['supervisor']}) was killed") == 1
     assert f"another supervisor is there (pid {shown['supervisor']})" in logged
