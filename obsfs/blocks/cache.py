@@ -86,7 +86,7 @@ class Cache:
         self.directory = directory
         self.corrupt_blocks = 0
         self.evicted_bytes = 0
-        self.held = HeldBlocks()
+        self.held = HeldBlocks(self.reserve, self.settle)
         self.map_descriptors = MapDescriptors()
         self.root = directory / FORMAT
         self._fixed_limit = limit
@@ -296,7 +296,7 @@ class Cache:
         with self._guard:
             self.corrupt_blocks += 1
 
-    def settle(self, size: int, *, stored: bool) -> None:
+    def settle(self, size: int, stored: bool) -> None:
         """A block for which room was reserved was stored, or could not be."""
         with self._guard:
             self._reserved -= size
@@ -321,20 +321,22 @@ class Cache:
                 self.trim_soon()
             else:
                 with self._evicting:
-                    if self._is_scan_due():
-                        self.trim()
+                    is_removed = self._is_scan_due() and self._evict(0)
+                self._tell(is_removed)
         if self._take(size):
             return True
         with self._evicting:
+            if self._take(size):
+                return True
             # What is in use stays in use for a while: a scan that freed too little is not repeated at once.
-            if not self._take(size):
-                if time.monotonic() < self._next_scan:
-                    return False
-                self._evict(self._bound - self._reserved - size, size)
-                if not self._take(size):
-                    self._next_scan = time.monotonic() + 1.0
-                    return False
-            return True
+            if time.monotonic() < self._next_scan:
+                return False
+            is_removed = self._evict(size)
+            is_taken = self._take(size)
+            if not is_taken:
+                self._next_scan = time.monotonic() + 1.0
+        self._tell(is_removed)
+        return is_taken or (is_removed and self._take(size))
 
     @property
     def _bound(self) -> int:
@@ -368,52 +370,57 @@ class Cache:
 
     def trim(self) -> None:
         """Bring the cache to its limit, and give the disk back what it is to have free; oldest blocks go first."""
-        ahead = self._ahead(min(self._bound, self.limit))
-        self._evict(self._bound - ahead, ahead)
-
-    def _evict(self, target: int, size: int) -> None:
-        """Evict to `target` bytes, or 5 % less if it has to go down at all, and so that the disk takes `size` more.
-
-        Files are locked one by one: who opens one waits for no more than that.
-        """
         with self._evicting:
-            stored = self._stored
-            blocks: list[StoredBlock] = []
-            rooms: dict[Path, int] = {}
-            shares: dict[Path, int] = {}
-            for path in map_paths(self.root):
-                found = read_map(path)
-                if not found.is_readable:
-                    with suppress(OSError), self.exclusive:
-                        remove_empty(path)
-                rooms[path] = found.room
-                shares[path] = found.room // max(1, len(found.blocks))
-                if not (is_pinned(path) or is_linked(path)):
-                    blocks += found.blocks
-            blocks.sort()
-            total = sum(block.size for block in blocks) + self.pins.cached_bytes()
-            excess = max(total + sum(rooms.values()) - target, self._shortfall(size))
-            if excess > 0:
-                excess += min(max(0, total - excess) // 20, _MOST_SLACK)
-            oldest, freed, is_removed = iter(blocks), 0, False
-            # In rounds: what is in use by passthrough frees nothing, so that more must be chosen.
-            while freed < excess and (victims := _take_bytes(oldest, excess - freed, shares)):
-                for path, of_file in victims.items():
-                    with self.exclusive:
-                        size_freed = evict_blocks(path, of_file)
-                    self.evicted_bytes += size_freed
-                    total -= size_freed
-                    freed += size_freed
-                    if not path.exists():
-                        freed += rooms.pop(path, 0)
-                        is_removed = True
-            with self._guard:
-                # What was stored during the scan may have been seen by it or not.
-                self._used = total + self._stored - stored
-                self._room_of_maps = sum(rooms.values())
-                self._stored_at_scan = stored
+            is_removed = self._evict(self._ahead(min(self._bound, self.limit)))
+        self._tell(is_removed)
+
+    def _tell(self, is_removed: bool) -> None:
+        """Called with no lock held: who closes files waits for those who write to them, and these may wait for room."""
         if is_removed:
             self.on_removed()
+
+    def _evict(self, size: int) -> bool:
+        """Evict so that the cache and its disk take `size` bytes more; 5 % more than that, if anything has to go.
+
+        Files are locked one by one: who opens one waits for no more than that. Whether any was evicted whole.
+        """
+        stored = self._stored
+        blocks: list[StoredBlock] = []
+        rooms: dict[Path, int] = {}
+        shares: dict[Path, int] = {}
+        for path in map_paths(self.root):
+            found = read_map(path)
+            if not found.is_readable:
+                with suppress(OSError), self.exclusive:
+                    remove_empty(path)
+            rooms[path] = found.room
+            shares[path] = found.room // max(1, len(found.blocks))
+            if not (is_pinned(path) or is_linked(path)):
+                blocks += found.blocks
+        blocks.sort()
+        total = sum(block.size for block in blocks) + self.pins.cached_bytes()
+        target = self._bound - self._reserved - size
+        excess = max(total + sum(rooms.values()) - target, self._shortfall(size))
+        if excess > 0:
+            excess += min(max(0, total - excess) // 20, _MOST_SLACK)
+        oldest, freed, is_removed = iter(blocks), 0, False
+        # In rounds: what is in use by passthrough frees nothing, so that more must be chosen.
+        while freed < excess and (victims := _take_bytes(oldest, excess - freed, shares)):
+            for path, of_file in victims.items():
+                with self.exclusive:
+                    size_freed = evict_blocks(path, of_file)
+                self.evicted_bytes += size_freed
+                total -= size_freed
+                freed += size_freed
+                if not path.exists():
+                    freed += rooms.pop(path, 0)
+                    is_removed = True
+        with self._guard:
+            # What was stored during the scan may have been seen by it or not.
+            self._used = total + self._stored - stored
+            self._room_of_maps = sum(rooms.values())
+            self._stored_at_scan = stored
+        return is_removed
 
     def _estimate(self) -> tuple[int, int]:
         """About how many bytes the data files and the map files take, before all of them have been read."""

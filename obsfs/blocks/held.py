@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,9 +14,14 @@ _MOST_BYTES = 64 << 20
 
 
 class HeldBlocks:
-    """64 MiB of them at most; the oldest go first. Safe to use from many threads."""
+    """64 MiB of them at most; the oldest go first. Safe to use from many threads.
 
-    def __init__(self) -> None:
+    `reserve` makes room on the disk for so many bytes, or says that there is none; `settle` tells whether they were
+    stored.
+    """
+
+    def __init__(self, reserve: Callable[[int], bool], settle: Callable[[int, bool], None]) -> None:
+        self._reserve, self._settle = reserve, settle
         self.count = 0
         """How many blocks the disk did not take so far."""
         self._guard = threading.Lock()
@@ -42,20 +48,29 @@ class HeldBlocks:
 
     def relieve(self) -> None:
         """The disk takes blocks again: write one to it. Called for each that it takes, it ends with none held."""
-        if not self._blocks:
-            return
+        while self._blocks and not self._relieve_oldest():
+            pass
+
+    def _relieve_oldest(self) -> bool:
+        """Whether that was tried; False when it was no longer held, once there was room for it."""
+        with self._guard:
+            (owner, block), data = next(iter(self._blocks.items()), ((None, 0), b""))
+        # No lock is held meanwhile: who makes room may close files that nobody reads, this owner's among them.
+        if owner is None or not self._reserve(len(data)):
+            return True
+        is_stored, claim = False, range(block, block + 1)
         with self._relieving:
-            with self._guard:
-                (owner, block), data = next(iter(self._blocks.items()), ((None, 0), b""))
-            if owner is None or not owner.lock(claim := range(block, block + 1)):
-                return
-            try:
-                is_stored = owner.store(block, memoryview(data))
-            finally:
-                owner.unlock(claim)
-            if is_stored:
-                with self._guard:
-                    self._drop(owner, block)
+            is_held = self.get(owner, block) is data
+            if is_held and owner.lock(claim):
+                try:
+                    is_stored = owner.write(block, memoryview(data))
+                finally:
+                    owner.unlock(claim)
+                if is_stored:
+                    with self._guard:
+                        self._drop(owner, block)
+        self._settle(len(data), is_stored)
+        return is_held
 
     def forget(self, owner: CachedObject) -> None:
         """Drop what is held for an object that is closed. Nobody writes to its file any more when this returns."""

@@ -447,20 +447,20 @@ class CachedObject:
 
     def put(self, block: int, data: memoryview) -> None:
         """Store a block that was fetched under a claim. A disk that takes no more makes it stay in memory."""
-        if self.store(block, data):
+        is_stored = False
+        if not self._in_memory and self._cache.reserve(len(data)):
+            is_stored = self.write(block, data)
+            self._cache.settle(len(data), is_stored)
+        if is_stored:
             self._cache.held.relieve()
         else:
             self._cache.held.add(self, block, bytes(data))
 
-    def store(self, block: int, data: memoryview) -> bool:
-        """Write a block that was claimed to the file; False when there is no room for it."""
+    def write(self, block: int, data: memoryview) -> bool:
+        """Write a block that was claimed, and for which there is room, to the file; False when it takes no more."""
         digest = checksum(data)
-        if self._in_memory or not self._cache.reserve(len(data)):
-            return False
         with self._writing:
-            is_stored = self._write(block, data, digest)
-        self._cache.settle(len(data), stored=is_stored)
-        return is_stored
+            return self._write(block, data, digest)
 
     def _write(self, block: int, data: memoryview, digest: int) -> bool:
         """Bytes, then checksum, then state. The caller keeps the files from being swapped."""

@@ -94,6 +94,27 @@ def test_a_disk_without_room_takes_the_first_open_of_a_file(
     assert sum(path.stat().st_size for path in files(disk, "data")) == size
 
 
+@pytest.mark.timeout(20)
+def test_room_for_a_held_block_is_made_by_closing_other_files(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who closes a file waits until nobody writes held blocks, and so nobody may wait for room while he does."""
+    cache = Cache(disk / "c", min_free=0)
+    idle, cached = cache.open(version(4 * BLOCK, key="idle")), cache.open(version(BLOCK))
+    for block in range(4):
+        put(idle, block)
+    assert idle.hold_whole()
+    fill_up(disk, "bytes")
+    data = put(cached, 0)
+    assert not cached.is_present(0)
+    idle.release_whole()
+    cache.on_removed = idle.close
+    monkeypatch.setattr(objects.time, "monotonic", lambda: 1e12)
+    cache.held.relieve()
+    assert cached.is_present(0)
+    assert not idle.is_in_cache
+    assert whole(cached) == data
+    assert not cache.is_strained
+
+
 def test_a_full_disk_does_not_fail_what_is_written_to_an_open_map(disk: Path) -> None:
     """Its map is sparse: the entry of a block far away needs room of its own."""
     cache = Cache(disk / "c", min_free=0)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,7 +94,8 @@ def test_what_root_has_mounted_is_another_users_for_the_others(bucket: Store, mo
     code = f"from obsfs.fuse import mounts; print([one.state for one in mounts.find(mounts.Path({str(path)!r}))])"
     done = subprocess.run(
         ["setpriv", f"--reuid={NOBODY}", "--clear-groups", sys.executable, "-c", code],
-        capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "HOME": "/nonexistent"},
+        capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "HOME": "/nonexistent", "XDG_CONFIG_HOME": "/nonexistent"},
     )  # fmt: skip
     assert done.stdout.strip() == '["another user\'s"]', done.stderr
 
@@ -398,16 +400,23 @@ def _as_nobody(*arguments: object) -> str:
     """What a command says to the user nobody."""
     done = subprocess.run(
         ["setpriv", f"--reuid={NOBODY}", "--clear-groups", sys.executable, "-m", "obsfs", *map(str, arguments)],
-        capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "HOME": "/nonexistent"},
+        capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "HOME": "/nonexistent", "XDG_CONFIG_HOME": "/nonexistent"},
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     return done.stderr
 
 
-def test_a_mount_of_another_user_is_named_with_its_owner(impostor: Impostors) -> None:
-    one = impostor(status=_ELSEWHERE)
-    for path in one.path.parents[:3]:
-        path.chmod(0o755)
+@pytest.fixture
+def for_all() -> Iterator[Path]:
+    """A directory that every user reaches: those that pytest makes are its own user's."""
+    with tempfile.TemporaryDirectory() as name:
+        (path := Path(name)).chmod(0o755)
+        yield path
+
+
+def test_a_mount_of_another_user_is_named_with_its_owner(for_all: Path, impostor: Impostors) -> None:
+    one = impostor(str(for_all / "impostor"), status=_ELSEWHERE)
     assert _as_nobody("umount", one.path) == (
         f"obsfs: the mount on {one.path} was made by root (uid 0): only that user, or root, can unmount it\n"
     )
