@@ -114,6 +114,10 @@ class CacheError(ObsfsError):
     errno = errno.EIO
 
 
+class WaitWarning(UserWarning):
+    """Something that a person may have to see to is waited for."""
+
+
 class SettingWarning(UserWarning):
     """A key of the config file, or a variable, that is not a setting of obsfs and so has no effect."""
 

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from aiobotocore.credentials import AioCredentials
 from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import AioSession
 from botocore.exceptions import BotoCoreError, ClientError
@@ -33,12 +34,12 @@ from s3fs.core import S3File
 from s3fs.utils import FileExpired
 
 from obsfs.blocks.reader import Engine, Reader
-from obsfs.errors import ExpiredError, ForbiddenError, ObsfsError, UsageError, VersionChangedError
+from obsfs.errors import ExpiredError, ObsfsError, UsageError, VersionChangedError
 from obsfs.remote import address as addresses
 from obsfs.remote.address import Address
-from obsfs.remote.client import Bucket, connect, stay
+from obsfs.remote.client import Bucket, Connection, connect, stay
 from obsfs.remote.credentials import Keys
-from obsfs.remote.failures import NO_CREDENTIALS, translated
+from obsfs.remote.failures import no_credentials, translated
 from obsfs.remote.objects import ObjectVersion, tag
 from obsfs.settings import Settings, did_you_mean, keywords, knobs
 
@@ -119,6 +120,39 @@ class _HTTPSession(AIOHTTPSession):
         return _Direct(await super()._get_session(proxy_url))
 
 
+class _Credentials(AioCredentials):
+    """botocore's credentials, as aiobotocore asks for them: they are found once, and refreshed in a thread."""
+
+    def __init__(self, found: Any) -> None:
+        super().__init__("", "", method=found.method)
+        self._found = found
+
+    async def get_frozen_credentials(self) -> Any:
+        """What a request is signed with."""
+        needs_refresh = getattr(self._found, "refresh_needed", None)
+        if needs_refresh is not None and needs_refresh():
+            return await asyncio.to_thread(self._found.get_frozen_credentials)
+        return self._found.get_frozen_credentials()
+
+
+class _Chain:
+    """In place of aiobotocore's chain of providers, which would wait for each of them once more."""
+
+    def __init__(self, found: Any) -> None:
+        self._found = found
+
+    async def load_credentials(self) -> _Credentials | None:
+        return _Credentials(self._found) if self._found is not None else None
+
+
+def _session_with(connection: Connection, options: Mapping[str, Any]) -> AioSession:
+    """A session of aiobotocore with the credentials of a connection."""
+    session = AioSession(**options)
+    if connection.keys is None:
+        session.register_component("credential_provider", _Chain(connection.session.get_credentials()))
+    return session
+
+
 class _KeyGivenTwiceError(UsageError, KeyError):
     """A key is given by two names, with two values: s3fs raises a KeyError for some of these."""
 
@@ -174,7 +208,8 @@ class OBSFileSystem(S3FileSystem):
         if self.settings.profile:
             options["profile"] = self.settings.profile
         self._region = connection.region
-        self._can_ask = connection.has_keys or self.settings.no_sign_request or "session" in options
+        self._connection = connection
+        self._is_own_session = options.get("session") is None
         self._renewed = float("-inf")
         self._read_size: int = options.get("default_block_size") or _BUFFER
         self._engine_guard = threading.Lock()
@@ -239,23 +274,28 @@ class OBSFileSystem(S3FileSystem):
         """Connect, as s3fs does; with `refresh`, with the credentials that there are now."""
         if self._is_forked:
             self._begin_anew()
-        if not self._can_ask:  # s3fs would look for credentials for many seconds more
-            found = await asyncio.to_thread(connect, self.settings)
-            with _as_oserror():
-                if not found.has_keys:
-                    raise ForbiddenError(*NO_CREDENTIALS)
-            self._can_ask = True
-        if refresh and self._keys is None and not self.anon:
-            # s3fs would sign with the keys that it was made with for as long as it lives.
-            keys = await asyncio.to_thread(lambda: connect(self.settings).keys)
-            self.key = keys.access_key if keys else None
-            self.secret = keys.secret_key if keys else None
-            self.token = keys.token if keys else None
+        if self._is_own_session and not self.anon:
+            # s3fs would look for credentials by itself, for many seconds, and keep those that it was made with.
+            if self._keys is None and (refresh or not self._connection.has_keys):
+                await asyncio.to_thread(self._find_keys)
+            if refresh or self.session is None:
+                self.session: AioSession | None = _session_with(self._connection, self.kwargs)
         client = await super().set_session(refresh=refresh)
         if not addresses.is_aws(self.endpoint_url):
             client.meta.events.register("before-sign.s3.DeleteObjects", _use_md5, unique_id="obsfs-content-md5")
             client.meta.events.register_last("before-parameter-build.s3", stay, unique_id="obsfs-stay")
         return client
+
+    def _find_keys(self) -> None:
+        """Sign with the credentials that there are now. Raises PermissionError if there are none."""
+        with _as_oserror():
+            connection = connect(self.settings)
+            if not connection.has_keys:
+                raise no_credentials(connection.looked)
+        keys, self._connection = connection.keys, connection
+        self.key = keys.access_key if keys else None
+        self.secret = keys.secret_key if keys else None
+        self.token = keys.token if keys else None
 
     async def _call_s3(self, method: str, *arguments: Any, **options: Any) -> Any:
         try:

@@ -16,7 +16,7 @@ import click
 
 from obsfs.commands.options import Command, Context
 from obsfs.commands.output import drop_output, open_streams, tell, terminate_like_interrupt, tolerate_any_text
-from obsfs.errors import ObsfsError, SettingWarning, UsageError
+from obsfs.errors import ObsfsError, SettingWarning, UsageError, WaitWarning
 from obsfs.fuse import children
 from obsfs.logs import VisibleFormatter
 from obsfs.ours import check_ours
@@ -140,8 +140,8 @@ def obsfs() -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-    """A setting that has no effect is told in one line; what libraries warn of is no business of the user."""
-    if issubclass(category, SettingWarning):
+    """What we warn of is told in one line; what libraries warn of is no business of the user."""
+    if issubclass(category, SettingWarning | WaitWarning):
         tell(f"obsfs: warning: {message}", err=True)
 
 
@@ -181,7 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
     children.shut_import_path()
     open_streams()
     tolerate_any_text()
-    warnings.simplefilter("always", SettingWarning)
+    for ours in (SettingWarning, WaitWarning):
+        warnings.simplefilter("always", ours)
     shown = warnings.showwarning
     warnings.showwarning = _show_warning
     if logging.lastResort is not None:

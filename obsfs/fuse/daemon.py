@@ -2,8 +2,8 @@
 
 :mod:`obsfs.fuse.supervisor` starts it as ``python -m obsfs.fuse.daemon SOURCE MOUNTPOINT`` with one JSON line on stdin
 (``settings``, and ``takeover`` for a successor); :mod:`obsfs.fuse.mounts` reads one JSON line from its stdout:
-``{"pid": ...}`` when the directory answers, or ``{"error": ..., "remedy": ...}``. Secrets come by the environment
-only, never in arguments.
+``{"pid": ...}`` when the directory answers, or ``{"error": ..., "remedy": ...}``; before it, one ``{"note": ...}`` for
+each thing that whoever mounts should know. Secrets come by the environment only, never in arguments.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from obsfs import private
 from obsfs.blocks.reader import Engine
-from obsfs.errors import ObsfsError, UsageError
+from obsfs.errors import ObsfsError, UsageError, WaitWarning
 from obsfs.fuse import journal as journals
 from obsfs.fuse import program, state
 from obsfs.fuse.journal import Journal
@@ -472,12 +473,23 @@ def main() -> int:
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
 
+    def tell(**said: object) -> None:
+        print(json.dumps(said), file=answer, flush=True)
+
     def on_ready() -> None:
         if takeover is not None:
             return
         log.info("serving %s on %s (pid %d, obsfs %s)", source, mountpoint, os.getpid(), __version__)
-        print(json.dumps({"pid": os.getpid()}), file=answer, flush=True)
+        tell(pid=os.getpid())
         answer.close()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if isinstance(message, WaitWarning):
+            log.warning("%s", message)
+            if not answer.closed:
+                tell(note=str(message))
+
+    warnings.showwarning = show
 
     try:
         path = state.path(mountpoint, "log")
@@ -493,7 +505,7 @@ def main() -> int:
             log.exception("the mount ended")
             message, remedy = f"internal error: {type(error).__name__}: {error}", f"see {state.path(mountpoint, 'log')}"
         if not answer.closed:
-            print(json.dumps({"error": message, "remedy": remedy}), file=answer, flush=True)
+            tell(error=message, remedy=remedy)
         return 2
     log.info("unmounted %s", mountpoint)
     if request.get("is_temporary"):

@@ -15,13 +15,14 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
-from obsfs.errors import UsageError
+from obsfs.errors import UsageError, WaitWarning
 from obsfs.fuse import asker, children, state
 from obsfs.fuse.kernel import channel
 from obsfs.fuse.kernel.channel import MountEntry
@@ -158,9 +159,13 @@ def start(
         process.stdin.flush()
         waiting = select.poll()  # select(2) would end at descriptor 1023
         waiting.register(process.stdout, select.POLLIN)
-        ready = waiting.poll(_START_SECONDS * 1000)
-        line = process.stdout.readline() if ready else b""
-        answer = json.loads(line) if line else {}
+        answer: dict[str, Any] = {"note": None}
+        while "note" in answer:
+            ready = waiting.poll(_START_SECONDS * 1000)
+            line = process.stdout.readline() if ready else b""
+            answer = json.loads(line) if line else {}
+            if "note" in answer:
+                warnings.warn(visible(answer["note"]), WaitWarning, stacklevel=2)
     except BaseException:
         _end(process, mountpoint)
         raise

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -44,8 +45,8 @@ from obsfs.remote.address import Address
 from obsfs.remote.answers import bound
 from obsfs.remote.bounds import MAX_SIZE, parse_count, read_at_most
 from obsfs.remote.checksums import Checksum, offered
-from obsfs.remote.credentials import Keys, explicit_keys, has_keys
-from obsfs.remote.failures import NO_CREDENTIALS, explained, translated
+from obsfs.remote.credentials import Keys, Look, explicit_keys, look
+from obsfs.remote.failures import explained, no_credentials, translated
 from obsfs.remote.listing import pages
 from obsfs.remote.objects import WHOLE_BYTES, Content, ObjectInfo, ObjectVersion, Page, epoch, tag
 from obsfs.remote.pins import Pin
@@ -78,17 +79,25 @@ class Connection:
     """Keys to hand over, or None: botocore's own chain finds (and refreshes) them."""
     has_keys: bool
     """Whether requests can be signed."""
+    looked: str
+    """Where botocore's chain looked for credentials, in words; empty where it was not asked."""
     config: dict[str, Any]
     """Keyword arguments of ``botocore.config.Config`` for this endpoint: signing, checksums, addressing style."""
 
 
 def connect(
-    settings: Settings, scheme: str = "obs", keys: Keys | None = None, endpoint_url: str | None = None
+    settings: Settings,
+    scheme: str = "obs",
+    keys: Keys | None = None,
+    endpoint_url: str | None = None,
+    *,
+    is_known: bool = False,
 ) -> Connection:
     """Find endpoint (unless given; the first of several), region, credentials (unless `keys` are given), addressing.
 
-    Asks no server. Raises UsageError for a profile that does not exist, half a key pair, or an endpoint that cannot
-    be known.
+    Asks no server but those that hand out keys, and a bucket that `is_known` not even these, if it can wait. Raises
+    UsageError for a profile that does not exist, half a key pair, or an endpoint that cannot be known; ForbiddenError
+    for a place of keys that is broken, or does not answer within two seconds.
     """
     with translated("the configuration"):
         try:
@@ -105,22 +114,23 @@ def connect(
         else:
             endpoint = _default_endpoint(session, scheme, region, place)
         config: dict[str, Any] = {}
-        chain_has_keys = False
+        looked = Look(has_keys=False, places="")
         if settings.no_sign_request:
             config["signature_version"] = UNSIGNED
         elif keys is None:
-            chain_has_keys = has_keys(session)
-            keys = explicit_keys(
-                profile=settings.profile, on_obs=addresses.is_obs(endpoint), chain_has_keys=chain_has_keys
-            )
+            find = partial(explicit_keys, profile=settings.profile, on_obs=addresses.is_obs(endpoint))
+            keys = find(chain_has_keys=True)
+            if keys is None:
+                looked = look(session, fetch=not is_known)
+                keys = find(chain_has_keys=looked.has_keys)
         if not addresses.is_aws(endpoint):
             # botocore's newer default checksums are refused by OBS and others (README, "Endpoints").
             config["request_checksum_calculation"] = "when_required"
             config["response_checksum_validation"] = "when_required"
         style = settings.addressing_style
         config["s3"] = {"addressing_style": addresses.addressing_style(endpoint) if style == "auto" else style}
-        can_sign = keys is not None or chain_has_keys
-        return Connection(session, endpoint, region or "us-east-1", keys, can_sign, config)
+        can_sign = keys is not None or looked.has_keys
+        return Connection(session, endpoint, region or "us-east-1", keys, can_sign, looked.places, config)
 
 
 def _region(settings: Settings, session: Any) -> tuple[str | None, str]:
@@ -194,7 +204,7 @@ class _Site:
         keys = connection.keys
         if not (connection.has_keys or settings.no_sign_request):
             # Here, and not at the first request: botocore would look everywhere once more for each of them.
-            raise ForbiddenError(*NO_CREDENTIALS)
+            raise no_credentials(connection.looked)
         config = Config(
             connect_timeout=settings.request_timeout,
             read_timeout=settings.request_timeout,
@@ -257,7 +267,9 @@ class Bucket:
         self.name = address.bucket
         self._settings, self._keys = settings, keys
         self._urls = settings.endpoint_urls or (None,)
+        self._is_known = is_known
         self._sites = [self._site(url) for url in self._urls]
+        self._is_known = True
         self._renewing = threading.Lock()
         self._renewed = float("-inf")
         self._near: str | None = None
@@ -268,7 +280,7 @@ class Bucket:
 
     def _site(self, url: str | None, region: str = "") -> _Site:
         settings = replace(self._settings, region=region) if region else self._settings
-        return _Site(settings, connect(settings, self.address.scheme, self._keys, url))
+        return _Site(settings, connect(settings, self.address.scheme, self._keys, url, is_known=self._is_known))
 
     def _follow(self, number: int, moved: MovedError) -> bool:
         """Go where a server has sent us, if that is another endpoint of its cloud; once, and for good."""

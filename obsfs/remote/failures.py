@@ -43,12 +43,16 @@ _MAX_WORD = 60
 """Characters of a word that are shown: a session token, which a server knows, is longer, and must not be shown."""
 _PROBE_SECONDS = 2.0
 
-NO_CREDENTIALS = (
-    "no credentials found",
+_GIVE_CREDENTIALS = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or OBSFS_ACCESS_KEY_ID and OBSFS_SECRET_ACCESS_KEY, or "
     "HUAWEICLOUD_SDK_AK and _SK), give --profile or fill ~/.aws/credentials, give the machine an instance role, "
-    "or add --no-sign-request for a public bucket",
+    "or add --no-sign-request for a public bucket"
 )
+
+
+def no_credentials(places: str = "") -> ForbiddenError:
+    """The error of who has no keys. `places`: where they were looked for."""
+    return ForbiddenError(f"no credentials found{f' ({places})' if places else ''}", _GIVE_CREDENTIALS)
 
 
 class DroppedError(UnavailableError):
@@ -192,7 +196,7 @@ def translated(what: str, *, pinned: bool = False) -> Iterator[None]:
     except ObsfsError:
         raise
     except botocore.NoCredentialsError:
-        raise ForbiddenError(*NO_CREDENTIALS) from None
+        raise no_credentials() from None
     except _NO_KEYS as error:
         raise ForbiddenError(f"no credentials for {what} ({_words(error)})", _where_keys_come_from(error)) from None
     except botocore.ClientError as error:
@@ -214,6 +218,7 @@ _NO_KEYS = (
     botocore.RefreshWithMFAUnsupportedError,
     botocore.ConfigParseError,
     botocore.ConfigNotFound,
+    botocore.NoRegionError,  # of STS
 )
 """What botocore says of a profile, or of a place of keys, that has none to give."""
 

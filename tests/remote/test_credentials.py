@@ -1,13 +1,22 @@
 from __future__ import annotations
 
+import json
+import os
 import socket
+import subprocess
+import sys
+import threading
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import botocore.session
 import pytest
 
-from obsfs.errors import ForbiddenError, UsageError
+from obsfs.errors import ForbiddenError, ObsfsError, UsageError, WaitWarning
 from obsfs.filesystem import OBSFileSystem
 from obsfs.remote import credentials
 from obsfs.remote.address import parse_address
@@ -15,7 +24,7 @@ from obsfs.remote.client import Bucket, connect
 from obsfs.remote.credentials import Keys, explicit_keys
 from obsfs.remote.session import new_session
 from obsfs.settings import Settings, Written, config_path
-from tests.conftest import Store
+from tests.conftest import Mounter, Store
 
 OURS = {"OBSFS_ACCESS_KEY_ID": "o", "OBSFS_SECRET_ACCESS_KEY": "os"}
 HUAWEI = {"HUAWEICLOUD_SDK_AK": "h", "HUAWEICLOUD_SDK_SK": "hs", "HUAWEICLOUD_SDK_SECURITY_TOKEN": "ht"}
@@ -241,6 +250,164 @@ def test_a_program_that_gives_no_keys_is_not_the_servers_answer(
         connect(Settings.load(endpoint_url="http://127.0.0.1:1", profile="work"))
 
 
+@pytest.fixture
+def silent_sts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[socket.socket]]:
+    """The connections to a place of keys that accepts them, and never says a word."""
+    (tmp_path / "token").write_text("token")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/x")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    accepted: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    accepted.append(server.accept()[0])
+
+        threading.Thread(target=accept, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://127.0.0.1:{server.getsockname()[1]}")
+        yield accepted
+        server.shutdown(socket.SHUT_RDWR)
+    for connection in accepted:
+        connection.close()
+
+
+def test_a_place_of_keys_that_is_silent_is_not_waited_for(
+    silent_sts: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(credentials, "_LOOK_SECONDS", 0.5)
+    with pytest.raises(ForbiddenError, match=r"no credentials in time: web identity \(STS\) does not answer: "):
+        Bucket(parse_address("obs://models"), Settings.load(endpoint_url="http://127.0.0.1:1"))
+    with pytest.raises((ForbiddenError, PermissionError), match="in time: web identity"):
+        OBSFileSystem(endpoint_url="http://127.0.0.1:1", skip_instance_cache=True).ls("models")
+    assert len(silent_sts) == 2
+
+
+def test_a_bucket_that_was_reached_before_needs_no_keys_yet(
+    silent_sts: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(credentials, "_LOOK_SECONDS", 30.0)
+    Bucket(parse_address("obs://models"), Settings.load(endpoint_url="http://127.0.0.1:1"), is_known=True)
+    assert not silent_sts
+
+
+def test_every_verb_asks_once(silent_sts: list[socket.socket], tmp_path: Path) -> None:
+    place = "obs://models/a@v1"
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    verbs = [
+        ("mount", "obs://models", tmp_path / "mnt"),
+        ("models", "obs://models"),
+        ("pull", place, tmp_path / "to"),
+        ("push", tmp_path / "model", place),
+    ]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "obsfs", *map(str, verb), "--endpoint-url", "http://127.0.0.1:1"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for verb in verbs
+    ]
+    told = [(process.communicate(timeout=60)[1], process.returncode) for process in running]
+    assert [code for _, code in told] == [2] * len(verbs)
+    assert all(text.startswith("obsfs: no credentials in time: ") and text.count("\n") == 1 for text, _ in told), told
+    assert len(silent_sts) == len(verbs)
+
+
+def test_keys_that_are_given_ask_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "aws-config").write_text("[profile work]\ncredential_process = false\n")
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    monkeypatch.setenv("HUAWEICLOUD_SDK_AK", "h")
+    monkeypatch.setenv("HUAWEICLOUD_SDK_SK", "hs")
+    assert connect(Settings.load(region="cn-south-1")).keys == Keys("h", "hs", None)
+    with pytest.raises(ForbiddenError, match="see to the profile"):
+        connect(Settings.load(endpoint_url="http://127.0.0.1:1"))
+    monkeypatch.setenv("OBSFS_ACCESS_KEY_ID", "o")
+    monkeypatch.setenv("OBSFS_SECRET_ACCESS_KEY", "os")
+    assert connect(Settings.load(endpoint_url="http://127.0.0.1:1")).keys == Keys("o", "os", None)
+
+
+def _profile_by_program(home: Path, *lines: str, **keys: str) -> None:
+    """A profile `work` whose keys come from a program that does `lines` and then prints `keys`."""
+    (home / "keys.json").write_text(json.dumps({"Version": 1, **keys}))
+    program = home / "program"
+    program.write_text("\n".join(["#!/bin/sh", *lines, f"cat {home / 'keys.json'}", ""]))
+    program.chmod(0o700)
+    (home / "aws-config").write_text(
+        f"[profile work]\ncredential_process = {program}\n"
+        "[profile role]\nrole_arn = arn:aws:iam::123456789012:role/x\nsource_profile = work\n"
+    )
+
+
+@pytest.mark.parametrize("profile", ["work", "role"])
+def test_a_program_that_takes_its_time_is_waited_for_aloud(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, profile: str
+) -> None:
+    _profile_by_program(tmp_path, "read line < " + str(tmp_path / "fifo"), AccessKeyId="a", SecretAccessKey="s")
+    os.mkfifo(tmp_path / "fifo")
+    monkeypatch.setattr(credentials, "_LOOK_SECONDS", 0.2)
+
+    def go_on(message: Warning | str, *_: object, **__: object) -> None:
+        warned.append(str(message))
+        (tmp_path / "fifo").write_text("go on\n")
+
+    warned: list[str] = []
+    settings = Settings.load(endpoint_url="http://127.0.0.1:1", profile=profile)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", go_on)
+        # A role is asked for with the keys of its source: the STS that is named here is not there.
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", "http://127.0.0.1:1")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        if profile == "work":
+            assert connect(settings).has_keys
+        else:
+            with pytest.raises(ObsfsError, match="nothing listens"):
+                connect(settings)
+    assert [text.partition(" (")[0] for text in warned] == ["waiting for credentials"]
+    assert f"of profile {profile}" in warned[0]
+
+
+def test_a_program_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _profile_by_program(tmp_path, f"read line < {tmp_path / 'fifo'}")
+    os.mkfifo(tmp_path / "fifo")
+    monkeypatch.setattr(credentials, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(credentials, "_ASSISTED_SECONDS", 0.1)
+    with (
+        pytest.warns(WaitWarning, match="credential_process of profile work"),
+        pytest.raises(ForbiddenError, match="in time: credential_process of profile work does not answer"),
+    ):
+        connect(Settings.load(endpoint_url="http://127.0.0.1:1", profile="work"))
+    (tmp_path / "fifo").write_text("end\n")
+
+
+def test_who_mounts_is_told_what_is_waited_for(
+    bucket: Store, mount: Mounter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    keys = {"AccessKeyId": os.environ["AWS_ACCESS_KEY_ID"], "SecretAccessKey": os.environ["AWS_SECRET_ACCESS_KEY"]}
+    _profile_by_program(tmp_path, "sleep 2", **keys)
+    with pytest.warns(WaitWarning, match="waiting for credentials .credential_process of profile work"):
+        mount(bucket, profile="work")
+
+
+def test_fsspec_signs_with_keys_that_are_refreshed(
+    bucket: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bucket.put("a.txt", b"a")
+    soon = datetime.now(UTC) + timedelta(minutes=5)  # botocore refreshes them a quarter of an hour before
+    keys = {"AccessKeyId": os.environ["AWS_ACCESS_KEY_ID"], "SecretAccessKey": os.environ["AWS_SECRET_ACCESS_KEY"]}
+    _profile_by_program(tmp_path, f"echo >> {tmp_path / 'calls'}", Expiration=soon.isoformat(), **keys)
+    files = OBSFileSystem(profile="work", skip_instance_cache=True)
+    before = (tmp_path / "calls").stat().st_size
+    assert files.ls(bucket.name, detail=False) == [f"{bucket.name}/a.txt"]
+    assert (tmp_path / "calls").stat().st_size > before
+    files.pipe(f"{bucket.name}/b.txt", b"b")
+    assert files.cat(f"{bucket.name}/b.txt") == b"b"
+
+
 def test_fsspec_tells_missing_keys_by_itself_and_finds_later_ones(
     bucket: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,7 +415,7 @@ def test_fsspec_tells_missing_keys_by_itself_and_finds_later_ones(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     files = OBSFileSystem(skip_instance_cache=True)
-    with pytest.raises(PermissionError, match="no credentials found: set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(PermissionError, match=r"no credentials found \(environment, profile default, .*: set AWS_ACC"):
         files.ls(bucket.name)
     for name, value in bucket.server.environment.items():
         monkeypatch.setenv(name, value)
