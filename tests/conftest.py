@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -24,6 +25,12 @@ from obsfs.demo.server import EmbeddedServer, find_program
 from obsfs.fuse import mounts
 from obsfs.fuse.kernel import channel
 from obsfs.settings import Settings
+from tests.nursery import Nursery
+
+# Where an image of containers says that no bytecode is to be written, each of the thousands of processes of the tests
+# would compile all of obsfs again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # The gates judge a change by the same examples each time; to look for new ones: pytest --hypothesis-profile=explore
 hypothesis.settings.register_profile("gates", derandomize=True, deadline=None)
@@ -233,16 +240,30 @@ class Result:
         return json.loads(self.out)
 
 
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    running = Nursery()
+    yield running
+    running.close()
+
+
+def run_command(arguments: list[str], environment: dict[str, str], timeout: float) -> Result:
+    """``python -m obsfs``, started as any program."""
+    command = [sys.executable, "-m", "obsfs", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
 @pytest.fixture
-def obsfs() -> Callable[..., Result]:
+def obsfs(nursery: Nursery) -> Callable[..., Result]:
     """Run the command as a user does, in a process of its own."""
 
-    def run(*arguments: object, timeout: float = 60, **environment: str) -> Result:
-        command = [sys.executable, "-m", "obsfs", *map(str, arguments)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}, check=False
-        )
-        return Result(done.returncode, done.stdout, done.stderr)
+    def run(*arguments: object, timeout: float = 60, **changed: str) -> Result:
+        words, environment = list(map(str, arguments)), {**os.environ, **changed}
+        if not nursery.can_start(environment):
+            return run_command(words, environment, timeout)
+        code, *written = nursery.run(words, environment, timeout)
+        return Result(code, *(io.TextIOWrapper(io.BytesIO(text)).read() for text in written))
 
     return run
 
