@@ -86,7 +86,7 @@ class Cache:
         self.directory = directory
         self.corrupt_blocks = 0
         self.evicted_bytes = 0
-        self.held = HeldBlocks(self.reserve, self.settle)
+        self.held = HeldBlocks(self.store)
         self.map_descriptors = MapDescriptors()
         self.root = directory / FORMAT
         self._fixed_limit = limit
@@ -296,11 +296,31 @@ class Cache:
         with self._guard:
             self.corrupt_blocks += 1
 
-    def settle(self, size: int, stored: bool) -> None:
-        """A block for which room was reserved was stored, or could not be."""
+    def store(self, size: int, write: Callable[[], bool]) -> bool:
+        """Make room for a block and have it written.
+
+        The caller holds no lock: to make room may close files, which waits for everyone who writes to them.
+
+        Args:
+            size: Bytes of the block.
+            write: Writes it, and says whether it did.
+
+        Returns:
+            Whether the block was written. Its room is given back if it was not, or if `write` raises.
+        """
+        if not self.reserve(size):
+            return False
+        is_stored = False
+        try:
+            is_stored = write()
+        finally:
+            self._settle(size, is_stored)
+        return is_stored
+
+    def _settle(self, size: int, is_stored: bool) -> None:
         with self._guard:
             self._reserved -= size
-            if stored:
+            if is_stored:
                 self._used += size
                 self._stored += size
 
@@ -312,7 +332,7 @@ class Cache:
     # evicting
 
     def reserve(self, size: int) -> bool:
-        """Room for a block, to be settled. Evicts if need be, or if other processes may have added much by now.
+        """Room for a block (see `store`). Evicts if need be, or if other processes may have added much by now.
 
         False when there is no room, because what is there is in use by readers in passthrough.
         """

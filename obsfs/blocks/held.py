@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,12 +17,11 @@ _MOST_BYTES = 64 << 20
 class HeldBlocks:
     """64 MiB of them at most; the oldest go first. Safe to use from many threads.
 
-    `reserve` makes room on the disk for so many bytes, or says that there is none; `settle` tells whether they were
-    stored.
+    `store` is :meth:`~obsfs.blocks.cache.Cache.store`.
     """
 
-    def __init__(self, reserve: Callable[[int], bool], settle: Callable[[int, bool], None]) -> None:
-        self._reserve, self._settle = reserve, settle
+    def __init__(self, store: Callable[[int, Callable[[], bool]], bool]) -> None:
+        self._store = store
         self.count = 0
         """How many blocks the disk did not take so far."""
         self._guard = threading.Lock()
@@ -52,25 +52,30 @@ class HeldBlocks:
             pass
 
     def _relieve_oldest(self) -> bool:
-        """Whether that was tried; False when it was no longer held, once there was room for it."""
+        """Try to write the oldest block. Returns False when it is no longer held and was not written here."""
         with self._guard:
             (owner, block), data = next(iter(self._blocks.items()), ((None, 0), b""))
-        # No lock is held meanwhile: who makes room may close files that nobody reads, this owner's among them.
-        if owner is None or not self._reserve(len(data)):
+        if owner is None:
             return True
-        is_stored, claim = False, range(block, block + 1)
+        # No lock is held here: making room may close files, this owner's among them.
+        return self._store(len(data), partial(self._write, owner, block, data)) or self.get(owner, block) is data
+
+    def _write(self, owner: CachedObject, block: int, data: bytes) -> bool:
+        """Write a block that is still held. Returns False also when another process has written it."""
+        claim = range(block, block + 1)
         with self._relieving:
-            is_held = self.get(owner, block) is data
-            if is_held and owner.lock(claim):
-                try:
-                    is_stored = owner.write(block, memoryview(data))
-                finally:
-                    owner.unlock(claim)
-                if is_stored:
-                    with self._guard:
-                        self._drop(owner, block)
-        self._settle(len(data), is_stored)
-        return is_held
+            if self.get(owner, block) is not data or not owner.lock(claim):
+                return False
+            try:
+                # A block that is written twice would be counted twice.
+                is_there = owner.verify(block)
+                is_stored = not is_there and owner.write(block, memoryview(data))
+            finally:
+                owner.unlock(claim)
+            if is_there or is_stored:
+                with self._guard:
+                    self._drop(owner, block)
+            return is_stored
 
     def forget(self, owner: CachedObject) -> None:
         """Drop what is held for an object that is closed. Nobody writes to its file any more when this returns."""

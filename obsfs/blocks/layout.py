@@ -248,17 +248,27 @@ class DirectoryLock:
     def __enter__(self) -> None:
         self._threads.acquire()
         self._depth += 1
-        if self._depth == 1:
-            with suppress(OSError, ObsfsError):
-                self.open()
-            if self._fd >= 0:
-                fcntl.flock(self._fd, fcntl.LOCK_EX)
+        try:
+            if self._depth == 1:
+                with suppress(OSError, ObsfsError):
+                    self.open()
+                if self._fd >= 0:
+                    # A broken disk may refuse it: then it is a lock among threads, as where there is no file.
+                    with suppress(OSError):
+                        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        except BaseException:
+            # Ctrl-C while another process holds it: no __exit__ follows, and all other threads would wait for ever.
+            self.__exit__()
+            raise
 
     def __exit__(self, *_: object) -> None:
         self._depth -= 1
-        if not self._depth and self._fd >= 0:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
-        self._threads.release()
+        try:
+            if not self._depth and self._fd >= 0:
+                with suppress(OSError):
+                    fcntl.flock(self._fd, fcntl.LOCK_UN)
+        finally:
+            self._threads.release()
 
     def close(self) -> None:
         """Close the file."""

@@ -17,6 +17,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -447,11 +448,7 @@ class CachedObject:
 
     def put(self, block: int, data: memoryview) -> None:
         """Store a block that was fetched under a claim. A disk that takes no more makes it stay in memory."""
-        is_stored = False
-        if not self._in_memory and self._cache.reserve(len(data)):
-            is_stored = self.write(block, data)
-            self._cache.settle(len(data), is_stored)
-        if is_stored:
+        if not self._in_memory and self._cache.store(len(data), partial(self.write, block, data)):
             self._cache.held.relieve()
         else:
             self._cache.held.add(self, block, bytes(data))
@@ -522,7 +519,10 @@ class CachedObject:
                 self._cache.note_fault(error)
                 if self._in_memory:
                     return
-                data_fd, map_fd = self._cache.memory_file(), -1
+                try:
+                    data_fd, map_fd = self._cache.memory_file(), -1
+                except OSError:  # no descriptor is left: blocks are held in memory until one is
+                    return
             self._in_memory = map_fd < 0
             self._is_lost = False
             self._trusted = _Trust(self.blocks)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -18,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from obsfs.blocks import cache as cache_module
+from obsfs.blocks import layout
 from obsfs.blocks.cache import Cache, cached_sizes
 from obsfs.blocks.layout import BLOCK, checksum, evict_blocks, map_path, read_blocks
 from obsfs.blocks.object import CachedObject
@@ -249,6 +253,66 @@ def test_one_process_at_a_time_makes_room(tmp_path: Path) -> None:
         list(pool.map(Cache.trim, others))
     # Each alone takes what is too much, and a twentieth: together they take no more.
     assert {other.used_bytes for other in others} == {4 * BLOCK}
+
+
+def test_room_is_given_back_when_writing_fails(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "c", 16 * BLOCK, min_free=0)
+
+    def fail() -> bool:
+        raise MemoryError
+
+    for _ in range(20):
+        with pytest.raises(MemoryError):
+            cache.store(BLOCK, fail)
+        assert not cache.store(BLOCK, lambda: False)
+    assert cache.used_bytes == 0
+    put(cache.open(version(15 * BLOCK)), 3)
+    assert (cache.used_bytes, cache.held.count) == (BLOCK, 0)
+
+
+def test_a_block_that_another_process_has_stored_is_not_counted_as_ours(tmp_path: Path) -> None:
+    cache, other = Cache(tmp_path / "c", GIB), Cache(tmp_path / "c", GIB)
+    cached = cache.open(version(2 * BLOCK))
+    cache.held.add(cached, 1, random_bytes(BLOCK, 1))
+    put(other.open(version(2 * BLOCK)), 1)
+    put(cached, 0)
+    assert (cache.used_bytes, len(cache.held)) == (BLOCK, 0)
+    assert cached.read(BLOCK, BLOCK) == random_bytes(BLOCK, 1)
+
+
+def test_who_is_interrupted_while_he_waits_for_the_cache_holds_up_nobody(tmp_path: Path) -> None:
+    """Ctrl-C in a notebook, while another process holds the lock of the directory."""
+    cache, other = Cache(tmp_path / "c", GIB), Cache(tmp_path / "c", GIB)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with other.exclusive:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+            with pytest.raises(KeyboardInterrupt):
+                cache.open(version(BLOCK))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(cache.open, version(BLOCK)).result(5)
+    with cache.exclusive, (tmp_path / "c" / "v1" / "lock").open() as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_file_system_without_locks_is_used_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path / "c", GIB)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(layout.fcntl, "flock", refuse)
+    cached = cache.open(version(BLOCK))
+    data = put(cached, 0)
+    with ThreadPoolExecutor() as pool:
+        pool.submit(cache.trim).result(5)
+    assert cached.read(0, BLOCK) == data
 
 
 def test_two_processes_do_not_fetch_the_same_block(tmp_path: Path) -> None:
