@@ -6,6 +6,7 @@ A server that serves does not depend on its supervisor. When that is killed, it 
 
 from __future__ import annotations
 
+import array
 import ctypes
 import json
 import logging
@@ -17,6 +18,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,10 +30,13 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _UCRED = struct.Struct("3i")  # <linux/socket.h>: pid, uid, gid
 _MOST_MESSAGE = 64 << 10
 _APPOINT_SECONDS = 60.0
+_CATCH_UP_SECONDS = 0.1
 
 
 class Keeper:
     """Speaks to the supervisor of this process; to nobody, when it has none. Safe to use from many threads.
+
+    Nobody waits for the supervisor: what a stopped one does not take is sent from a thread once it does.
 
     A successor outlives its supervisor from the first: it has all that the mount needs. Another server ends with it
     until it serves (:meth:`listen`): whoever gives up waiting for a mount ends the supervisor, and no more.
@@ -42,6 +47,9 @@ class Keeper:
         self._control = socket.socket(fileno=int(number)) if number else None
         self.supervisor: int | None = None
         """The pid of the supervisor that has started this process."""
+        self._guard = threading.Lock()
+        self._unsent: dict[str, tuple[bytes, list[int]]] = {}
+        """The last message about each name that the supervisor has not taken, with descriptors of our own."""
         if self._control is not None:
             self._control.set_inheritable(False)
             # Not the parent's: of a process whose supervisor was killed already, that is another's.
@@ -103,11 +111,50 @@ class Keeper:
         self._send({"keep": name}, [])
 
     def _send(self, message: dict[str, Any], fds: Sequence[int]) -> None:
+        data = json.dumps({"format": FORMAT, **message}).encode()
+        with self._guard:
+            if self._unsent or not self._try(data, fds):
+                self._put_off(message["keep"], data, fds)
+
+    def _try(self, data: bytes, fds: Sequence[int]) -> bool:
+        """Send a message, if that waits for nothing. The caller holds the guard."""
         if (control := self._control) is not None:
             try:
-                socket.send_fds(control, [json.dumps({"format": FORMAT, **message}).encode()], list(fds))
+                # Not send_fds: in Python 3.11 and 3.12 it ignores the flags.
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+                control.sendmsg([data], rights, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return False
             except OSError:
                 pass  # it is gone; another one is given all
+        return True
+
+    def _put_off(self, name: str, data: bytes, fds: Sequence[int]) -> None:
+        """Send a message later, in place of an earlier one about the same name. The caller holds the guard."""
+        is_first = not self._unsent
+        self._forget(name)
+        try:
+            self._unsent[name] = data, [os.dup(fd) for fd in fds]
+        except OSError as error:
+            log.warning("the supervisor does not answer, and %s cannot be kept for it: %s", name, error)
+        if is_first and self._unsent:
+            threading.Thread(target=self._catch_up, name="obsfs-unsent", daemon=True).start()
+
+    def _forget(self, name: str) -> None:
+        for fd in self._unsent.pop(name, (b"", []))[1]:
+            os.close(fd)
+
+    def _catch_up(self) -> None:
+        """Send what was put off, in its order, as soon as the supervisor takes it."""
+        while True:
+            with self._guard:
+                for name, (data, fds) in list(self._unsent.items()):
+                    if not self._try(data, fds):
+                        break
+                    self._forget(name)
+                if not self._unsent:
+                    return
+            time.sleep(_CATCH_UP_SECONDS)
 
 
 def appoint(

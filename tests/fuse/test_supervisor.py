@@ -109,6 +109,34 @@ def test_a_direct_reader_keeps_its_file_under_another_supervisor(bucket: Store, 
         assert os.getxattr(path / "file.bin", "user.obsfs.served_by") == b"passthrough"
 
 
+def test_a_supervisor_that_is_stopped_holds_up_no_reader(bucket: Store, mount: Mounter) -> None:
+    """It takes no more than some hundred messages then, and each open by passthrough is one, as is each close."""
+    data = random_bytes(MIB)
+    bucket.put("file.bin", data)
+    path = mount(bucket)
+    file = path / "file.bin"
+    file.read_bytes()
+    wait_for(lambda: os.getxattr(file, "user.obsfs.served_by") == b"passthrough")
+    supervisor, server = (int(status(path)[name]) for name in ("supervisor", "pid"))
+    descriptors = len(os.listdir(f"/proc/{server}/fd"))
+    code = "import os, sys\nfor _ in range(400): os.close(os.open(sys.argv[1], os.O_RDONLY))"
+    os.kill(supervisor, signal.SIGSTOP)
+    try:
+        reader = subprocess.Popen([sys.executable, "-c", code, file])
+        assert reader.wait(20) == 0
+        held = file.open("rb", buffering=0)
+        # The last word about each file waits, and no more.
+        assert len(os.listdir(f"/proc/{server}/fd")) <= descriptors + 4
+    finally:
+        os.kill(supervisor, signal.SIGCONT)
+    with held:
+        assert held.read(100) == data[:100]
+        wait_for(lambda: any(".map" in str(fd.readlink()) for fd in Path(f"/proc/{supervisor}/fd").iterdir()))
+        follow(path, lambda pid: os.kill(pid, signal.SIGKILL))
+        assert held.read() == data[100:]
+        assert os.getxattr(file, "user.obsfs.served_by") == b"passthrough"
+
+
 def test_the_mount_of_a_program_ends_with_its_supervisor(bucket: Store, tmp_path: Path) -> None:
     """Nobody would see the end of the program."""
     bucket.put("a", b"a")
