@@ -631,11 +631,12 @@ class Engine:
             self._scrubber.close()
         self.fetcher.close()
         with self._guard:
-            for reader in (*self._readers.values(), *self._retired):
-                if not reader.is_fetching:
-                    reader.cached.close()
+            closing = [one for one in (*self._readers.values(), *self._retired) if not one.is_fetching]
             self._readers.clear()
             self._retired.clear()
+        # With no lock held: closing a file waits for everyone who writes to it.
+        for reader in closing:
+            reader.cached.close()
         self.cache.close()
 
     def abandon(self) -> None:

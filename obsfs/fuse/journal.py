@@ -59,10 +59,15 @@ class Journal:
             self.record([_MAGIC, FORMAT])
 
     def renew(self) -> None:
-        """Write it anew from the snapshot, in one go; later, if the disk takes no more now."""
+        """Write it anew from the snapshot, in one go; later, if the disk takes no more now.
+
+        For a successor that does not serve yet, so that nobody records anything meanwhile.
+        """
+        # Before the guard: the snapshot takes the lock that everyone holds who records.
+        records = list(self.snapshot())
         with self._guard:
             try:
-                self._compact()
+                self._compact(records)
             except OSError as error:
                 self._note_loss(error)
 
@@ -79,7 +84,7 @@ class Journal:
                         raise OSError("the disk is full")
                     self._records += len(changes)
                 if self._records > max(_COMPACT_AFTER, 4 * self._floor) or self._is_mending_due():
-                    self._compact()
+                    self._compact(self.snapshot())
             except OSError as error:
                 self._note_loss(error)
 
@@ -93,9 +98,9 @@ class Journal:
     def _is_mending_due(self) -> bool:
         return not self.is_whole and time.monotonic() >= self._next_try
 
-    def _compact(self) -> None:
+    def _compact(self, records: Iterable[list[object]]) -> None:
         fresh = self.path.with_suffix(".new")
-        lines = [_line([_MAGIC, FORMAT]), *map(_line, self.snapshot())]
+        lines = [_line([_MAGIC, FORMAT]), *map(_line, records)]
         fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             data = memoryview(b"".join(lines))

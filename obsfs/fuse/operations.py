@@ -268,7 +268,9 @@ class Operations:
             return
         if not wait and not self.engine.is_at_hand(version):
             raise WouldBlockError
-        with self.engine.held(version):
+        with self.engine.held(version) as reader:
+            # Here, where nobody waits for it: files that were cut off are replaced.
+            reader.cached.look()
             yield
 
     def open(self, number: int, flags: int, unique: int = 0) -> Opened:
