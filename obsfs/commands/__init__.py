@@ -205,6 +205,14 @@ def main(arguments: list[str] | None = None) -> int:
 _PIPE = 128 + signal.SIGPIPE
 
 
+def _status_unread(error: BaseException) -> int:
+    """The exit status when nobody reads what is printed; that of an interrupt if it was only about one."""
+    before: BaseException | None = error
+    while before is not None and not isinstance(before, KeyboardInterrupt):
+        before = before.__context__
+    return _PIPE if before is None else 130
+
+
 def _tell(error: BaseException) -> int:
     """Tell what ended a command, in one line. Returns the exit status."""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
@@ -231,11 +239,11 @@ def _tell(error: BaseException) -> int:
         if passed[-1] is not click.Command.main.__code__:  # where click leaves when nobody reads
             raise error
         drop_output()
-        return _PIPE
+        return _status_unread(error)
     if isinstance(error, OSError) and click.echo.__code__ in passed:
         drop_output()
         if isinstance(error, BrokenPipeError):
-            return _PIPE
+            return _status_unread(error)
         tell(f"obsfs: cannot print what was asked ({error.strerror}): make room, or print it elsewhere", err=True)
         return 2
     if os.environ.get("OBSFS_DEBUG"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,14 @@ def _serve_here(source: str, path: Path, settings: Settings) -> None:
 
     mounts.prepare(path, settings)
     daemon.log_to(logging.StreamHandler(), settings.log_level)
-    stop = daemon.Stop()
+    # Until it mounts, a signal ends the command at once. nohup(1) has it outlive its terminal.
+    is_hangup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    stop = daemon.Stop() if is_hangup_ignored else daemon.Stop(signal.SIGHUP)
 
     def on_ready() -> None:
-        stop.on_signals()  # not before: until then Ctrl-C ends the command at once
         tell(f"{source} is mounted on {path}; Ctrl-C unmounts", err=True)
 
-    daemon.serve(source, path, settings, on_ready, stop)
+    try:
+        daemon.serve(source, path, settings, on_ready, stop)
+    finally:
+        stop.ignore_signals()

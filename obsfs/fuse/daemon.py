@@ -94,19 +94,29 @@ class Takeover:
 
 
 class Stop:
-    """Ends a mount from a signal handler or another thread; `wait` returns once somebody has asked."""
+    """Ends a mount from a signal handler or another thread; `wait` returns once somebody has asked.
 
-    def __init__(self) -> None:
+    SIGTERM and SIGINT ask for the end, and the signals `further`, once :meth:`on_signals` was called.
+    """
+
+    def __init__(self, *further: signal.Signals) -> None:
+        self._signals = signal.SIGTERM, signal.SIGINT, *further
         # No Event, and no queue: a signal that comes while the thread goes to sleep in one is not seen until it wakes.
         # A byte in a socket is.
         self._wake, self._poke = socket.socketpair()
         self._poke.setblocking(False)
 
     def on_signals(self) -> None:
-        """Have SIGTERM and SIGINT ask for the end. Only in the main thread."""
+        """Have signals ask for the end, and interrupt nothing. Only in the main thread."""
         signal.set_wakeup_fd(self._poke.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
+        for number in self._signals:
+            # One that came just before has written no byte, and has its handler called only now.
+            signal.signal(number, lambda *_: self())
+
+    def ignore_signals(self) -> None:
+        """Have those signals do nothing any more, so that another one does not change how the process ends."""
+        for number in self._signals:
+            signal.signal(number, signal.SIG_IGN)
 
     def __call__(self) -> None:
         with suppress(BlockingIOError):
@@ -130,9 +140,10 @@ def serve(
 ) -> None:
     """Mount `source` on `mountpoint` and serve it, until it is unmounted or `stop` is called.
 
-    `on_ready` is called once, when the directory answers. Raises ObsfsError, and leaves no mount behind. With a
-    `takeover` nothing is mounted: the kernel goes on with this process where another one has died. `request` is what
-    the supervisor has asked for, which another one is given should it be killed.
+    `on_ready` is called once, when the directory answers. Raises ObsfsError, and leaves no mount behind: from when it
+    mounts, signals do no more than call `stop` (so it runs in the main thread only). With a `takeover` nothing is
+    mounted: the kernel goes on with this process where another one has died. `request` is what the supervisor has asked
+    for, which another one is given should it be killed.
     """
     address = parse_address(source)
     keeper = Keeper(is_successor=takeover is not None)
@@ -190,6 +201,7 @@ def serve(
             "ends_with_program": bool(request and request.get("lifeline")),
         }
         operations = Operations(tree, engine, settings, identity, lambda: bucket.sites)
+        stop.on_signals()
         if settings.engine == "native":
             native = _Native(
                 operations, mountpoint, settings, keeper=keeper, lock=lock, journal=journal, request=request or {}

@@ -9,7 +9,6 @@ version of which the kernel does not have the size yet is not opened: the kernel
 from __future__ import annotations
 
 import os
-import signal
 import stat
 import threading
 import time
@@ -197,8 +196,6 @@ def serve(
             channel.unmount(mountpoint, lazy=True)
 
     threading.Thread(target=watch, name="obsfs-watch", daemon=True).start()
-    # libfuse has handlers of its own, which it sets only where Python has none: this thread is in C all the while.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     options: dict[str, Any] = {"allow_other": True} if settings.allow_other else {}
     if (mfusepy.fuse_version_major, mfusepy.fuse_version_minor) >= _THREADS_SINCE:
         # Each call holds a thread while it waits for the bucket.

@@ -24,6 +24,7 @@ from obsfs.remote.address import parse_address
 from obsfs.remote.client import Bucket
 from obsfs.settings import Settings
 from tests.conftest import MIB, Mounter, Result, Store, random_bytes, wait_for
+from tests.faulty import FaultyLink
 
 Run = Callable[..., Result]
 
@@ -180,9 +181,9 @@ def test_a_dead_mount_is_shown_and_cleared(bucket: Store, obsfs: Run, mount: Mou
     assert obsfs("umount", path).code == 0
 
 
-def test_foreground(bucket: Store, mountpoint: Path) -> None:
+def test_foreground(engine: str, bucket: Store, mountpoint: Path) -> None:
     bucket.put("a", b"a")
-    command = [sys.executable, "-m", "obsfs", "mount", str(bucket), str(mountpoint), "--foreground"]
+    command = [sys.executable, "-m", "obsfs", "mount", str(bucket), str(mountpoint), "--foreground", "--engine", engine]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
@@ -192,6 +193,53 @@ def test_foreground(bucket: Store, mountpoint: Path) -> None:
         assert process.wait(20) == 0
     finally:
         process.kill()
+    assert channel.mounted_at(mountpoint) is None
+
+
+_SIGNALLED_WHILE_IT_MOUNTS = """
+import os, signal, sys
+from obsfs.commands import main
+from obsfs.fuse.kernel import channel
+
+mount = channel.mount
+
+def mount_and_be_told(*arguments, **more):
+    fd = mount(*arguments, **more)
+    os.kill(os.getpid(), int(sys.argv[1]))
+    return fd
+
+channel.mount = mount_and_be_told
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(("number", "closed"), [(signal.SIGINT, ""), (signal.SIGTERM, "2>&-"), (signal.SIGHUP, "")])
+def test_a_signal_while_it_mounts_unmounts(bucket: Store, mountpoint: Path, number: int, closed: str) -> None:
+    """Between mount(2) and the first answer nobody serves the mount yet: it must not be left there, dead."""
+    bucket.put("a", b"a")
+    script = f'exec "$@" {closed}'
+    python = [sys.executable, "-c", _SIGNALLED_WHILE_IT_MOUNTS, str(int(number))]
+    command = ["sh", "-c", script, "sh", *python, "mount", str(bucket), str(mountpoint), "--foreground"]
+    done = subprocess.run(command, capture_output=True, timeout=30, text=True, check=False)
+    assert channel.mounted_at(mountpoint) is None
+    assert done.returncode == 0, done.stderr
+    assert ("is mounted" in done.stderr) is not bool(closed)
+
+
+def test_an_interrupt_before_it_mounts_is_one_also_when_nobody_reads_of_it(bucket: Store, mountpoint: Path) -> None:
+    with FaultyLink(bucket.server.port) as link:
+        link.stalled = True
+        command = [sys.executable, "-m", "obsfs", "mount", str(bucket), str(mountpoint), "--foreground"]
+        read, write = os.pipe()
+        process = subprocess.Popen([*command, "--endpoint-url", link.endpoint], stderr=write)
+        os.close(read)
+        os.close(write)
+        try:
+            wait_for(lambda: link.held > 0)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 130
+        finally:
+            process.kill()
     assert channel.mounted_at(mountpoint) is None
 
 

@@ -198,6 +198,7 @@ def _mount_by_helper(source: str, mountpoint: Path, allow_other: bool) -> int:
             [helper, "-o", options, "--", str(mountpoint)],
             env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
             pass_fds=[theirs.fileno()],
+            start_new_session=True,  # Ctrl-C, which ends it after it has mounted, would leave a dead mount
             cwd="/",
             capture_output=True,
             text=True,
