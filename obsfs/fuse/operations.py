@@ -162,7 +162,7 @@ class Operations:
         """
         directory = self._directory(parent)
         node = self.tree.lookup(directory, name, wait=wait, renew=self._should_renew, unique=unique)
-        return self._attributes(node, self.tree.lifetime(directory, name))
+        return self._attributes(node, self.tree.lifetime(directory, name, node))
 
     def absence_ttl(self, parent: int, name: str) -> float:
         """For how many seconds a name that `lookup` did not find is known to be absent."""
@@ -247,11 +247,11 @@ class Operations:
         return ((names[i], entries[names[i]].info is None, i + 1) for i in range(offset, len(names)))
 
     def enter(self, node: int, handle: int, names: Sequence[str], unique: int = 0) -> list[Attributes]:
-        """Like `lookup`, for names that `readdir` of this handle has just given."""
-        directory, entries = self.tree.node(node), self._listings[handle].entries
-        entered = self.tree.enter(directory, [entries[name] for name in names], self._should_renew, unique)
-        lifetimes = (self.tree.lifetime(directory, name) for name in names)
-        return [self._attributes(node, lifetime) for node, lifetime in zip(entered, lifetimes, strict=True)]
+        """Like `lookup`, for names that `readdir` of this handle has just given; none if each is to be looked up."""
+        directory, listing = self.tree.node(node), self._listings[handle]
+        entered = self.tree.enter(directory, listing, names, self._should_renew, unique)
+        lifetime = self.tree.lifetime_since(listing.loaded)
+        return [self._attributes(node, lifetime) for node in entered]
 
     def releasedir(self, handle: int) -> None:
         """The directory was closed."""

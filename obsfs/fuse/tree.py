@@ -38,8 +38,8 @@ _MAX_COUNTED = 4096
 _MAX_PROBED = 4096
 _MAX_ABSENT = 4096
 _MAX_LOOKED = 1024
-_JUST_ASKED_SECONDS = 1.0
-"""A listing of this age is not asked for again for the sake of a version that it does not show."""
+_MOST_ANSWERS = 3
+"""To one lookup, when each was found to be outdated before it could be given."""
 MAX_NAMES = 20_000_000
 """Of one directory that is listed: twenty times as many as are tried, and about 10 GB of memory."""
 _ENTRY_BYTES = 400
@@ -88,12 +88,27 @@ class Entry(NamedTuple):
     info: ObjectInfo | None
 
 
+@dataclass(slots=True, eq=False)
+class _Question:
+    """What is asked about the directory `prefix`, or about one name in it.
+
+    The one rule of what is believed: once somebody has learnt that a version is gone, or has asked for a refresh,
+    nothing that was asked before is an answer to anybody who asks later. All that was asked and all that is being asked
+    is therefore marked then.
+    """
+
+    prefix: str
+    name: str | None = None
+    is_outdated: bool = False
+
+
 @dataclass
 class Listing:
     """What is known of a directory since `loaded` (monotonic seconds); whole unless it stops at key `known_to`."""
 
     entries: dict[str, Entry]
     loaded: float
+    question: _Question
     hidden: int = 0
     bad: int = 0
     """Entries that could not be read."""
@@ -214,6 +229,7 @@ class Tree:
         self._loading = 0
         self._guard = threading.RLock()
         self._asking: dict[str, _Asking] = {}
+        self._questions: set[_Question] = set()
         self._listings: dict[str, Listing] = {}
         self._listed = 0
         self._next_id = (server << _SERVER_BITS) + ROOT + 1
@@ -227,7 +243,6 @@ class Tree:
         self._uncounted = 0
         # (parent id, name) of what the kernel may take to be absent, and until when (monotonic seconds).
         self._absent: OrderedDict[tuple[int, str], float] = OrderedDict()
-        self._refreshed = 0
 
     # nodes
 
@@ -253,18 +268,36 @@ class Tree:
         says. `renew` tells of a node that is still right whether the path should get a fresh one all the same.
         `unique` is the number of the request, for :meth:`unanswered`.
         """
-        return self.enter(parent, [self._find(parent, name, wait)], renew, unique)[0]
+        for _ in range(_MOST_ANSWERS):
+            with self._question(parent.key, name) as question:
+                entry = self._find(parent, name, wait)
+                if nodes := self._enter_all(parent, [entry], question, renew, unique):
+                    return nodes[0]
+        raise VersionChangedError(f"{parent.key}{name} is replaced over and over", "open it again")
 
     def enter(
         self,
         parent: Node,
-        entries: Iterable[Entry],
+        listing: Listing,
+        names: Iterable[str],
         renew: Callable[[Node], bool] | None = None,
         unique: int = 0,
     ) -> list[Node]:
-        """The nodes of directory entries, with one more lookup counted of each."""
+        """The nodes of names in a listing, with one more lookup counted of each; none if it is believed no more."""
+        return self._enter_all(parent, [listing.entries[name] for name in names], listing.question, renew, unique)
+
+    def _enter_all(
+        self,
+        parent: Node,
+        entries: Iterable[Entry],
+        question: _Question,
+        renew: Callable[[Node], bool] | None,
+        unique: int,
+    ) -> list[Node]:
         changes: list[list[object]] = []
         with self._guard:
+            if question.is_outdated:
+                return []
             nodes = [self._enter(parent, entry, renew, changes) for entry in entries]
             for node in nodes:
                 node.lookups += 1
@@ -532,14 +565,26 @@ class Tree:
 
     # listings
 
-    def lifetime(self, directory: Node, name: str) -> float:
-        """For how many more seconds the presence or absence of a name is believed."""
-        listing = self._listings.get(directory.key)
-        if listing is None:
-            return 0.0
-        loaded = listing.loaded
-        if not listing.knows(name, directory.key + name):
-            loaded, _ = listing.probed.get(name, (loaded, None))
+    def lifetime(self, directory: Node, name: str, node: Node | None) -> float:
+        """For how many more seconds it is believed that a name stands for `node`, or, if that is None, for nothing.
+
+        0 if something else is known by now.
+        """
+        with self._guard:
+            listing, key = self._listings.get(directory.key), directory.key + name
+            found = self._known(directory, name, key)
+            if listing is None or found is WouldBlockError or not self._is_same(found, node):
+                return 0.0
+            is_listed = listing.knows(name, key)
+            return self.lifetime_since(listing.loaded if is_listed else listing.probed[name][0])
+
+    def _is_same(self, found: Entry | type[WouldBlockError] | None, node: Node | None) -> bool:
+        if not isinstance(found, Entry) or node is None:
+            return found is None and node is None
+        return (self._source.version(found.info) if found.info else None) == node.version
+
+    def lifetime_since(self, loaded: float) -> float:
+        """For how many more seconds is believed what was asked at that moment (monotonic seconds)."""
         return max(0.0, self.ttl - (self._now() - loaded))
 
     def absence(self, directory: Node, name: str) -> float:
@@ -548,7 +593,7 @@ class Tree:
         It is 0 beyond _MAX_ABSENT names: the kernel keeps none that :meth:`refresh` does not know.
         """
         with self._guard:
-            now, lifetime = self._now(), self.lifetime(directory, name)
+            now, lifetime = self._now(), self.lifetime(directory, name, None)
             while self._absent and next(iter(self._absent.values())) <= now:
                 self._absent.popitem(last=False)
             place = directory.id, name
@@ -566,9 +611,7 @@ class Tree:
         """Believe nothing of what was known of a directory and those under it. Returns ``(parent id, name)`` of what
         the kernel may know there: names that it should ask for again."""
         with self._guard:
-            self._refreshed += 1
-            for prefix in [prefix for prefix in self._listings if prefix.startswith(directory.key)]:
-                self._drop_listing(prefix)
+            self._outdate(lambda question: question.prefix.startswith(directory.key))
             under = {node.id for node in self._nodes.values() if node.key.startswith(directory.key)}
             return [place for place in (*self._current, *self._absent) if place[0] in under]
 
@@ -585,18 +628,38 @@ class Tree:
             if is_news:
                 node.is_outdated = True
                 self._record(["outdated", node.id])
-            # What somebody is asking just now may be older than this.
-            self._refreshed += 1
-            prefix = node.key.removesuffix(node.name)
-            if (listing := self._listings.get(prefix)) is not None:
-                listing.probed.pop(node.name, None)
-                shown = listing.entries.get(node.name)
-                is_shown = shown and shown.info and self._source.version(shown.info) == node.version
-                # A listing that shows another version may be as old. All versions of a directory that was replaced are
-                # found to be gone one after the other, and each once.
-                if is_shown or (is_news and self._now() - listing.loaded > _JUST_ASKED_SECONDS):
-                    self._drop_listing(prefix)
+            if is_news or self._is_shown(node):
+                prefix = node.key.removesuffix(node.name)
+                self._outdate(lambda one: one.prefix == prefix and one.name in (None, node.name))
             return (node.parent, node.name) if self._is_current(node) else None
+
+    def _is_shown(self, node: Node) -> bool:
+        """Whether what is known stands for the version of a node."""
+        listing = self._listings.get(node.key.removesuffix(node.name))
+        if listing is None:
+            return False
+        return self._is_same(listing.entries.get(node.name) or listing.probed.get(node.name, (0.0, None))[1], node)
+
+    def _outdate(self, is_about: Callable[[_Question], bool]) -> None:
+        """Believe no answer to these questions, whether it was given or not. The caller holds the guard."""
+        for question in self._questions:
+            question.is_outdated |= is_about(question)
+        for prefix, listing in list(self._listings.items()):
+            if is_about(listing.question):
+                listing.question.is_outdated = True
+                self._drop_listing(prefix)
+
+    @contextmanager
+    def _question(self, prefix: str, name: str | None = None) -> Iterator[_Question]:
+        """What is asked while the block runs."""
+        question = _Question(prefix, name)
+        with self._guard:
+            self._questions.add(question)
+        try:
+            yield question
+        finally:
+            with self._guard:
+                self._questions.discard(question)
 
     def should_look_again(self, node: Node) -> bool:
         """Whether the name of a node is to be looked up before it is opened: it stands for a version that is gone."""
@@ -703,25 +766,27 @@ class Tree:
     def _probe(self, parent: Node, name: str, key: str) -> Entry | None:
         """Ask for one name of a directory that is too long for one page."""
         entry: Entry | None = None
-        first = next(self._source.list(f"{key}/"))
-        if first.objects or first.prefixes:
-            entry = Entry(name, None)
-        else:
-            try:
-                entry = Entry(name, self._source.head(key))
-            except NotFoundError:
-                pass
-        with self._guard:
-            listing = self._listings.get(parent.key)
-            if listing is not None:
-                listing.probed[name] = (self._now(), entry)
-                if len(listing.probed) > _MAX_PROBED:
-                    del listing.probed[next(iter(listing.probed))]
+        asked = self._now()
+        with self._question(parent.key, name) as question:
+            first = next(self._source.list(f"{key}/"))
+            if first.objects or first.prefixes:
+                entry = Entry(name, None)
+            else:
+                with suppress(NotFoundError):
+                    entry = Entry(name, self._source.head(key))
+            with self._guard:
+                listing = self._listings.get(parent.key)
+                if listing is not None and not question.is_outdated:
+                    listing.probed[name] = asked, entry
+                    if len(listing.probed) > _MAX_PROBED:
+                        del listing.probed[next(iter(listing.probed))]
         return entry
 
     def _fresh(self, prefix: str) -> Listing | None:
         listing = self._listings.get(prefix)
-        return listing if listing is not None and self._now() - listing.loaded < self.ttl else None
+        if listing is None or listing.question.is_outdated or self._now() - listing.loaded >= self.ttl:
+            return None
+        return listing
 
     def prime(self, page: Page) -> None:
         """The first page of the root, from before anybody has looked."""
@@ -769,27 +834,25 @@ class Tree:
 
     def _load(self, prefix: str, pages: Iterable[Page], *, whole: bool) -> Listing:
         """What the bucket says of a directory: its first page, or all pages."""
-        listing = Listing({}, self._now())
-        refreshed, before = self._refreshed, self._listings.get(prefix)
-        for number, page in enumerate(pages, 1):
-            listing.hidden += read_page(page, prefix, listing.entries)
-            listing.bad += page.bad
-            listing.pages = number
-            if not whole:
-                if not page.is_last:
-                    listing.known_to = max([info.key for info in page.objects[-1:]] + page.prefixes[-1:], default="")
-                    listing.pages = before.pages if before else 1
-                break
-        with self._guard:
-            if self._refreshed != refreshed:
-                listing.loaded -= self.ttl
-            self._drop_listing(prefix)
-            self._listings[prefix] = listing
-            self._listed += 1 + len(listing.entries)
-            # In the order in which they were loaded.
-            for oldest in list(islice(self._listings, 64)):
-                if self._listed > self.max_entries and oldest != prefix:
-                    self._drop_listing(oldest)
+        with self._question(prefix) as question:
+            listing, before = Listing({}, self._now(), question), self._listings.get(prefix)
+            for number, page in enumerate(pages, 1):
+                listing.hidden += read_page(page, prefix, listing.entries)
+                listing.bad += page.bad
+                listing.pages = number
+                if not whole:
+                    if not page.is_last:
+                        last = max([info.key for info in page.objects[-1:]] + page.prefixes[-1:], default="")
+                        listing.known_to, listing.pages = last, before.pages if before else 1
+                    break
+            with self._guard:
+                self._drop_listing(prefix)
+                self._listings[prefix] = listing
+                self._listed += 1 + len(listing.entries)
+                # In the order in which they were loaded.
+                for oldest in list(islice(self._listings, 64)):
+                    if self._listed > self.max_entries and oldest != prefix:
+                        self._drop_listing(oldest)
         return listing
 
     def _drop_listing(self, prefix: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given
@@ -104,8 +104,9 @@ def test_beyond_the_bound_the_oldest_listings_go_and_the_kernel_is_to_forget_fil
     root = tree.node(1)
     for n in range(20):
         directory = tree.lookup(root, f"d{n:02}")
-        for entry in tree.listing(directory).entries.values():
-            tree.enter(directory, [entry])
+        listing = tree.listing(directory)
+        for name in listing.entries:
+            tree.enter(directory, listing, [name])
             assert tree.listed_count <= 1000 + 101
     assert tree.is_crowded
     opened = tree.lookup(tree.lookup(root, "d00"), "000")
@@ -171,10 +172,10 @@ def test_absence_is_remembered_until_the_lifetime_is_over() -> None:
         with pytest.raises(NotFoundError):
             tree.lookup(root, "new")
     assert bucket.requests == 1
-    assert tree.lifetime(root, "new") == 10
+    assert tree.lifetime(root, "new", None) == 10
     bucket.keys["new"] = "1"
     clock.now += 9
-    assert tree.lifetime(root, "new") == 1
+    assert tree.lifetime(root, "new", None) == 1
     with pytest.raises(NotFoundError):
         tree.lookup(root, "new")
     clock.now += 2
@@ -326,18 +327,135 @@ def test_after_a_refresh_the_bucket_is_asked_again() -> None:
     tree.lookup(root, "d")
 
 
-def test_a_listing_that_was_asked_for_before_a_refresh_is_not_kept() -> None:
-    class Slow(MemoryBucket):
-        def list(self, prefix: str) -> Iterator[Page]:
-            found = list(super().list(prefix))
-            if not tree.listed_count:
-                self.keys["b"] = "x"
-                tree.refresh(tree.node(ROOT))
-            yield from found
+class SlowBucket(MemoryBucket):
+    """What is put into `meanwhile` happens, once, while the answer to a request is on its way."""
 
-    tree = Tree(Slow({"a": "x"}), "", 60, now=Clock())
+    def __init__(self, keys: dict[str, str], page: int = 1000) -> None:
+        super().__init__(keys, page)
+        self.meanwhile: Callable[[], object] = int
+
+    def _act(self) -> None:
+        act, self.meanwhile = self.meanwhile, int
+        act()
+
+    def list(self, prefix: str) -> Iterator[Page]:
+        for page in list(super().list(prefix)):
+            self._act()
+            yield page
+
+    def head(self, key: str) -> ObjectInfo:
+        try:
+            return super().head(key)
+        finally:
+            self._act()
+
+
+def test_a_listing_that_was_asked_for_before_a_refresh_is_not_kept() -> None:
+    bucket = SlowBucket({"a": "x"})
+    tree = Tree(bucket, "", 60, now=Clock())
+    bucket.meanwhile = lambda: (bucket.keys.update(b="x"), tree.refresh(tree.node(ROOT)))
     assert set(tree.listing(tree.node(ROOT)).entries) == {"a"}
     assert set(tree.listing(tree.node(ROOT)).entries) == {"a", "b"}
+
+
+def etag(node: trees.Node) -> str:
+    assert node.version is not None
+    return node.version.etag.strip('"')
+
+
+@pytest.mark.parametrize("page", [1000, 2])
+@pytest.mark.parametrize("how", ["gone", "refresh"])
+def test_nothing_that_was_asked_before_is_an_answer_afterwards(page: int, how: str) -> None:
+    """A lookup is on its way to the bucket while a reader learns that a version is gone, or somebody asks for a
+    refresh: also in a directory that is too long for a page, where the bucket is asked for one name."""
+    bucket, clock = SlowBucket(dict.fromkeys(("d/a", "d/b", "d/c", "d/d"), "1"), page), Clock()
+    tree = Tree(bucket, "", 60, now=clock)
+    directory = tree.lookup(tree.node(ROOT), "d")
+    old = tree.lookup(directory, "d")
+    clock.now += 61
+    tree.lookup(tree.node(ROOT), "d")
+    if page == 2:
+        tree.lookup(directory, "a")  # so that what is on its way is about one name
+
+    def replaced() -> None:
+        bucket.keys = dict.fromkeys(bucket.keys, "2")
+        if how == "gone":
+            tree.outdate(old.id)
+        else:
+            tree.refresh(tree.node(ROOT))
+
+    bucket.meanwhile = replaced
+    assert etag(tree.lookup(directory, "d")) == "2"
+    new = tree.lookup(directory, "d")
+    assert etag(new) == "2"
+    assert not tree.should_look_again(new)
+    assert tree.lifetime(directory, "d", new) == 60
+    assert tree.lifetime(directory, "d", old) == 0
+
+
+def test_a_name_that_was_absent_before_a_refresh_is_not_said_to_be() -> None:
+    bucket = SlowBucket(dict.fromkeys(("d/a", "d/b", "d/c"), "1"), page=2)
+    tree = Tree(bucket, "", 60, now=Clock())
+    directory = tree.lookup(tree.node(ROOT), "d")
+    tree.lookup(directory, "a")
+
+    def made() -> None:
+        bucket.keys["d/new"] = "1"
+        tree.refresh(directory)
+        tree.lookup(directory, "new")
+
+    bucket.meanwhile = lambda: setattr(bucket, "meanwhile", made)  # of two requests, the second
+    with pytest.raises(NotFoundError):
+        tree.lookup(directory, "new")
+    # By now it is known to be there, and the kernel is not told that it is not.
+    assert tree.absence(directory, "new") == 0
+    assert etag(tree.lookup(directory, "new")) == "1"
+
+
+def test_a_name_that_is_replaced_whenever_it_is_asked_for_ends() -> None:
+    bucket = SlowBucket({"a": "1"})
+    tree = Tree(bucket, "", 60, now=Clock())
+
+    def again() -> None:
+        bucket.meanwhile = again
+        tree.refresh(tree.node(ROOT))
+
+    bucket.meanwhile = again
+    with pytest.raises(VersionChangedError):
+        tree.lookup(tree.node(ROOT), "a")
+    bucket.meanwhile = int
+    assert etag(tree.lookup(tree.node(ROOT), "a")) == "1"
+
+
+@pytest.mark.parametrize("how", ["gone", "refresh"])
+def test_what_an_open_directory_has_is_no_answer_once_it_is_outdated(how: str) -> None:
+    bucket = MemoryBucket({"a": "1", "b": "1"})
+    tree = Tree(bucket, "", 60, now=Clock())
+    root = tree.node(ROOT)
+    shown = tree.listing(root)
+    (old,) = tree.enter(root, shown, ["a"])
+    bucket.keys = {"a": "2", "b": "2"}
+    if how == "gone":
+        tree.outdate(old.id)
+    else:
+        tree.refresh(root)
+    assert tree.enter(root, shown, ["a", "b"]) == []
+    assert [etag(node) for node in tree.enter(root, tree.listing(root), ["a", "b"])] == ["2", "2"]
+
+
+def test_who_polls_a_version_that_is_gone_makes_nobody_ask_again() -> None:
+    bucket = SlowBucket({"a": "1", "d/x": "1"})
+    tree = Tree(bucket, "", 60, now=Clock())
+    old = tree.lookup(tree.node(ROOT), "a")
+    bucket.keys["a"] = "2"
+    tree.outdate(old.id)
+    directory = tree.lookup(tree.node(ROOT), "d")
+    bucket.meanwhile = lambda: tree.outdate(old.id)
+    tree.lookup(directory, "x")
+    bucket.requests = 0
+    tree.lookup(directory, "x")
+    tree.lookup(tree.node(ROOT), "a")
+    assert bucket.requests == 0
 
 
 def test_a_listing_that_nobody_waits_for_is_given_up_between_pages() -> None:
@@ -369,7 +487,7 @@ def test_a_version_that_is_gone_has_its_name_looked_up_again(page: int) -> None:
     assert new.version is not None
     assert (new.version.etag, new.id == old["d"].id) == ('"2"', False)
     assert not tree.should_look_again(old["d"])
-    # Of what was listed since, nothing is asked again for the sake of a version that it does not show.
+    # Of what was asked for since, nothing is asked again by who reads on.
     tree.lookup(directory, "a")
     before = bucket.requests
     assert tree.outdate(old["d"].id) is None
@@ -386,7 +504,7 @@ def test_after_a_version_is_gone_no_older_listing_is_believed() -> None:
     clock.now += 61
     bucket.keys = {"d/a": "2"}
     tree.listing(directory)
-    clock.now += 2
+    clock.now += 0.1
     bucket.keys = {"d/a": "3"}
     tree.outdate(old.id)
     new = tree.lookup(directory, "a")

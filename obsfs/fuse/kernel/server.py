@@ -642,8 +642,9 @@ class Server:
             kind = wire.DT_DIR if is_dir else wire.DT_REG
             ino = UNKNOWN_INO
             if plus:
-                parts.append(_entry(found[index]))
-                ino = found[index].ino
+                # Without a node the kernel is told the name, and looks it up by itself (fs/fuse/readdir.c).
+                parts.append(_entry(found[index]) if found else wire.entry_out(0, 0, bytes(wire.ATTR.size)))
+                ino = found[index].ino if found else UNKNOWN_INO
             parts.append(wire.dirent(ino, following, kind, name.encode()))
         self._check_room()
         return [b"".join(parts)]
