@@ -397,7 +397,7 @@ class Knob:
         """
         place = place or f"{self.flag} "
         if isinstance(value, str) and not value.strip():
-            raise UsageError(f"{place.rstrip(' =')} is empty", "give it a value, or leave it out")
+            raise UsageError(f"{place.rstrip(' =:')} is empty", "give it a value, or leave it out")
         try:
             return msgspec.convert(self._kind.read(self._usable(value)), self.hint, strict=False)
         except (ValueError, msgspec.ValidationError) as error:

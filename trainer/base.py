@@ -26,6 +26,8 @@ _OTHER_KINDS = (
     "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForMaskedLM",
     "ForImageClassification",
 )  # fmt: skip
+_TRUST = "trust_remote_code"
+"""The key, and the argument of transformers, that its errors name."""
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
@@ -54,6 +56,8 @@ def check_name(text: str, settings: dict[str, Any]) -> None:
     if text.startswith((".", "/", "~")) or not obsfs.Settings.load(**settings).library:
         others = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, others, 1)
+        if path.exists():
+            raise UsageError(f"{text} is no directory", "give the one that has the model's config.json")
         raise UsageError(
             f"there is no directory {text}",
             f"the nearest is {path.with_name(close[0])}"
@@ -115,6 +119,17 @@ class Facts:
     vocabulary: int
 
 
+def check_there(path: Path) -> None:
+    """Raise UsageError for a directory without a configuration or weights. It is quick, and imports nothing large."""
+    _json(path / "config.json")
+    if not any(path.glob("*.safetensors")):
+        raise _no_weights(path)
+
+
+def _no_weights(path: Path) -> UsageError:
+    return UsageError(f"{path} has no weights", "training reads *.safetensors: save the model with transformers")
+
+
 def check_whole(path: Path) -> Facts:
     """Look at configuration, index and every header. Raises UsageError, naming the file that is missing or cut off."""
     config = _json(path / "config.json")
@@ -123,7 +138,7 @@ def check_whole(path: Path) -> Facts:
     if index.exists() and "model.safetensors" not in headers:
         names = sorted(headers.keys() & set(_json(index).get("weight_map", {}).values()))
     if not names:
-        raise UsageError(f"{path} has no weights", "training reads *.safetensors: save the model with transformers")
+        raise _no_weights(path)
     parameters = embedding = size = 0
     for name in names:
         size += (path / name).stat().st_size
@@ -160,8 +175,9 @@ def load_tokenizer(path: Path, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, **_untrusting(options))
     except (OSError, ValueError, KeyError) as error:
+        _refuse_own_code(path, error)
         reason = first_line(error)
         raise UsageError(
             f"the tokenizer of {path} cannot be loaded ({reason})", "the model needs its tokenizer files"
@@ -274,9 +290,26 @@ def _configuration(path: Path, **options: Any) -> Any:
     import transformers
 
     try:
-        return transformers.AutoConfig.from_pretrained(path, **options)
+        return transformers.AutoConfig.from_pretrained(path, **_untrusting(options))
     except (OSError, ValueError, KeyError, ImportError) as error:
+        _refuse_own_code(path, error)
         raise UsageError(f"{path} cannot be loaded by transformers", first_line(error)) from None
+
+
+def _untrusting(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of ``from_pretrained``. Without a word on a model's own code transformers asks on the terminal."""
+    return {"trust_remote_code": False, **options}
+
+
+def _refuse_own_code(path: Path, error: Exception) -> None:
+    """Raise UsageError where a model was not loaded because it brings code of its own, which nobody allowed to run."""
+    if _TRUST not in str(error):
+        return
+    files = ", ".join(sorted(one.name for one in path.glob("*.py"))) or "named in its configuration"
+    raise UsageError(
+        f"{path} needs Python code of its own ({visible(files, 200)}), which is not run unless you allow it",
+        f"read that code, since it can do whatever you may do; then {_TRUST}: true in the run allows it for training",
+    ) from None
 
 
 def empty_model(path: Path, **options: Any) -> Any:

@@ -18,7 +18,7 @@ import yaml
 from obsfs import ObsfsError, Settings
 from obsfs.commands.options import BUCKET, CACHE
 from obsfs.errors import UsageError, first_line
-from obsfs.settings import knobs
+from obsfs.settings import Written, knobs
 from obsfs.text import visible
 from trainer import keys, needs
 from trainer.foreign import refuse_foreign
@@ -198,7 +198,11 @@ def lora_config(**given: Any) -> Any:
 def load_config(
     source: Mapping[str, Any] | TrainConfig | None, overrides: Mapping[str, Any] | None = None
 ) -> TrainConfig:
-    """A run from a mapping (or a config that is changed by `overrides`). Raises UsageError; imports nothing large."""
+    """A run from a mapping (or a config that is changed by `overrides`). Raises UsageError; imports nothing large.
+
+    A setting of obsfs may be :class:`obsfs.settings.Written`: an error says where it stands, else by what keyword it
+    was given.
+    """
     if isinstance(source, TrainConfig):
         given = {**{k: v for k, v in vars(source).items() if k != "options"}, **source.options}
     elif dataclasses.is_dataclass(source) and not isinstance(source, type):
@@ -207,6 +211,10 @@ def load_config(
         given = dict(source or {})
     nested = given.pop("options", None) or {}
     spelled = {**_named([*given.items(), *nested.items()]), **_named((overrides or {}).items())}
+    places = dict[str, str]()
+    for name, (spelling, value) in spelled.items():
+        if isinstance(value, Written):
+            places[name], spelled[name] = value.place, (spelling, value.value)
     known = known_keys(str(spelled.get("task", ("", "sft"))[1]))
     for name, (spelling, value) in spelled.items():
         if value is keys.BARE and name in {**(known or {}), **dict.fromkeys(_SETTINGS)}:
@@ -223,6 +231,7 @@ def load_config(
     own = {name: merged.pop(name) for name in _fields(TrainConfig) if name in merged}
     config = TrainConfig(**own, options=merged)
     _check(config)
+    Settings.load(**{name: Written(places.get(name, f"{name}="), value) for name, value in config.settings.items()})
     return config
 
 
@@ -300,7 +309,6 @@ def _check(config: TrainConfig) -> None:
             f"init_lora_weights: {begin} takes a pass over the data before training, which PEFT leaves to programs",
             "choose another, for example pissa or olora",
         )
-    Settings.load(**config.settings)
     needs.check({**METHODS[config.method], **config.options}, config.attn_implementation)
 
 
@@ -317,7 +325,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}{where} {what}", getattr(error, "problem", None) or str(error)) from None
     if not isinstance(found, dict):
         raise UsageError(f"{path} is no configuration", "write KEY: VALUE lines")
-    return found
+    if isinstance(nested := found.get("options"), dict):
+        found = {**found, "options": _placed(nested, f"{path}: ", ": ")}
+    return _placed(found, f"{path}: ", ": ")
+
+
+def _placed(given: Mapping[str, Any], before: str, after: str) -> dict[str, Any]:
+    """What was given, each setting of obsfs with what stands before it: its name, between two texts."""
+    return {name: Written(f"{before}{name}{after}", one) if name in _SETTINGS else one for name, one in given.items()}
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
@@ -334,9 +349,11 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
         values = [value] if is_joined else []
         while not is_joined and words and not words[0].startswith("--"):
             values.append(words.pop(0))
-        parsed = [_value(value) for value in values]
-        found[name.replace("-", "_")] = keys.BARE if not parsed else parsed[0] if len(parsed) == 1 else parsed
-    return found
+        key = name.replace("-", "_")
+        # A setting of obsfs is read from text, as that of any other verb.
+        parsed = values if key in _SETTINGS else [_value(value) for value in values]
+        found[key] = keys.BARE if not parsed else parsed[0] if len(parsed) == 1 else parsed
+    return _placed(found, "--", " ")
 
 
 class _Loader(yaml.SafeLoader):

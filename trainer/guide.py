@@ -19,11 +19,13 @@ from obsfs.fuse import mounts
 from obsfs.settings import knobs
 from trainer import base as bases
 from trainer import data
-from trainer.config import METHODS, TASKS, lora_config
+from trainer.config import METHODS, TASKS, load_config
+from trainer.memory import Memory, memory_of
 from trainer.quiet import hush, hush_bars
+from trainer.setup import trusts
 
-_LENGTH = 1024
-_BITS = {"qlora": 4}
+_SIZES = {"max_length": 1024, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16}
+"""What is proposed for every run."""
 _ABOUT = {
     "sft": "show it what to say",
     "dpo": "show it which of two answers is better",
@@ -107,26 +109,17 @@ def guide(given: dict[str, Any]) -> tuple[Path, bool]:
             f"of which {human(missing_bytes(base.path))} have to be fetched"
         )
         has_template = bool(bases.load_tokenizer(base.path).chat_template)
-        adapter = bases.adapter_parameters(base.path, lora_config())
-    tell(*(f"  {name:6} {text}" for name, text in _ABOUT.items()))
-    run["task"] = ask("Task", type=click.Choice(list(TASKS)), default="sft")
-    run["data"] = _ask_data(run["task"], has_template, settings)
-    there, where = bases.memory_available()
-    rows = [
-        (name, human(needed), "fits" if needed < there else "too much")
-        for name, needed in estimates(facts, run["task"], adapter).items()
-    ]
-    tell(*columns(["method", ">memory", f"of {human(there)} on {where}"], rows))
-    fitting = [name for name, _, verdict in rows if verdict == "fits"]
-    best = "lora" if "lora" in fitting else "qlora"
+        tell(*(f"  {name:6} {text}" for name, text in _ABOUT.items()))
+        run["task"] = ask("Task", type=click.Choice(list(TASKS)), default="sft")
+        run["data"] = _ask_data(run["task"], has_template, settings)
+        best = _tell_memory(estimates({**_SIZES, **run, **given}, base.path, facts))
     run["method"] = ask("Method", type=click.Choice(list(METHODS)), default=best)
     run["num_train_epochs"] = ask("Passes over the data", type=click.FloatRange(0, min_open=True), default=1.0)
     library = obsfs.Settings.load(**settings).library
     name = f"{Path(model.rstrip('/')).name.partition('@')[0]}-{run['task']}"
     default = f"{library.rstrip('/')}/adapters/{name}" if library else f"runs/{name}"
     run["output"] = ask("Where the adapter goes (a directory, or obs://BUCKET/NAME)", default=default)
-    run |= {"max_length": _LENGTH, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16}
-    run |= {"save_steps": 100, "save_total_limit": 2, **given}
+    run |= {**_SIZES, "save_steps": 100, "save_total_limit": 2, **given}
     written = Path(ask("Write this run to", default="train.yaml"))
     if written.exists():
         confirm(f"{written} is there: replace it?", abort=True)
@@ -149,21 +142,39 @@ def _ask_data(task: str, has_template: bool, settings: dict[str, Any]) -> str:
             return place
 
 
-def estimates(facts: bases.Facts, task: str, adapter: int) -> dict[str, int]:
-    """Bytes of memory that each method needs at the sizes that the guide proposes, with an adapter of so many
-    parameters."""
-    found = {}
+def _tell_memory(found: dict[str, Memory | str]) -> str:
+    """Show what each method takes, and return the one to propose."""
+    rows, fitting = [], []
+    known = [memory for memory in found.values() if isinstance(memory, Memory)]
+    for name, memory in found.items():
+        if isinstance(memory, str):
+            rows.append((name, "", memory))
+            continue
+        rows.append((name, human(memory.needed), "too much" if memory.is_too_much else "fits"))
+        if not memory.is_too_much:
+            fitting.append(name)
+    free = f"of {human(known[0].free)} on {known[0].where}" if known else ""
+    tell(*columns(["method", ">memory", free], rows))
+    return "lora" if "lora" in fitting else "qlora"
+
+
+def estimates(run: dict[str, Any], model: Path, facts: bases.Facts) -> dict[str, Memory | str]:
+    """Return what memory a run takes by each method, as the run itself will say; or why it is not for that method.
+
+    Args:
+        run: Its keys, as far as they are known.
+        model: The directory of its model.
+        facts: What the files of its model say.
+    """
+    found: dict[str, Memory | str] = {}
     for method in METHODS:
-        is_full = method == "full"
-        found[method] = bases.estimate_memory(
-            facts,
-            task=task,
-            method=method,
-            bits=_BITS.get(method),
-            dtype="float32" if is_full else "bfloat16",
-            trainable=facts.parameters if is_full else adapter,
-            batch=1,
-            length=_LENGTH,
-            checkpointing=True,
-        )
+        try:
+            config = load_config({"output": "asked", **run, "method": method})
+            parts = config.parts(Path("asked"))
+            trainable = facts.parameters
+            if parts.lora is not None:
+                trainable = bases.adapter_parameters(model, parts.lora, trust_remote_code=trusts(parts.arguments))
+            found[method] = memory_of(config, parts.arguments, facts, trainable)
+        except obsfs.ObsfsError as error:
+            found[method] = str(error)
     return found

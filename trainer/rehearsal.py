@@ -16,7 +16,6 @@ import gc
 import logging
 import random
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -35,6 +34,7 @@ from obsfs.errors import UsageError, first_line
 from obsfs.text import visible
 from trainer import room
 from trainer.config import Parts, TrainConfig
+from trainer.scratch import scratch
 from trainer.setup import load_model, make_trainer, trusts
 
 _WIDTH, _HEADS = 64, 4
@@ -92,8 +92,8 @@ def rehearse(config: TrainConfig, base: Path, tokenizer: Any) -> None:
     """
     with _aside():
         try:
-            with tempfile.TemporaryDirectory(prefix="obsfs-rehearsal-", ignore_cleanup_errors=True) as place:
-                fault = _find_fault(_Scene(Path(place), config, base, tokenizer), config)
+            with scratch("obsfs-rehearsal-") as place:
+                fault = _find_fault(_Scene(place, config, base, tokenizer), config)
         except OSError:  # no room for a stand-in, or no place
             return
     if fault:

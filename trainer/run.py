@@ -21,6 +21,7 @@ from obsfs.settings import state_dir
 from trainer import base as bases
 from trainer import data, notes, room
 from trainer.config import TASKS, Parts, TrainConfig, load_config
+from trainer.memory import Memory, memory_of
 from trainer.place import check_output, place_of
 from trainer.quiet import hush, hush_bars
 from trainer.setup import is_sharded, load_model, make_trainer, trusts
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from trainer.progress import Timeline
 
 _SECRET = {"hub_token", "push_to_hub_token"}
-_MARGIN = 1.25
-"""The estimate of memory is good to within a third: only what is clearly too much is refused."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,10 @@ def train(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with ExitStack() as waiting, ThreadPoolExecutor(1, "trainer-import") as pool:
         show = waiting.enter_context(spinner("mounting, importing", quiet=as_json or not _is_first()))
-        # While Python imports for ten seconds, the bucket is mounted and the weights begin to travel.
-        importing = pool.submit(_import, chosen)
         with bases.open_base(chosen.model, chosen.settings) as base:
+            bases.check_there(base.path)
+            # A model that is not there is told first. Then the weights travel while Python imports for ten seconds.
+            importing = pool.submit(_import, chosen)
             # A check reads the headers alone.
             stop = bases.prefetch(base) if _is_first_here() and not only_check else threading.Event()
             try:
@@ -170,7 +170,7 @@ class _Run:
             if lora is not None:
                 plan = bases.plan_adapter(self._base.path, lora, trust_remote_code=trusts(arguments))
                 trainable = plan.parameters
-            needed, there = self._check_memory(facts, trainable)
+            memory = self._check_memory(facts, trainable)
             if (short := room.check(self.output_dir, arguments, trainable)) and self._is_main:
                 say(short)
             if self._is_main:
@@ -194,8 +194,8 @@ class _Run:
                 "parameters": facts.parameters,
                 "bytes": facts.size,
                 "trainable": trainable,
-                "memory": needed,
-                "memory_free": there,
+                "memory": memory.needed,
+                "memory_free": memory.free,
                 **self._data_figures,
             }
             if report.total is not None:
@@ -223,30 +223,18 @@ class _Run:
         name = self._place.url.rpartition("/")[2]
         return state_dir() / "runs" / f"{name}-{hashlib.sha256(self._place.url.encode()).hexdigest()[:8]}"
 
-    def _check_memory(self, facts: bases.Facts, trainable: int) -> tuple[int, int]:
-        """The bytes that training needs by estimate, and those that can be had. Raises UsageError when it is not
-        enough."""
+    def _check_memory(self, facts: bases.Facts, trainable: int) -> Memory:
+        """What training needs. Raises UsageError when that is surely too much."""
         config, arguments = self._config, self._parts.arguments
-        needed = bases.estimate_memory(
-            facts,
-            task=config.task,
-            method=config.method,
-            bits=_bits(config),
-            dtype=config.base_dtype,
-            trainable=trainable,
-            batch=arguments.per_device_train_batch_size,
-            length=getattr(arguments, "max_length", None) or 1024,
-            checkpointing=arguments.gradient_checkpointing,
-            loss=getattr(arguments, "loss_type", None),
-        )
-        there, where = bases.memory_available()
-        if config.check_memory and not is_sharded(arguments) and needed > there * _MARGIN:
+        memory = memory_of(config, arguments, facts, trainable)
+        if config.check_memory and not is_sharded(arguments) and memory.is_too_much:
             raise UsageError(
-                f"training needs about {human(needed)} of memory, and {where} has {human(there)} free",
+                f"training needs about {human(memory.needed)} of memory, and {memory.where} has "
+                f"{human(memory.free)} free",
                 "method qlora, or a smaller per_device_train_batch_size or max_length, needs less; "
                 "check_memory: false tries all the same",
             )
-        return needed, there
+        return memory
 
     def _prepare_output(self) -> Path | None:
         """See that the output can be written, and find what to go on with."""
@@ -534,9 +522,3 @@ class _Run:
         given = {name: value for name, value in given.items() if name not in ("options", "resume")}
         given |= {name: value for name, value in self._config.options.items() if name not in _SECRET}
         return str(yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
-
-
-def _bits(config: TrainConfig) -> int | None:
-    if not config.is_quantized:
-        return None
-    return 8 if config.options.get("load_in_8bit") else 4

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +23,7 @@ from obsfs.settings import state_dir
 from trainer import bits
 from trainer.base import Base, open_base, refuse_other_kinds
 from trainer.merge import ADAPTER, merge, open_adapter
+from trainer.scratch import scratch
 
 BACKENDS = ("transformers", "vllm", "sglang")
 _START_SECONDS = 600.0
@@ -93,14 +93,14 @@ def serve(
         _tell_of_template(base, tuned, is_chat=quiet, extra=extra)
         path, adapter_path = base.path, tuned.path if tuned else None
         if tuned is not None and chosen == "transformers":
-            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="obsfs-serve-"))) / tuned.path.name
+            path = stack.enter_context(scratch("obsfs-serve-")) / tuned.path.name
             merge(str(tuned.path), str(path), base=str(base.path), settings=settings)
             adapter_path = None
         command = command_of(chosen, path, adapter_path, ["--host", host, "--port", str(port)], extra)
         silence = subprocess.DEVNULL if quiet else None
         # In a directory of its own: the model's, or the one above it, may hold anything. transformers, which is told
         # no other name to serve a model by, finds it there.
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="obsfs-serve-")))
+        home = stack.enter_context(scratch("obsfs-serve-"))
         (home / path.name).symlink_to(path.absolute())
         process = subprocess.Popen(
             [children.program(command[0]), *command[1:]],
@@ -201,7 +201,7 @@ def chat(server: Server, extra: Sequence[str]) -> int:
     """
     home = state_dir() / "chat"
     home.mkdir(mode=0o700, exist_ok=True)
-    command = [children.program("transformers"), "chat", server.model, server.url, *extra]
+    command = [*children.python("-m", "trainer.backend"), "chat", server.model, server.url, *extra]
     # With HF_HUB_OFFLINE its client refuses to speak to any server, also to the one on this machine.
-    environment = {name: value for name, value in children.foreign_environment().items() if name != "HF_HUB_OFFLINE"}
+    environment = {name: value for name, value in children.environment().items() if name != "HF_HUB_OFFLINE"}
     return subprocess.run(command, cwd=home, env=environment, check=False).returncode

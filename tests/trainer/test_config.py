@@ -366,3 +366,40 @@ def test_no_words_are_a_mistake_of_ours(words: list[str]) -> None:
         parse_overrides(words)
     except ObsfsError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("cache_size: 3x", "cache_size: 3x: '3x' is not a size"),
+        ("connections: [1, 2]", "connections: [1, 2]: it must be a whole number"),
+        ("metadata: 1\nretry_timeout: -5", "unknown key 'metadata'"),
+        ("retry_timeout: -5s", "retry_timeout: -5s: '-5s' is not a time"),
+        ("cache_dir: ''", "cache_dir is empty: give it a value, or leave it out"),
+        ("library: models", "library: models: write obs://BUCKET"),
+        ("options:\n  profile: 7", "profile: 7: it must be text"),
+    ],
+)
+def test_a_setting_of_a_file_is_named_as_the_key_there(line: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "a {run}.yaml"
+    path.write_text(f"model: m\ndata: d.jsonl\noutput: o\n{line}\n")
+    with pytest.raises(ObsfsError) as caught:
+        load_config(read_yaml(path))
+    assert str(caught.value).startswith(said if "unknown" in said else f"{path}: {said}")
+
+
+def test_a_setting_that_no_file_has_is_named_as_it_was_given(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndata: d.jsonl\noutput: o\ncache_size: 3x\n")
+    for words, said in (
+        (["--cache_size", "4x"], "--cache_size 4x: "),
+        (["--cache-size="], "--cache_size is empty"),
+        (["--connections", "no", "--cache_size", "1GiB"], "--connections no: it must be a whole number"),
+    ):
+        with pytest.raises(ObsfsError) as caught:
+            load_config(read_yaml(path), parse_overrides(words))
+        assert str(caught.value).startswith(said)
+    with pytest.raises(ObsfsError, match=r"^cache_size=5x: "):
+        load_config(RUN, {"cache_size": "5x"})
+    settings = load_config(read_yaml(path), parse_overrides(["--cache-size", "1GiB", "--region", "1e3"])).settings
+    assert settings == {"cache_size": "1GiB", "region": "1e3"}

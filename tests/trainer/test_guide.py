@@ -16,11 +16,15 @@ from click.testing import CliRunner
 import obsfs as package
 from obsfs import ObsfsError
 from tests.conftest import Mounter, Store
-from tests.trainer.conftest import CHOICES, write_lines
+from tests.trainer.conftest import CHOICES, ROWS, write_lines
 from trainer import base
 from trainer.commands import train
-from trainer.config import lora_config
+from trainer.config import METHODS, load_config, lora_config
 from trainer.guide import estimates, found_models, missing_bytes
+from trainer.memory import Memory, memory_of
+from trainer.run import train as run
+
+_RUN = {"model": "m", "data": "d.jsonl", "output": "o"}
 
 
 def ask(*answers: object, words: tuple[str, ...] = ()) -> Any:
@@ -137,12 +141,45 @@ def test_a_name_that_means_nothing_in_the_model_is_told(tiny: Path) -> None:
 
 def test_memory_grows_with_what_is_trained() -> None:
     seven = base.Facts(7_600_000_000, 1_090_000_000, 15_200_000_000, 28, 3584, 152_064)
-    found = estimates(seven, "sft", 40_370_176)
+
+    def needed(task: str, method: str) -> int:
+        config = load_config({**_RUN, "task": task, "method": method, "per_device_train_batch_size": 1})
+        trainable = seven.parameters if method == "full" else 40_370_176
+        return memory_of(config, config.parts(Path("o")).arguments, seven, trainable).needed
+
+    found = {method: needed("sft", method) for method in METHODS}
     assert found["qlora"] < found["lora"] == found["dora"] < found["full"]
     assert 6 << 30 < found["qlora"] < 14 << 30  # what a 7B model takes in practice, with long vocabularies
     assert 14 << 30 < found["lora"] < 24 << 30
     assert found["full"] > 100 << 30
-    assert estimates(seven, "dpo", 40_370_176)["full"] > found["full"]
+    assert needed("dpo", "full") > found["full"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"task": "dpo", "per_device_train_batch_size": 8},
+        {"max_length": 4096, "gradient_checkpointing": False},
+        {"lora_r": 63, "target_modules": ["q_proj"], "loss_type": "nll"},
+    ],
+)
+def test_the_guide_and_the_run_give_one_answer(given: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "d.jsonl", CHOICES if "task" in given else ROWS)
+    keys = {"model": str(tiny), "data": str(data), "rehearse": False, "report_to": "none", **given}
+    found = estimates(keys, tiny, base.check_whole(tiny))
+    for method in ("lora", "qlora"):
+        checked = run({**keys, "method": method, "output": str(tmp_path / method)}, only_check=True)
+        memory = found[method]
+        assert not isinstance(memory, str)
+        assert checked.metrics["memory"] == memory.needed
+    if "lora_r" in given:
+        assert "does not go with method full" in str(found["full"])
+
+
+def test_the_guide_takes_for_too_much_what_a_run_refuses() -> None:
+    for needed, is_too_much in ((100, False), (125, False), (126, True)):
+        assert Memory(needed, 100, "a GPU").is_too_much is is_too_much
 
 
 @pytest.mark.parametrize(

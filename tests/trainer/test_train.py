@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +18,7 @@ import obsfs
 from obsfs import ObsfsError
 from tests.conftest import Mounter, Store
 from tests.trainer.conftest import CHOICES, JUDGED, QUICK, ROWS, Losses, write_lines
+from trainer import base as bases
 from trainer.place import Place
 
 Train = Callable[..., Any]
@@ -430,3 +434,59 @@ def test_what_people_and_machines_see(
     wrong = obsfs_command("train", "--model", model, "--data", rows, "--output", "x", "--learnin_rate", "1")
     assert (wrong.code, wrong.err.count("\n")) == (2, 1)
     assert "'learning_rate'" in wrong.err
+
+
+_TRIED = """
+import json, sys, obsfs, trainer
+try:
+    trainer.train(json.loads(sys.argv[1]))
+except obsfs.ObsfsError as error:
+    print(error)
+print(sorted({"torch", "transformers", "trl"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("{bucket}/models/tinny", "there is no model {bucket}/models/tinny: "),
+        ("{bucket}/models/half", "config.json is missing: "),
+        ("{here}/no/such", "there is no directory {here}/no/such: "),
+        ("{here}/bare", "{here}/bare has no weights: "),
+        ("{here}/file", "{here}/file is no directory: "),
+    ],
+)
+def test_a_model_that_is_not_there_is_told_before_anything_large_is_imported(
+    name: str, said: str, bucket: Store, rows: Path, tmp_path: Path
+) -> None:
+    bucket.put("models/half/model.safetensors", b"")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text("{}")
+    (tmp_path / "file").touch()
+    places = {"bucket": str(bucket), "here": str(tmp_path)}
+    given = {"model": name.format(**places), "data": str(rows), "output": str(tmp_path / "out")}
+    command = [sys.executable, "-c", _TRIED, json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    told, imported = done.stdout.splitlines()
+    assert said.format(**places) in told, done.stderr
+    assert imported == "[]"
+
+
+def test_a_model_with_code_of_its_own_is_refused_by_the_key_that_allows_it(tiny: Path, tmp_path: Path) -> None:
+    own, ran = tmp_path / "own", tmp_path / "ran"
+    shutil.copytree(tiny, own)
+    config = json.loads((own / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (own / "config.json").write_text(json.dumps(config))
+    (own / "configuration_own.py").write_text(
+        f"from transformers import Qwen2Config\nopen({str(ran)!r}, 'w')\n"
+        "class OwnConfig(Qwen2Config):\n    model_type = 'own'\n"
+    )
+    for options in ({}, {"trust_remote_code": False}):
+        with pytest.raises(ObsfsError) as caught:
+            bases.model_class(own, **options)
+        assert str(caught.value).startswith(f"{own} needs Python code of its own (configuration_own.py), which is not")
+        assert "trust_remote_code: true" in str(caught.value)
+        assert not ran.exists()
+    assert bases.model_class(own, trust_remote_code=True).__name__ == "Qwen2ForCausalLM"
+    assert ran.exists()

@@ -270,7 +270,7 @@ def _refuse(form: Format, held: Held) -> None:
         if name in held:
             raise ValueError(
                 f"it has {name}, and training is on text only, also of a model of vision: "
-                f"ignore_columns: {name} trains without"
+                f"ignore_columns: {name} trains without, and TRL's own command `trl sft` trains with images"
             )
     for name in (*_NEVER_LEFT, *(_MORE if form.ask else ())):
         if name in held:

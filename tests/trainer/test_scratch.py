@@ -1,0 +1,90 @@
+"""No temporary directory stays, however a run ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from trainer.scratch import scratch
+
+_HOLDER = """
+import sys, time
+from obsfs.commands.output import terminate_like_interrupt
+from trainer.scratch import scratch
+try:
+    with terminate_like_interrupt(), scratch("obsfs-test-") as place:
+        for number in range(300):
+            (place / str(number)).write_text("x")
+        print(place, flush=True)
+        time.sleep(60)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def holder() -> tuple[subprocess.Popen[str], Path]:
+    process = subprocess.Popen([sys.executable, "-c", _HOLDER], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, Path(process.stdout.readline().strip())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_leaves_nothing(number: int, temporary: Path) -> None:
+    process, place = holder()
+    assert place.is_dir()
+    for _ in range(3):  # as somebody who is in a hurry
+        process.send_signal(number)
+    assert process.wait(30) == 130
+    assert not list(temporary.iterdir())
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one_alone_if_it_is_ones_own(temporary: Path) -> None:
+    killed, left = holder()
+    lives, used = holder()
+    assert left != used
+    killed.kill()
+    killed.wait()
+    other = temporary / "obsfs-test-other"
+    other.mkdir()
+    os.chown(other, 12345, 12345)
+    elsewhere = temporary / "elsewhere"
+    (elsewhere / "kept").mkdir(parents=True)
+    link, file, unlike = (temporary / name for name in ("obsfs-test-link", "obsfs-test-file", "obsfs-tests"))
+    link.symlink_to(elsewhere)
+    file.touch()
+    unlike.mkdir()
+    assert left.is_dir()
+    with scratch("obsfs-test-") as own:
+        assert not left.exists()
+        assert len(list(used.iterdir())) == 300
+        there = set(temporary.iterdir())
+        assert there == {own, used, other, elsewhere, link, file, unlike}
+        assert (elsewhere / "kept").is_dir()
+    assert not own.exists()
+    lives.terminate()
+    lives.wait()
+
+
+def test_runs_that_start_at_once_keep_their_own(temporary: Path) -> None:
+    def once(_: int) -> bool:
+        with scratch("obsfs-test-") as place:
+            (place / "a").write_text("x")
+            return (place / "a").exists()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(once, range(200)))
+    assert not list(temporary.iterdir())
