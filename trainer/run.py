@@ -378,9 +378,9 @@ class _Run:
         for one, report in zip(found, self._reports, strict=True):
             tokeniser, _ = self._tokeniser(one, target)
             if tokeniser is None:
-                parts.append(one.records)
-                continue
-            made = data.tokenise(one.records, tokeniser, report.max_length)
+                made = data.measure(one, report, target, data.Limits.of(config.task, arguments))
+            else:
+                made = data.tokenise(one.records, tokeniser, report.max_length)
             parts.append(made.records)
             self._note(report.rest(made))
         if config.task == "sft":

@@ -1,4 +1,4 @@
-"""Temporary directories that do not stay: a process that ends takes them along, and the next one those of a killed one."""
+"""Temporary directories that go with their process; what a killed one leaves, the next one removes."""
 
 from __future__ import annotations
 

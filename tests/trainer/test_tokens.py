@@ -283,3 +283,26 @@ def test_what_is_cut_is_counted_in_all_records(target: Any, tmp_path: Path) -> N
     cut, unfound = report.rest(made)
     assert cut == "1 of all 1,000 records are longer than max_length 64"
     assert unfound.startswith("1 answers of all records are not learned")
+
+
+@pytest.mark.parametrize("task", ["dpo", "kto", "simpo"])
+def test_what_is_cut_is_counted_in_all_records_of_every_task(target: Any, tmp_path: Path, task: str) -> None:
+    one, long = target(), "word " * 60
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 1000
+    rows[500], rows[502], rows[503] = (
+        {**rows[0], "chosen": long},
+        {**rows[0], "rejected": long},
+        {**rows[0], "prompt": long},
+    )
+    if task == "kto":
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in rows]
+    path = write_lines(tmp_path / "d.jsonl", rows)
+    loaded = data.load_all([str(path)], task, split="train", settings={}, chat=True, streaming=False)
+    limits = data.Limits(task, 64)
+    report = data.look(loaded, None, one, limits, "the answers only")
+    assert (report.looked, report.cut) == (256, 0)
+    made = data.measure(loaded, report, one, limits)
+    assert made.records is loaded.records
+    count = 2 if task == "kto" else 3
+    assert report.rest(made) == [f"{count} of all 1,000 records are longer than max_length 64"]
+    assert not data.measure(loaded, report, one, data.Limits(task, None)).cut

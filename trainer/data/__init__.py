@@ -2,7 +2,7 @@
 with an account of what is not used (account.py), made into tokens (tokens.py), and looked at before the weights are
 loaded (check.py)."""
 
-from trainer.data.check import Limits, Report, look
+from trainer.data.check import Limits, Report, look, measure
 from trainer.data.formats import is_conversation, recognise, shown
 from trainer.data.loading import Loaded, load, load_all
 from trainer.data.places import BUILTIN, check_name, find
@@ -21,6 +21,7 @@ __all__ = [
     "load",
     "load_all",
     "look",
+    "measure",
     "recognise",
     "shown",
     "tokenise",

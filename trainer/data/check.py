@@ -12,7 +12,7 @@ from obsfs.errors import UsageError
 from obsfs.text import visible
 from trainer.data import messages as chats
 from trainer.data.formats import Record, is_conversation
-from trainer.data.loading import SAMPLE, Loaded
+from trainer.data.loading import SAMPLE, Loaded, Places
 from trainer.data.tokens import (
     IGNORED,
     Target,
@@ -29,6 +29,7 @@ _MORE = 256
 _PREFERENCE_LENGTH = 512
 """What TRL's ORPO and CPO take for max_length when it is not set."""
 _TAIL = 40
+_LENGTH = "length"
 _UNLEARNED = "are not learned, only later ones: the chat template writes earlier answers in another way"
 
 
@@ -158,6 +159,35 @@ def look(loaded: Loaded, tokeniser: Tokeniser | None, target: Target, limits: Li
             "raise max_length, or shorten the records",
         )
     return report
+
+
+def measure(loaded: Loaded, report: Report, target: Target, limits: Limits) -> Tokenised:
+    """Count the records that are cut, over all of them, where TRL makes the tokens and does not tell.
+
+    Those that the report knows of already, and streamed ones, which nobody has seen yet, are not counted again. Raises
+    UsageError, which names the record.
+    """
+    records = loaded.records
+    if limits.max_length is None or report.total is None or report.looked >= report.total:
+        return Tokenised(records)
+    from datasets import Features, Value
+
+    measurer = _Measurer(target, limits, loaded.places)
+    features = Features({_LENGTH: Value("int64")})
+    made = records.map(measurer, with_indices=True, remove_columns=records.column_names, features=features)
+    lengths = made.with_format("numpy")[_LENGTH][:]
+    return Tokenised(records, cut=int((lengths > limits.max_length).sum()))
+
+
+class _Measurer:
+    """Gives the length of a record in tokens, for ``Dataset.map``."""
+
+    def __init__(self, target: Target, limits: Limits, places: Places) -> None:
+        self._target, self._limits, self._places = target, limits, places
+
+    def __call__(self, record: Record, index: int) -> dict[str, int]:
+        sizes = _sizes(record, self._target, self._limits, self._places.where(index))
+        return {_LENGTH: max(size for size, _ in sizes)}
 
 
 def _sample(loaded: Loaded, total: int | None, *, is_whole: bool) -> Iterator[tuple[int, Record]]:
