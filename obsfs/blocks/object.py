@@ -144,7 +144,9 @@ class CachedObject:
         self._path = path
         self._in_memory = map_fd < 0
         self._is_lost = False
-        """Whether the disk has lost some of what was written to the file."""
+        """Whether the disk has lost some of what was written to the file: nothing in it is believed any more."""
+        self._is_left = False
+        self._looking = threading.Lock()
         self._is_told = False
         self._map_fd = -1
         self._map_inode: os.stat_result | None = None
@@ -273,7 +275,7 @@ class CachedObject:
 
     def is_trusted(self, block: int) -> bool:
         """Whether the block is in the file and was verified by this process, or sealed."""
-        return 0 != self._trusted[block] == self._word(block)
+        return 0 != self._trusted[block] == self._word(block) and not self._is_lost
 
     def witness(self, block: int) -> tuple[int, int, int] | None:
         """By what another process sees that bytes of a block are right, which it has taken from the file.
@@ -282,7 +284,7 @@ class CachedObject:
         are others once the block is evicted. None for a block that is not trusted, or no longer in the cache.
         """
         word = self._trusted[block]
-        if not word:
+        if not word or self._has_lost():
             return None
         try:
             fd = self._open_map(os.O_RDONLY)
@@ -301,7 +303,7 @@ class CachedObject:
     def read_checked(self, block: int) -> bytes | None:
         """A block that is in the file, if it matches its checksum; one that does not is gone afterwards."""
         word = self.present_word(block)
-        if not word:
+        if not word or self._is_lost:
             return None
         trusted = self._trusted
         data = self._data(block * BLOCK, self.length_of(block))
@@ -362,7 +364,7 @@ class CachedObject:
                 parts.append(held[start:stop])
             elif self.has(block):
                 part = self._data(block * BLOCK + start, stop - start)
-                if not self.is_trusted(block):
+                if self._has_lost() or not self.is_trusted(block):
                     return None
                 if len(part) != stop - start:
                     self.lose(range(block, block + 1))
@@ -394,12 +396,22 @@ class CachedObject:
         """Whether all these blocks lie verified in the data file. Ask again after the bytes were taken."""
         trusted = self._trusted
         if len(blocks) == 1:
-            return 0 != trusted[blocks.start] == self._word(blocks.start)
+            return 0 != trusted[blocks.start] == self._word(blocks.start) and not self._has_lost()
         for part in _chunks(blocks):
             words = trusted.part(part)
             if words is None or 0 in words or words != self._words(part):
                 return False
-        return True
+        return not self._has_lost()
+
+    def _has_lost(self) -> bool:
+        """Whether the disk has lost some of what was written to the file. Waits for nothing.
+
+        Ask after bytes were taken: the kernel notes the error before it gives up the page that the disk did not take.
+        """
+        if not self._in_memory:
+            with self._looking:  # the kernel says it once
+                self._is_lost = self._is_lost or has_lost_writes(self.data_fd)
+        return self._is_lost
 
     def lose(self, blocks: range) -> None:
         """The file does not have the bytes of verified blocks: it was cut off, or the disk fails. They are absent from
@@ -506,6 +518,8 @@ class CachedObject:
         with self._writing, self._guard:
             if self._has_files() or self._whole_users:
                 return
+            if self._is_lost:
+                self._leave()
             if not self._in_memory:
                 if not self._is_lost:
                     log.warning("the cache file of %s has another length: it is fetched again", self._name)
@@ -524,7 +538,7 @@ class CachedObject:
                 except OSError:  # no descriptor is left: blocks are held in memory until one is
                     return
             self._in_memory = map_fd < 0
-            self._is_lost = False
+            self._is_lost = self._is_left = False
             self._trusted = _Trust(self.blocks)
             self._was_sealed = False
             os.dup2(data_fd, self.data_fd, inheritable=False)
@@ -538,7 +552,7 @@ class CachedObject:
         """See whether the data file was cut off, or its disk has lost what was written to it, before a reader does."""
         if self._in_memory:
             return
-        if not self._is_lost and has_lost_writes(self.data_fd):
+        if self._has_lost():
             self._leave()
         if not self._is_lost and os.fstat(self.data_fd).st_size == self.size:
             return
@@ -552,9 +566,12 @@ class CachedObject:
         self._renew()
 
     def _leave(self) -> None:
-        """The disk has lost something of the file, and nobody can tell what: it is nobody's any more."""
-        log.error("the disk has lost what was written to the cache file of %s: it is fetched again", self._name)
+        """The disk has lost something of the file, and nobody can tell what: it is nobody's any more. Once."""
         self._is_lost = True
+        if self._is_left:
+            return
+        self._is_left = True
+        log.error("the disk has lost what was written to the cache file of %s: it is fetched again", self._name)
         with suppress(OSError), self._cache.exclusive:
             if self.is_in_cache:
                 unlink(self._path)

@@ -419,7 +419,7 @@ def write_back(directory: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-@pytest.mark.parametrize("how", ["looked at", "sealed", "opened by the kernel", "read by the kernel"])
+@pytest.mark.parametrize("how", ["looked at", "sealed", "opened by the kernel", "read by the kernel", "read"])
 def test_what_the_disk_has_lost_is_not_read(thin: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
     cache = Cache(thin / "c", min_free=0)
     cached = cache.open(version(12 * BLOCK))
@@ -434,6 +434,13 @@ def test_what_the_disk_has_lost_is_not_read(thin: Path, how: str, caplog: pytest
     elif how == "opened by the kernel":
         assert not cached.hold_whole()
     else:
+        if how == "read":
+            # At once: nobody has looked since. In parts, as a reader takes them, and whole, as a loader does.
+            buffer = memoryview(bytearray(12 * BLOCK))
+            assert [cached.read(block * BLOCK, BLOCK) for block in range(12)] == [None] * 12
+            assert [cached.read(block * BLOCK - 10, 20) for block in range(1, 12)] == [None] * 11
+            assert not cached.readinto(0, buffer)
+            assert [cached.witness(block) for block in range(12)] == [None] * 12
         cached.look()
     assert caplog.text.count("the disk has lost") == 1
     again = cached
@@ -447,6 +454,20 @@ def test_what_the_disk_has_lost_is_not_read(thin: Path, how: str, caplog: pytest
     assert again.read(5 * BLOCK, BLOCK) == parts[5]
     cached.look()
     assert caplog.text.count("the disk has lost") == 1
+
+
+def test_what_the_disk_has_lost_is_fetched_without_anybody_looking(thin: Path) -> None:
+    """The first reader finds it out, and goes on with another file. It does not find the lost one at its name again."""
+    cache = Cache(thin / "c", min_free=0)
+    cached = cache.open(version(12 * BLOCK))
+    parts = [put(cached, block) for block in range(12)]
+    write_back(thin)
+    assert cached.read(5 * BLOCK, 10) is None
+    assert not any(map(cached.has, range(12)))
+    for block in (5, 6):
+        assert put(cached, block) == parts[block]
+        assert cached.read(block * BLOCK, BLOCK) == parts[block]
+    assert not any(cached.has(block) for block in range(12) if block not in (5, 6))
 
 
 # seals
