@@ -51,6 +51,30 @@ def test_one_group_holds_few_threads_and_its_calls_begin_in_order(held: threadin
     pool.close()
 
 
+def test_however_many_calls_of_some_groups_are_silent_the_others_do_not_wait_for_each_other(
+    held: threading.Event,
+) -> None:
+    """One group that has used up what it may leaves more than one thread to each of the next ones."""
+    pool = WaitingPool("test", most=64, most_of_one=48, few=48)
+    begun: Counter[str] = Counter()
+    for group in ("first", "second", "third"):
+        for _ in range(500):
+            pool.submit(group, lambda group=group: (begun.update([group]), held.wait(20)))  # type: ignore[misc]
+    wait_for(lambda: begun == {"first": 24, "second": 12, "third": 6})
+    silent, done = threading.Event(), threading.Event()
+    pool.submit("fourth", lambda: (silent.set(), held.wait(20)))  # type: ignore[func-returns-value]
+    assert silent.wait(20)
+    pool.submit("fourth", done.set)
+    assert done.wait(20)
+    for group in range(20):
+        one = threading.Event()
+        pool.submit(group, one.set)
+        assert one.wait(20)
+    held.set()
+    wait_for(lambda: begun == dict.fromkeys(("first", "second", "third"), 500))
+    pool.close()
+
+
 def test_threads_that_have_nothing_to_do_end(held: threading.Event) -> None:
     pool = WaitingPool("test", idle_seconds=0.05)
     for number in range(30):

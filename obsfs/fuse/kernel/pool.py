@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 _MOST = 512
 """Threads. One that waits in a socket costs about 50 KiB of memory."""
 _MOST_OF_ONE = 8
-"""Threads for one directory while there are few: names of one that is too long for a page are asked for one by one."""
+"""Threads for one directory, which mostly wait for the same answer."""
 _FEW = 64
 _IDLE_SECONDS = 5.0
 
@@ -25,8 +25,9 @@ _IDLE_SECONDS = 5.0
 class WaitingPool:
     """Runs calls that may wait for long, each for a group; groups do not wait for each other.
 
-    At most `most` threads run at a time: `most_of_one` for a group, and once `few` are busy only one for each. A thread
-    that has had nothing to do for `idle_seconds` ends.
+    At most `most` threads run at a time, and `most_of_one` for a group. Beyond its first, a group takes no more than
+    half of what is left of `few`, so that something is left for the next one. A thread that has had nothing to do for
+    `idle_seconds` ends.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class WaitingPool:
 
     def _has_room(self, group: Hashable) -> bool:
         active = self._active.get(group, 0)
-        return not active or (active < self._most_of_one and self._all_active < self._few)
+        return not active or (active < self._most_of_one and active < self._few - self._all_active)
 
     def _make_ready(self, group: Hashable, call: Callable[[], None]) -> None:
         if len(self._ready) >= self._idle and self._threads < self._most:

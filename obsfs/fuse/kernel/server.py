@@ -45,7 +45,8 @@ _TELL_SECONDS = 2.0
 _MOST_INTERRUPTED = 64
 _NOTICES = 64
 _MOST_ALONE = 512
-_MOST_ALONE_OF_ONE = 256
+_FEW_ALONE = 384
+"""For one directory 192, for the next 96, and so on; the rest is left for one name of each that comes then."""
 _HOLD_SECONDS = 0.25
 """Between two looks whether the kernel can be told something without delay."""
 
@@ -67,10 +68,9 @@ class Server:
         self._operations = operations
         self._passthrough = passthrough
         self._names = WaitingPool("obsfs-names")
-        # Names that are asked for one by one, in directories that are too long for a page: none waits for another.
-        self._single_names = WaitingPool(
-            "obsfs-name", most=_MOST_ALONE, most_of_one=_MOST_ALONE_OF_ONE, few=_MOST_ALONE_OF_ONE
-        )
+        # Names that are asked for one by one, in directories that are too long for a page: none waits for another,
+        # unless very many are silent.
+        self._single_names = WaitingPool("obsfs-name", most=_MOST_ALONE, most_of_one=_FEW_ALONE, few=_FEW_ALONE)
         self._local = threading.local()
         # By the number of a request: the descriptor that it came over, and the node whose names it waits for, or 0.
         self._pending: dict[int, tuple[int, int]] = {}
