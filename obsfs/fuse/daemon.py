@@ -211,6 +211,11 @@ def serve(
         else:
             from obsfs.fuse import portable
 
+            def on_lost() -> None:
+                _is_alone(identity, lock, request or {}, stop)
+
+            # Nobody can follow this server, and so it does not need its supervisor to go on.
+            keeper.listen(lambda refused: None, on_lost)
             portable.serve(operations, mountpoint, settings, on_ready, stop.wait)
 
 
@@ -269,6 +274,18 @@ def _retried(takeover: Takeover | None) -> Iterator[threading.Event]:
             logging.shutdown()
             os._exit(RETRY)
         raise
+
+
+def _is_alone(identity: dict[str, object], lock: int, request: dict[str, Any], stop: Stop) -> bool:
+    """The supervisor was killed: whether its server goes on."""
+    lost, identity["supervisor"] = identity["supervisor"], None
+    state.note_keeper(lock, os.getpid())
+    if request.get("lifeline"):
+        log.error("the supervisor (pid %s) was killed: the mount ends, since a program has made it", lost)
+        stop()
+        return False
+    log.error("the supervisor (pid %s) was killed", lost)
+    return True
 
 
 class _Native:
@@ -366,15 +383,8 @@ class _Native:
     def _on_lost(self, server: Server, stop: Stop) -> None:
         """The supervisor was killed: nobody is hurt, and another one takes its place."""
         identity = self._operations.identity
-        lost, identity["supervisor"] = identity["supervisor"], None
-        if server.ended.is_set():
+        if server.ended.is_set() or not _is_alone(identity, self._lock, self._request, stop):
             return
-        state.note_keeper(self._lock, os.getpid())
-        if self._request.get("lifeline"):
-            log.error("the supervisor (pid %s) was killed: the mount ends, since a program has made it", lost)
-            stop()
-            return
-        log.error("the supervisor (pid %s) was killed", lost)
         if not identity["can_be_followed"]:
             return
         identity["can_be_followed"] = False

@@ -140,6 +140,7 @@ class _Adapter(mfusepy.Operations):
         with _errors():
             reader = self._operations.reader(fi.fh)
             if next(reversed(self._open[path])) != reader.version:
+                self._operations.outdate(reader)
                 raise VersionChangedError(f"{path} was replaced while it was open", "open it again")
             return reader.read(offset, size)
 

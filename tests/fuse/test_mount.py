@@ -312,3 +312,21 @@ def test_libfuse_opens_no_version_by_the_size_of_another(bucket: Store, mount: M
         os.getxattr(root, "user.obsfs.refresh")
         assert path.read_bytes() == data
         assert path.stat().st_size == len(data)
+
+
+@pytest.mark.parametrize("size", [3 * MIB, 3 * MIB + 1])
+def test_after_an_estale_of_an_older_version_the_bucket_is_asked(bucket: Store, mount: Mounter, size: int) -> None:
+    """Which libfuse's server gives because another one is open: that one may be gone by then, too."""
+    bucket.put("file.bin", random_bytes(3 * MIB, 1))
+    path = mount(bucket, engine="fusepy", metadata_ttl="1h", read_ahead=0, kernel_read_ahead=0) / "file.bin"
+    with path.open("rb", buffering=0) as first:
+        assert first.read(10) == random_bytes(3 * MIB, 1)[:10]
+        bucket.put("file.bin", random_bytes(size, 2))
+        mounts.refresh(path)
+        with path.open("rb", buffering=0) as second:
+            assert second.read(10) == random_bytes(size, 2)[:10]
+            bucket.put("file.bin", random_bytes(2 * MIB, 3))
+            with pytest.raises(OSError) as caught:
+                os.pread(first.fileno(), 10, 2 * MIB + 5)
+            assert caught.value.errno == errno.ESTALE
+            assert path.read_bytes() == random_bytes(2 * MIB, 3)

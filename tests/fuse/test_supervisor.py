@@ -67,6 +67,29 @@ def test_another_one_takes_the_place_of_one_that_is_killed(bucket: Store, mount:
     wait_for(lambda: not is_running(shown["supervisor"]))
 
 
+def test_a_server_of_libfuse_goes_on_without_it(bucket: Store, mount: Mounter, obsfs: Run) -> None:
+    bucket.put("file.bin", b"data")
+    path = mount(bucket, engine="fusepy")
+    before = status(path)
+    with (path / "file.bin").open("rb", buffering=0) as file:
+        os.kill(before["supervisor"], signal.SIGKILL)
+        wait_for(lambda: status(path)["supervisor"] is None)
+        assert file.read() == b"data"
+    assert status(path)["pid"] == before["pid"]
+    assert os.listdir(path) == ["file.bin"]
+    assert obsfs("umount", path).code == 0
+    wait_for(lambda: not is_running(before["pid"]))
+
+
+def test_a_server_of_libfuse_ends_with_it_when_a_program_has_made_the_mount(bucket: Store, tmp_path: Path) -> None:
+    bucket.put("file.bin", b"data")
+    (path := tmp_path / "mnt").mkdir()
+    with package.mount(str(bucket), path, engine="fusepy", cache_dir=tmp_path / "blocks") as made:
+        before = made.status()
+        os.kill(made.pid, signal.SIGKILL)
+        wait_for(lambda: channel.mounted_at(path) is None and not is_running(before["pid"]))
+
+
 @pytest.mark.parametrize("pause", [0.0, 0.1, 0.3])
 def test_an_upgrade_that_is_asked_for_while_nobody_serves_comes_afterwards(
     bucket: Store, mount: Mounter, pause: float
