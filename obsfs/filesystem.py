@@ -115,8 +115,13 @@ class _HTTPSession(AIOHTTPSession):
     aiohttp goes wherever a server sends it, and sends the session token and what is written along.
     """
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        # aiobotocore has no public setting for it, and nothing else that its session calls in aiohttp stops a redirect.
+        if not hasattr(AIOHTTPSession, "_get_session"):
+            raise UsageError("this aiobotocore would follow redirects, with keys", "pip install 'aiobotocore<4'")
+        super().__init__(*arguments, **options)
+
     async def _get_session(self, proxy_url: str | None) -> _Direct:
-        # aiobotocore has no public setting for it.
         return _Direct(await super()._get_session(proxy_url))
 
 

@@ -11,9 +11,11 @@ import difflib
 import logging
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +26,7 @@ from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.credentials import Credentials
 from botocore.exceptions import ProfileNotFound
+from botocore.utils import get_environ_proxies
 
 from obsfs.errors import (
     BrokenOffError,
@@ -53,8 +56,9 @@ from obsfs.remote.pins import Pin
 from obsfs.remote.ranges import CheckedBody, RangeAnswer, RangeBody, RangeSender, wrong_bytes
 from obsfs.remote.replicas import Replicas
 from obsfs.remote.retries import Retries
-from obsfs.remote.session import new_session
+from obsfs.remote.session import new_http_session, new_session
 from obsfs.settings import Settings
+from obsfs.text import visible
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +66,8 @@ _T = TypeVar("_T")
 _NO_PIN = Pin()
 _RENEW_SECONDS = 1.0
 _NEAREST = 3
+_RESOLVE_SECONDS = 6.0
+"""A resolver repeats a question that was lost after 5 s (resolv.conf(5))."""
 _IS_DENIED = "(AccessDenied)"
 _CHECKSUM_MODE = "x-amz-checksum-mode"
 MAX_SMALL = 64 << 20
@@ -237,9 +243,37 @@ class _Site:
             credentials = Credentials(keys.access_key, keys.secret_key, keys.token)
         else:
             credentials = connection.session.get_credentials()
-        self._sender = RangeSender(self.client, credentials)
-        if self._sender.session is not None:
-            bound(self.client, self._sender.session)
+        http = new_http_session(
+            connection.session,
+            self.endpoint,
+            is_insecure=settings.insecure_tls,
+            timeout=settings.request_timeout,
+            connections=config.max_pool_connections,
+        )
+        self._sender = RangeSender(self.client, credentials, http)
+        bound(self.client, http)
+
+    def resolve(self, what: str) -> None:
+        """Look up the name of the server, or of the proxy before it, as the first request to it will: within a bound.
+
+        How long a resolver waits is in resolv.conf(5): 10 s and more for each of its servers, which no timeout of a
+        request ends. Raises UnavailableError when it does not answer; a name that it does not know is told later.
+        """
+        scheme = urlsplit(self.endpoint).scheme
+        parts = urlsplit(get_environ_proxies(self.endpoint).get(scheme) or self.endpoint)
+        answer: Future[None] = Future()
+
+        def ask() -> None:
+            with suppress(OSError, UnicodeError):
+                socket.getaddrinfo(parts.hostname, None, type=socket.SOCK_STREAM)
+            answer.set_result(None)
+
+        threading.Thread(target=ask, name="obsfs-resolve", daemon=True).start()
+        if not wait([answer], _RESOLVE_SECONDS).done:
+            raise UnavailableError(
+                f"cannot reach {parts.hostname} for {what}: the name server does not answer",
+                "check the network and the name servers in /etc/resolv.conf",
+            )
 
     def get(self, bucket: str, key: str, span: str = "", pin: Pin = _NO_PIN) -> RangeAnswer:
         """An object, or a `span` of it (a Range header), pinned as far as is known. Raises what botocore raises."""
@@ -326,6 +360,8 @@ class Bucket:
             started = time.monotonic()
             try:
                 try:
+                    if not self.retries.has_answered:
+                        self._sites[number].resolve(self._what(self.address.prefix))
                     answer = work(number)
                 except ExpiredError:
                     self._renew(number)
@@ -368,7 +404,9 @@ class Bucket:
             except RefusedError as error:
                 raise explained(error, self.endpoint) from None
             except NoBucketError as error:
-                raise NoBucketError(error.message, f"{self._nearest_buckets()}{error.remedy}") from None
+                path = urlsplit(self.endpoint).path.strip("/")
+                hint = f"leave {visible(path)} out of the endpoint URL; " if path else self._nearest_buckets()
+                raise NoBucketError(error.message, f"{hint}{error.remedy}") from None
             except UnavailableError as error:
                 attempt += 1
                 if isinstance(error, BrokenOffError | BusyError | CorruptError):

@@ -70,6 +70,8 @@ class _Rule(NamedTuple):
     remedy: str = ""
 
 
+_PROXIES = "HTTPS_PROXY and HTTP_PROXY"
+_PROXY_PASSWORD = f"write user and password into {_PROXIES}, as http://USER:PASSWORD@HOST:PORT"
 _DENIED = "access to {what} denied ({code})"
 _ARREARS = _Rule(ForbiddenError, "{what}: the account is closed or owes money ({code})", "see to the account")
 _BUSY = _Rule(BusyError, "server answered {status} {code} for {what}")
@@ -179,6 +181,7 @@ _BY_STATUS = {
     403: _Rule(ForbiddenError, _DENIED, "check the credentials and what they allow"),
     404: _Rule(NotFoundError, "{what} does not exist", "check the name, the region and the endpoint"),
     405: _NOT_HAD,
+    407: _Rule(RefusedError, "the proxy refuses to pass on {what} ({status})", _PROXY_PASSWORD),
     408: _AGAIN,
     425: _AGAIN,
     429: _BUSY,
@@ -302,11 +305,7 @@ def _network(error: Exception, what: str) -> ObsfsError:
     text = " ".join(f"{type(cause).__name__}: {cause}" for cause in causes)
     start = f"cannot reach {place or 'the server'} for {what}"
     if isinstance(error, botocore.ProxyConnectionError):
-        proxy, _ = _place(str(given.get("proxy_url") or ""))
-        return UnavailableError(
-            f"cannot reach the proxy {proxy} for {what}",
-            "check HTTPS_PROXY and HTTP_PROXY, or list the host in NO_PROXY",
-        )
+        return _proxy(str(given.get("proxy_url") or ""), what, text)
     if any(isinstance(cause, socket.gaierror) for cause in causes) or "NameResolutionError" in text:
         return UnavailableError(f"{start}: its name does not resolve", _unresolved(place, causes))
     if isinstance(error, botocore.SSLError) or any(isinstance(cause, ssl.SSLError) for cause in causes):
@@ -336,6 +335,27 @@ def _network(error: Exception, what: str) -> ObsfsError:
     if isinstance(error, OSError):
         return UnavailableError(start, f"{type(error).__name__}: {error.strerror or error}")
     return UnavailableError(f"request for {what} failed", _words(f"{type(error).__name__}: {error}"))
+
+
+def _proxy(url: str, what: str, text: str) -> ObsfsError:
+    """Why a proxy does not lead to the server."""
+    place, scheme = _place(url)
+    bypass = "or list the host in NO_PROXY"
+    start = f"cannot reach the proxy {place or scheme} for {what}"
+    if said := re.search(r"Tunnel connection failed: (\d{3})", text):
+        remedy = _PROXY_PASSWORD if said[1] == "407" else f"ask whoever runs it to let this host through, {bypass}"
+        may_end = said[1] in ("408", "429") or said[1] >= "500"
+        kind = UnavailableError if may_end else RefusedError
+        return kind(f"the proxy {place} refuses to connect to the server for {what} ({said[1]})", remedy)
+    if scheme not in ("http", "https") or place.endswith(":"):  # botocore writes http:// before socks5://
+        return RefusedError(f"{start}: it is no HTTP proxy", f"write http://HOST:PORT in {_PROXIES}, {bypass}")
+    if any(word in text for word in _PLAIN):
+        return UnavailableError(f"{start}: it does not speak TLS", f"write http://{place} in {_PROXIES}")
+    if "ertificate verify failed" in text:
+        return UnavailableError(f"{start}: its certificate is not trusted", "name its CA in AWS_CA_BUNDLE")
+    if "NameResolutionError" in text or "gaierror" in text:
+        return UnavailableError(f"{start}: its name does not resolve", f"check {_PROXIES}, {bypass}")
+    return UnavailableError(start, f"check {_PROXIES}, {bypass}")
 
 
 _UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH)
@@ -380,10 +400,11 @@ def _unresolved(place: str, causes: list[BaseException]) -> str:
 
 
 def _tls(start: str, place: str, text: str) -> ObsfsError:
-    if "CERTIFICATE_VERIFY_FAILED" in text or "certificate verify failed" in text:
-        found = re.search(r"certificate verify failed: ([^(\"']+)", text)
-        reason = visible(found[1].strip() if found else "not trusted", 100)
-        if "ostname mismatch" in text or "doesn't match" in text or "not valid for" in text:
+    is_of_another = any(words in text for words in ("ostname mismatch", "doesn't match", "not valid for"))
+    if "CERTIFICATE_VERIFY_FAILED" in text or "certificate verify failed" in text or is_of_another:
+        found = re.search(r"certificate verify failed: ([^(\"']+)|(doesn't match [^\"]*?')\)?(?: |$)", text)
+        reason = visible((found[1] or found[2]).strip() if found else "not trusted", 100)
+        if is_of_another:
             remedy = (
                 "use the name that the certificate is for (a bucket with dots in its name: --addressing-style path)"
             )
@@ -392,9 +413,7 @@ def _tls(start: str, place: str, text: str) -> ObsfsError:
         else:
             remedy = "name the CA in AWS_CA_BUNDLE, or add --insecure-tls to trust any certificate"
         return UnavailableError(f"{start}: its certificate is not trusted ({reason})", remedy)
-    if any(
-        word in text for word in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "UNKNOWN_PROTOCOL")
-    ):
+    if any(word in text for word in _PLAIN):
         return UnavailableError(
             f"{start}: it does not speak TLS on that port", f"write http://{place}, or another port"
         )

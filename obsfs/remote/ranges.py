@@ -147,15 +147,15 @@ class RangeAnswer(NamedTuple):
 
 
 class RangeSender:
-    """Sends range requests for an S3 client of botocore. `credentials` are botocore's too, or None to sign nothing."""
+    """Sends range requests for an S3 client of botocore, by an HTTP session of botocore's. `credentials` are botocore's
+    too, or None to sign nothing."""
 
-    def __init__(self, client: Any, credentials: Any) -> None:
+    def __init__(self, client: Any, credentials: Any, session: Any) -> None:
         self._client = client
         self._credentials = credentials
         config = client.meta.config
         self._is_usual = config.signature_version in ("s3v4", UNSIGNED)
-        # The session holds the client's pool, proxies and certificates. It has no public name.
-        self.session = getattr(getattr(client, "_endpoint", None), "http_session", None)
+        self._session = session
         self._user_agent = config.user_agent
         self._urls: dict[str, str] = {}
 
@@ -166,7 +166,7 @@ class RangeSender:
         None when the client has to ask: it is not a plain request. Raises botocore's exceptions, also a ClientError
         for what the server answers instead of bytes.
         """
-        if self.session is None or not self._is_usual or ":" in bucket or bucket.endswith("--x-s3"):
+        if not self._is_usual or ":" in bucket or bucket.endswith("--x-s3"):
             return None
         parameters = {"versionId": version_id} if version_id else {}
         sent = {**headers, "User-Agent": self._user_agent}
@@ -174,7 +174,7 @@ class RangeSender:
         if self._credentials is not None:
             frozen = self._credentials.get_frozen_credentials()
             S3SigV4Auth(frozen, "s3", self._client.meta.region_name).add_auth(request)
-        answer = self.session.send(request.prepare())
+        answer = self._session.send(request.prepare())
         if answer.status_code in (200, 206):
             return RangeAnswer(answer.headers, answer.raw)
         raise _refusal(answer)

@@ -32,6 +32,11 @@ class Retries:
         self._since: float | None = None
         self._last = 0.0
 
+    @property
+    def has_answered(self) -> bool:
+        """Whether the server has ever answered."""
+        return self._has_answered
+
     def answered(self) -> None:
         """The server has answered, if only that it is busy."""
         self._has_answered = True

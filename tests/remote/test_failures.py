@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import socket
+import socketserver
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,7 @@ from obsfs.errors import (
     UnavailableError,
     UnsupportedError,
 )
+from obsfs.remote import client
 from obsfs.remote.address import endpoint_at, nearest_regions, parse_address, region_of
 from obsfs.remote.client import Bucket
 from obsfs.settings import Settings
@@ -309,6 +313,104 @@ def test_a_proxy_that_is_away_is_named_without_its_password(monkeypatch: pytest.
     error = str(told("https://storage.example"))
     assert "proxy 127.0.0.1:1" in error
     assert "hunter2" not in error
+
+
+@contextmanager
+def proxy(status: str) -> Iterator[str]:
+    """A proxy that answers everything with a status line; its host and port."""
+
+    class Refuse(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(1 << 16)
+            self.request.sendall(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Refuse) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "scheme", "kind", "said"),
+    [
+        ("407 Proxy Authentication Required", "https", RefusedError, r"\(407\): write user and password"),
+        ("407 Proxy Authentication Required", "http", RefusedError, r"\(407\): write user and password"),
+        ("403 Forbidden", "https", RefusedError, r"\(403\): ask whoever runs it"),
+        ("504 Gateway Timeout", "https", UnavailableError, r"\(504\): ask whoever runs it"),
+    ],
+)
+def test_a_proxy_that_refuses_is_told_apart_from_one_that_is_away(
+    monkeypatch: pytest.MonkeyPatch, status: str, scheme: str, kind: type[ObsfsError], said: str
+) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with proxy(status) as place:
+        monkeypatch.setenv(f"{scheme.upper()}_PROXY", f"http://me:hunter2@{place}")
+        error = told(f"{scheme}://storage.example")
+    assert type(error) is kind
+    assert re.search(said, str(error))
+    assert "hunter2" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("https://{}", "does not speak TLS: write http://{}"),
+        ("socks5://{}", "it is no HTTP proxy: write http://HOST:PORT"),
+        ("http://proxy.invalid:3128", "the proxy proxy.invalid:3128 .* does not resolve"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used_is_told_as_that(monkeypatch: pytest.MonkeyPatch, url: str, said: str) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with proxy("400 Bad Request") as place:
+        monkeypatch.setenv("HTTPS_PROXY", url.format(place))
+        assert re.search(said.format(place), str(told("https://storage.example")))
+
+
+@pytest.mark.parametrize("name", ["AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "ca_bundle"])
+@pytest.mark.parametrize(("file", "reason"), [("none", "No such file"), (".", "Is a directory"), ("aws", "holds no c")])
+def test_a_file_of_certificates_that_is_none_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, file: str, reason: str
+) -> None:
+    (tmp_path / "aws").write_text("nothing")
+    path = str(tmp_path / file)
+    if name.isupper():
+        monkeypatch.setenv(name, path)
+    else:
+        (tmp_path / "aws-config").write_text(f"[default]\nca_bundle = {path}\n")
+    place = f"{name}=" if name.isupper() else f"{name} = "
+    assert str(told("https://127.0.0.1:1")).startswith(f"{place}{path}: {reason}")
+    assert "nothing listens" in str(told("http://127.0.0.1:1"))
+    assert "nothing listens" in str(told("https://127.0.0.1:1", insecure_tls=True))
+
+
+def test_a_certificate_of_another_host_is_told_as_that(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, certificate: Path
+) -> None:
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate.parent / "cert.pem"))
+    with OddServer({}, certificate=certificate) as server:
+        error = str(told(server.endpoint.replace("127.0.0.1", "localhost")))
+    assert "certificate is not trusted" in error
+    assert "use the name that the certificate is for" in error
+
+
+@pytest.mark.parametrize("path", ["/models", "/minio/"])
+def test_an_endpoint_with_a_path_is_suspected(path: str) -> None:
+    with OddServer({}, lambda request: refusal(404, "NoSuchBucket")) as server:
+        assert f"leave {path.strip('/')} out of the endpoint URL" in str(told(server.endpoint + path))
+        assert "leave" not in str(told(server.endpoint))
+
+
+def test_a_name_server_that_is_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    silence = threading.Event()
+    monkeypatch.setattr(client, "_RESOLVE_SECONDS", 0.1)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: asked.append(host) or silence.wait(20))
+    error = str(told("https://storage.example"))
+    silence.set()
+    assert "cannot reach storage.example for obs://models/: the name server does not answer" in error
+    assert asked == ["storage.example"]
 
 
 # credentials

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import botocore.session
 import pytest
+from botocore.config import Config
 from botocore.exceptions import DataNotFoundError, UnknownServiceError
 
-from obsfs.remote.session import new_session
+from obsfs.remote.session import new_http_session, new_session
 
 
 @pytest.mark.parametrize("service", ["s3", "sts", "sso", "sso-oidc"])
@@ -39,3 +40,44 @@ def test_further_data_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     loader = new_session().get_component("data_loader")
     assert loader.load_service_model("s4", "service-2") == {"metadata": {"serviceId": "S4"}}
     assert loader.load_service_model("s3", "service-2")["metadata"]["serviceId"] == "S3"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"AWS_CA_BUNDLE": "cert.pem"},
+        {"REQUESTS_CA_BUNDLE": "cert.pem"},
+        {"AWS_CA_BUNDLE": "cert.pem", "REQUESTS_CA_BUNDLE": "both.pem"},
+        {"HTTPS_PROXY": "http://user:word@proxy:3128", "HTTP_PROXY": "http://other:3128"},
+        {"HTTPS_PROXY": "http://proxy:3128", "NO_PROXY": "h.example"},
+    ],
+)
+@pytest.mark.parametrize("is_insecure", [False, True])
+def test_requests_go_the_way_that_the_clients_own_would(
+    monkeypatch: pytest.MonkeyPatch, certificate: Path, given: dict[str, str], is_insecure: bool
+) -> None:
+    for name in (
+        "HTTPS_PROXY",
+        "HTTP_PROXY",
+        "NO_PROXY",
+        "https_proxy",
+        "http_proxy",
+        "no_proxy",
+        "REQUESTS_CA_BUNDLE",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, str(certificate.parent / value) if value.endswith(".pem") else value)
+    session, endpoint = new_session(), "https://h.example"
+    config = Config(connect_timeout=7, read_timeout=7, max_pool_connections=9)
+    client = session.create_client(
+        "s3", "us-east-1", endpoint_url=endpoint, config=config, verify=False if is_insecure else None
+    )
+    ours = new_http_session(session, endpoint, is_insecure=is_insecure, timeout=7, connections=9)
+    theirs = client._endpoint.http_session
+    assert type(ours) is type(theirs)
+    for name in ("_verify", "_max_pool_connections", "_socket_options", "_cert_file", "_timeout"):
+        assert str(getattr(ours, name)) == str(getattr(theirs, name)), name
+    assert vars(ours._proxy_config) == vars(theirs._proxy_config)
+    assert vars(ours).keys() == vars(theirs).keys()
