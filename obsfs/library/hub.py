@@ -109,7 +109,7 @@ def parse_hub_name(text: str) -> HubName:
     repository, _, revision = rest.partition("@")
     if hub not in HUBS or not colon or not _REPOSITORY.fullmatch(repository):
         raise UsageError(
-            f"{text!r} is no repository of a hub", "write hf:ORG/NAME or ms:ORG/NAME, with @REVISION or not"
+            f"{text!r} is no repository of a hub", "write hf:ORG/NAME or ms:ORG/NAME, with @REVISION or not, first"
         )
     return HubName(hub, repository, revision or None)
 

@@ -10,7 +10,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def push_directory(
     `any_files` also takes what is no model; without `check`, a model is published that is not whole. `settings` are the
     fields of :class:`~obsfs.settings.Settings`. Raises ObsfsError; nothing is published then.
     """
-    chosen = Settings.load(**keywords(settings))
+    chosen = Settings.load(**keywords(settings, push_directory))
     model = parse_model(name, chosen.library)
     files = find_files(Path(directory), any_files=any_files)
     push(Path(directory), model, chosen, files=files, source=source, revision=revision, check=check)
@@ -147,6 +147,8 @@ def push_directory(
 
 def check_model(directory: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """See whether the model in a directory is whole, by its configuration, its index and the headers of its weights.
+
+    Whole is what transformers and diffusers load; a push asks more, so that other loaders load it too.
 
     Returns:
         The header of each safetensors file in the directory, by its name: ``{tensor: {dtype, shape, data_offsets}}``.
@@ -163,7 +165,7 @@ def check_model(directory: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         }
     except OSError as error:
         raise UsageError(f"{directory} cannot be read ({error.strerror})", _DIRECTORY) from None
-    found = whole.look({name: (file.size, file.read) for name, file in files.items()})
+    found = whole.look({name: (file.size, file.read) for name, file in files.items()}, every_loader=False)
     whole.check(found, str(directory), "the model is not whole: push or pull it again")
     return found.headers
 
@@ -201,16 +203,40 @@ def notes_file(what: str, shown: str) -> Iterator[Path]:
     directory = state_dir() / "push"
     private.make_level(directory)
     path = directory / f"{hashlib.sha256(what.encode(errors='surrogatepass')).hexdigest()[:24]}.json"
-    fd = private.open_file(path.with_suffix(".lock"))
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise UsageError(f"{shown} is being pushed from here by another process", "wait for it") from None
+    for left in directory.glob("*.lock"):  # of those that were killed
+        with suppress(OSError):
+            if (fd := _take(left)) is not None:
+                _give_up(left, fd)
+    lock = path.with_suffix(".lock")
+    fd = _take(lock)
+    if fd is None:
+        raise UsageError(f"{shown} is being pushed from here by another process", "wait for it")
     try:
         yield path
     finally:
+        _give_up(lock, fd)
+
+
+def _take(lock: Path) -> int | None:
+    """A descriptor that holds a lock file, made if it is not there; None when another process has it."""
+    while True:
+        fd = private.open_file(lock)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), lock.lstat()):
+                return fd
+        except FileNotFoundError:
+            pass  # who had it has just removed it
+        except OSError:
+            os.close(fd)
+            return None
         os.close(fd)
+
+
+def _give_up(lock: Path, fd: int) -> None:
+    """Remove a lock file that is held: nothing of it stays."""
+    lock.unlink(missing_ok=True)
+    os.close(fd)
 
 
 def author() -> str:

@@ -23,6 +23,8 @@ _OBJECTS = {
 """Files that transformers, PEFT and diffusers read as one JSON object."""
 _INDEX = re.compile(r"(?P<whole>[^/]*)\.index(\.[^./]+)?\.json")
 """``model.safetensors.index.json`` and, of diffusers, ``model.safetensors.index.fp16.json``."""
+_JOINED = ("model.", "pytorch_model.", "diffusion_pytorch_model.")
+"""How the weights of transformers and diffusers begin, were they in one file."""
 _SHARD = re.compile(r"(?P<start>.*)(?P<number>\d{5})-of-(?P<total>\d{5})(?P<end>\.[^/]*)")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 """How what stands for a file begins: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md."""
@@ -50,12 +52,15 @@ class Look(NamedTuple):
     headers: dict[str, dict[str, Any]]
 
 
-def look(files: Mapping[str, tuple[int, Read]], *, max_json: int = MAX_JSON) -> Look:
+def look(files: Mapping[str, tuple[int, Read]], *, max_json: int = MAX_JSON, every_loader: bool = True) -> Look:
     """See whether a model is whole.
 
     Args:
         files: Size in bytes of each file, and what reads it, by their paths.
         max_json: JSON files of more bytes are not read.
+        every_loader: Whether every loader must be able to load it, or only transformers and diffusers. Those read no
+            index of a file that lies there whole (transformers 5.24, ``_get_resolved_checkpoint_files``). vLLM and
+            SGLang do, and take no weights but those of its shards (vLLM 0.9, ``filter_duplicate_safetensors_files``).
 
     Raises:
         ObsfsError: A file cannot be read.
@@ -79,7 +84,7 @@ def look(files: Mapping[str, tuple[int, Read]], *, max_json: int = MAX_JSON) -> 
         except ValueError as error:
             problems.append(Problem(path, str(error)))
     for path, index in indexes.items():
-        problems += _index_faults(path, index, files, headers)
+        problems += _index_faults(path, index, files, headers, every_loader=every_loader)
     return Look(problems + list(_series_faults(files, indexes)), headers)
 
 
@@ -122,7 +127,12 @@ def _object(data: bytes) -> dict[str, Any]:
 
 
 def _index_faults(
-    path: str, index: Mapping[str, Any], files: Mapping[str, object], headers: Mapping[str, Mapping[str, Any]]
+    path: str,
+    index: Mapping[str, Any],
+    files: Mapping[str, object],
+    headers: Mapping[str, Mapping[str, Any]],
+    *,
+    every_loader: bool,
 ) -> Iterator[Problem]:
     """What is wrong with an index of shards that loaders read, and with its shards."""
     directory, slash, name = path.rpartition("/")
@@ -132,18 +142,22 @@ def _index_faults(
     joined = match["whole"]
     beside = {other for other in files if other.rpartition("/")[0] == directory}
     is_second = not joined.endswith(safetensors.SUFFIX) and any(one.endswith(safetensors.SUFFIX) for one in beside)
-    if f"{below}{joined}" in beside or is_second:
-        return  # nobody reads it: loaders take one whole file, or safetensors, where they find them
+    is_joined = f"{below}{joined}" in beside
+    if is_second or (is_joined and not every_loader):
+        return  # nobody reads it: loaders take safetensors where they find them
+    stale = f" (remove {name} if {joined} has all weights: some loaders read both)" if is_joined else ""
     shards = index.get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        yield Problem(path, "names no shards (weight_map)")
+    if not shards or not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        yield Problem(path, f"names no shards (weight_map){stale}")
         return
+    if joined.startswith(_JOINED) and not isinstance(index.get("metadata"), dict):
+        yield Problem(path, f"has no metadata, which transformers and diffusers read{stale}")
     for shard in sorted(set(shards.values())):
         if f"{below}{shard}" not in files:
-            yield Problem(f"{below}{shard}", f"is missing, and {name} names it")
+            yield Problem(f"{below}{shard}", f"is missing, and {name} names it{stale}")
     for tensor, shard in shards.items():
         if tensor not in headers.get(f"{below}{shard}", {tensor: None}):
-            yield Problem(f"{below}{shard}", f"has no tensor {tensor!r}, where {name} says it is")
+            yield Problem(f"{below}{shard}", f"has no tensor {tensor!r}, where {name} says it is{stale}")
             return
 
 

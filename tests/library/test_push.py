@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -568,3 +570,33 @@ def test_a_server_that_is_away_for_a_moment_costs_nothing(bucket: Store, tmp_pat
         _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     verify_whole(bucket, model, "m@v1")
+
+
+def test_a_push_leaves_no_lock_and_removes_those_of_killed_ones(tmp_path: Path) -> None:
+    directory = tmp_path / "state" / "obsfs" / "push"
+    with notes_file("what", "a name") as notes:
+        with pytest.raises(UsageError, match="by another process"), notes_file("what", "a name"):
+            raise AssertionError
+        (directory / "killed.lock").touch(mode=0o600)
+        with notes_file("another", "another name"):
+            assert sorted(path.name for path in directory.iterdir())[-1] != "killed.lock"
+            assert len(list(directory.iterdir())) == 2
+        notes.touch(mode=0o600)
+    assert list(directory.iterdir()) == [notes]  # kept for the next push of the same
+
+
+def test_a_lock_is_of_one_process_at_a_time(tmp_path: Path) -> None:
+    """Also while those who had it remove it."""
+    inside, most, done = [0], [0], list[int]()
+
+    def take(_: int) -> None:
+        with suppress(UsageError), notes_file("what", "a name"):
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            done.append(1)
+            inside[0] -= 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(take, range(300)))
+    assert most == [1]
+    assert len(done) > 1

@@ -35,11 +35,11 @@ def archive() -> bytes:
     return file.getvalue()
 
 
-def problems(files: dict[str, bytes]) -> list[str]:
+def problems(files: dict[str, bytes], *, every_loader: bool = True) -> list[str]:
     def reader(data: bytes) -> whole.Read:
         return lambda offset, size: data[offset : offset + size]
 
-    found = whole.look({path: (len(data), reader(data)) for path, data in files.items()})
+    found = whole.look({path: (len(data), reader(data)) for path, data in files.items()}, every_loader=every_loader)
     return [f"{path} {reason}" for path, reason in found.problems]
 
 
@@ -60,8 +60,17 @@ SHARDS = {"m-00001-of-00002.safetensors": tensors(a=5), "m-00002-of-00002.safete
         SHARDS,
         {"x-00000-of-00002.safetensors": tensors(a=5), "x-00001-of-00002.safetensors": tensors(a=5)},
         {"unet/config.json": b"{}", "unet/model.safetensors": tensors(a=5), "data.json": b"[1,", "n.jsonl": b"{"},
-        # What nobody reads: an index of shards that were joined, and one of weights in a format that comes second.
-        {"model.safetensors": tensors(a=5), "model.safetensors.index.json": index(a="gone.safetensors")},
+        {"model.safetensors": tensors(a=5), "model.safetensors.index.json": index(a="model.safetensors")},
+        {
+            **SHARDS,
+            "model.safetensors": tensors(a=5),
+            "model.safetensors.index.json": index(a="m-00001-of-00002.safetensors"),
+        },
+        {
+            "consolidated.safetensors.index.json": b'{"weight_map": {"a": "c.safetensors"}}',
+            "c.safetensors": tensors(a=5),
+        },
+        # What nobody reads: an index of weights in a format that comes second.
         {"model.safetensors": tensors(a=5), "pytorch_model.bin.index.json": index(a="gone.bin")},
         {"pytorch_model.bin": archive(), "training_args.bin": b"\x80\x04.", "config.json": b"{}"},
         {"a-00001-of-00002.parquet": b"x", "empty.txt": b""},
@@ -91,6 +100,7 @@ def test_what_loaders_take_is_whole(files: dict[str, bytes]) -> None:
         ({"tokenizer.json": b'{"a": "\xe4"}'}, "tokenizer.json is not JSON"),
         ({"adapter_config.json": b"[]"}, "adapter_config.json is no JSON object"),
         ({"config.json": b'{"a":' * 100_000}, "config.json is not JSON (it is nested too deep)"),
+        ({"model.safetensors.index.json": index()}, "model.safetensors.index.json names no shards (weight_map)"),
         ({"model.safetensors.index.json": b"{}"}, "model.safetensors.index.json names no shards (weight_map)"),
         (
             {"sub/model.safetensors.index.json": index(a="1.safetensors", b="2.safetensors"), "1.safetensors": b"x"},
@@ -112,6 +122,38 @@ def test_what_loaders_take_is_whole(files: dict[str, bytes]) -> None:
 )
 def test_what_loaders_stumble_over_is_named(files: dict[str, bytes], said: str) -> None:
     assert said in "\n".join(problems(files))
+
+
+@pytest.mark.parametrize(
+    ("whole_file", "listed", "said"),
+    [
+        ("model.safetensors", index(a="gone.safetensors"), "gone.safetensors is missing"),
+        ("model.safetensors", index(a="model.safetensors", b="model.safetensors"), "has no tensor 'b'"),
+        ("model.safetensors", b"{}", "names no shards"),
+        ("sub/model.safetensors", index(a="x.safetensors", b="y.safetensors"), "x.safetensors is missing"),
+        ("pytorch_model.bin", index(a="1.bin"), "1.bin is missing"),
+    ],
+)
+def test_an_index_beside_the_whole_file_stops_loaders_that_read_it(whole_file: str, listed: bytes, said: str) -> None:
+    """vLLM takes only files that the index names; transformers and diffusers take the whole file and read no index."""
+    data = tensors(a=5) if whole_file.endswith("safetensors") else archive()
+    files = {whole_file: data, f"{whole_file}.index.json": listed}
+    (first, *_) = problems(files)
+    assert said in first
+    assert f"remove {Path(whole_file).name}.index.json" in first
+    assert problems(files, every_loader=False) == []
+
+
+@pytest.mark.parametrize("rest", [{}, {"metadata": None}, {"metadata": [1]}])
+@pytest.mark.parametrize("start", ["model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors"])
+def test_an_index_without_metadata_cannot_be_loaded(start: str, rest: dict[str, Any]) -> None:
+    files = {"x.safetensors": tensors(a=5), "x.bin": archive()}
+    shard = "x.bin" if start.endswith("bin") else "x.safetensors"
+    if shard == "x.bin":
+        del files["x.safetensors"]
+    name = f"{start}.index.json"
+    found = problems({**files, name: json.dumps({**rest, "weight_map": {"a": shard}}).encode()}, every_loader=False)
+    assert found == [f"{name} has no metadata, which transformers and diffusers read"]
 
 
 def test_a_push_of_what_is_not_whole_sends_nothing(bucket: Store, obsfs: Run, tmp_path: Path) -> None:
