@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from obsfs.commands import Group
 from obsfs.commands.options import LIBRARY, settings_options
-from obsfs.commands.output import columns, count, human, spinner, tell, tell_json, terminal_width
+from obsfs.commands.output import columns, count, facts, human, spinner, tell, tell_json, terminal_width
+from obsfs.errors import UsageError
 from obsfs.settings import Settings
 
+if TYPE_CHECKING:
+    from obsfs.library import catalog
+
+_NO_MANIFEST = "no manifest"
 _EPILOG = """\b
 Examples:
   obsfs models obs://models --region cn-south-1
@@ -40,11 +45,11 @@ def models() -> None:
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 @settings_options(*(name for name in LIBRARY if name != "library"), "metadata_ttl")
 def list_(library: str | None, *, fresh: bool, as_json: bool, **given: Any) -> None:
-    """Show every model: versions, architecture, parameters, dtype, size, and how much of it is cached here.
+    """Show every model: versions, architecture, parameters, dtype, size, how much of it is cached here, and its state.
 
-    Read from manifests, or, for models without one, from their configuration and the headers of their weights.
+    A model is published, has no manifest, or is damaged: its manifest cannot be read. What is shown comes from
+    manifests, or, for models without one, from their configuration and the headers of their weights.
     """
-    from obsfs.errors import UsageError
     from obsfs.library import shelf
     from obsfs.remote.address import parse_address
 
@@ -58,6 +63,8 @@ def list_(library: str | None, *, fresh: bool, as_json: bool, **given: Any) -> N
         with spinner(f"looking at {chosen}", quiet=as_json):
             document = _look(chosen, settings)
         shelf.keep(settings, chosen, document)
+    for model in document["models"]:  # of an older version's notes
+        model.setdefault("state", "published" if model["published"] else _NO_MANIFEST)
     _add_cached(document, settings)
     for problem in document["problems"]:
         tell(f"obsfs: {problem}", err=True)
@@ -70,6 +77,7 @@ def list_(library: str | None, *, fresh: bool, as_json: bool, **given: Any) -> N
 
 
 def _look(library: str, settings: Settings) -> dict[str, Any]:
+    from obsfs.blocks.safetensors import natural
     from obsfs.errors import NotFoundError
     from obsfs.library import catalog
     from obsfs.remote.address import parse_address
@@ -80,12 +88,14 @@ def _look(library: str, settings: Settings) -> dict[str, Any]:
     page = bucket.check()
     if address.prefix and page.is_last and not (page.objects or page.prefixes):
         raise NotFoundError(f"there is nothing in {address}", catalog.nearest_directory(bucket, address))
-    found, problems = catalog.models(bucket, address)
+    found, damaged = catalog.models(bucket, address)
+    documents = [_document(model, address.prefix) for model in found]
+    documents += [_damaged(one, address.prefix) for one in damaged]
     return {
         "library": str(address),
         "endpoint": bucket.endpoint,
-        "models": [_document(model, address.prefix) for model in found],
-        "problems": problems,
+        "models": sorted(documents, key=lambda document: natural(document["url"])),
+        "problems": [str(one.error) for one in damaged],
     }
 
 
@@ -96,6 +106,7 @@ def _document(model: Any, prefix: str) -> dict[str, Any]:
         "version": model.name.version,
         "url": str(model.name),
         "published": bool(model.etag),
+        "state": "published" if model.etag else _NO_MANIFEST,
         "architecture": manifest.model.architecture,
         "parameters": manifest.model.parameters,
         "dtype": manifest.model.dtype,
@@ -106,6 +117,25 @@ def _document(model: Any, prefix: str) -> dict[str, Any]:
         "revision": manifest.revision,
         "content": manifest.content,
         "files": [[f"{model.name.prefix}{file.path}", file.etag, file.size] for file in manifest.files],
+    }
+
+
+def _damaged(found: catalog.Damaged, prefix: str) -> dict[str, Any]:
+    """The same of a model of which only the place is known."""
+    name = found.name
+    state = "damaged" if isinstance(found.error, UsageError) else "not readable"
+    unknown = dict.fromkeys(("architecture", "dtype", "created", "author", "source", "revision", "content"), "")
+    return {
+        "name": f"{name.library}{name.name}"[len(prefix) :],
+        "version": name.version,
+        "url": str(name),
+        "published": False,
+        "state": state,
+        "error": str(found.error),
+        **unknown,
+        "parameters": 0,
+        "size": 0,
+        "files": [],
     }
 
 
@@ -132,21 +162,31 @@ def _print(library: str, document: dict[str, Any]) -> None:
     rows = []
     for name, versions in by_name.items():
         versions.sort(key=lambda model: (model["created"], not model["version"]))
-        newest = versions[-1]
+        newest = versions[-1]  # that can be read, if there is one: the others have no date
         rows.append(
             (
                 name,
                 ", ".join(model["version"] or "-" for model in versions),
+                _state(versions),
                 newest["architecture"],
                 count(newest["parameters"]) if newest["parameters"] else "",
                 newest["dtype"],
-                human(newest["size"]),
+                human(newest["size"]) if newest["files"] else "",
                 _share(newest["cached"], newest["size"]),
             )
         )
-    titles = ("model", "versions", "architecture", ">parameters", "dtype", ">size", ">cached")
+    titles = ("model", "versions", "state", "architecture", ">parameters", "dtype", ">size", ">cached")
     tell(*columns(titles, rows, terminal_width()))
     tell(f"{len(by_name)} model{'' if len(by_name) == 1 else 's'} in {library}")
+
+
+def _state(versions: list[dict[str, Any]]) -> str:
+    """That of the newest, and of each version that cannot be read."""
+    if len(versions) == 1:
+        return str(versions[0]["state"])
+    good = [model["state"] for model in versions if "error" not in model]
+    bad = [f"{model['version'] or '-'} {model['state']}" for model in versions if "error" in model]
+    return ", ".join([*good[-1:], *bad])
 
 
 def _share(part: int, whole: int) -> str:
@@ -186,7 +226,7 @@ def show(name: str, *, as_json: bool, **given: Any) -> None:
 
 
 def _print_one(document: dict[str, Any]) -> None:
-    facts = {
+    known = {
         "url": document["url"],
         "versions": ", ".join(document["versions"]),
         "architecture": document["architecture"],
@@ -194,10 +234,12 @@ def _print_one(document: dict[str, Any]) -> None:
         "dtype": document["dtype"],
         "size": human(document["size"]),
         "cached": human(document["cached"]),
-        "published": f"{document['created']} by {document['author']}" if document["published"] else "no: no manifest",
+        "published": f"{document['created']} by {document['author']}"
+        if document["published"]
+        else f"no: {_NO_MANIFEST}",
         "source": f"{document['source']} {document['revision']}".strip(),
         "content": document["content"],
     }
-    tell(*list(columns(("", ""), [(title, text) for title, text in facts.items() if text]))[1:])
+    tell(*facts([(title, text) for title, text in known.items() if text], terminal_width()))
     rows = [(file["path"], human(file["size"]), file["sha256"][:16]) for file in document["files"]]
     tell("", *columns(("file", ">size", "sha256"), rows, terminal_width()))

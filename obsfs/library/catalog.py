@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from obsfs.blocks import safetensors
-from obsfs.errors import NotFoundError, ObsfsError, UnavailableError, UsageError, VersionChangedError
+from obsfs.errors import ForbiddenError, NotFoundError, ObsfsError, UnavailableError, UsageError, VersionChangedError
 from obsfs.library import manifest as manifests
 from obsfs.library.manifest import About, File, Manifest
 from obsfs.library.names import CLAIM, MANIFEST, OWN, ModelName, by_age, is_safe_path, nearest, split_label
@@ -45,6 +46,13 @@ class Model:
         return ObjectVersion(endpoint, self.name.bucket, key, file.etag, file.size, file.version_id)
 
 
+class Damaged(NamedTuple):
+    """A model that cannot be shown, and why."""
+
+    name: ModelName
+    error: ObsfsError
+
+
 def read(bucket: Bucket, name: ModelName) -> Model | None:
     """The model of exactly this name and version, if it has a manifest. Raises UsageError for one that is damaged."""
     try:
@@ -58,14 +66,32 @@ def resolve(bucket: Bucket, name: ModelName) -> Model:
     """What a name stands for: ``NAME`` is what lies there, or else the newest of its versions.
 
     One that was published comes before those without a manifest. Raises NotFoundError, with the nearest names that
-    there are.
+    there are, and UsageError for a file, with the model that it is in.
     """
     found = read(bucket, name) or _listed(bucket, name)
     if found is None and name.version is None:
         found = next(iter(reversed(versions(bucket, name) or unpublished(bucket, name))), None)
     if found is not None:
         return found
+    _refuse_file(bucket, name)
     raise NotFoundError(f"there is no model {name}", _near(bucket, name))
+
+
+def _refuse_file(bucket: Bucket, name: ModelName) -> None:
+    """Raise UsageError when an object has just this name, with what to give instead."""
+    try:
+        bucket.head(name.prefix.rstrip("/"))
+    except (NotFoundError, ForbiddenError):
+        return
+    above = name.library.rstrip("/")
+    while above:
+        prefix = f"{above}/"
+        if _is_model(next(bucket.list(prefix)), prefix):
+            inner = name.prefix.rstrip("/")[len(prefix) :]
+            model = Address(name.scheme, name.bucket, above)
+            raise UsageError(f"{name} is a file, not a model", f"give {model}, the model that it is in ({inner})")
+        above = above.rpartition("/")[0]
+    raise UsageError(f"{name} is a file, and in no model", "give a model, or read the file through a mount or fsspec")
 
 
 def _near(bucket: Bucket, name: ModelName) -> str:
@@ -152,22 +178,22 @@ def _version_labels(bucket: Bucket, name: ModelName) -> Iterator[str]:
             yield parts[1]
 
 
-def models(bucket: Bucket, library: Address) -> tuple[list[Model], list[str]]:
-    """Every model and version of a library, by name; and what is wrong with those that cannot be shown.
+def models(bucket: Bucket, library: Address) -> tuple[list[Model], list[Damaged]]:
+    """Every model and version of a library, by name; and those that cannot be shown.
 
     Directories that are no models (those of an organisation, say) are looked into, one level deep.
     """
     found: list[Model] = []
-    damaged: list[str] = []
+    damaged: list[Damaged] = []
     places = list(_places(bucket, library.prefix))
     with ThreadPoolExecutor(_WORKERS) as pool:
         while places:
             looks = list(pool.map(lambda place: _look(bucket, library, *place), places))
             found += [look for look in looks if isinstance(look, Model)]
-            errors = [look for look in looks if isinstance(look, ObsfsError)]
-            if errors and len(errors) == len(looks) and all(isinstance(one, UnavailableError) for one in errors):
-                raise errors[0]  # it is the server that is damaged
-            damaged += map(str, errors)
+            wrong = [look for look in looks if isinstance(look, Damaged)]
+            if wrong and len(wrong) == len(looks) and all(isinstance(one.error, UnavailableError) for one in wrong):
+                raise wrong[0].error  # it is the server that is damaged
+            damaged += wrong
             is_first = all(prefix == library.prefix for prefix, _ in places)
             places = [place for look in looks if isinstance(look, list) for place in look] if is_first else []
     return sorted(found, key=lambda model: safetensors.natural(str(model.name))), damaged
@@ -184,9 +210,7 @@ def _places(bucket: Bucket, library: str) -> Iterator[tuple[str, str]]:
     return ((library, label) for label in _labels(bucket, library) if split_label(label))
 
 
-def _look(
-    bucket: Bucket, library: Address, prefix: str, label: str
-) -> Model | ObsfsError | list[tuple[str, str]] | None:
+def _look(bucket: Bucket, library: Address, prefix: str, label: str) -> Model | Damaged | list[tuple[str, str]] | None:
     """The model there; or what is wrong with it; or the directories in what is no model."""
     parts = split_label(label)
     assert parts is not None
@@ -198,7 +222,7 @@ def _look(
         if manifests.is_model(info.key[len(name.prefix) :] for page in pages for info in page.objects):
             return _listed(bucket, name)
     except ObsfsError as error:
-        return error
+        return Damaged(name, error)
     labels = (below[len(name.prefix) :].rstrip("/") for page in pages for below in page.prefixes)
     return [(name.prefix, inner) for inner in labels if split_label(inner)]
 
