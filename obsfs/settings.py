@@ -8,6 +8,7 @@ these that is set wins, in that order. Secrets are no settings: see :mod:`obsfs.
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import re
 import tomllib
@@ -50,6 +51,10 @@ _OTHER_VARIABLES = ("CONFIG", "DEBUG", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SE
 _ALIKE = 0.7
 """How alike (difflib's ratio) two names after ``OBSFS_`` must be for one to be a typo of the other."""
 _ALIKE_PREFIX = 0.8
+_LEAST_PART = 3
+"""Letters of a name that may stand for a longer one that has it in it."""
+_LONG_NAME = 8
+"""Letters, from which on two of them may be wrong."""
 _MAX_QUOTED = 200
 """Characters of a value that an error quotes."""
 _SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -146,8 +151,15 @@ class Written(NamedTuple):
     value: Any
 
 
-def keywords(given: Mapping[str, Any]) -> dict[str, Written]:
-    """Settings as a program gives them, so that an error names ``cache_size=`` and no flag."""
+def keywords(given: Mapping[str, Any], function: Callable[..., Any] | None = None) -> dict[str, Written]:
+    """Settings as a program gives them, so that an error names ``cache_size=`` and no flag.
+
+    Raises UsageError for a name that is not one, with what is like it of `function`'s own arguments, too.
+    """
+    if function is not None and (unknown := [name for name in given if name not in knobs()]):
+        own = list(inspect.signature(function).parameters)[:-1]  # the last takes the settings
+        hint = did_you_mean(unknown[0], [*own, *knobs()]) or "see its arguments, and the fields of obsfs.Settings"
+        raise UsageError(f"{function.__name__} has no argument {unknown[0]!r}", hint)
     return {name: Written(f"{name}=", value) for name, value in given.items()}
 
 
@@ -445,12 +457,43 @@ def knobs() -> dict[str, Knob]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``did you mean 'NAME'?`` for the known name that is most like `name`; empty if none is."""
-    # In a file or variable, a hyphen is often written for an underscore.
-    close = difflib.get_close_matches(name.replace("-", "_"), list(known), 1) or difflib.get_close_matches(
-        name, known, 1
-    )
-    return f"did you mean {close[0]!r}?" if close else ""
+    """Return ``did you mean 'NAME'?`` for the known name that `name` is a typo, or a part, of; empty if there is none.
+
+    Two words that are merely alike, such as ``revision`` and ``region``, mean two things.
+    """
+    names = list(known)
+    for written in (name.replace("-", "_"), name):  # in a file or variable, a hyphen is often written for an underscore
+        close = difflib.get_close_matches(written, [one for one in names if _is_typo(written, one)], 1, 0)
+        if close:
+            return f"did you mean {close[0]!r}?"
+    return ""
+
+
+def _is_typo(written: str, meant: str) -> bool:
+    """Whether one name has the other in it, or they differ by one letter (of eight and more: two)."""
+    if min(len(written), len(meant)) >= _LEAST_PART and (written in meant or meant in written):
+        return True
+    most = 1 if len(written) < _LONG_NAME else 2
+    return abs(len(written) - len(meant)) <= most and _edits(written, meant) <= most
+
+
+def _edits(one: str, other: str) -> int:
+    """Letters to add, drop or replace, and neighbours to swap, to make one word another (Damerau, Levenshtein)."""
+    above, last = list[int](), list(range(len(other) + 1))
+    for row, letter in enumerate(one, 1):
+        line = [row]
+        for column, beside in enumerate(other, 1):
+            cost = min(last[column] + 1, line[-1] + 1, last[column - 1] + (letter != beside))
+            if row > 1 < column and letter == other[column - 2] and one[row - 2] == beside:
+                cost = min(cost, above[column - 2] + 1)
+            line.append(cost)
+        above, last = last, line
+    return last[-1]
+
+
+def warn_of_variables() -> None:
+    """Warn (SettingWarning) of each variable that looks like a mistyped setting, as :meth:`Settings.load` does."""
+    _read_variables()
 
 
 def _warn(message: str, remedy: str) -> None:

@@ -20,7 +20,7 @@ from obsfs.errors import ObsfsError, SettingWarning, UsageError, WaitWarning
 from obsfs.fuse import children
 from obsfs.logs import VisibleFormatter
 from obsfs.ours import check_ours
-from obsfs.settings import did_you_mean
+from obsfs.settings import did_you_mean, warn_of_variables
 from obsfs.text import visible
 from obsfs.version import __version__
 
@@ -137,12 +137,20 @@ Examples:
 @click.version_option(__version__, prog_name="obsfs")
 def obsfs() -> None:
     """A bucket of models as a directory: lazy, parallel, cached on the local SSD."""
+    warn_of_variables()  # also for verbs that read no settings
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-    """What we warn of is told in one line; what libraries warn of is no business of the user."""
-    if issubclass(category, SettingWarning | WaitWarning):
-        tell(f"obsfs: warning: {message}", err=True)
+class _Warnings:
+    """Tells of what we warn of in one line, once; what libraries warn of is no business of the user."""
+
+    def __init__(self) -> None:
+        self._told = set[str]()
+
+    def __call__(self, message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        """In place of ``warnings.showwarning``."""
+        if issubclass(category, SettingWarning | WaitWarning) and str(message) not in self._told:
+            self._told.add(str(message))
+            tell(f"obsfs: warning: {message}", err=True)
 
 
 _REMEDIES = {
@@ -184,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     for ours in (SettingWarning, WaitWarning):
         warnings.simplefilter("always", ours)
     shown = warnings.showwarning
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _Warnings()
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(VisibleFormatter("obsfs: %(message)s"))
     try:

@@ -115,7 +115,7 @@ def mount(source: str, mountpoint: str | os.PathLike[str] | None = None, **setti
     `settings` are the fields of :class:`~obsfs.settings.Settings`. The mount lives as long as this process, or
     until it is closed: use it in a ``with`` statement. Raises ObsfsError, and leaves nothing behind then.
     """
-    chosen = Settings.load(**keywords(settings))
+    chosen = Settings.load(**keywords(settings, mount))
     if mountpoint is not None:
         path = resolve(mountpoint)
         return Mount(source, path, start(source, path, chosen, lifeline=True))

@@ -20,7 +20,7 @@ from obsfs.library.names import ModelName, is_chosen, parse_model
 from obsfs.library.pull import SNAPSHOTS, Pull, Pulled, read_local
 from obsfs.library.transfer import Advance
 from obsfs.remote.client import Bucket
-from obsfs.settings import Settings, keywords
+from obsfs.settings import Settings, Written, keywords
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -124,7 +124,7 @@ def resolve(name: str, **settings: Any) -> str:
 
     Raises NotFoundError, with the nearest names that there are, and other kinds of ObsfsError.
     """
-    chosen = Settings.load(**keywords(settings))
+    chosen = Settings.load(**keywords(settings, resolve))
     model = parse_model(name, chosen.library)
     return str(catalog.resolve(Bucket(model.address, chosen), model).name)
 
@@ -206,8 +206,9 @@ def snapshot_download(
         raise UsageError("headers cannot be added: what is sent to a bucket is signed as a whole", "leave them out")
     if etag_timeout is not None and not etag_timeout > 0:
         raise UsageError(f"etag_timeout is {etag_timeout}", "give seconds, more than 0")
-    given = {"cache_dir": cache_dir, "connections": max_workers, "endpoint_url": endpoint, **settings}
-    chosen = Settings.load(**given)
+    own = {"cache_dir": Written("cache_dir=", cache_dir), "connections": Written("max_workers=", max_workers)}
+    own["endpoint_url"] = Written("endpoint=", endpoint)
+    chosen = Settings.load(**{**own, **keywords(settings, snapshot_download)})
     name = parse_model(repo_id, chosen.library)
     if revision not in (None, "main"):
         name = _at(name, str(revision))
