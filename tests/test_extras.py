@@ -1,9 +1,14 @@
 """What is missing of an extra, and what installs it."""
 
+import ast
+import sys
+import tomllib
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from obsfs import extras
 from obsfs.errors import UsageError
@@ -43,3 +48,16 @@ def test_a_missing_module_is_one_error_with_the_remedy() -> None:
 
 def test_our_own_extras_are_installed_for_the_tests() -> None:
     assert extras.missing("test") == []
+
+
+def test_the_extra_of_bench_has_what_bench_imports_and_no_more() -> None:
+    """No torch to draw bars."""
+    top = Path(extras.__file__).parents[1]
+    project = tomllib.loads((top / "pyproject.toml").read_text())["project"]
+    paths = [*(top / "obsfs" / "bench").glob("*.py"), top / "obsfs" / "commands" / "bench.py"]
+    nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    always = {Requirement(line).name for line in project["dependencies"]}
+    third = {name.partition(".")[0] for name in names} - {*sys.stdlib_module_names, *always, "obsfs"}
+    assert third == {Requirement(line).name for line in project["optional-dependencies"]["bench"]} == {"matplotlib"}

@@ -35,7 +35,7 @@ def ensure() -> None:
         venv.create(HOME, with_pip=True)
         _pip("install", "-q", "-U", "pip")
     _install_torch()
-    _pip("install", "-q", "-c", str(_CONSTRAINTS), "-e", f"{ROOT}[test,bench]")
+    _pip("install", "-q", "-c", str(_CONSTRAINTS), "-e", f"{ROOT}[test,benchmarks]")
     _fetch_s3fs_tests()
     stamp.write_text(wanted.hexdigest())
 
