@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from obsfs.commands.options import BUCKET, CACHE, Command, settings_options
-from obsfs.commands.output import columns, count, human, spinner, tell, tell_json, tell_path
+from obsfs.commands.output import count, facts, human, spinner, tell, tell_json, tell_path, terminal_width
 from obsfs.errors import UsageError, first_line
 from obsfs.extras import remedy
 
@@ -110,10 +110,10 @@ def train(words: tuple[str, ...], *, is_guided: bool, only_check: bool, as_json:
         tell_json(dataclasses.asdict(outcome), indent=None)
         return
     if only_check:
-        tell(*filter(None, columns(("", ""), _checked(config, outcome.metrics))), err=True)
+        tell(*facts(_checked(config, outcome.metrics), terminal_width()))
         is_well = len(outcome.notes) < 2
         said = "all is well" if is_well else "it can start, but see above what was found in the data"
-        tell(f"{said}: nothing was trained", err=True)
+        tell(f"{said}: nothing was trained")
         return
     if (total := outcome.seconds.get("to first step")) is not None:
         parts = [f"{name} {s:.1f} s" for name, s in outcome.seconds.items() if name not in ("to first step", "publish")]

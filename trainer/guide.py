@@ -14,7 +14,7 @@ import click
 import yaml
 
 import obsfs
-from obsfs.commands.output import ask, columns, confirm, count, human, tell
+from obsfs.commands.output import ask, columns, confirm, count, human, tell, terminal_width
 from obsfs.fuse import mounts
 from obsfs.settings import knobs
 from trainer import base as bases
@@ -154,7 +154,7 @@ def _tell_memory(found: dict[str, Memory | str]) -> str:
         if not memory.is_too_much:
             fitting.append(name)
     free = f"of {human(known[0].free)} on {known[0].where}" if known else ""
-    tell(*columns(["method", ">memory", free], rows))
+    tell(*columns(["method", ">memory", free], rows, terminal_width()))
     return "lora" if "lora" in fitting else "qlora"
 
 

@@ -108,7 +108,7 @@ class Cache:
         """Has somebody call :meth:`trim` soon. Without it, whoever stores a block has to."""
         self.on_removed: Callable[[], None] = lambda: None
         """Called when files were evicted whole: they keep their room for as long as somebody has them open."""
-        self.pins = Pins(self.root, lambda: self.limit, self.exclusive)
+        self.pins = Pins(self.root, lambda: self.limit, lambda: self.more, self.exclusive)
         try:
             self._make()
             self.exclusive.open()
@@ -160,8 +160,19 @@ class Cache:
     @property
     def limit(self) -> int:
         """The most bytes that the cache may hold at present: the setting, or less if the disk cannot give it."""
-        able = self._used + self._room_of_maps + max(0, self._free_bytes() - self.min_free)
+        able = self._able()
         return able if self._fixed_limit is None else min(self._fixed_limit, able)
+
+    @property
+    def more(self) -> str:
+        """What to do so that the cache may hold more: whatever it is that limits it."""
+        if self._fixed_limit is not None and self._fixed_limit < self._able():
+            return "raise --cache-size"
+        return f"make room on the disk of {self.directory}, or choose another --cache-dir"
+
+    def _able(self) -> int:
+        """The most bytes that the disk can give."""
+        return self._used + self._room_of_maps + max(0, self._free_bytes() - self.min_free)
 
     @property
     def min_free(self) -> int:
@@ -452,8 +463,8 @@ class Cache:
                 data += found.st_blocks * 512 if found.st_nlink == 1 else 0
         return data, maps
 
-    def clean(self, *, older_than: float = 0.0, prefix: tuple[str, str] | None = None) -> int:
-        """Drop what was not used for `older_than` seconds, of the objects whose (bucket, key) start so; no pins.
+    def clean(self, *, older_than: float = 0.0, is_meant: Callable[[ObjectVersion], bool] | None = None) -> int:
+        """Drop what was not used for `older_than` seconds, of the objects that are meant (by default all); no pins.
 
         Returns the bytes freed. What another process has open loses its blocks and keeps its files.
         """
@@ -468,7 +479,7 @@ class Cache:
                 elif not (
                     is_pinned(path)
                     or is_linked(path)
-                    or (prefix is not None and not _is_under(entry.version, prefix))
+                    or (is_meant is not None and not is_meant(entry.version))
                     or entry.last_used * 1e9 > horizon
                 ):
                     freed += evict_blocks(path, read_blocks(path))
@@ -552,10 +563,3 @@ def _take_bytes(blocks: Iterator[StoredBlock], size: int, shares: Mapping[Path, 
         taken.setdefault(block.path, []).append(block)
         size -= block.size + shares.get(block.path, 0)
     return taken
-
-
-def _is_under(version: ObjectVersion, prefix: tuple[str, str]) -> bool:
-    bucket, key = prefix
-    return version.bucket == bucket and (
-        version.key == key or version.key.startswith(key.rstrip("/") + "/" if key else "")
-    )

@@ -15,10 +15,13 @@ _MOST = 0.9
 
 
 class Pins:
-    """Those of a cache directory, for all its processes. `limit` says what the cache may hold (bytes)."""
+    """Those of a cache directory, for all its processes.
 
-    def __init__(self, root: Path, limit: Callable[[], int], exclusive: DirectoryLock) -> None:
-        self._root, self._limit, self._exclusive = root, limit, exclusive
+    `limit` says what the cache may hold (bytes), and `more` what to do so that it may hold more.
+    """
+
+    def __init__(self, root: Path, limit: Callable[[], int], more: Callable[[], str], exclusive: DirectoryLock) -> None:
+        self._root, self._limit, self._more, self._exclusive = root, limit, more, exclusive
 
     def add(self, version: ObjectVersion) -> None:
         """Keep what is cached of a version, now and later, until it is unpinned.
@@ -28,7 +31,9 @@ class Pins:
         path = map_path(self._root, version)
         with self._exclusive:
             if not is_pinned(path) and self.size() + version.size > self._limit() * _MOST:
-                raise CacheError(f"pins would fill more than {_MOST:.0%} of the cache", "unpin others, or --cache-size")
+                raise CacheError(
+                    f"pins would fill more than {_MOST:.0%} of the cache", f"unpin others, or {self._more()}"
+                )
             try:
                 private.make_level(path.parent)
                 private.write_file(pin_path(path), json.dumps(identity(version)).encode())

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import click
 
 from obsfs.blocks.cache import Cache
 from obsfs.blocks.layout import CacheEntry
-from obsfs.commands import Group
+from obsfs.commands import Group, places
 from obsfs.commands.options import CACHE, age, settings_options
 from obsfs.commands.output import (
     columns,
@@ -23,10 +22,7 @@ from obsfs.commands.output import (
     terminal_width,
 )
 from obsfs.errors import UsageError
-from obsfs.fuse import mounts
-from obsfs.library.names import is_url
-from obsfs.remote.address import parse_address
-from obsfs.settings import Settings
+from obsfs.settings import Settings, did_you_mean
 
 
 @click.group(
@@ -110,7 +106,7 @@ def verify(as_json: bool, **given: Any) -> None:
         for name, count in damaged.items():
             tell(f"{name}: damaged blocks: {count}; they will be fetched again")
         verdict = f"damaged: {counted(sum(damaged.values()), 'block')}" if damaged else "all is well"
-        tell(f"{human(size)} in {counted(len(entries), 'object')}: {verdict}", err=True)
+        tell(f"{human(size)} in {counted(len(entries), 'object')}: {verdict}")
     if damaged:
         click.get_current_context().exit(1)
 
@@ -120,34 +116,33 @@ def verify(as_json: bool, **given: Any) -> None:
     epilog="\b\nExamples:\n  obsfs cache clean --older-than 7d\n"
     "  obsfs cache clean obs://models/Qwen2-7B-Instruct\n  obsfs cache clean /mnt/models/Qwen2-7B-Instruct\n",
 )
-@click.argument("path", required=False)
+@click.argument("path", metavar="[PATH_OR_URL]", required=False)
 @click.option("--older-than", metavar="TIME", help="Only what was not used for so long, for example 7d.")
-@settings_options(*CACHE)
+@settings_options("library", *CACHE)
 def clean(path: str | None, older_than: str | None, **given: Any) -> None:
-    """Drop blocks from the cache: all, or of the objects under PATH (a URL, or a path on a mount).
+    """Drop blocks from the cache: all, or of the objects under a URL, a path on a mount, or a model of the library.
 
     What is open stays readable: a file that the kernel reads by itself keeps its blocks until it is closed.
     """
-    store = _open(given)
-    freed = store.clean(older_than=age(older_than), prefix=_prefix(path) if path else None)
+    url, settings = places.locate(path, given) if path else ("", Settings.load(**given))
+    store = _cache_of(settings)
+    is_meant = places.covering([url]) if path else None
+    if is_meant and not any(is_meant(entry.version) for entry in store.entries()):
+        cached = {f"obs://{entry.version.bucket}/{entry.version.key.rpartition('/')[0]}" for entry in store.entries()}
+        hint = did_you_mean(url.replace("s3://", "obs://", 1), cached) or "see `obsfs cache info`"
+        tell(f"nothing of {url} is cached in {store.directory}: {hint}")
+        return
+    freed = store.clean(older_than=age(older_than), is_meant=is_meant)
     pinned = store.pins.size()
     kept = f"; pins stay ({human(pinned)}, see `obsfs unpin`)" if pinned else ""
     tell(f"{human(freed)} freed in {store.directory}{kept}")
 
 
-def _prefix(path: str) -> tuple[str, str]:
-    """Bucket and key (or prefix) of a URL or of a path on a mount. Raises UsageError when it is neither."""
-    if not is_url(path):
-        found = mounts.on_mount(Path(path))
-        if found is None:
-            raise UsageError(f"{path} is on no mount of obsfs", "give obs://BUCKET/KEY, or a path on a mount")
-        path = found.url
-    address = parse_address(path)
-    return address.bucket, address.prefix.rstrip("/")
-
-
 def _open(given: dict[str, Any]) -> Cache:
-    settings = Settings.load(**given)
+    return _cache_of(Settings.load(**given))
+
+
+def _cache_of(settings: Settings) -> Cache:
     if not settings.cache_dir.is_dir():
         raise UsageError(f"there is no cache at {settings.cache_dir}", "choose --cache-dir")
     return Cache.of(settings)

@@ -103,7 +103,15 @@ def _check_words(ctx: click.Context, parameter: click.Parameter, given: object) 
             raise click.UsageError(f"{name} is empty: give it a value{', or leave it out' if is_option else ''}", ctx)
         is_path = parameter.type.name in ("Path", "path", "file", "directory")
         if is_path and "://" in word:
-            raise click.UsageError(f"'{visible(word)}' is a URL, and {name} is a path on this machine", ctx)
+            raise click.UsageError(
+                f"'{visible(word)}' is a URL, and {name} is a path on this machine{_order(ctx)}", ctx
+            )
+
+
+def _order(ctx: click.Context) -> str:
+    """In which order to write the arguments of a verb that takes a URL, too."""
+    words = [piece for piece in ctx.command.collect_usage_pieces(ctx) if piece != "[OPTIONS]"]
+    return f": write {' '.join([ctx.command_path, *words])}" if any("://" in word for word in words) else ""
 
 
 def settings_options(*names: str) -> Callable[[_Decorated], _Decorated]:

@@ -1,4 +1,10 @@
-"""How commands speak to people, and hear them."""
+"""How commands speak to people, and hear them.
+
+stdout has the result, and nothing else: what the verb was asked for, whether a table, a verdict, or what it did. With
+``--json`` that is one document. Where a program takes the result on, as of ``MODEL=$(obsfs pull NAME)``, it is a path
+alone. stderr has all the rest: progress, remarks, warnings and errors. A verb that runs until it is ended, such as
+``obsfs serve``, has no result, and says on stderr that it is ready.
+"""
 
 from __future__ import annotations
 
@@ -145,10 +151,10 @@ def columns(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int | N
     names = [title.lstrip(">") for title in titles]
     room = max(map(_width, names[1:]), default=0)
     for row in rows:
-        yield visible(row[0])
+        yield visible(row[0], _MAX_LINE)
         for name, cell in zip(names[1:], row[1:], strict=True):
             if cell:
-                yield f"  {name}{' ' * (room - _width(name))}  {visible(cell)}"
+                yield from _beside(f"  {name}{' ' * (room - _width(name))}  ", cell, width)
 
 
 def facts(rows: Sequence[tuple[str, str]], width: int | None = None, *, least: int = 0) -> Iterator[str]:
@@ -158,10 +164,19 @@ def facts(rows: Sequence[tuple[str, str]], width: int | None = None, *, least: i
     """
     room = max([least, *(_width(name) for name, _ in rows)])
     for name, text in rows:
-        start = f"  {name}{' ' * (room - _width(name))}  "
-        for line in fold(text, width and max(1, width - len(start))):
-            yield f"{start}{line}".rstrip()
-            start = " " * len(start)
+        yield from _beside(f"  {name}{' ' * (room - _width(name))}  ", text, width)
+
+
+def _beside(start: str, text: str, width: int | None) -> Iterator[str]:
+    """Lines of a text that begins beside its name, or below it where a word of it would not fit beside."""
+    lines = fold(text, width and max(1, width - _width(start)))
+    if width is not None and any(_width(start) + _width(line) > width for line in lines):
+        yield start.rstrip()
+        start = "    "
+        lines = fold(text, max(1, width - len(start)))
+    for line in lines:
+        yield f"{start}{line}".rstrip()
+        start = " " * _width(start)
 
 
 def fold(text: str, width: int | None = None) -> list[str]:
@@ -188,7 +203,7 @@ def tell_heading(name: str, rest: str, width: int | None = None) -> None:
 
 def _aligned(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     marks = [title.startswith(">") for title in titles]
-    lines = [[title.lstrip(">") for title in titles], *([visible(text) for text in row] for row in rows)]
+    lines = [[title.lstrip(">") for title in titles], *([visible(text, _MAX_LINE) for text in row] for row in rows)]
     widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = []

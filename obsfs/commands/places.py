@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from obsfs.errors import UsageError
 from obsfs.fuse import mounts
 from obsfs.library.names import is_url, parse_model
+from obsfs.remote.address import parse_address
 from obsfs.settings import Settings
+
+if TYPE_CHECKING:
+    from obsfs.remote.objects import ObjectVersion
 
 
 def locate(text: str, given: dict[str, Any]) -> tuple[str, Settings]:
@@ -26,3 +31,19 @@ def locate(text: str, given: dict[str, Any]) -> tuple[str, Settings]:
             return found.url, Settings.load(**{**found.settings, **chosen})
     settings = Settings.load(**given)
     return (text if is_url(text) else str(parse_model(text, settings.library))), settings
+
+
+def covering(urls: Sequence[str]) -> Callable[[ObjectVersion], bool]:
+    """Return what tells whether an object lies at one of these places, or below it.
+
+    A model's name means all its versions, as it may have meant the newest when they were cached.
+    """
+    places = [(address.bucket, address.prefix.rstrip("/")) for address in map(parse_address, urls)]
+
+    def is_meant(version: ObjectVersion) -> bool:
+        starts = [start for bucket, start in places if bucket == version.bucket]
+        return any(
+            not start or version.key == start or version.key.startswith((f"{start}/", f"{start}@")) for start in starts
+        )
+
+    return is_meant

@@ -10,6 +10,7 @@ import click
 
 from obsfs.commands.options import PUBLISH, Command, settings_options
 from obsfs.commands.output import counted, human, progress, tell, tell_json
+from obsfs.errors import UsageError
 from obsfs.fuse import mounts
 from obsfs.settings import Settings
 
@@ -55,6 +56,10 @@ def push(
     from obsfs.library.names import parse_model
 
     settings = Settings.load(**given)
+    if not directory.exists() and Path(name).is_dir():
+        raise UsageError(
+            f"there is no directory {directory}, and {name} is one", f"write obsfs push {name} {directory}"
+        )
     model = parse_model(name, settings.library)
     files = pushing.find_files(directory, any_files=any_files)
     with progress(f"pushing {model.label}", sum(file.size for file in files), quiet=as_json) as advance:

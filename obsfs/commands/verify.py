@@ -74,6 +74,15 @@ def _verify_model(url: str, settings: Settings, where: str, as_json: bool) -> No
     _tell(str(model.name), f"the {where}", result, as_json)
 
 
+def _unseen(result: Any) -> str:
+    """What was not looked at, since it is not in the cache."""
+    if not result.absent:
+        return ""
+    parts = [counted(result.absent_files, "file")] if result.absent_files else []
+    parts += [f"parts of {counted(result.partial_files, 'file')}"] if result.partial_files else []
+    return f"; not cached, and so not looked at: {' and '.join(parts)} ({human(result.absent)})"
+
+
 def _tell(what: str, where: str, result: Any, as_json: bool) -> None:
     if as_json:
         document = {
@@ -82,6 +91,9 @@ def _tell(what: str, where: str, result: Any, as_json: bool) -> None:
             "files": result.files,
             "bytes": result.size,
             "unknown": result.unknown,
+            "files_not_cached": result.absent_files,
+            "files_partly_cached": result.partial_files,
+            "bytes_not_cached": result.absent,
             "differences": [one._asdict() for one in result.differences],
         }
         tell_json(document)
@@ -92,6 +104,6 @@ def _tell(what: str, where: str, result: Any, as_json: bool) -> None:
         verdict = f"{wrong} of them differ" if wrong else "all as in the manifest"
         if not result.files and not result.differences:
             verdict = "nothing to compare"
-        tell(f"{what}, in {where}: {counted(result.files, 'file')}, {human(result.size)}: {verdict}", err=True)
+        tell(f"{what}, in {where}: {counted(result.files, 'file')}, {human(result.size)}: {verdict}{_unseen(result)}")
     if result.differences:
         click.get_current_context().exit(1)

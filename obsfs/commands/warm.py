@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -12,9 +12,6 @@ from obsfs.commands.output import counted, human, progress, tell, tell_json
 from obsfs.errors import UsageError
 from obsfs.remote.address import parse_address
 from obsfs.settings import Settings
-
-if TYPE_CHECKING:
-    from obsfs.remote.objects import ObjectVersion
 
 _EPILOG = """\b
 Examples:
@@ -92,7 +89,9 @@ def _warm(
     engine = Engine(bucket, settings, seals=False)
     try:
         if size > (limit := engine.cache.limit):
-            raise UsageError(f"{url} needs {human(size)} of a cache of {human(limit)}", "--cache-size, or --max-bytes")
+            raise UsageError(
+                f"{url} needs {human(size)} of a cache of {human(limit)}", f"{engine.cache.more}; or give --max-bytes"
+            )
         if pin:
             for one in wanted:
                 engine.cache.pins.add(one.version)
@@ -132,14 +131,6 @@ def unpin(targets: tuple[str, ...], *, everything: bool, **given: Any) -> None:
     if bool(targets) == everything:
         raise UsageError("what should be unpinned?", "give PATH_OR_URL, or --all")
     settings = Settings.load(**given)
-    meant = [parse_address(places.locate(target, given)[0]) for target in targets]
-
-    def is_meant(version: ObjectVersion) -> bool:
-        # A model's name means all its versions, as it may have meant the newest when it was warmed.
-        starts = [place.prefix.rstrip("/") for place in meant if place.bucket == version.bucket]
-        return everything or any(
-            not start or version.key == start or version.key.startswith((f"{start}/", f"{start}@")) for start in starts
-        )
-
-    found = Cache.of(settings).pins.remove(is_meant)
+    is_meant = places.covering([places.locate(target, given)[0] for target in targets])
+    found = Cache.of(settings).pins.remove(lambda version: everything or is_meant(version))
     tell(f"{counted(found, 'object')} unpinned in {settings.cache_dir}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from obsfs.blocks.cache import Cache
+from obsfs.blocks.layout import BLOCK
 from obsfs.errors import CorruptError, NotFoundError, UsageError, VersionChangedError
 from obsfs.library.catalog import Model
 from obsfs.library.inside import open_file
@@ -29,12 +30,18 @@ class Difference(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """`files` and `size` (bytes) are what was hashed and compared, `unknown` how many files have no SHA-256."""
+    """`files` and `size` (bytes) are what was hashed and compared, `unknown` how many files have no SHA-256.
+
+    Of a cache, `absent_files` are not in it at all, `partial_files` in part; `absent` are the bytes that it lacks.
+    """
 
     differences: list[Difference]
     files: int
     size: int
     unknown: int
+    absent_files: int = 0
+    partial_files: int = 0
+    absent: int = 0
 
 
 def in_bucket(bucket: Bucket, model: Model, advance: Advance) -> Verified:
@@ -86,10 +93,13 @@ def in_cache(cache: Cache, model: Model, endpoint: str, advance: Advance) -> Ver
     broken: dict[str, str] = {}
     found: dict[str, str] = {}
     checked: list[File] = []
+    lacking: dict[str, int] = {}
 
     def check(file: File) -> None:
         version = model.version_of(file, endpoint)
         blocks = cache.present_blocks(version)
+        if lack := file.size - sum(min(BLOCK, file.size - block * BLOCK) for block in blocks):
+            lacking[file.path] = lack
         if not blocks:
             advance(file.size)
             return
@@ -104,7 +114,14 @@ def in_cache(cache: Cache, model: Model, endpoint: str, advance: Advance) -> Ver
                 broken[file.path] = "its bytes in the cache have another SHA-256; dropped"
 
     Crew(_HASHERS).run(each(model.manifest.files, check))
-    return _compared(checked, found, broken)
+    result = _compared(checked, found, broken)
+    partial = [file for file in checked if file.path in lacking]
+    return result._replace(
+        size=result.size - sum(lacking[file.path] for file in partial if file.sha256),
+        absent_files=len(lacking) - len(partial),
+        partial_files=len(partial),
+        absent=sum(lacking.values()),
+    )
 
 
 def in_directory(directory: Path, manifest: Manifest, advance: Advance) -> Verified:

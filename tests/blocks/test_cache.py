@@ -345,7 +345,7 @@ def test_cleaning(tmp_path: Path) -> None:
         put(cached, 0)
         cached.close()
     assert cache.clean(older_than=3600) == 0
-    assert cache.clean(prefix=("bucket", "models/a")) == BLOCK
+    assert cache.clean(is_meant=lambda version: version.key.startswith("models/a/")) == BLOCK
     assert sorted(entry.version.key for entry in cache.entries()) == ["data", "models/ab/w"]
     assert cache.clean() == 2 * BLOCK
     assert list((tmp_path / "c").rglob("*.data")) == []

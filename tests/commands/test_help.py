@@ -121,7 +121,8 @@ def test_facts_are_folded_under_themselves() -> None:
     assert list(facts(rows, 22)) == [
         "  a          one two",
         "             three",
-        "  long name  /a/path/without/blanks",
+        "  long name",
+        "    /a/path/without/blanks",
     ]
     assert next(facts(rows)) == "  a          one two three"
 

@@ -26,12 +26,15 @@ def test_all_is_as_in_the_manifest(bucket: Store, obsfs: Run, tmp_path: Path, mo
     assert obsfs("pull", f"{bucket}/m@v1", tmp_path / "a").code == 0
     for arguments in ((f"{bucket}/m@v1",), (f"{bucket}/m@v1", "--in", "cache"), (tmp_path / "a",)):
         done = obsfs("verify", *arguments)
-        assert (done.code, done.out) == (0, ""), done
-        assert "5 files" in done.err or "4 files" in done.err  # the empty file is not in the cache
+        assert (done.code, done.err) == (0, ""), done
+        assert "5 files" in done.out or "4 files" in done.out  # the empty file is not in the cache
     path = mount(bucket)
     (path / "m@v1" / FILE).read_bytes()
     on_mount = obsfs("verify", path / "m@v1", "--json").json
     assert (on_mount["where"], on_mount["files"], on_mount["differences"]) == ("cache", 1, [])
+    rest = sum(map(len, contents(model).values())) - (model / FILE).stat().st_size
+    assert (on_mount["files_not_cached"], on_mount["files_partly_cached"]) == (3, 0)
+    assert (on_mount["bytes"], on_mount["bytes_not_cached"]) == ((model / FILE).stat().st_size, rest)
     assert obsfs("verify", path / "m@v1", "--in", "bucket").code == 0
 
 
@@ -44,7 +47,7 @@ def test_a_bit_flipped_on_the_disk(bucket: Store, obsfs: Run, tmp_path: Path) ->
     (tmp_path / "a" / "empty.txt").write_text("longer")
     done = obsfs("verify", tmp_path / "a")
     assert done.code == 1
-    assert [line.split(":")[0] for line in done.out.splitlines()] == ["config.json", "empty.txt", FILE]
+    assert [line.split(":")[0] for line in done.out.splitlines()[:-1]] == ["config.json", "empty.txt", FILE]
     assert obsfs("pull", f"{bucket}/m@v1", tmp_path / "a", "--force").code == 0
     assert contents(tmp_path / "a") == contents(model)
     assert obsfs("verify", tmp_path / "a").code == 0
@@ -112,10 +115,25 @@ def test_a_bit_flipped_in_the_bucket(bucket: Store, obsfs: Run, tmp_path: Path) 
     bucket.put("m@v1/more.txt", b"")
     done = obsfs("verify", f"{bucket}/m@v1")
     assert done.code == 1
-    assert [line.split(":")[0] for line in done.out.splitlines()] == ["config.json", FILE, "more.txt"]
+    assert [line.split(":")[0] for line in done.out.splitlines()[:-1]] == ["config.json", FILE, "more.txt"]
 
 
 def test_what_cannot_be_verified(bucket: Store, obsfs: Run, tmp_path: Path) -> None:
     bucket.put("raw/config.json", b"{}")
     assert "has no manifest" in obsfs("verify", f"{bucket}/raw").err
     assert "on no mount" in obsfs("verify", tmp_path).err
+
+
+def test_what_a_cache_lacks_is_not_said_to_be_verified(bucket: Store, obsfs: Run, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", mib=9)
+    assert obsfs("push", model, f"{bucket}/m@v1").code == 0
+    size = sum(map(len, contents(model).values()))
+    done = obsfs("verify", f"{bucket}/m@v1", "--in", "cache")
+    assert (done.code, done.err) == (0, "")
+    assert "0 files, 0 B: nothing to compare; not cached, and so not looked at: 4 files (18.0 MiB)" in done.out
+    assert obsfs("warm", f"{bucket}/m@v1", "--max-bytes", "12MiB").code == 0
+    shown = obsfs("verify", f"{bucket}/m@v1", "--in", "cache")
+    assert "not cached, and so not looked at: parts of 1 file (" in shown.out
+    found = obsfs("verify", f"{bucket}/m@v1", "--in", "cache", "--json").json
+    assert found["files_partly_cached"] == 1
+    assert found["bytes"] + found["bytes_not_cached"] == size

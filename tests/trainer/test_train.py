@@ -429,7 +429,7 @@ def test_what_people_and_machines_see(
     checked = obsfs_command(*common, "--output", tmp_path / "c", "--check")
     assert checked.code == 0
     for text in ("parameters", "records", "memory  about ", "all is well"):
-        assert text in checked.err
+        assert text in checked.out
     assert obsfs_command("train").code == 2
     wrong = obsfs_command("train", "--model", model, "--data", rows, "--output", "x", "--learnin_rate", "1")
     assert (wrong.code, wrong.err.count("\n")) == (2, 1)
