@@ -43,6 +43,8 @@ def demo() -> None:
     with ExitStack() as cleanup, spinner("starting") as say:
         home = Path(tempfile.mkdtemp(prefix="obsfs-demo-"))
         cleanup.callback(shutil.rmtree, home, ignore_errors=True)
+        cleanup.callback(_restore_environment, dict(os.environ))
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(home / "torch")  # else torch leaves one in the temporary directory
         say("importing transformers")
         from obsfs.demo import model as models
 
@@ -58,7 +60,6 @@ def demo() -> None:
         about = f"A Qwen2 of {parameters / 1e6:.0f} million parameters (random weights), {human(size)}, is in"
         tell(*fold(f"{about} obs://{_BUCKET}/{_NAME}", terminal_width()))
         shutil.rmtree(home / _NAME)
-        cleanup.callback(_restore_environment, dict(os.environ))
         os.environ.update(server.environment, XDG_STATE_HOME=str(home / "state"))
         say("loading from the bucket")
         cold = _run(home)

@@ -26,7 +26,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def remains(home: Path) -> list[str]:
     mounts = [str(entry.mountpoint) for entry in channel.mounts() if entry.mountpoint.is_relative_to(home)]
-    return mounts + [str(path) for path in home.glob("obsfs-demo-*")]
+    return mounts + [str(path) for path in home.iterdir()]  # also what torch and others would leave
 
 
 @pytest.mark.slow
