@@ -78,6 +78,8 @@ def train(words: tuple[str, ...], *, is_guided: bool, only_check: bool, as_json:
 
     started = psutil.Process().create_time()
     path = Path(words[0]) if words and not words[0].startswith("--") else None
+    if path and len(words) > 1 and not words[1].startswith("-"):
+        raise UsageError(f"{words[1]} follows the configuration {path}", "give one configuration, then --KEY VALUE")
     overrides = parse_overrides(words[1:] if path else words)
     refuse_unknown(overrides, ("check", "guide", "json", "help"))
     if path is None and (

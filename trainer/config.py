@@ -323,6 +323,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         where = f", line {mark.line + 1}" if mark else ""
         what = "cannot be used" if isinstance(error, yaml.constructor.ConstructorError) else "is no YAML"
         raise UsageError(f"{path}{where} {what}", getattr(error, "problem", None) or str(error)) from None
+    except RecursionError:
+        raise UsageError(f"{path} cannot be used", "its values are nested too deeply") from None
     if not isinstance(found, dict):
         raise UsageError(f"{path} is no configuration", "write KEY: VALUE lines")
     if isinstance(nested := found.get("options"), dict):
@@ -393,7 +395,7 @@ _Loader.add_implicit_resolver(
 def _value(text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return text
 
 

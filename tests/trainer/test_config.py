@@ -403,3 +403,23 @@ def test_a_setting_that_no_file_has_is_named_as_it_was_given(tmp_path: Path) -> 
         load_config(RUN, {"cache_size": "5x"})
     settings = load_config(read_yaml(path), parse_overrides(["--cache-size", "1GiB", "--region", "1e3"])).settings
     assert settings == {"cache_size": "1GiB", "region": "1e3"}
+
+
+def test_values_nested_without_end_are_refused_and_as_a_flag_are_text(tmp_path: Path) -> None:
+    deep = "[" * 3000 + "]" * 3000
+    (tmp_path / "run.yaml").write_text(f"a: {deep}\n")
+    with pytest.raises(ObsfsError, match="its values are nested too deeply"):
+        read_yaml(tmp_path / "run.yaml")
+    assert parse_overrides(["--a", deep]) == {"a": deep}
+
+
+@pytest.mark.parametrize("second", ["run.yaml", "x", "2e-4"])
+def test_a_second_configuration_is_told(second: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+
+    from trainer.commands import train
+
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("model: m\n")
+    with pytest.raises(ObsfsError, match=f"^{second} follows the configuration run.yaml: give one"):
+        CliRunner().invoke(train, ["run.yaml", second, "--max_steps", "1"], catch_exceptions=False)
