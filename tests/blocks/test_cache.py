@@ -484,3 +484,15 @@ def test_checking_finds_every_damaged_block(tmp_path: Path, sealed: bool) -> Non
     again = store.open(version(4 * BLOCK))
     assert again.check() == 0
     assert [again.has(block) for block in range(4)] == [True, False, sealed, False]
+
+
+@pytest.mark.parametrize(("limit", "advice"), [(16 << 20, "raise --cache-size"), (None, "make room on the disk of ")])
+def test_what_makes_a_cache_larger_is_what_limits_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None, advice: str
+) -> None:
+    cache = Cache(tmp_path / "c", limit)
+    if limit is None:
+        monkeypatch.setattr(Cache, "_disk", lambda self: (GIB, GIB))  # nothing more than is to stay free
+    assert cache.more.startswith(advice)
+    with pytest.raises(CacheError, match=f"unpin others, or {advice}"):
+        cache.pins.add(version(GIB))
