@@ -22,7 +22,7 @@ from trainer import base as bases
 from trainer import data, notes, room
 from trainer.config import TASKS, Parts, TrainConfig, load_config
 from trainer.memory import Memory, memory_of
-from trainer.place import check_output, place_of
+from trainer.place import place_of
 from trainer.quiet import hush, hush_bars
 from trainer.setup import is_sharded, load_model, make_trainer, trusts
 
@@ -69,7 +69,7 @@ def train(
     a run that was cut off goes on with ``resume=True``.
     """
     chosen = load_config(config, overrides)
-    check_output(chosen.output)
+    place_of(chosen.output, chosen.settings)  # a mount that has died is told before Python imports
     bases.check_name(chosen.model, chosen.settings)
     for place in (*chosen.data, *chosen.eval_data):
         data.check_name(place)

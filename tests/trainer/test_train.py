@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -490,3 +491,18 @@ def test_a_model_with_code_of_its_own_is_refused_by_the_key_that_allows_it(tiny:
         assert not ran.exists()
     assert bases.model_class(own, trust_remote_code=True).__name__ == "Qwen2ForCausalLM"
     assert ran.exists()
+
+
+def test_an_output_on_a_mount_that_died_is_told_before_anything_large_is_imported(
+    bucket: Store, mount: Mounter, tiny: Path, rows: Path
+) -> None:
+    mounted = mount(bucket)
+    server = obsfs.status(mounted)["pid"]
+    mount.process(mounted).kill()  # the supervisor, which would start another
+    os.kill(server, signal.SIGKILL)
+    given = {"model": str(tiny), "data": str(rows), "output": str(mounted / "out")}
+    command = [sys.executable, "-c", _TRIED, json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    told, imported = done.stdout.splitlines()
+    assert str(mounted) in told
+    assert imported == "[]"
