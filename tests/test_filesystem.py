@@ -21,11 +21,13 @@ import fsspec
 import pandas
 import pyarrow.parquet
 import pytest
+from aiobotocore.httpsession import AIOHTTPSession
 from botocore.awsrequest import AWSResponse
 from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
 import obsfs
+from obsfs.errors import UsageError
 from obsfs.filesystem import OBSFile
 from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for
 from tests.faulty import FaultyLink
@@ -423,3 +425,11 @@ def test_credentials_that_expire_are_asked_for_by_both_ways(tmp_path: Path, monk
             assert filesystem.cat_file(f"b/{number}") == f"{number}".encode()
         for method in ("HEAD", "GET"):  # s3fs's, and the engine's
             assert len(set(keys(server, method))) > 1, method
+
+
+def test_an_aiobotocore_that_would_follow_redirects_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(AIOHTTPSession, "_get_session")
+    with pytest.raises(UsageError, match="follow redirects"):
+        fsspec.filesystem("obs", endpoint_url="http://127.0.0.1:1", key="k", secret="s", skip_instance_cache=True).ls(
+            "models"
+        )
