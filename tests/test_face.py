@@ -29,3 +29,21 @@ def test_an_address_is_text(call: Callable[[], object]) -> None:
     """A path would have lost a slash of it already."""
     with pytest.raises(TypeError, match="an address in a bucket is text, as in 'obs://models', not"):
         call()
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("snapshot_download", "revison", "has no argument 'revison': did you mean 'revision'?"),
+        ("snapshot_download", "cach_dir", "did you mean 'cache_dir'?"),
+        ("snapshot_download", "endpoint_urls", "did you mean 'endpoint_url'?"),
+        ("resolve", "revision", "has no argument 'revision': see its arguments"),  # not region
+        ("push", "anyfiles", "did you mean 'any_files'?"),
+        ("mount", "profil", "did you mean 'profile'?"),
+    ],
+)
+def test_a_wrong_argument_is_told_what_fits_or_nothing(name: str, given: str, said: str) -> None:
+    arguments: list[str] = ["x", "obs://b/m"] if name == "push" else ["obs://b/m"]
+    with pytest.raises(obsfs.ObsfsError) as error:
+        getattr(obsfs, name)(*arguments, **{given: "x"})
+    assert said in str(error.value)
