@@ -20,7 +20,9 @@ and any number of streams run through a file side by side.
 * Where the file says what lies in it (*extents*: the tensors of a safetensors file), a young stream is given the rest
   of the extent that it is in at once, and nothing beyond; in the first, 3 MiB more, as far as a mapped reader's kernel
   reads: if it goes on there, it copies the file. One that goes from extent to extent is a loader's, though it may read
-  only the start of each: after the second its window is 16 MiB, and doubles with each further one.
+  only the start of each: after the second its window is 16 MiB, and doubles with each further one. It may leave out a
+  fifth of the bytes that it passes, as long as no other stream reads them either, which costs it twice as much of its
+  window. Who leaves out more (every third tensor, one kind of layer) is given the rest of the extent that it is in.
 * Streams share the largest window, so that eight readers together do not want more than one.
 
 A loader reads tensors in the natural order of their names (layer 2 before layer 10), which is not their order in the
@@ -49,6 +51,8 @@ _REORDERED = 32
 _LEAST = 32
 _MOST_CREDIT = 256
 _LOADER = 2
+_MOST_MISSED = 4
+"""A loader leaves out one position for so many that it reads in. It may be more, or none: reads come out of order."""
 _HOP = 2
 _FAR = 32
 _SPARSE = 2
@@ -89,7 +93,7 @@ class _Stream:
     """Blocks that count as read by it besides."""
     from_start: bool
     passed: int
-    """How many fences lay behind the stream when it began."""
+    """The extent in which it began: how many fences lay behind it."""
     begin: int
     last_read: int
     unread: dict[int, bool] = field(default_factory=dict)
@@ -102,6 +106,14 @@ class _Stream:
     """Where it went on after it skipped something for the last time."""
     is_filled: bool = False
     """Whether what it skipped before it was known for a loader's has been wanted."""
+    extent: int = -1
+    """The furthest extent that it has read in."""
+    entered: int = 0
+    """Positions of all extents that it has passed, and that it or another stream has read in."""
+    missed: dict[int, int] = field(default_factory=dict)
+    """The other extents that it has passed, and how many positions each has."""
+    missed_positions: int = 0
+    """How many they have together."""
 
 
 @dataclass
@@ -121,8 +133,11 @@ class ReadAhead:
     cheap_gap: int = 0
     """Positions that arrive in the time that another request would take to be answered."""
     is_mapped: bool = False
-    """Whether a stream was seen that looks at the start of each extent: a loader that has mapped the file."""
+    """Whether a stream was seen that looks at the start of each extent: a loader that has mapped the file, and may read
+    what was wanted for it without a read that is seen here."""
     _streams: list[_Stream] = field(default_factory=list)
+    _seen: set[int] = field(default_factory=set)
+    """Extents that any stream has read in."""
     _reads: int = 0
 
     def on_read(self, first: int, last: int) -> list[tuple[int, int]]:
@@ -146,7 +161,7 @@ class ReadAhead:
             return []
         stream.ahead = stop
         wanted = [(position - last, position) for position in range(start, stop)]
-        if self._crossed(stream) >= _LOADER:
+        if self._is_loader(stream):
             if stream.own * _SPARSE < stream.tail - stream.begin:
                 # It looks at the start of each extent, to come back for the rest in the order in which it went.
                 self.is_mapped = True
@@ -159,7 +174,40 @@ class ReadAhead:
                 stream.is_filled = True
         return wanted
 
+    def _enter(self, stream: _Stream, first: int, last: int) -> None:
+        """Note in which extents a stream reads, and which it leaves out. `stream.tail` is where it was before."""
+        fences = self.fences
+        begin = self._fences_behind(first)
+        if first > stream.tail:
+            # Two extents share the block at their border: who comes to it from afar means the second.
+            begin += begin < len(fences) and first + 1 == fences[begin]
+            for extent in range(stream.extent + 1, begin):
+                # What is put into the page cache of a loader as it arrives, is read unseen.
+                is_unseen = self.is_mapped and fences[extent] <= stream.ahead
+                if extent not in self._seen and not is_unseen:
+                    stream.missed[extent] = self._size_of(extent)
+                    stream.missed_positions += stream.missed[extent]
+        end = max(begin, self._fences_behind(last))
+        for extent in range(begin, end + 1):
+            size = self._size_of(extent)
+            if extent > stream.extent:
+                stream.entered += size
+            # Its last block alone may be read for the next extent's sake.
+            if extent not in self._seen and (size == 1 or extent == len(fences) or first + 1 < fences[extent]):
+                self._seen.add(extent)
+                for other in self._streams:
+                    found = other.missed.pop(extent, 0)
+                    other.missed_positions -= found
+                    other.entered += found
+        stream.extent = max(stream.extent, end)
+
+    def _size_of(self, extent: int) -> int:
+        stop = self.fences[extent] if extent < len(self.fences) else self.blocks
+        return stop - (self.fences[extent - 1] if extent else 0)
+
     def _go_on(self, stream: _Stream, first: int, last: int) -> None:
+        if self.fences:
+            self._enter(stream, first, last)
         for position in range(first, min(last + 1, stream.tail)):
             if stream.unread.pop(position, None) is not None:
                 stream.own += 1
@@ -186,6 +234,10 @@ class ReadAhead:
             stream.own = stream.tail - stream.begin
             stream.skipped = stream.skipped_costly = 0
             stream.unread = {position: costly for position, costly in stream.unread.items() if position >= stream.begin}
+
+    def is_tail(self, position: int) -> bool:
+        """Whether a stream goes on if this position is read."""
+        return any(stream.tail == position for stream in self._streams)
 
     def forget_wanted(self) -> None:
         """What was wanted and has not come will not come: streams want it again when they go on."""
@@ -220,7 +272,11 @@ class ReadAhead:
             # Who has only looked at the start so far wants more than to copy the file.
             for other in self._streams:
                 other.from_start = other.from_start and other.own > _YOUNG
-        return self._add(_Stream(last + 1, last + 1, count, lent, from_start, passed, first, self._reads))
+        stream = _Stream(last + 1, last + 1, count, lent, from_start, passed, first, self._reads)
+        if self.fences:
+            stream.extent = passed - 1
+            self._enter(stream, first, last)
+        return self._add(stream)
 
     def begin(self, count: int) -> list[tuple[int, int]]:
         """The first `count` positions are about to be read in order: as `on_read`, before the first read."""
@@ -235,8 +291,11 @@ class ReadAhead:
         return stream
 
     def _window(self, stream: _Stream) -> int:
-        gaps = stream.skipped + len(stream.unread)
-        run = stream.own + stream.lent - stream.skipped_costly - sum(stream.unread.values())
+        missed = stream.missed_positions
+        if missed > stream.entered // _MOST_MISSED:
+            stream.lent = 0
+        gaps = stream.skipped + len(stream.unread) + missed
+        run = stream.own + stream.lent - stream.skipped_costly - sum(stream.unread.values()) - missed
         from_start = self._is_from_start(stream)
         if from_start and run > 1 and gaps <= stream.own // 4:
             window = _START_FACTOR * run
@@ -246,7 +305,7 @@ class ReadAhead:
         active = sum(1 for other in self._streams if other.last_read + _ACTIVE > self._reads)
         window = min(window, max(self.max_window // max(active, 1), min(_LEAST, self.max_window)))
         crossed = self._crossed(stream)
-        if crossed >= _LOADER:
+        if self._is_loader(stream):
             window = max(window, min(_START << crossed - _LOADER, self.max_window))
         elif stream.passed < len(self.fences) and not from_start:
             beyond = _HOP + 1 if self._is_first(stream) else 0
@@ -257,6 +316,9 @@ class ReadAhead:
             # The kernel's own read-ahead goes on beyond what is read, and must not be taken for a reader.
             if is_young or not crossed:
                 window = max(0, min(window, rest)) if self.gives_extents or not is_young else 0
+        if missed:
+            rest = self.fences[stream.extent] - stream.tail if stream.extent < len(self.fences) else 0
+            window = min(window, max(rest, stream.entered - 2 * missed))
         return window
 
     def _is_from_start(self, stream: _Stream) -> bool:
@@ -275,8 +337,13 @@ class ReadAhead:
         behind = self._fences_behind(position + 1)
         return bool(behind) and position <= self.fences[behind - 1]
 
+    def _is_loader(self, stream: _Stream) -> bool:
+        """Whether it goes from extent to extent, and leaves out few."""
+        return self._crossed(stream) >= _LOADER and stream.missed_positions <= stream.entered // _MOST_MISSED
+
     def _crossed(self, stream: _Stream) -> int:
-        return max(0, self._fences_behind(stream.tail - 1) - stream.passed)
+        """How many extents it has read in, after that in which it began."""
+        return max(0, stream.extent - stream.passed - len(stream.missed))
 
     def _border_before(self, position: int) -> int:
         if not self.borders:
@@ -300,6 +367,7 @@ class LoadOrder:
         self._tensors: dict[str, Sequence[Extent]] = {}
         self._order: list[tuple[str, int]] = []
         self._position: dict[tuple[str, int], int] = {}
+        self._strays: set[int] = set()
         self._policy = ReadAhead(0, max_window, credit)
 
     def add(self, name: str, tensors: Sequence[Extent]) -> bool:
@@ -316,8 +384,21 @@ class LoadOrder:
         pieces = [(file, number // PIECE) for file, number in self._order]
         borders = [position for position in range(1, len(pieces)) if pieces[position - 1] != pieces[position]]
         self._position = {block: position for position, block in enumerate(self._order)}
+        self._strays = self._find_strays(fences)
         self._policy = ReadAhead(len(self._order), self._max_window, self._credit, fences, borders, gives_extents=False)
         return True
+
+    def _find_strays(self, fences: Sequence[int]) -> set[int]:
+        """The blocks at whose end a tensor begins that comes elsewhere in the order, and is read from there."""
+        strays = set()
+        for name, tensors in self._tensors.items():
+            for tensor in tensors:
+                block = tensor.start // BLOCK
+                if tensor.stop - tensor.start >= BLOCK and tensor.stop > (block + 1) * BLOCK:
+                    border, inner = self._position[name, block], self._position[name, block + 1]
+                    if bisect.bisect_right(fences, inner) - bisect.bisect_right(fences, border) not in (0, 1):
+                        strays.add(border)
+        return strays
 
     @property
     def is_mapped(self) -> bool:
@@ -333,6 +414,8 @@ class LoadOrder:
         wanted = []
         places = (self._position.get((name, block)) for block in range(first, last + 1))
         for run in runs(place for place in places if place is not None):
+            if len(run) == 1 and run.start in self._strays and not self._policy.is_tail(run.start):
+                continue
             wanted += [(urgency, *self._order[p]) for urgency, p in self._policy.on_read(run.start, run.stop - 1)]
         return wanted
 

@@ -126,6 +126,7 @@ class Reader:
                 for urgency, key, block in self._order.on_read(version.key, first, last):
                     wanted.append((urgency, load.shards[key], block))
                 load.is_mapped = load.is_mapped or self._policy.is_mapped or self._order.is_mapped
+                self._policy.is_mapped = load.is_mapped
         if wanted:
             self._engine.prefetch(wanted)
 

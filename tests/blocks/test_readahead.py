@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from obsfs.blocks.layout import BLOCK
 from obsfs.blocks.readahead import Credit, LoadOrder, ReadAhead
-from obsfs.blocks.safetensors import Extent
+from obsfs.blocks.safetensors import Extent, file_fences, natural
 
 WINDOW = 256
 
@@ -315,3 +316,87 @@ def test_a_reader_that_stops_skipping_has_its_window_again() -> None:
     cost(policy, ((block, block) for block in range(100, 700, 6)))
     _, _, late = cost(policy, ((block, block) for block in range(700, 2000)))
     assert late <= 20
+
+
+def tensors(sizes: Iterable[int]) -> list[Extent]:
+    """Layers of so many bytes each, as transformers writes them: in lexicographic order, after a header."""
+    lengths = list(sizes)
+    at, found = 9000, []
+    for name, size in zip(sorted(f"layers.{n}" for n in range(len(lengths))), lengths, strict=True):
+        found.append(Extent(name, at, at + size))
+        at += size
+    return found
+
+
+def blocks_of(chosen: Iterable[Extent], step: int = 1) -> Iterator[tuple[int, int]]:
+    for extent in chosen:
+        stop = -(-extent.stop // BLOCK)
+        for block in range(extent.start // BLOCK, stop, step):
+            yield block, min(block + step, stop) - 1
+
+
+class Loading:
+    """A file that is watched in its own order and in a loader's, after its header has been read."""
+
+    def __init__(self, file: list[Extent]) -> None:
+        self.ahead = LoadOrder(WINDOW, Credit())
+        assert self.ahead.add("f", file)
+        fences = file_fences(file, BLOCK)
+        self.policy = ReadAhead(fences[-1], WINDOW, fences=fences)
+        self.touched, self.fetched, self.late = {0}, {0}, 0
+
+    def read(self, first: int, last: int) -> None:
+        blocks = set(range(first, last + 1))
+        self.touched |= blocks
+        self.late += not blocks <= self.fetched
+        self.fetched |= blocks | wanted(self.policy, first, last)
+        self.fetched |= {block for _, _, block in self.ahead.on_read("f", first, last)}
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("is_natural", [False, True])
+@pytest.mark.parametrize("every", [2, 3, 4, 7, 9])
+def test_who_leaves_tensors_out_fetches_at_most_twice_what_is_touched(
+    every: int, is_natural: bool, mixed: bool
+) -> None:
+    """Every third tensor, in the order of the file or of their names, of small files and large ones."""
+    for kib in (700, 1024, 2500, 4000, 20_000):
+        for count in (30, 100, 200):
+            dice = random.Random(count)
+            file = tensors(int(kib * 1024 * (dice.choice([0.1, 0.1, 1, 2]) if mixed else 1)) for _ in range(count))
+            order = sorted(file, key=lambda extent: natural(extent.name)) if is_natural else file
+            loading = Loading(file)
+            for first, last in blocks_of(order[1::every], 1 + count % 3):
+                loading.read(first, last)
+            # Now and then the ends of three tensors lie as if a load began: that is a window of 16 MiB.
+            assert len(loading.fetched) <= 2 * len(loading.touched) + 4 + 16
+
+
+@given(count=st.integers(10, 200), kib=st.integers(64, 6000), seed=st.integers(0, 1000), many=st.integers(1, 12))
+def test_tensors_picked_at_random_cost_at_most_twice_their_bytes(count: int, kib: int, seed: int, many: int) -> None:
+    file = tensors([kib * 1024] * count)
+    loading = Loading(file)
+    for first, last in blocks_of(random.Random(seed).sample(file, min(many, count // 2))):
+        loading.read(first, last)
+    # A run of three by chance begins as a load does.
+    assert len(loading.fetched) <= 2 * len(loading.touched) + 4 + 16
+
+
+@given(threads=st.integers(1, 8), seed=st.integers(0, 1000), is_natural=st.booleans(), left_out=st.integers(0, 99))
+def test_who_loads_all_tensors_waits_for_few(threads: int, seed: int, is_natural: bool, left_out: int) -> None:
+    """By several threads, each of which takes the next tensor when it has read one; also but for one tensor."""
+    dice = random.Random(seed)
+    file = tensors(int(dice.choice([0.01, 0.5, 1, 4, 9]) * BLOCK) for _ in range(100))
+    order = sorted(file, key=lambda extent: natural(extent.name)) if is_natural else list(file)
+    del order[left_out]
+    loading = Loading(file)
+    tasks = iter([list(blocks_of([extent])) for extent in order])
+    active = [next(tasks) for _ in range(threads)]
+    while active:
+        task = dice.choice(active)
+        loading.read(*task.pop(0))
+        if not task:
+            active.remove(task)
+            active += [another for another in [next(tasks, None)] if another]
+    assert loading.late <= 24 + 4 * threads
+    assert loading.fetched >= loading.touched

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 import os
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import torch
 from pyarrow import parquet
 from safetensors import safe_open
+from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
 from obsfs.demo.model import generate, load_model, make_model
@@ -128,6 +130,30 @@ def test_strided_reads_cost_at_most_twice_their_bytes(bucket: Store, mount: Moun
             # The kernel reads half a MiB around a page that is touched by a map.
             around = MIB // 2 * mapped
             touched |= set(range((at - around) // MIB, (stop + around) // MIB + 1))
+    assert settled(path) <= (2 * len(touched) + 4) * MIB
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("every", [3, 7])
+def test_tensors_that_are_left_out_are_not_fetched(
+    bucket: Store, mount: Mounter, tmp_path: Path, every: int, mapped: bool
+) -> None:
+    """At most twice what is touched, and 4 MiB."""
+    tensors = {f"model.layers.{n}.weight": np.full((900, 256), n, np.float32) for n in range(63)}
+    save_numpy(tensors, tmp_path / "m.safetensors")
+    bucket.put("m.safetensors", (tmp_path / "m.safetensors").read_bytes())
+    path = mount(bucket)
+    touched = {0}
+    with (path / "m.safetensors").open("rb") as file, safe_open(path / "m.safetensors", "np") as opened:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        for name in list(header)[1::every]:
+            start, stop = (8 + size + offset for offset in header[name]["data_offsets"])
+            # A page fault reads half a MiB before its page, and as much behind it.
+            around = MIB // 2 * mapped
+            touched |= set(range(max(0, start - around) // MIB, (stop + around) // MIB + 1))
+            found = opened.get_tensor(name).tobytes() if mapped else os.pread(file.fileno(), stop - start, start)
+            assert found == tensors[name].tobytes()
     assert settled(path) <= (2 * len(touched) + 4) * MIB
 
 
