@@ -30,6 +30,8 @@ from tests.nursery import Nursery
 # Where an image of containers says that no bytecode is to be written, each of the thousands of processes of the tests
 # would compile all of obsfs again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Some terminals export it, and what a command prints must not depend on them.
+os.environ.pop("COLUMNS", None)
 sys.dont_write_bytecode = False
 
 # The gates judge a change by the same examples each time; to look for new ones: pytest --hypothesis-profile=explore

@@ -195,7 +195,7 @@ def keep_house(mount: Mount, bucket: Store) -> None:
         (cache.root / "scrub.json").unlink(missing_ok=True)
         scrub.Scrubber(cache, 1 << 40, on_damage=engine._fetch_again).run_pass()
         cache.pins.remove(lambda version: True)
-        cache.clean(prefix=(bucket.name, "2.bin"))
+        cache.clean(is_meant=lambda version: version.key == "2.bin")
         cache.check(pinned, lambda size: None)
         engine.warm(pinned, MIB)
 

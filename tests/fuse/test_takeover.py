@@ -246,7 +246,12 @@ def held_up(bucket: Store, mount: Mounter) -> Iterator[tuple[Path, FaultyLink, s
 
 
 def is_held_up(pid: int) -> bool:
-    return psutil.Process(pid).status() == psutil.STATUS_DISK_SLEEP
+    """Whether it waits in the kernel, and not only for a moment, as for a page of its own program."""
+    for _ in range(5):
+        if psutil.Process(pid).status() != psutil.STATUS_DISK_SLEEP:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def test_killed_while_it_waits_for_the_kernel(held_up: tuple[Path, FaultyLink, subprocess.Popen[bytes]]) -> None:

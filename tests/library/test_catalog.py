@@ -28,7 +28,8 @@ def test_a_damaged_manifest_is_told_and_the_others_are_shown(library: Store, obs
     library.put("bad/.obsfs/manifest.json", text.encode())
     done = obsfs("models", str(library), "--json")
     assert done.code == 0, done.err
-    assert [model["name"] for model in done.json["models"]] == ["good", "good", "other"]
+    states = [(model["name"], model["state"]) for model in done.json["models"]]
+    assert states == [("bad", "damaged"), ("good", "published"), ("good", "published"), ("other", "published")]
     (problem,) = done.json["problems"]
     assert "bad/.obsfs/manifest.json cannot be read" in problem
 
@@ -36,7 +37,11 @@ def test_a_damaged_manifest_is_told_and_the_others_are_shown(library: Store, obs
 def test_a_manifest_that_is_too_large_is_told(library: Store, obsfs: Run) -> None:
     library.put("huge/.obsfs/manifest.json", b" " * ((64 << 20) + 1))
     done = obsfs("models", str(library), "--json")
-    assert len(done.json["models"]) == 3
+    assert [model["name"] for model in done.json["models"] if model["state"] == "published"] == [
+        "good",
+        "good",
+        "other",
+    ]
     assert "too large" in done.json["problems"][0]
 
 

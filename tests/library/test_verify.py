@@ -107,7 +107,9 @@ def test_a_bit_flipped_in_the_bucket(bucket: Store, obsfs: Run, tmp_path: Path) 
     for name in ("m@v1", "n@v1"):
         done = obsfs("verify", f"{bucket}/{name}", "--cache-dir", tmp_path / "none", OBSFS_RETRY_TIMEOUT="2")
         assert done.code == 1, done
-        assert [line.split(":")[0] for line in done.out.splitlines()] == [FILE]
+        *damaged, verdict = done.out.splitlines()
+        assert [line.split(":")[0] for line in damaged] == [FILE]
+        assert "1 of them differ" in verdict
     replace_stored(bucket, bytes(wrong), data, is_vouched=True)
     assert obsfs("verify", f"{bucket}/m@v1").code == 0
     bucket.put(f"m@v1/{FILE}", bytes(wrong))

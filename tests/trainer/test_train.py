@@ -201,7 +201,7 @@ def test_what_cannot_be_run_is_told_before_it_starts(
 ) -> None:
     import shutil
 
-    from trainer import base
+    from trainer import memory
 
     def refused(message: str, **given: Any) -> None:
         with pytest.raises(ObsfsError) as caught:
@@ -242,7 +242,7 @@ def test_what_cannot_be_run_is_told_before_it_starts(
     (tmp_path / "file").write_text("")
     refused("cannot be written", output=str(tmp_path / "file" / "below"))
     refused("q_projj", target_modules=["q_projj"], output=str(tmp_path / "o"))
-    monkeypatch.setattr(base, "memory_available", lambda: (1 << 20, "this machine"))
+    monkeypatch.setattr(memory, "memory_available", lambda: (1 << 20, "this machine"))
     refused("MiB of memory, and this machine has 1.0 MiB free")
     assert run(data=str(rows), max_steps=1, check_memory=False, output=str(tmp_path / "tried")).steps == 1
 
