@@ -180,7 +180,8 @@ class ReadAhead:
         begin = self._fences_behind(first)
         if first > stream.tail:
             # Two extents share the block at their border: who comes to it from afar means the second.
-            begin += begin < len(fences) and first + 1 == fences[begin]
+            # Not within the extent that it is in already: reads of the kernel come out of order.
+            begin += stream.extent < begin < len(fences) and first + 1 == fences[begin]
             for extent in range(stream.extent + 1, begin):
                 # What is put into the page cache of a loader as it arrives, is read unseen.
                 is_unseen = self.is_mapped and fences[extent] <= stream.ahead
