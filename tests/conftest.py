@@ -43,6 +43,17 @@ MIB = 1 << 20
 _NUMBERS = itertools.count(1)
 
 
+@contextmanager
+def small_disk(path: Path, options: str) -> Iterator[Path]:
+    """A disk of its own on `path`, made and bounded by mount(8)'s `options` of tmpfs (``size=12m``)."""
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
+
+
 def random_bytes(size: int, seed: int = 0) -> bytes:
     return random.Random(seed * 1_000_003 + size).randbytes(size)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from obsfs.fuse.tree import Tree
 from obsfs.remote.address import Address
 from obsfs.remote.client import Bucket
 from obsfs.settings import Settings
-from tests.conftest import MIB, Store, random_bytes, write_model
+from tests.conftest import MIB, Store, random_bytes, small_disk, write_model
 from tests.lock_order import Tracer, traced
 
 _NETWORK = ("Future.result", "socket.connect", "socket.recv_into", "socket.sendall", "time.sleep")
@@ -124,11 +123,8 @@ def test_a_lock_that_is_held_by_who_waits_is_reported(made: Callable[[], Any]) -
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 32 MiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", path], check=True)
-    yield path
-    subprocess.run(["umount", "-l", path], check=True)
+    with small_disk(tmp_path / "disk", "size=32m") as path:
+        yield path
 
 
 class Mount:

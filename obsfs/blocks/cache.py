@@ -413,7 +413,8 @@ class Cache:
     def _evict(self, size: int) -> bool:
         """Evict so that the cache and its disk take `size` bytes more; 5 % more than that, if anything has to go.
 
-        Files are locked one by one: who opens one waits for no more than that. Whether any was evicted whole.
+        Files are locked one by one, so that an open waits for one of them at most. The caller holds the lock for it.
+        Returns whether any file was evicted whole.
         """
         stored = self._stored
         blocks: list[StoredBlock] = []

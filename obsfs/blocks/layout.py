@@ -253,11 +253,11 @@ class DirectoryLock:
                 with suppress(OSError, ObsfsError):
                     self.open()
                 if self._fd >= 0:
-                    # A broken disk may refuse it: then it is a lock among threads, as where there is no file.
+                    # A broken disk may refuse it: then only the threads of this process are kept apart.
                     with suppress(OSError):
                         fcntl.flock(self._fd, fcntl.LOCK_EX)
         except BaseException:
-            # Ctrl-C while another process holds it: no __exit__ follows, and all other threads would wait for ever.
+            # Ctrl-C while another process holds the lock: no __exit__ follows, and other threads would never get it.
             self.__exit__()
             raise
 

@@ -237,7 +237,7 @@ class ReadAhead:
             stream.unread = {position: costly for position, costly in stream.unread.items() if position >= stream.begin}
 
     def is_tail(self, position: int) -> bool:
-        """Whether a stream goes on if this position is read."""
+        """Whether a read of this position continues a stream without a gap."""
         return any(stream.tail == position for stream in self._streams)
 
     def forget_wanted(self) -> None:

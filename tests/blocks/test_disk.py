@@ -22,7 +22,7 @@ from obsfs.blocks.layout import BLOCK, map_path
 from obsfs.blocks.object import CachedObject
 from obsfs.remote.objects import ObjectVersion
 from tests.blocks.test_cache import evict, put, version
-from tests.conftest import MIB, random_bytes
+from tests.conftest import MIB, random_bytes, small_disk
 
 GIB = 1 << 30
 TIB = 1 << 40
@@ -31,11 +31,8 @@ TIB = 1 << 40
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 12 MiB and 64 inodes."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m,nr_inodes=64", "tmpfs", path], check=True)
-    yield path
-    subprocess.run(["umount", "-l", path], check=True)
+    with small_disk(tmp_path / "disk", "size=12m,nr_inodes=64") as path:
+        yield path
 
 
 def fill_up(disk: Path, kind: str) -> None:
