@@ -246,11 +246,15 @@ class CachedObject:
     def _set_word(self, block: int, word: int) -> None:
         self._write_map(WORD.pack(word), entry_at(block) + STATE_AT)
 
-    def _drop_word(self, block: int, word: int) -> None:
-        """The block is absent from now on, if it is as it was when it had this state word."""
-        with suppress(OSError):
-            if word and self._word(block) == word:
+    def _drop_word(self, block: int, word: int) -> bool:
+        """Mark a block absent if its state word is still `word`. True for the one thread that did it."""
+        # Under the guard: several readers find the same damage at the same moment, and it is counted once.
+        with self._map_guard:
+            if not word or self._word(block) != word:
+                return False
+            with suppress(OSError):  # a disk that takes no changes: the block is found damaged again next time
                 self._set_word(block, word + 1)
+            return True
 
     def _stored(self) -> list[StoredBlock]:
         try:
@@ -321,11 +325,10 @@ class CachedObject:
     def drop_damaged(self, block: int, word: int) -> bool:
         """A block whose state word was `word` did not match: it is gone from now on. False when it was evicted while it
         was read, so that nothing can be said of it."""
-        if self._word(block) != word:
+        if not self._drop_word(block, word):
             return False
         self._cache.count_corrupt()
         log.warning("block %d of %s is damaged in the cache: it will be fetched again", block, self._name)
-        self._drop_word(block, word)
         return True
 
     def check(self, advance: Callable[[int], None] = lambda size: None) -> int:

@@ -117,6 +117,26 @@ def test_rot_is_noticed(tmp_path: Path, sealed: bool) -> None:
     assert later.corrupt_blocks == 1
 
 
+def test_damage_that_many_readers_find_at_once_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(Cache(tmp_path / "c", GIB).open(version(BLOCK)), 0)
+    (path,) = (tmp_path / "c").rglob("*.data")
+    with path.open("r+b") as file:
+        file.write(b"rot")
+    later = Cache(tmp_path / "c", GIB)
+    again = later.open(version(BLOCK))
+    together, matches, count = threading.Barrier(4), again.matches, later.count_corrupt
+
+    def count_slowly() -> None:
+        time.sleep(0.05)
+        count()
+
+    monkeypatch.setattr(again, "matches", lambda *given: matches(*given) or bool(together.wait(10) < 0))
+    monkeypatch.setattr(later, "count_corrupt", count_slowly)
+    with ThreadPoolExecutor(4) as readers:
+        assert not any(readers.map(again.has, [0] * 4))
+    assert later.corrupt_blocks == 1
+
+
 @given(cut=st.integers(0, 4096 + 48), junk=st.binary(min_size=1, max_size=64))
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_no_damage_to_the_map_gives_wrong_bytes(tmp_path: Path, cut: int, junk: bytes) -> None:
