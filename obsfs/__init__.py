@@ -16,10 +16,10 @@ from obsfs.version import __version__
 if TYPE_CHECKING:
     from obsfs.errors import ObsfsError
     from obsfs.filesystem import OBSFileSystem
-    from obsfs.fuse.mounts import Mount, mount, on_mount, refresh, status
     from obsfs.library.download import resolve, snapshot_download
     from obsfs.library.push import check_model
     from obsfs.library.push import push_directory as push
+    from obsfs.service.mounts import Mount, mount, on_mount, refresh, status
     from obsfs.settings import Settings
 
 DISTRIBUTION = "obsfs-mount"
@@ -45,18 +45,18 @@ __all__ = [
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _HOMES = {
-    "Mount": "obsfs.fuse.mounts:Mount",
+    "Mount": "obsfs.service.mounts:Mount",
     "OBSFileSystem": "obsfs.filesystem:OBSFileSystem",
     "ObsfsError": "obsfs.errors:ObsfsError",
     "Settings": "obsfs.settings:Settings",
     "check_model": "obsfs.library.push:check_model",
-    "mount": "obsfs.fuse.mounts:mount",
-    "on_mount": "obsfs.fuse.mounts:on_mount",
+    "mount": "obsfs.service.mounts:mount",
+    "on_mount": "obsfs.service.mounts:on_mount",
     "push": "obsfs.library.push:push_directory",
-    "refresh": "obsfs.fuse.mounts:refresh",
+    "refresh": "obsfs.service.mounts:refresh",
     "resolve": "obsfs.library.download:resolve",
     "snapshot_download": "obsfs.library.download:snapshot_download",
-    "status": "obsfs.fuse.mounts:status",
+    "status": "obsfs.service.mounts:status",
 }
 
 

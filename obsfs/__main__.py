@@ -10,7 +10,7 @@ def main() -> int:
     is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_default:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from obsfs.commands import main as run
+    from obsfs.cli import main as run
 
     if is_default:
         signal.signal(signal.SIGINT, signal.default_int_handler)

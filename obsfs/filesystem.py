@@ -33,15 +33,15 @@ from s3fs import S3FileSystem
 from s3fs.core import S3File
 from s3fs.utils import FileExpired
 
-from obsfs.blocks.reader import Engine, Reader
 from obsfs.errors import ExpiredError, ObsfsError, UsageError, VersionChangedError
-from obsfs.remote import address as addresses
-from obsfs.remote.address import Address
-from obsfs.remote.client import Bucket, Connection, connect, stay
-from obsfs.remote.credentials import Keys
-from obsfs.remote.failures import no_credentials, translated
-from obsfs.remote.objects import ObjectVersion, tag
+from obsfs.fetch.reader import Engine, Reader
 from obsfs.settings import Settings, did_you_mean, keywords, knobs
+from obsfs.store import address as addresses
+from obsfs.store.address import Address
+from obsfs.store.credentials import Keys
+from obsfs.store.s3.client import Bucket, Connection, connect, stay
+from obsfs.store.s3.failures import no_credentials, translated
+from obsfs.store.types import ObjectVersion, tag
 
 _T = TypeVar("_T")
 

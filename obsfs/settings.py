@@ -2,7 +2,7 @@
 
 A field ``cache_size`` is the flag ``--cache-size``, the variable ``OBSFS_CACHE_SIZE`` and the key
 ``cache_size`` in ``~/.config/obsfs/config.toml`` (or in the file that ``OBSFS_CONFIG`` names). The first of
-these that is set wins, in that order. Secrets are no settings: see :mod:`obsfs.remote.credentials`.
+these that is set wins, in that order. Secrets are no settings: see :mod:`obsfs.store.credentials`.
 """
 
 from __future__ import annotations

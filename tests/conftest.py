@@ -22,8 +22,8 @@ import psutil
 import pytest
 
 from obsfs.demo.server import EmbeddedServer, find_program
-from obsfs.fuse import mounts
 from obsfs.fuse.kernel import channel
+from obsfs.service import mounts
 from obsfs.settings import Settings
 from tests.nursery import Nursery
 

@@ -20,27 +20,27 @@ from typing import Any
 import atheris
 
 with atheris.instrument_imports(include=["obsfs"]):
-    from obsfs.blocks import safetensors
-    from obsfs.blocks.cache import Cache
-    from obsfs.blocks.layout import BLOCK, FORMAT, map_path, read_entry
-    from obsfs.blocks.reader import Engine
+    from obsfs.access import safetensors
+    from obsfs.cache.directory import Cache
+    from obsfs.cache.layout import BLOCK, FORMAT, map_path, read_entry
     from obsfs.errors import ObsfsError, UnavailableError
-    from obsfs.fuse.keeper import Keeper
+    from obsfs.fetch.reader import Engine
     from obsfs.fuse.kernel import wire
     from obsfs.fuse.kernel.server import Server
     from obsfs.fuse.kernel.wire import Opcode
-    from obsfs.fuse.operations import Operations
-    from obsfs.fuse.tree import Tree
     from obsfs.library import manifest
     from obsfs.library.hub import parse_hub_name
     from obsfs.library.names import nearest, parse_model
     from obsfs.library.snapshot import parse_time
-    from obsfs.remote.address import check_endpoint, parse_address
-    from obsfs.remote.objects import ObjectVersion
+    from obsfs.service.keeper import Keeper
     from obsfs.settings import Settings, config_path, knobs, parse_seconds
+    from obsfs.store.address import check_endpoint, parse_address
+    from obsfs.store.types import ObjectVersion
+    from obsfs.vfs.operations import Operations
+    from obsfs.vfs.tree import Tree
 
 from tests.conftest import random_bytes
-from tests.fuse.test_tree import MemoryBucket
+from tests.vfs.test_tree import MemoryBucket
 
 _SILENT = {Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT}
 _FRAGMENTS = (

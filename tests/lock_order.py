@@ -28,12 +28,12 @@ from itertools import pairwise
 from types import FrameType
 from typing import Any
 
-from obsfs.blocks import fetcher, reader
-from obsfs.blocks.cache import Cache
-from obsfs.blocks.fetcher import Waiter
-from obsfs.blocks.layout import DirectoryLock
-from obsfs.blocks.object import CachedObject
-from obsfs.fuse import tree
+from obsfs.cache.directory import Cache
+from obsfs.cache.layout import DirectoryLock
+from obsfs.cache.object import CachedObject
+from obsfs.fetch import fetcher, reader
+from obsfs.fetch.fetcher import Waiter
+from obsfs.vfs import tree
 
 FREE: tuple[tuple[type, str], ...] = (
     (Cache, "open"),

@@ -15,12 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from obsfs.blocks import object as objects
-from obsfs.blocks.cache import Cache
+from obsfs.cache import object as objects
+from obsfs.cache.directory import Cache
 from obsfs.errors import TooManyFilesError
 from obsfs.fuse.kernel import channel
 from obsfs.limits import available_memory
-from obsfs.remote.objects import ObjectVersion
+from obsfs.store.types import ObjectVersion
 from tests.conftest import Store, status, wait_for
 
 _RAISED = """

@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
-from obsfs.blocks import scrub
-from obsfs.blocks.layout import BLOCK, block_count
-from obsfs.blocks.reader import Engine
+from obsfs.cache import scrub
+from obsfs.cache.layout import BLOCK, block_count
 from obsfs.errors import ObsfsError
-from obsfs.fuse.journal import Journal
-from obsfs.fuse.operations import ROOT, Operations
-from obsfs.fuse.tree import Tree
-from obsfs.remote.address import Address
-from obsfs.remote.client import Bucket
+from obsfs.fetch.reader import Engine
+from obsfs.service.takeover_log import Journal
 from obsfs.settings import Settings
+from obsfs.store.address import Address
+from obsfs.store.s3.client import Bucket
+from obsfs.vfs.operations import ROOT, Operations
+from obsfs.vfs.tree import Tree
 from tests.conftest import MIB, Store, random_bytes, small_disk, write_model
 from tests.lock_order import Tracer, traced
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from obsfs.commands.options import BUCKET, CACHE, Command, settings_options
-from obsfs.commands.output import count, facts, human, spinner, tell, tell_json, tell_path, terminal_width
+from obsfs.cli.options import BUCKET, CACHE, Command, settings_options
+from obsfs.cli.output import count, facts, human, spinner, tell, tell_json, tell_path, terminal_width
 from obsfs.errors import UsageError, first_line
 from obsfs.extras import remedy
 

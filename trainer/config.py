@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get
 import yaml
 
 from obsfs import ObsfsError, Settings
-from obsfs.commands.options import BUCKET, CACHE
+from obsfs.cli.options import BUCKET, CACHE
 from obsfs.errors import UsageError, first_line
 from obsfs.settings import Written, knobs
 from obsfs.text import visible

@@ -14,8 +14,8 @@ import click
 import yaml
 
 import obsfs
-from obsfs.commands.output import ask, columns, confirm, count, human, tell, terminal_width
-from obsfs.fuse import mounts
+from obsfs.cli.output import ask, columns, confirm, count, human, tell, terminal_width
+from obsfs.service import mounts
 from obsfs.settings import knobs
 from trainer import base as bases
 from trainer import data

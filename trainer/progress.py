@@ -13,7 +13,7 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
-from obsfs.commands.output import human, tell, tell_json
+from obsfs.cli.output import human, tell, tell_json
 from trainer.base import Base
 
 _LOOK_SECONDS = 0.2

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from obsfs.commands.output import human
+from obsfs.cli.output import human
 from obsfs.errors import ObsfsError, UsageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)

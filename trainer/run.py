@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from obsfs.commands.output import human, spinner, tell
+from obsfs.cli.output import human, spinner, tell
 from obsfs.errors import UsageError, first_line
 from obsfs.settings import state_dir
 from trainer import base as bases

@@ -16,9 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from obsfs.commands.output import tell
+from obsfs.cli.output import tell
 from obsfs.errors import UsageError, first_line
-from obsfs.fuse import children
+from obsfs.service import children
 from obsfs.settings import state_dir
 from trainer import bits
 from trainer.base import Base, open_base, refuse_other_kinds

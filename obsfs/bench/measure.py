@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from obsfs import private
 from obsfs.errors import CacheError, UnavailableError, UsageError
-from obsfs.fuse import children, mounts
+from obsfs.service import children, mounts
 from obsfs.settings import Settings
 
 _MIB = 1 << 20

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from obsfs.blocks import safetensors
+from obsfs.access import safetensors
 from obsfs.errors import ForbiddenError, NotFoundError, ObsfsError, UnavailableError, UsageError, VersionChangedError
 from obsfs.library import manifest as manifests
 from obsfs.library.manifest import About, File, Manifest
 from obsfs.library.names import CLAIM, MANIFEST, OWN, ModelName, by_age, is_safe_path, nearest, split_label
-from obsfs.remote.address import Address
-from obsfs.remote.client import Bucket
-from obsfs.remote.objects import ObjectInfo, ObjectVersion, Page
+from obsfs.store.address import Address
+from obsfs.store.s3.client import Bucket
+from obsfs.store.types import ObjectInfo, ObjectVersion, Page
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from obsfs.library.manifest import File
 from obsfs.library.names import ModelName, is_chosen, parse_model
 from obsfs.library.pull import SNAPSHOTS, Pull, Pulled, read_local
 from obsfs.library.transfer import Advance
-from obsfs.remote.client import Bucket
 from obsfs.settings import Settings, Written, keywords
+from obsfs.store.s3.client import Bucket
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

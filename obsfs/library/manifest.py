@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from obsfs.blocks import safetensors
+from obsfs.access import safetensors
 from obsfs.errors import UsageError
 from obsfs.library.names import is_safe_path
-from obsfs.remote.bounds import MAX_SIZE
+from obsfs.store.bounds import MAX_SIZE
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"

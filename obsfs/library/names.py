@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
-from obsfs.blocks.safetensors import natural
+from obsfs.access.safetensors import natural
 from obsfs.errors import UsageError
-from obsfs.remote.address import SCHEMES, Address, check_text, is_valid_name, parse_address
+from obsfs.store.address import SCHEMES, Address, check_text, is_valid_name, parse_address
 
 OWN = ".obsfs/"
 """The directory, in that of a model, for what is not the model's."""

@@ -44,8 +44,8 @@ from obsfs.library.catalog import Model
 from obsfs.library.manifest import About, File, Manifest, now, parse_manifest
 from obsfs.library.names import CLAIM, ModelName
 from obsfs.library.transfer import Advance, Crew, OrderedHash, each
-from obsfs.remote.objects import ObjectInfo, ObjectVersion
-from obsfs.remote.writer import COPY_PART, MAX_PUT, PART, Part, Writer, Written, part_size, parts_etag
+from obsfs.store.s3.writer import COPY_PART, MAX_PUT, PART, Part, Writer, Written, part_size, parts_etag
+from obsfs.store.types import ObjectInfo, ObjectVersion
 
 _NOTES_FORMAT = 1
 """Of what is noted of uploads under way; without a number it is format 0, which is the same."""

@@ -26,21 +26,21 @@ from typing import NamedTuple
 import msgspec
 
 from obsfs import private
-from obsfs.blocks.cache import cached_sizes
-from obsfs.blocks.layout import BLOCK, block_count
-from obsfs.blocks.object import CachedObject
-from obsfs.blocks.readahead import runs
-from obsfs.blocks.reader import Engine, Reader
+from obsfs.access.readahead import runs
+from obsfs.cache.directory import cached_sizes
+from obsfs.cache.layout import BLOCK, block_count
+from obsfs.cache.object import CachedObject
 from obsfs.errors import CacheError, ObsfsError, UnavailableError, UsageError, VersionChangedError
+from obsfs.fetch.reader import Engine, Reader
 from obsfs.library import catalog
 from obsfs.library.inside import inside, open_file, read_small, state, write_whole
 from obsfs.library.manifest import File, Manifest, parse_manifest
 from obsfs.library.names import MANIFEST, OWN, ModelName, is_chosen, is_safe_path
 from obsfs.library.transfer import Advance, Crew, OrderedHash
-from obsfs.remote.checksums import Checksum
-from obsfs.remote.client import MAX_SMALL, Bucket
-from obsfs.remote.objects import ObjectVersion
 from obsfs.settings import Settings
+from obsfs.store.checksums import Checksum
+from obsfs.store.s3.client import MAX_SMALL, Bucket
+from obsfs.store.types import ObjectVersion
 
 _STEP = 8 << 20
 _WORKERS = 8

@@ -23,9 +23,9 @@ from obsfs.library.manifest import ADAPTER, CONFIG, Manifest
 from obsfs.library.names import ModelName, is_safe_path, parse_model
 from obsfs.library.publish import Details, Publication, Source
 from obsfs.library.transfer import Advance
-from obsfs.remote.client import Bucket
-from obsfs.remote.writer import Writer
 from obsfs.settings import Settings, keywords, state_dir
+from obsfs.store.s3.client import Bucket
+from obsfs.store.s3.writer import Writer
 from obsfs.text import visible
 
 _CONNECTIONS = 16

@@ -20,9 +20,9 @@ from obsfs.library import catalog
 from obsfs.library.catalog import Model
 from obsfs.library.manifest import parse_manifest
 from obsfs.library.names import MANIFEST, ModelName, by_age, nearest, split_label
-from obsfs.remote.address import Address
-from obsfs.remote.client import Bucket
-from obsfs.remote.objects import ObjectInfo, ObjectVersion, Page, epoch
+from obsfs.store.address import Address
+from obsfs.store.s3.client import Bucket
+from obsfs.store.types import ObjectInfo, ObjectVersion, Page, epoch
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ FORMAT = 1
 
 
 class Snapshot:
-    """A tree of names (a :class:`~obsfs.fuse.tree.Source`) that stand for fixed object versions.
+    """A tree of names (a :class:`~obsfs.vfs.tree.Source`) that stand for fixed object versions.
 
     `files` are the names, as keys under the prefix that is mounted, with the versions and their mtimes.
     """

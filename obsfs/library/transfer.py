@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from obsfs.errors import UnavailableError
-from obsfs.remote.checksums import Hasher
-from obsfs.remote.retries import backoff
+from obsfs.store.checksums import Hasher
+from obsfs.store.retry import backoff
 
 _T = TypeVar("_T")
 _WAIT_SECONDS = 0.2

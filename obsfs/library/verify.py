@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from obsfs.blocks.cache import Cache
-from obsfs.blocks.layout import BLOCK
+from obsfs.cache.directory import Cache
+from obsfs.cache.layout import BLOCK
 from obsfs.errors import CorruptError, NotFoundError, UsageError, VersionChangedError
 from obsfs.library.catalog import Model
 from obsfs.library.inside import open_file
 from obsfs.library.manifest import File, Manifest
 from obsfs.library.names import is_safe_path
 from obsfs.library.transfer import Advance, Crew, OrderedHash, each
-from obsfs.remote.client import Bucket
+from obsfs.store.s3.client import Bucket
 
 _STEP = 8 << 20
 _WORKERS = 16

@@ -14,19 +14,19 @@ from typing import NamedTuple
 
 import msgspec
 
-from obsfs.blocks.cache import Cache
-from obsfs.blocks.layout import BLOCK, block_count
-from obsfs.blocks.readahead import runs
-from obsfs.blocks.reader import Engine
+from obsfs.access.readahead import runs
+from obsfs.cache.directory import Cache
+from obsfs.cache.layout import BLOCK, block_count
 from obsfs.errors import NotFoundError, UsageError
+from obsfs.fetch.reader import Engine
 from obsfs.library import catalog
 from obsfs.library.catalog import Model
 from obsfs.library.names import OWN, nearest, parse_model, split_label
 from obsfs.library.transfer import Advance, Crew, each
-from obsfs.remote.address import Address
-from obsfs.remote.client import Bucket
-from obsfs.remote.objects import ObjectVersion
-from obsfs.remote.writer import Writer
+from obsfs.store.address import Address
+from obsfs.store.s3.client import Bucket
+from obsfs.store.s3.writer import Writer
+from obsfs.store.types import ObjectVersion
 
 _PROFILES = f"{OWN}profiles/"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

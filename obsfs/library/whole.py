@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from obsfs.blocks import safetensors
+from obsfs.access import safetensors
 from obsfs.errors import UsageError
 from obsfs.library.manifest import ADAPTER, CONFIG, WEIGHTS
 

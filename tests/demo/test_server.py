@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from obsfs.commands.output import terminate_like_interrupt
+from obsfs.cli.output import terminate_like_interrupt
 from obsfs.demo import lifeline
 from obsfs.demo.server import EmbeddedServer
 from tests.conftest import is_running, wait_for

@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for
 from tests.fuse.test_passthrough import is_direct
-from tests.fuse.test_takeover import kill, successor
+from tests.service.test_takeover import kill, successor
 
 _SIZE = 9 * MIB + 777
 _DATA = random_bytes(_SIZE)

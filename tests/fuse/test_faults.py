@@ -22,11 +22,11 @@ from typing import Any
 import psutil
 import pytest
 
-from obsfs.blocks.cache import Cache
-from obsfs.blocks.reader import Reader
+from obsfs.cache.directory import Cache
 from obsfs.demo.server import EmbeddedServer
-from obsfs.fuse import daemon
+from obsfs.fetch.reader import Reader
 from obsfs.fuse.kernel import channel
+from obsfs.service import daemon
 from obsfs.settings import Settings
 from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for
 from tests.faulty import FaultyLink

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from obsfs.fuse import mounts
+from obsfs.service import mounts
 from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for
 from tests.faulty import ListedBucket
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.blocks.test_cache import evict
+from tests.cache.test_cache import evict
 from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for
 
 

@@ -20,7 +20,7 @@ import pytest
 from tqdm import tqdm
 
 import obsfs as package
-from obsfs.blocks.cache import cached_sizes
+from obsfs.cache.directory import cached_sizes
 from obsfs.errors import NotFoundError, UnavailableError, UsageError
 from obsfs.library import pull as pull_module
 from obsfs.library.names import parse_model

@@ -34,10 +34,10 @@ from obsfs.library import catalog, publish
 from obsfs.library.download import snapshot_download
 from obsfs.library.names import parse_model
 from obsfs.library.push import find_files, notes_file, push
-from obsfs.remote.client import Bucket
-from obsfs.remote.objects import ObjectVersion
-from obsfs.remote.writer import Writer, Written
 from obsfs.settings import Settings
+from obsfs.store.s3.client import Bucket
+from obsfs.store.s3.writer import Writer, Written
+from obsfs.store.types import ObjectVersion
 from tests.conftest import MIB, Mounter, Result, Store, contents, rclone_server, stop_group, wait_for, write_model
 from tests.faulty import FaultyLink
 

@@ -16,7 +16,7 @@ from trainer.scratch import scratch
 
 _HOLDER = """
 import sys, time
-from obsfs.commands.output import terminate_like_interrupt
+from obsfs.cli.output import terminate_like_interrupt
 from trainer.scratch import scratch
 try:
     with terminate_like_interrupt(), scratch("obsfs-test-") as place:

@@ -20,17 +20,17 @@ from contextlib import closing
 from itertools import takewhile
 from queue import Empty, SimpleQueue
 
-from obsfs.blocks.layout import BLOCK, block_count
-from obsfs.blocks.reader import Reader
+from obsfs.cache.layout import BLOCK, block_count
 from obsfs.errors import NotFoundError, ObsfsError
-from obsfs.fuse.keeper import Keeper
+from obsfs.fetch.reader import Reader
 from obsfs.fuse.kernel import channel, wire
 from obsfs.fuse.kernel.notifier import Notifier
 from obsfs.fuse.kernel.pool import WaitingPool
 from obsfs.fuse.kernel.wire import FileOpen, Init, Opcode, Request
 from obsfs.fuse.kernel.writer import GONE, Pipe
-from obsfs.fuse.operations import REFRESH, UNKNOWN_INO, Attributes, Operations
-from obsfs.fuse.tree import WouldBlockError
+from obsfs.service.keeper import Keeper
+from obsfs.vfs.operations import REFRESH, UNKNOWN_INO, Attributes, Operations
+from obsfs.vfs.tree import WouldBlockError
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Pure hints: what is in a file, and which bytes its reader wants next."""

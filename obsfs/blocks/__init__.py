@@ -1,1 +1,0 @@
-"""The engine: bytes of one object version, from the SSD or from the bucket."""

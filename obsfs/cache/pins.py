@@ -1,0 +1,67 @@
+"""Which object versions eviction leaves alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from obsfs import private
+from obsfs.cache.layout import DirectoryLock, identity, is_linked, is_pinned, map_path, pin_path, read_blocks
+from obsfs.errors import CacheError
+from obsfs.store.types import ObjectVersion
+
+_MOST = 0.9
+
+
+class Pins:
+    """Those of a cache directory, for all its processes.
+
+    `limit` says what the cache may hold (bytes), and `more` what to do so that it may hold more.
+    """
+
+    def __init__(self, root: Path, limit: Callable[[], int], more: Callable[[], str], exclusive: DirectoryLock) -> None:
+        self._root, self._limit, self._more, self._exclusive = root, limit, more, exclusive
+
+    def add(self, version: ObjectVersion) -> None:
+        """Keep what is cached of a version, now and later, until it is unpinned.
+
+        Raises CacheError, also for pins that would leave no room for anything else.
+        """
+        path = map_path(self._root, version)
+        with self._exclusive:
+            if not is_pinned(path) and self.size() + version.size > self._limit() * _MOST:
+                raise CacheError(
+                    f"pins would fill more than {_MOST:.0%} of the cache", f"unpin others, or {self._more()}"
+                )
+            try:
+                private.make_level(path.parent)
+                private.write_file(pin_path(path), json.dumps(identity(version)).encode())
+            except OSError as error:
+                raise CacheError(f"{pin_path(path)} cannot be written ({error.strerror})", "make room") from None
+
+    def remove(self, is_meant: Callable[[ObjectVersion], bool]) -> int:
+        """Undo the pins of these objects; how many there were."""
+        count = 0
+        with self._exclusive:
+            for version, path in self._all():
+                if is_meant(version):
+                    path.unlink(missing_ok=True)
+                    count += 1
+        return count
+
+    def size(self) -> int:
+        """Bytes of all pinned objects, once they are wholly cached."""
+        return sum(version.size for version, _ in self._all())
+
+    def cached_bytes(self) -> int:
+        """Bytes of them that are cached."""
+        maps = (path.with_suffix(".map") for _, path in self._all())
+        return sum(block.size for path in maps if not is_linked(path) for block in read_blocks(path))
+
+    def _all(self) -> Iterator[tuple[ObjectVersion, Path]]:
+        for path in list(self._root.glob("??/*.pin")):
+            try:
+                yield ObjectVersion(**json.loads(path.read_bytes())), path
+            except (OSError, ValueError, TypeError):
+                path.unlink(missing_ok=True)

@@ -1,0 +1,72 @@
+"""``obsfs import``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from obsfs.cli.options import PUBLISH, Command, settings_options
+from obsfs.cli.output import counted, human, progress, spinner, tell, tell_json
+from obsfs.service import mounts
+from obsfs.settings import Settings
+
+_SHOWN = 10
+_EPILOG = """\b
+Examples:
+  obsfs import hf:Qwen/Qwen2-7B-Instruct obs://models/Qwen2-7B-Instruct@v1
+  OBSFS_LIBRARY=obs://models obsfs import ms:qwen/Qwen2-7B-Instruct@master
+"""
+
+
+@click.command("import", cls=Command, short_help="Publish a repository of Hugging Face or ModelScope", epilog=_EPILOG)
+@click.argument("repository", metavar="hf:ORG/NAME|ms:ORG/NAME")
+@click.argument("name", required=False, metavar="obs://BUCKET/NAME[@VERSION]")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Only files like this (may be repeated).")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="No files like this (may be repeated).")
+@click.option("--no-check", is_flag=True, help="Do not look whether it is whole.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
+@settings_options(*PUBLISH)
+def import_(
+    repository: str,
+    name: str | None,
+    *,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    no_check: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Publish a repository of Hugging Face (hf:) or ModelScope (ms:), streamed past the local disk.
+
+    Without a name it gets its own, in the library that --library or OBSFS_LIBRARY names. Hashes that the hub knows
+    are compared with what it sends. A file that is cut off, damaged or missing there is a warning: it is published as
+    the hub has it. Needs the extra `hub`.
+    """
+    from obsfs.library import hub
+    from obsfs.library.names import parse_model
+    from obsfs.library.push import publish
+    from obsfs.store.s3.client import Bucket
+
+    settings = Settings.load(**given)
+    wanted = hub.parse_hub_name(repository)
+    model = parse_model(name or wanted.repository.rpartition("/")[2], settings.library)
+    Bucket(model.address, settings)  # so that missing keys are told before the hub is asked
+    with spinner(f"looking at {wanted}", quiet=as_json):
+        found = hub.find(wanted).chosen(include, exclude)
+        details = found.details()
+        problems = [] if no_check else found.problems()
+    for problem in problems[:_SHOWN]:
+        tell(f"obsfs: warning: {problem}", err=True)
+    if len(problems) > _SHOWN:
+        tell(f"obsfs: warning: {len(problems) - _SHOWN} more files are damaged or missing", err=True)
+    with progress(f"importing {wanted}", sum(file.size for file in found.files), quiet=as_json) as advance:
+        manifest, sent = publish(
+            model, found.files, details, settings, origin=f"{wanted}@{found.revision}", advance=advance
+        )
+    mounts.refresh(str(model))
+    if as_json:
+        tell_json({**json.loads(manifest.to_json()), "bytes_sent": sent, "url": str(model)})
+    else:
+        tell(f"published {model}: {counted(len(manifest.files), 'file')}, {human(manifest.size)}")

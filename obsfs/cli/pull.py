@@ -1,0 +1,101 @@
+"""``obsfs pull``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from obsfs.cli.options import LIBRARY, Command, settings_options
+from obsfs.cli.output import counted, human, progress, tell, tell_json, tell_path
+from obsfs.errors import UsageError
+from obsfs.settings import Settings
+
+_EPILOG = """\b
+Examples:
+  obsfs pull obs://models/Qwen2-7B-Instruct --region cn-south-1
+  obsfs pull obs://models/Qwen2-7B-Instruct@v2 ./qwen --include '*.json'
+  obsfs pull obs://models/Qwen2-7B --to-hf-cache --as Qwen/Qwen2-7B
+  MODEL=$(OBSFS_LIBRARY=obs://models obsfs pull Qwen2-7B-Instruct)
+"""
+
+
+@click.command(cls=Command, short_help="Fetch a model, verified, and print its directory", epilog=_EPILOG)
+@click.argument("name", metavar="obs://BUCKET/NAME[@VERSION]")
+@click.argument("directory", required=False, type=click.Path(path_type=Path))
+@click.option("--include", multiple=True, metavar="PATTERN", help="Only files like this (may be repeated).")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="No files like this (may be repeated).")
+@click.option("--to-hf-cache", is_flag=True, help="Into Hugging Face's cache: from_pretrained finds it by its name.")
+@click.option("--to-modelscope-cache", is_flag=True, help="Into ModelScope's cache.")
+@click.option(
+    "--as", "repository", metavar="ORG/NAME", help="Its name in those caches. Default: its place in the library."
+)
+@click.option("--force", is_flag=True, help="Replace files that are there with other content.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@settings_options(*LIBRARY)
+def pull(
+    name: str,
+    directory: Path | None,
+    *,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    to_hf_cache: bool,
+    to_modelscope_cache: bool,
+    repository: str | None,
+    force: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Bring a model here, verified, and print the directory that it is in.
+
+    Without DIRECTORY it goes into the cache directory, where large files share their bytes with the block cache and
+    take no second place on the disk: read them there, and pull into a DIRECTORY what you want to change. What is in
+    the block cache already is not fetched again, and what was fetched stays there. A NAME without a version means
+    what lies there, or else the newest version.
+    """
+    from obsfs.library import download
+    from obsfs.library.names import parse_model
+    from obsfs.library.pull import Pull
+
+    settings = Settings.load(**given)
+    pulling = Pull(parse_model(name, settings.library), settings)
+    files = pulling.files(include, exclude)
+    if not files:
+        raise UsageError(f"no file of {pulling.model.name} is left", "see its files by `obsfs models show`")
+    if repository and not (to_hf_cache or to_modelscope_cache):
+        raise UsageError("--as names a repository in a hub's cache", "add --to-hf-cache or --to-modelscope-cache")
+    hubs = [
+        hub for hub, on in ((download.HUGGING_FACE, to_hf_cache), (download.MODEL_SCOPE, to_modelscope_cache)) if on
+    ]
+    size = sum(file.size for file in files) * (len(hubs) + (directory is not None or not hubs))
+    with progress(f"pulling {pulling.model.name.label}", size, quiet=as_json) as advance:
+        done = download.pull(
+            pulling,
+            settings,
+            directory=directory,
+            hubs=hubs,
+            repository=repository,
+            files=files,
+            force=force,
+            advance=advance,
+        )
+    model = pulling.model
+    if as_json:
+        document = {
+            "url": str(model.name),
+            "directories": [str(one.directory) for one in done],
+            "bytes": sum(file.size for file in files),
+            "bytes_fetched": sum(one.fetched for one in done),
+            "verified": all(file.sha256 for file in files),
+            "content": model.manifest.content,
+        }
+        tell_json(document)
+        return
+    fetched = sum(one.fetched for one in done)
+    how = (
+        "" if all(file.sha256 for file in files) else "; it has no manifest, so only what the bucket offers was checked"
+    )
+    tell(f"{model.name}: {counted(len(files), 'file')}, {human(fetched)} fetched{how}", err=True)
+    for one in done:
+        tell_path(one.directory)

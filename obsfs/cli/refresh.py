@@ -1,0 +1,32 @@
+"""``obsfs refresh``."""
+
+from __future__ import annotations
+
+import click
+
+from obsfs.cli.options import Command
+from obsfs.cli.output import tell
+from obsfs.service import mounts
+
+_EPILOG = """\b
+Examples:
+  obsfs refresh /mnt/models
+  obsfs refresh /mnt/models/Qwen2-7B-tuned
+  obsfs refresh obs://models/Qwen2-7B-tuned    # on all mounts here
+"""
+
+
+@click.command(cls=Command, short_help="Show at once what has changed in the bucket", epilog=_EPILOG)
+@click.argument("places", metavar="PATH_OR_URL...", nargs=-1, required=True)
+def refresh(places: tuple[str, ...]) -> None:
+    """Show at once what has changed in the bucket, not only when --metadata-ttl is over.
+
+    What is open stays the version that was opened. push, import and train do this by themselves for the mounts of their
+    machine.
+    """
+    for place in places:
+        found = mounts.refresh(place)
+        if not found:
+            raise mounts.why_unseen(place)
+        for path in found:
+            tell(f"{path}: asks the bucket again")

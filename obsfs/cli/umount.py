@@ -1,0 +1,22 @@
+"""``obsfs umount``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from obsfs.cli.options import Command
+from obsfs.service import mounts
+
+
+@click.command(
+    cls=Command,
+    short_help="Unmount, and wait until the mount's process has ended",
+    epilog="Example: obsfs umount /mnt/models",
+)
+@click.argument("mountpoint", type=Path)
+@click.option("--lazy", "-z", is_flag=True, help="Take it out of the tree now; files that are open stay readable.")
+def umount(mountpoint: Path, lazy: bool) -> None:
+    """Unmount, and wait until the process behind it has ended. The cache stays."""
+    mounts.unmount(mounts.resolve(mountpoint), lazy=lazy)

@@ -1,0 +1,27 @@
+"""``obsfs upgrade``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from obsfs.cli.options import Command
+from obsfs.cli.output import tell
+from obsfs.service import mounts
+
+
+@click.command(
+    cls=Command,
+    short_help="Serve a mount with the obsfs that is installed now",
+    epilog="Example: pip install --upgrade . && obsfs upgrade /mnt/models",
+)
+@click.argument("mountpoint", type=Path)
+def upgrade(mountpoint: Path) -> None:
+    """Serve a mount by the version of obsfs that is installed now, without unmounting it.
+
+    Whoever reads waits for a second, and reads on.
+    """
+    path = mounts.resolve(mountpoint)
+    before, after = mounts.replace_server(path)
+    tell(f"{path}: obsfs {before['version']} (pid {before['pid']}) -> {after['version']} (pid {after['pid']})")

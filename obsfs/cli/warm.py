@@ -1,0 +1,136 @@
+"""``obsfs warm`` and ``obsfs unpin``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from obsfs.cli import places
+from obsfs.cli.options import CACHE, LIBRARY, Command, byte_size, settings_options
+from obsfs.cli.output import counted, human, progress, tell, tell_json
+from obsfs.errors import UsageError
+from obsfs.settings import Settings
+from obsfs.store.address import parse_address
+
+_EPILOG = """\b
+Examples:
+  obsfs warm obs://models/Qwen2-7B-Instruct --pin --region cn-south-1
+  obsfs warm /mnt/models/Qwen2-7B-Instruct --max-bytes 2GiB
+  obsfs warm obs://models/Qwen2-72B --record tp4-rank0  # once it is loaded
+  obsfs warm obs://models/Qwen2-72B --for tp4-rank0     # elsewhere
+"""
+
+
+@click.command(cls=Command, short_help="Bring into the cache what a load will need", epilog=_EPILOG)
+@click.argument("targets", metavar="PATH_OR_URL...", nargs=-1, required=True)
+@click.option("--for", "recorded", metavar="PROFILE", help="Only what this recorded profile of the model says.")
+@click.option(
+    "--record", metavar="PROFILE", help="Fetch nothing: record what is cached now as a profile, in the bucket."
+)
+@click.option("--max-bytes", metavar="SIZE", help="At most so much of each target.")
+@click.option("--pin", is_flag=True, help="Keep it: eviction and `obsfs cache clean` leave it alone.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@settings_options(*LIBRARY)
+def warm(
+    targets: tuple[str, ...],
+    *,
+    recorded: str | None,
+    record: str | None,
+    max_bytes: str | None,
+    pin: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Bring into the cache what a load will need, before it needs it.
+
+    Each target is a model, a file or a prefix in a bucket, or a path on a mount.
+    """
+    most = byte_size("--max-bytes", max_bytes) if max_bytes else None
+    if record and (recorded or pin or max_bytes):
+        raise UsageError("--record goes with no other option", "record first, then warm --for it")
+    done = []
+    for target in targets:
+        url, settings = places.locate(target, given)
+        if record:
+            done.append(_record(url, settings, record))
+        else:
+            done.append(_warm(url, settings, profile=recorded, most=most, pin=pin, quiet=as_json))
+    if as_json:
+        tell_json(done)
+        return
+    for one in done:
+        if record:
+            tell(f"{one['url']}: profile {record} has {human(one['bytes'])}")
+        else:
+            pinned = ", pinned" if pin else ""
+            tell(f"{one['url']}: {human(one['bytes'])} cached, {human(one['bytes_fetched'])} fetched{pinned}")
+
+
+def _warm(
+    url: str, settings: Settings, *, profile: str | None, most: int | None, pin: bool, quiet: bool
+) -> dict[str, Any]:
+    from obsfs.fetch.reader import Engine
+    from obsfs.library import catalog
+    from obsfs.library import warm as warming
+    from obsfs.library.names import parse_model
+    from obsfs.store.s3.client import Bucket
+
+    address = parse_address(url)
+    bucket = Bucket(address, settings)
+    if profile:
+        model = catalog.resolve(bucket, parse_model(url, settings.library))
+        wanted = warming.read_profile(bucket, model, profile)
+    else:
+        wanted = [warming.whole(version) for version in warming.find(bucket, address)]
+    if most is not None:
+        wanted = warming.at_most(wanted, most)
+    size = sum(one.size for one in wanted)
+    engine = Engine(bucket, settings, seals=False)
+    try:
+        if size > (limit := engine.cache.limit):
+            raise UsageError(
+                f"{url} needs {human(size)} of a cache of {human(limit)}", f"{engine.cache.more}; or give --max-bytes"
+            )
+        if pin:
+            for one in wanted:
+                engine.cache.pins.add(one.version)
+        with progress(f"warming {url}", size, quiet=quiet) as advance:
+            warming.warm(engine, wanted, advance)
+    finally:
+        engine.close()
+    return {"url": url, "bytes": size, "bytes_fetched": engine.fetcher.stats.bytes_fetched, "pinned": pin}
+
+
+def _record(url: str, settings: Settings, profile: str) -> dict[str, Any]:
+    from obsfs.cache.directory import Cache
+    from obsfs.library import catalog
+    from obsfs.library import warm as warming
+    from obsfs.library.names import parse_model
+    from obsfs.store.s3.client import Bucket
+
+    name = parse_model(url, settings.library)
+    bucket = Bucket(name.address, settings)
+    cache = Cache.of(settings)
+    size = warming.record_profile(bucket, cache, catalog.resolve(bucket, name), profile)
+    return {"url": url, "profile": profile, "bytes": size}
+
+
+@click.command(
+    cls=Command,
+    short_help="Let what `obsfs warm --pin` has kept be evicted again",
+    epilog="\b\nExamples:\n  obsfs unpin obs://models/Qwen2-7B-Instruct\n  obsfs unpin --all\n",
+)
+@click.argument("targets", metavar="PATH_OR_URL...", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="All pins.")
+@settings_options("library", *CACHE)
+def unpin(targets: tuple[str, ...], *, everything: bool, **given: Any) -> None:
+    """Let what `obsfs warm --pin` has kept be evicted again."""
+    from obsfs.cache.directory import Cache
+
+    if bool(targets) == everything:
+        raise UsageError("what should be unpinned?", "give PATH_OR_URL, or --all")
+    settings = Settings.load(**given)
+    is_meant = places.covering([places.locate(target, given)[0] for target in targets])
+    found = Cache.of(settings).pins.remove(lambda version: everything or is_meant(version))
+    tell(f"{counted(found, 'object')} unpinned in {settings.cache_dir}")

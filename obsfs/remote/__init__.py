@@ -1,1 +1,0 @@
-"""The bucket: how it is addressed, who we are to it, and the few requests that we make."""

@@ -1,0 +1,1 @@
+"""The processes behind a mount: server, supervisor, and what asks them from outside."""

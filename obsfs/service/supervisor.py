@@ -1,0 +1,540 @@
+"""The small process that outlives the server of a mount, and starts another one when it dies.
+
+It holds what must not close: the descriptors of the connection to the kernel (all of them: a request that was read
+from one dies with it), the lock of the mountpoint, and the locks of files that the kernel reads by itself. A server
+that was killed is followed by one that inherits them, restores names and opens from the journal, and asks the kernel
+to send again what was not answered (FUSE_NOTIFY_RESEND, Linux 6.9). Readers wait for a second, and never know.
+
+It imports nothing but the standard library, so that it is small and has little to die of. When it is killed itself, its
+server starts another one, which adopts it (:mod:`obsfs.service.keeper`).
+
+It may be older or newer than its servers. What they say to each other has a format's number (no number is format 0),
+and both leave out what they do not know. Before a server is replaced, the program that is installed now is asked
+whether it can read what is there (``python -m obsfs.fuse.daemon --probe``); if it cannot, the old server stays. When a
+successor fails to start, the program of the last server that did is tried in turn: by where its names led then, and
+from the copy that it gave to keep, since another version may lie under the same names by now.
+
+:mod:`obsfs.service.mounts` starts it as ``python -m obsfs.fuse.supervisor SOURCE MOUNTPOINT``, with the request to the
+server (one JSON line) on stdin; with ``lifeline`` in it the mount ends when the other end of stdin closes, and with
+``is_temporary`` its directory goes, too. SIGTERM ends the mount, also while no server follows; SIGHUP replaces the
+server by a new one (of the version that is installed now).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import select
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from obsfs.limits import allow_open_files
+from obsfs.text import visible
+
+CONTROL = "OBSFS_SUPERVISOR_FD"
+FORMAT = 1
+"""Of requests to servers, and of messages between a supervisor and its servers."""
+READY = b"ready\n"
+"""What a supervisor says to the server that has started it."""
+RETRY = 75
+"""The exit status (EX_TEMPFAIL) of a successor that could not take over yet."""
+
+FD_PATH = "/proc/self/fd/"
+"""The name by which a process opens a descriptor that it has, again."""
+
+_STDIN = 0
+_MOST_MESSAGE = 64 << 10
+_MOST_FDS = 16
+_PATIENCE_SECONDS = 60.0
+_PAUSE_SECONDS = 0.5
+_START_SECONDS = 60.0
+"""In which a successor has to serve."""
+_END_SECONDS = 20.0
+"""In which a server has to end that was told to; it serves whoever has files open for 5 s more."""
+_LOOK_SECONDS = 0.5
+_QUICK_SECONDS = 0.5
+_MOST_QUICK = 300
+_PROBE_SECONDS = 60.0
+_MOST_REASON = 4000
+
+
+class Program(NamedTuple):
+    """What a server is run by: a Python, where it looks for modules, and before that, a descriptor of a zip file."""
+
+    executable: str
+    path: str
+    copy: int = -1
+
+    @staticmethod
+    def installed() -> Program:
+        """The program that is found at the names by which this one was started."""
+        return Program(sys.executable, os.environ.get("PYTHONPATH", ""))
+
+    @property
+    def resolved(self) -> Program:
+        """The same program, also when the links on the way to it lead elsewhere one day."""
+        directory, name = os.path.split(self.executable)
+        places = [os.path.realpath(place) for place in self.path.split(os.pathsep) if place]
+        return Program(os.path.join(os.path.realpath(directory), name), os.pathsep.join(places))  # noqa: PTH118
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For a process of it."""
+        places = [*([f"{FD_PATH}{self.copy}"] if self.copy >= 0 else []), *([self.path] if self.path else [])]
+        kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        return {**kept, **({"PYTHONPATH": os.pathsep.join(places)} if places else {})}
+
+    @property
+    def fds(self) -> list[int]:
+        """What a process of it inherits."""
+        return [self.copy] if self.copy >= 0 else []
+
+
+class Probe:
+    """A run of the program that is installed now, which only says whether it could take over."""
+
+    def __init__(self, program: Program, arguments: list[str], request: bytes) -> None:
+        self.pidfd = -1
+        self._said = os.memfd_create("obsfs-probe")
+        with open(os.memfd_create("obsfs-request"), "w+b") as asked:  # noqa: PTH123 - a descriptor
+            asked.write(request)
+            asked.seek(0)
+            self._process = subprocess.Popen(
+                [program.executable, "-P", "-m", "obsfs.fuse.daemon", "--probe", *arguments],
+                stdin=asked,
+                stdout=self._said,
+                stderr=self._said,
+                env=program.environment,
+            )
+        self.pidfd = os.pidfd_open(self._process.pid)
+        self._deadline = time.monotonic() + _PROBE_SECONDS
+
+    @property
+    def seconds_left(self) -> float:
+        """For how long its answer is waited for."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    def finish(self) -> str | None:
+        """Why it could not take over; None when it could."""
+        is_late = self._process.poll() is None
+        self._process.kill()
+        status = self._process.wait()
+        said = os.pread(self._said, _MOST_REASON, 0).decode(errors="replace").strip()
+        os.close(self._said)
+        os.close(self.pidfd)
+        if is_late:
+            return f"it did not answer within {_PROBE_SECONDS:.0f} s"
+        return None if status == 0 else said.rpartition("\n")[2] or f"it ended with status {status}"
+
+
+class Adopted:
+    """A server that is no child of this process: its supervisor was killed, and it has started us."""
+
+    def __init__(self, pidfd: int) -> None:
+        self._pidfd = pidfd
+
+    def send_signal(self, number: int) -> None:
+        """As of Popen."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    def wait(self) -> int | None:
+        """Nobody but its parent is told its exit status."""
+        return None
+
+
+class Supervisor:
+    """One mount: its server, and what it has given to keep."""
+
+    def __init__(self, arguments: list[str], request: dict[str, Any]) -> None:
+        self._arguments = arguments
+        adopt = request.pop("adopt", None)
+        self._request = request
+        self._installed = Program.installed()
+        self._kept: dict[str, list[int]] = {}
+        self._state: dict[str, Any] | None = None
+        self._restarts = 0
+        self._upgrades = 0
+        self._is_replaced = False
+        self._quick = 0
+        self._servers = 0
+        self._failed = 0
+        self._good: Program | None = None
+        self._running = self._installed.resolved
+        self._is_serving = False
+        self._probe: Probe | None = None
+        self._is_wanted = False
+        """Whether another server was asked for while none was there."""
+        self._refusals = 0
+        self._is_ending = False
+        self._since = time.monotonic()
+        # What is done about the server at a moment that no descriptor tells.
+        self._alarm: tuple[float, Callable[[], int | None]] | None = None
+        self._said = -1
+        self._server: subprocess.Popen[bytes] | Adopted | None = None
+        self._selector = selectors.DefaultSelector()
+        self._listen()
+        if adopt is not None:
+            self._adopt(adopt)
+        else:
+            self._start()
+
+    def _listen(self) -> None:
+        """Signals become events, as does the end of the lifeline."""
+        wake, poke = socket.socketpair()
+        poke.setblocking(False)
+        signal.set_wakeup_fd(poke.fileno())
+        self._poke = poke
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
+        self._selector.register(wake, selectors.EVENT_READ, lambda: self._on_signal(wake.recv(1)[0]))
+        if self._request.get("lifeline"):
+            self._selector.register(_STDIN, selectors.EVENT_READ, self._on_lifeline)
+
+    def _adopt(self, adopt: dict[str, Any]) -> None:
+        """Supervise the process that has started this one. It says what is to be kept as every server does."""
+        self._restarts, self._upgrades = int(adopt["restarts"]), int(adopt["upgrades"])
+        self._servers = int(adopt["servers"])
+        self._running, self._installed = Program(*adopt["running"]), Program(*adopt["installed"])
+        self._watch(Adopted(int(adopt["pidfd"])), socket.socket(fileno=int(adopt["control"])), int(adopt["pidfd"]))
+        os.write(1, READY)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    def _request_now(self) -> bytes:
+        request = {
+            **self._request,
+            "format": FORMAT,
+            "programs": {"installed": self._installed[:2], "running": self._running[:2]},
+        }
+        if self._state is not None:
+            request["takeover"] = {
+                **self._state,
+                "restarts": self._restarts,
+                "servers": self._servers,
+                "upgrades": self._upgrades,
+                "is_upgrade": self._is_replaced,
+                "connection": self._kept["connection"],
+            }
+        return json.dumps(request).encode() + b"\n"
+
+    def _choose(self) -> Program:
+        """What is installed now; where that could not be started, in turn with what last could."""
+        if self._good is None or not self._failed % 2:
+            return self._installed
+        return self._good._replace(copy=next(iter(self._kept.get("program", ())), -1))
+
+    def _start(self) -> None:
+        """Start a server. Raises OSError when its program cannot even be run, or has it tried again if another server
+        was there before."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        program = self._choose()
+        self._is_serving = False
+        self._running = program if program.copy >= 0 else program.resolved
+        fds = [theirs.fileno(), *program.fds, *self._kept.get("connection", ())]
+        is_first = self._state is None
+        self._said = -1 if is_first else os.memfd_create("obsfs-said")
+        try:
+            server = subprocess.Popen(
+                [program.executable, "-P", "-m", "obsfs.fuse.daemon", *self._arguments],
+                stdin=subprocess.PIPE,
+                stdout=None if is_first else self._said,
+                stderr=None if is_first else self._said,
+                pass_fds=fds,
+                env={**program.environment, CONTROL: str(theirs.fileno())},
+            )
+        except OSError as error:
+            if is_first:
+                raise
+            ours.close()
+            self._on_failure(f"{program.executable}: {error.strerror}")
+            return
+        finally:
+            theirs.close()
+        assert server.stdin is not None
+        try:
+            server.stdin.write(self._request_now())
+            server.stdin.close()
+        except OSError:
+            pass  # it is dead already; its end will be seen
+        self._watch(server, ours, os.pidfd_open(server.pid))
+        if is_first:
+            # Who waits for the first answer must see the end of the server, if that comes instead.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        else:
+            self._alarm = time.monotonic() + _START_SECONDS, self._kill
+
+    def _watch(self, server: subprocess.Popen[bytes] | Adopted, control: socket.socket, pidfd: int) -> None:
+        control.setblocking(False)
+        self._server, self._control, self._pidfd = server, control, pidfd
+        self._selector.register(control, selectors.EVENT_READ, self._hear)
+        self._selector.register(pidfd, selectors.EVENT_READ, self._on_end)
+
+    def run(self) -> int:
+        """Until the mount is over. Returns the exit status of its last server."""
+        while True:
+            for key, _ in self._selector.select(self._seconds_left()):
+                status = key.data()
+                if status is not None:
+                    return int(status)
+            if self._probe is not None and not self._probe.seconds_left:
+                self._on_probed()
+            status = self._on_time()
+            if status is not None:
+                return status
+
+    def _seconds_left(self) -> float | None:
+        """Until something is due that no descriptor tells."""
+        left = [self._probe.seconds_left] if self._probe is not None else []
+        if self._alarm is not None:
+            left.append(max(0.0, self._alarm[0] - time.monotonic()))
+        if self._is_between:
+            left.append(_LOOK_SECONDS)
+        return min(left, default=None)
+
+    def _on_time(self) -> int | None:
+        if self._is_between and self._is_over():
+            # It was unmounted while nobody served it.
+            self._is_ending = True
+            if self._server is None:
+                return 0
+            self._kill()
+        elif self._alarm is not None and time.monotonic() >= self._alarm[0]:
+            (_, act), self._alarm = self._alarm, None
+            return act()
+        return None
+
+    @property
+    def _is_between(self) -> bool:
+        """Whether a server has ended, and the next one does not serve yet."""
+        return self._state is not None and not self._is_serving
+
+    def _is_over(self) -> bool:
+        """Whether the connection to the kernel has ended, as it does when the mount is gone."""
+        looking = select.poll()
+        for fd in self._kept.get("connection", ())[1:2]:  # the first is the lock
+            looking.register(fd, 0)
+        return bool(looking.poll(0))
+
+    def _kill(self) -> None:
+        if self._server is not None:
+            self._server.send_signal(signal.SIGKILL)
+
+    def _on_signal(self, number: int) -> int | None:
+        if number == signal.SIGHUP:
+            self._ask_to_replace()
+            return None
+        self._is_ending = True
+        if self._server is None:
+            return self._finish(0)
+        # One that does not serve yet may be busy with anything, and has nothing to finish.
+        self._server.send_signal(signal.SIGKILL if self._is_between else signal.SIGTERM)
+        if self._state is not None:
+            self._alarm = time.monotonic() + _END_SECONDS, self._kill
+        return None
+
+    def _ask_to_replace(self) -> None:
+        """Have another server follow, if what is installed now says that it can: once there is one to be followed."""
+        if self._probe is not None or self._is_ending:
+            return
+        if not self._is_serving:
+            self._is_wanted = True
+            return
+        self._is_wanted = False
+        try:
+            self._probe = Probe(self._installed, self._arguments, self._request_now())
+        except OSError as error:
+            self._refuse(f"{self._installed.executable}: {error.strerror}")
+        else:
+            self._selector.register(self._probe.pidfd, selectors.EVENT_READ, self._on_probed)
+
+    def _on_probed(self) -> None:
+        assert self._probe is not None
+        self._selector.unregister(self._probe.pidfd)
+        reason, self._probe = self._probe.finish(), None
+        if reason is not None:
+            self._refuse(reason)
+        elif self._is_ending:
+            return
+        elif self._is_serving and self._server is not None:
+            self._is_replaced = True
+            self._kill()
+        else:
+            self._is_wanted = True
+
+    def _refuse(self, reason: str) -> None:
+        """The server shows why it was not replaced."""
+        self._refusals += 1
+        message = {"format": FORMAT, "refused": {"number": self._refusals, "reason": reason}}
+        try:
+            self._control.send(json.dumps(message).encode())
+        except OSError:
+            pass  # it is older, and does not listen, or it is gone
+
+    def _on_lifeline(self) -> int | None:
+        if not os.read(_STDIN, 1):
+            self._selector.unregister(_STDIN)
+            return self._on_signal(signal.SIGTERM)
+        return None
+
+    def _hear(self) -> None:
+        while self._hear_one():
+            pass
+
+    def _hear_one(self) -> bool:
+        """Take one message, if there is one."""
+        if self._control not in self._selector.get_map():
+            return False
+        try:
+            data, fds, *_ = socket.recv_fds(self._control, _MOST_MESSAGE, _MOST_FDS)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data, fds = b"", []
+        if not data:
+            self._selector.unregister(self._control)
+            return False
+        try:
+            message = json.loads(data)
+        except ValueError:
+            message = None
+        self._take(message if isinstance(message, dict) else {}, list(fds))
+        return True
+
+    def _take(self, message: dict[str, Any], fds: list[int]) -> None:
+        """What a server says. What is not known of it is left out: it may be a later one."""
+        name = message.get("keep")
+        if isinstance(name, str):
+            for old in self._kept.pop(name, []):
+                os.close(old)
+            if fds:
+                self._kept[name] = fds
+        else:
+            for fd in fds:
+                os.close(fd)
+        if isinstance(state := message.get("state"), dict):
+            self._state = state
+            self._since = time.monotonic()
+        if name == "connection" and "state" in message:
+            self._is_serving = True
+            self._drop_said()
+            self._failed = 0
+            self._good = self._running
+            if not self._is_ending:
+                self._alarm = None
+            if self._is_wanted:
+                self._ask_to_replace()
+
+    def _on_end(self) -> int | None:
+        assert self._server is not None
+        status = self._server.wait()
+        self._server = None
+        self._alarm = None
+        self._hear()  # what it said last
+        if self._control in self._selector.get_map():
+            self._selector.unregister(self._control)
+        self._selector.unregister(self._pidfd)
+        os.close(self._pidfd)
+        self._control.close()
+        if status is None:
+            status = 0 if self._is_over() else -signal.SIGKILL
+        # One that did not begin to serve has not ended the mount either, unless it says that it is over.
+        is_accident = status < 0 or (status != 0 and not self._is_serving)
+        if not is_accident or self._is_ending or self._state is None:
+            return self._finish(status)
+        if not self._is_serving:
+            self._on_failure(self._last_words(status))
+            return None
+        # One that dies of what the kernel sends it would do so for ever, and keep its readers waiting.
+        self._quick = self._quick + 1 if time.monotonic() - self._since < _QUICK_SECONDS else 0
+        if self._quick >= _MOST_QUICK:
+            return self._give_up()
+        self._is_serving = False
+        return self._follow()
+
+    def _last_words(self, status: int) -> str:
+        """Why a server has not begun to serve."""
+        said = os.pread(self._said, _MOST_REASON, 0).decode(errors="replace").strip() if self._said >= 0 else ""
+        return said.rpartition("\n")[2] or (f"it ended by signal {-status}" if status < 0 else f"exit status {status}")
+
+    def _follow(self) -> int | None:
+        """Start another server."""
+        if self._is_over():
+            return 0
+        if self._is_replaced:
+            self._upgrades += 1
+        else:
+            self._restarts += 1
+        self._servers += 1
+        self._start()
+        self._is_replaced = False
+        return None
+
+    def _on_failure(self, reason: str) -> None:
+        """A successor did not begin to serve: after a pause there is another one, or none."""
+        self._failed += 1
+        self._log("ERROR", f"a server that should follow did not start: {reason}")
+        is_last = self._failed > 1 and time.monotonic() - self._since > _PATIENCE_SECONDS
+        self._alarm = time.monotonic() + _PAUSE_SECONDS, self._give_up if is_last else self._follow
+        self._drop_said()
+
+    def _drop_said(self) -> None:
+        """What a server has said is of use only until it serves, or has failed to."""
+        if self._said >= 0:
+            os.close(self._said)
+            self._said = -1
+
+    def _give_up(self) -> int:
+        self._log("ERROR", "no server can follow: the mount is dead")
+        return 1
+
+    def _finish(self, status: int) -> int:
+        """The mount is over, and gone, if somebody has asked for that."""
+        if not self._is_ending:
+            return status if status >= 0 else 1
+        if self._state is not None and not self._is_over():
+            self._log("INFO", "ended while no server was there")
+            with suppress(Exception):
+                from pathlib import Path  # only now: these are not small
+
+                from obsfs.fuse.kernel import channel
+
+                if (entry := channel.mounted_at(Path(self._arguments[1]))) is not None and entry.is_ours:
+                    channel.unmount(entry.mountpoint, lazy=True)
+        return max(status, 0)
+
+    def _log(self, level: str, text: str) -> None:
+        """Write a line to the log of the mount, which its servers write otherwise."""
+        now = time.time()
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+        line = f"{when},{int(now % 1 * 1000):03} {level} obsfs.service.supervisor: {visible(text)}\n"
+        with suppress(OSError, KeyError, TypeError):
+            fd = os.open(self._state["log"], os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)  # type: ignore[index]
+            with open(fd, "w") as log:  # noqa: PTH123 - a descriptor
+                log.write(line)
+
+
+def main() -> int:
+    """Run as a child of :func:`obsfs.service.mounts.start`."""
+    # The environment holds keys: neither this process nor its servers write it to a core file.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    request = json.loads(io.FileIO(_STDIN, closefd=False).readline())  # unbuffered: what follows is the lifeline
+    if request["settings"].get("snapshot") == "now":
+        # Every server of this mount shows the same moment.
+        request["settings"]["snapshot"] = datetime.now(UTC).isoformat(timespec="seconds")
+    allow_open_files()
+    os.chdir("/")
+    status = Supervisor(sys.argv[1:], request).run()
+    if request.get("is_temporary"):
+        with suppress(OSError):
+            os.rmdir(sys.argv[2])  # noqa: PTH106 - pathlib would stay in memory
+    return status

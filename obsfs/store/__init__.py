@@ -1,0 +1,1 @@
+"""The bucket: what obsfs asks of an object store, and how."""
