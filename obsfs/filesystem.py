@@ -40,7 +40,7 @@ from obsfs.store import address as addresses
 from obsfs.store.address import Address
 from obsfs.store.credentials import Keys
 from obsfs.store.s3.client import Bucket, Connection, connect, stay
-from obsfs.store.s3.failures import no_credentials, translated
+from obsfs.store.s3.failures import map_errors, no_credentials
 from obsfs.store.types import ObjectVersion, tag
 
 _T = TypeVar("_T")
@@ -461,7 +461,7 @@ def _is_expired(error: OSError | ClientError) -> bool:
     if not isinstance(cause, ClientError | BotoCoreError):
         return False
     try:
-        with translated("the bucket"):
+        with map_errors("the bucket"):
             raise cause
     except ExpiredError:
         return True

@@ -44,7 +44,7 @@ from obsfs.library.catalog import Model
 from obsfs.library.manifest import About, File, Manifest, now, parse_manifest
 from obsfs.library.names import CLAIM, ModelName
 from obsfs.library.transfer import Advance, Crew, OrderedHash, each
-from obsfs.store.s3.writer import COPY_PART, MAX_PUT, PART, Part, Writer, Written, part_size, parts_etag
+from obsfs.store.s3.writer import COPY_PART, MAX_PUT, PART, Part, PutResult, Writer, part_size, parts_etag
 from obsfs.store.types import ObjectInfo, ObjectVersion
 
 _NOTES_FORMAT = 1
@@ -140,13 +140,13 @@ class _Item:
     had: dict[int, Part] = field(default_factory=dict)
     etags: dict[int, str] = field(default_factory=dict)
     digest: OrderedHash | None = None
-    kept: Written | None = None
+    kept: PutResult | None = None
     copied: tuple[Model, File] | None = None
     copy_md5s: list[str] = field(default_factory=list)
     """What each part (of `part` bytes) that is to be copied must have as its ETag."""
     has_md5_etag: bool = False
     """Whether the ETag of what is to be copied is known to be of MD5s."""
-    written: Written | None = None
+    written: PutResult | None = None
 
     @property
     def path(self) -> str:
@@ -252,12 +252,12 @@ class Publication:
             hashes = _hashes(item, crew)
             item.sha256, etag = hashes.sha256, hashes.etag
             if found and found.size == item.size and found.etag.strip('"') == etag:
-                item.kept = Written(found.etag, "")
+                item.kept = PutResult(found.etag, "")
             for model, file in candidates:
                 if file.sha256 == item.sha256:
                     key = f"{model.name.prefix}{file.path}"
                     if found and key == item.key and self._is_there(crew, found, file):
-                        item.kept = Written(file.etag, file.version_id)
+                        item.kept = PutResult(file.etag, file.version_id)
                     else:
                         item.copied = item.copied or (model, file)
             if item.kept:
@@ -488,7 +488,7 @@ class Publication:
             if self._writer.bucket.get(self._name.manifest_key).data != text:
                 raise
 
-    def _appear(self, crew: Crew, item: _Item) -> Written:
+    def _appear(self, crew: Crew, item: _Item) -> PutResult:
         if item.kept:
             return item.kept
         if item.upload:
@@ -505,7 +505,7 @@ class Publication:
         self._advance(item.size)
         return written
 
-    def _send_whole(self, crew: Crew, item: _Item) -> Written:
+    def _send_whole(self, crew: Crew, item: _Item) -> PutResult:
         """Send a large file in one request, to a server without uploads in parts. It is read twice."""
         sha, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
         for _, offset, size in item.pieces():
@@ -518,7 +518,7 @@ class Publication:
         self._advance(item.size)
         return written
 
-    def _copy_small(self, crew: Crew, item: _Item) -> Written | None:
+    def _copy_small(self, crew: Crew, item: _Item) -> PutResult | None:
         """A copy inside the server, if it is what it should be."""
         version = self._original(item)
         with _replaced(version):
@@ -547,13 +547,13 @@ class Publication:
             raise ExistsError(f"{item.path} of {self._name} was replaced just now", "push again")
         item.written = item.written._replace(etag=found.etag)
 
-    def _complete(self, crew: Crew, item: _Item) -> Written:
+    def _complete(self, crew: Crew, item: _Item) -> PutResult:
         with self._gone(item):
             try:
                 written = crew.retried(lambda: self._writer.complete(item.key, item.upload, item.etags))
             except NotFoundError:
                 # Done already, if the answer to it was lost.
-                written = Written(self._writer.bucket.head(item.key).etag, "")
+                written = PutResult(self._writer.bucket.head(item.key).etag, "")
                 digests = (bytes.fromhex(item.etags[n].strip('"')) for n in sorted(item.etags))
                 if written.etag.strip('"') != parts_etag(digests):
                     raise

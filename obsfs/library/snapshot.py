@@ -152,7 +152,7 @@ def _as_of(bucket: Bucket, model: Model, moment: datetime) -> Model | None:
     """A model as it was then: as it is, or, in a bucket that keeps versions, by an older manifest."""
     if model.manifest.created <= moment:
         return model
-    for content in bucket.older(model.name.manifest_key):
+    for content in bucket.list_versions(model.name.manifest_key):
         try:
             manifest = parse_manifest(content.data, f"{model.name}/{MANIFEST}")
         except UsageError as error:

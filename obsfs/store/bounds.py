@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from xml.etree import ElementTree
 
 from obsfs.errors import ObsfsError, UnavailableError
-from obsfs.store.types import parse_time
+from obsfs.store.types import parse_timestamp
 
 MAX_SIZE = 1 << 46
 """Bytes of an object: 64 TiB. OBS takes 48.8 TiB, S3 50 TB."""
@@ -34,25 +34,25 @@ class Stream(Protocol):
     def close(self) -> None: ...
 
 
-def parse_count(text: str | None, most: int = _MAX_NUMBER) -> int | None:
-    """Return a decimal number from 0 to `most`; None for any other text."""
+def parse_count(text: str | None, max_value: int = _MAX_NUMBER) -> int | None:
+    """Return a decimal number from 0 to `max_value`; None for any other text."""
     found = _COUNT.fullmatch(text or "")
     number = int(found[1]) if found else -1
-    return number if 0 <= number <= most else None
+    return number if 0 <= number <= max_value else None
 
 
 def parse_date(text: Any) -> datetime | None:
     """Return a date as botocore reads it; None for one that cannot be read."""
     try:
-        return parse_time(text)
+        return parse_timestamp(text)
     except ValueError:
         return None
 
 
-def read_at_most(stream: Stream, most: int) -> bytes | None:
-    """Return all of a body; None for one of more than `most` bytes, which is closed then."""
+def read_at_most(stream: Stream, max_bytes: int) -> bytes | None:
+    """Return all of a body; None for one of more than `max_bytes` bytes, which is closed then."""
     pieces: list[bytes] = []
-    left = most
+    left = max_bytes
     while piece := stream.read(_PIECE):
         left -= len(piece)
         if left < 0:
@@ -62,12 +62,12 @@ def read_at_most(stream: Stream, most: int) -> bytes | None:
     return b"".join(pieces)
 
 
-def read_start(stream: Stream, most: int) -> bytes:
-    """Return the first `most` bytes of a body; what is longer is closed."""
+def read_start(stream: Stream, max_bytes: int) -> bytes:
+    """Return the first `max_bytes` bytes of a body; what is longer is closed."""
     data = b""
-    while len(data) < most and (piece := stream.read(min(_PIECE, most - len(data)))):
+    while len(data) < max_bytes and (piece := stream.read(min(_PIECE, max_bytes - len(data)))):
         data += piece
-    if len(data) >= most:
+    if len(data) >= max_bytes:
         stream.close()
     return data
 
@@ -173,6 +173,6 @@ def _local(element: ElementTree.Element) -> str:
     return str(element.tag).rpartition("}")[2]
 
 
-def too_long(what: str, most: int) -> ObsfsError:
+def too_long(what: str, max_bytes: int) -> ObsfsError:
     """An answer without end is no reason to try again."""
-    return ObsfsError(f"the server's answer to {what} is longer than {most >> 20} MiB", "this is no S3 server's")
+    return ObsfsError(f"the server's answer to {what} is longer than {max_bytes >> 20} MiB", "this is no S3 server's")

@@ -71,7 +71,7 @@ def _hasher(algorithm: str) -> Hasher | None:
     return hashlib.new(algorithm, usedforsecurity=False)
 
 
-def offered(headers: Mapping[str, str], *, md5_etags: bool) -> Checksum | None:
+def checksum_from_headers(headers: Mapping[str, str], *, md5_etags: bool) -> Checksum | None:
     """What the headers of a whole object (names in lower case; never those of a range of it) promise of its bytes.
 
     Checksums of checksums, which multipart uploads have, are none of the bytes. An ETag of 32 digits is the MD5 of an

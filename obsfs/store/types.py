@@ -47,7 +47,7 @@ class Page(NamedTuple):
     """Entries that cannot be read, and are left out."""
 
 
-class Content(NamedTuple):
+class ObjectBody(NamedTuple):
     """A whole object, and the headers that it came with."""
 
     data: bytes
@@ -62,7 +62,7 @@ class Content(NamedTuple):
     def age(self) -> float:
         """How many seconds ago it was written, by the server's own clock. (Few ask, and dates are slow to read.)"""
         try:
-            now, then = (parse_time(self.headers[name]) for name in ("date", "last-modified"))
+            now, then = (parse_timestamp(self.headers[name]) for name in ("date", "last-modified"))
             # Go's zero time, of the year 1, is no date.
             return max(0.0, (now - then).total_seconds()) if then.year >= _UNIX_YEAR else 0.0
         except (KeyError, ValueError):
@@ -102,7 +102,7 @@ def modified_of(etag: str) -> int | None:
 def last_modified(headers: Mapping[str, str]) -> float:
     """Return the Last-Modified of an answer in seconds since the epoch; 0 where it has none, or none to be read."""
     try:
-        return epoch(parse_time(headers["last-modified"]))
+        return epoch(parse_timestamp(headers["last-modified"]))
     except (KeyError, ValueError):
         return 0.0
 
@@ -127,7 +127,7 @@ _HTTP_DATE = re.compile(r"[A-Z][a-z]{2}, ([0-9]{2}) ([A-Z][a-z]{2}) ([0-9]{4}) (
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
-def parse_time(value: Any) -> datetime:
+def parse_timestamp(value: Any) -> datetime:
     """Return a time as botocore reads it, whose own way takes four fifths of the computing for a page of names.
 
     Raises:
@@ -141,10 +141,12 @@ def parse_time(value: Any) -> datetime:
     try:
         found = datetime.fromisoformat(value)
     except (TypeError, ValueError):
-        from botocore.utils import parse_timestamp  # large, and not needed for what servers usually say
+        from botocore.utils import (
+            parse_timestamp as parse_by_botocore,  # large, and not needed for what servers usually say
+        )
 
         try:
-            found = cast(datetime, parse_timestamp(value))
+            found = cast(datetime, parse_by_botocore(value))
         except Exception as error:  # it asks dateutil at last, which raises whatever happens to it
             raise ValueError(f"{value!r} is no date") from error
     return found if found.tzinfo else found.replace(tzinfo=UTC)

@@ -36,7 +36,7 @@ from obsfs.library.names import parse_model
 from obsfs.library.push import find_files, notes_file, push
 from obsfs.settings import Settings
 from obsfs.store.s3.client import Bucket
-from obsfs.store.s3.writer import Writer, Written
+from obsfs.store.s3.writer import PutResult, Writer
 from obsfs.store.types import ObjectVersion
 from tests.conftest import MIB, Mounter, Result, Store, contents, rclone_server, stop_group, wait_for, write_model
 from tests.faulty import FaultyLink
@@ -200,11 +200,11 @@ def test_what_is_published_can_be_pulled_from_every_server(
         assert contents(target) == contents(model)
 
 
-def unsupported(self: Writer, *_: object) -> Written:
+def unsupported(self: Writer, *_: object) -> PutResult:
     raise UnsupportedError("501 NotImplemented")
 
 
-def refused(self: Writer, *_: object) -> Written:
+def refused(self: Writer, *_: object) -> PutResult:
     raise ForbiddenError("the source may not be read")
 
 
@@ -256,7 +256,7 @@ def test_a_copy_with_another_md5_is_not_believed(
     model = write_model(tmp_path / "m", mib=1, shards=1)
     push(model, parse_model(f"{bucket}/m@v1"), Settings.load(), files=find_files(model))
 
-    def copy(self: Writer, source: ObjectVersion, key: str) -> Written:
+    def copy(self: Writer, source: ObjectVersion, key: str) -> PutResult:
         if source.etag.strip('"') == "0" * 32:
             raise VersionChangedError("it is another")
         return self.put(key, bytes(source.size))
@@ -272,7 +272,7 @@ def test_what_the_server_has_not_kept_whole_is_not_published(
     model = write_model(tmp_path / "m", mib=1, shards=1)
     put = Writer.put
 
-    def cut(self: Writer, key: str, data: bytes, *, new: bool = False) -> Written:
+    def cut(self: Writer, key: str, data: bytes, *, new: bool = False) -> PutResult:
         return put(self, key, data[: 1 << 10] if key.endswith(".safetensors") else data, new=new)
 
     monkeypatch.setattr(Writer, "put", cut)
@@ -325,7 +325,7 @@ def test_a_server_without_conditional_writes(bucket: Store, tmp_path: Path, monk
     monkeypatch.setattr(publish, "_SETTLE_SECONDS", 0.0)
     put = Writer.put
 
-    def unconditional(self: Writer, key: str, data: bytes, *, new: bool = False) -> Written:
+    def unconditional(self: Writer, key: str, data: bytes, *, new: bool = False) -> PutResult:
         if new:
             raise UnsupportedError("501 NotImplemented")
         return put(self, key, data)

@@ -13,7 +13,7 @@ from botocore.awsrequest import AWSPreparedRequest, AWSResponse, HeadersDict
 from botocore.config import Config
 from botocore.credentials import ReadOnlyCredentials
 from botocore.httpsession import URLLib3Session
-from botocore.utils import parse_timestamp
+from botocore.utils import parse_timestamp as parse_by_botocore
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +22,7 @@ from obsfs.settings import Settings
 from obsfs.store.address import parse_address
 from obsfs.store.s3.client import Bucket
 from obsfs.store.s3.ranges import RangeSender
-from obsfs.store.types import ObjectVersion, parse_time
+from obsfs.store.types import ObjectVersion, parse_timestamp
 from tests.conftest import MIB, Mounter, Store, random_bytes, rclone_server
 from tests.faulty import FaultyServer
 from tests.odd import Answer, OddServer, Request, refusal
@@ -251,7 +251,7 @@ def test_what_is_no_plain_request_is_left_to_the_client() -> None:
      "2026-11-26T08:00:00", "20261126T080000Z", "1795680000", 1795680000],
 )  # fmt: skip
 def test_times_are_read_as_botocore_reads_them(text: str | int) -> None:
-    assert parse_time(text).timestamp() == parse_timestamp(text).timestamp()
+    assert parse_timestamp(text).timestamp() == parse_by_botocore(text).timestamp()
 
 
 @pytest.mark.parametrize("may_list", [True, False])

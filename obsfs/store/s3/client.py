@@ -47,17 +47,17 @@ from obsfs.settings import Settings
 from obsfs.store import address as addresses
 from obsfs.store.address import Address
 from obsfs.store.bounds import MAX_SIZE, parse_count, read_at_most
-from obsfs.store.checksums import Checksum, offered
+from obsfs.store.checksums import Checksum, checksum_from_headers
 from obsfs.store.credentials import Keys, Look, explicit_keys, look
 from obsfs.store.replicas import Replicas
 from obsfs.store.retry import Retries
-from obsfs.store.s3.failures import explained, no_credentials, translated
+from obsfs.store.s3.failures import explained, map_errors, no_credentials
 from obsfs.store.s3.listing import pages
 from obsfs.store.s3.parsers import bound
 from obsfs.store.s3.pins import Pin
 from obsfs.store.s3.ranges import CheckedBody, RangeAnswer, RangeBody, RangeSender, wrong_bytes
 from obsfs.store.s3.session import new_http_session, new_session
-from obsfs.store.types import WHOLE_BYTES, Content, ObjectInfo, ObjectVersion, Page, epoch, tag
+from obsfs.store.types import WHOLE_BYTES, ObjectBody, ObjectInfo, ObjectVersion, Page, epoch, tag
 from obsfs.text import visible
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def connect(
     UsageError for a profile that does not exist, half a key pair, or an endpoint that cannot be known; ForbiddenError
     for a place of keys that is broken, or does not answer within two seconds.
     """
-    with translated("the configuration"):
+    with map_errors("the configuration"):
         try:
             session = new_session(settings.profile)
             session.get_scoped_config()
@@ -203,7 +203,7 @@ def stay(context: dict[str, Any], **_: Any) -> None:
     context.setdefault("s3_redirect", {})["redirected"] = True
 
 
-class _Site:
+class Endpoint:
     """One endpoint: a client for it, and its way for ranges."""
 
     def __init__(self, settings: Settings, connection: Connection) -> None:
@@ -302,28 +302,28 @@ class Bucket:
         self._settings, self._keys = settings, keys
         self._urls = settings.endpoint_urls or (None,)
         self._is_known = is_known
-        self._sites = [self._site(url) for url in self._urls]
+        self._endpoints = [self._new_endpoint(url) for url in self._urls]
         self._is_known = True
         self._renewing = threading.Lock()
         self._renewed = float("-inf")
         self._near: str | None = None
         self._moved: dict[int, str] = {}
-        self.replicas = Replicas(len(self._sites))
+        self.replicas = Replicas(len(self._endpoints))
         self.retries = Retries(settings.retry_timeout, has_answered=is_known)
-        self.endpoint: str = self._sites[0].endpoint
+        self.endpoint: str = self._endpoints[0].endpoint
 
-    def _site(self, url: str | None, region: str = "") -> _Site:
+    def _new_endpoint(self, url: str | None, region: str = "") -> Endpoint:
         settings = replace(self._settings, region=region) if region else self._settings
-        return _Site(settings, connect(settings, self.address.scheme, self._keys, url, is_known=self._is_known))
+        return Endpoint(settings, connect(settings, self.address.scheme, self._keys, url, is_known=self._is_known))
 
     def _follow(self, number: int, moved: MovedError) -> bool:
         """Go where a server has sent us, if that is another endpoint of its cloud; once, and for good."""
-        site = self._sites[number]
+        site = self._endpoints[number]
         place = addresses.endpoint_at(site.endpoint, self.name, region=moved.region, host=moved.host)
         with self._renewing:
-            if place is None or self._moved.setdefault(number, place) != place or site is not self._sites[number]:
-                return self._sites[number] is not site
-            self._sites[number] = self._site(place, addresses.region_of(urlsplit(place).hostname or ""))
+            if place is None or self._moved.setdefault(number, place) != place or site is not self._endpoints[number]:
+                return self._endpoints[number] is not site
+            self._endpoints[number] = self._new_endpoint(place, addresses.region_of(urlsplit(place).hostname or ""))
         log.warning("%s: the bucket %s is at %s", site.endpoint, self.name, place)
         return True
 
@@ -332,7 +332,7 @@ class Bucket:
         with self._renewing:
             if time.monotonic() - self._renewed >= _RENEW_SECONDS:
                 place = self._moved.get(number, "")
-                self._sites[number] = self._site(
+                self._endpoints[number] = self._new_endpoint(
                     place or self._urls[number], addresses.region_of(urlsplit(place).hostname or "")
                 )
                 self._renewed = time.monotonic()
@@ -341,14 +341,14 @@ class Bucket:
     @property
     def client(self) -> Any:
         """botocore's client for the first endpoint, where everything is written."""
-        return self._sites[0].client
+        return self._endpoints[0].client
 
     @property
     def sites(self) -> list[dict[str, object]]:
         """For ``obsfs status``: the endpoints, with their latency in seconds and their failures."""
         return [
             {"endpoint": site.endpoint, "latency": one.latency, "failures": one.failures, "lagging": one.lagging}
-            for site, one in zip(self._sites, self.replicas.health, strict=True)
+            for site, one in zip(self._endpoints, self.replicas.health, strict=True)
         ]
 
     def _ask(self, work: Callable[[int], _T], *, may_lag: bool = False) -> _T:
@@ -361,7 +361,7 @@ class Bucket:
             try:
                 try:
                     if not self.retries.has_answered:
-                        self._sites[number].resolve(self._what(self.address.prefix))
+                        self._endpoints[number].resolve(self._what(self.address.prefix))
                     answer = work(number)
                 except ExpiredError:
                     self._renew(number)
@@ -378,8 +378,8 @@ class Bucket:
             except UnavailableError as unavailable:
                 self.replicas.failed(number)
                 error = error or unavailable
-                if len(self._sites) > 1:
-                    log.warning("%s: %s", self._sites[number].endpoint, unavailable)
+                if len(self._endpoints) > 1:
+                    log.warning("%s: %s", self._endpoints[number].endpoint, unavailable)
             except (VersionChangedError, NotFoundError) as changed:
                 if not may_lag:
                     raise
@@ -390,7 +390,7 @@ class Bucket:
                 self.replicas.answered(number, time.monotonic() - started if may_lag else None)
                 for other in late:
                     self.replicas.lagged(other)
-                    log.warning("%s lags behind %s", self._sites[other].endpoint, self._sites[number].endpoint)
+                    log.warning("%s lags behind %s", self._endpoints[other].endpoint, self._endpoints[number].endpoint)
                 return answer
         assert error is not None
         raise error
@@ -420,7 +420,7 @@ class Bucket:
         """The buckets whose names are most like this one's, for an error; empty where they may not be listed."""
         if self._near is None:
             self._near = ""
-            with suppress(ObsfsError), translated("the buckets"):
+            with suppress(ObsfsError), map_errors("the buckets"):
                 names = [str(one["Name"]) for one in self.client.list_buckets().get("Buckets", ())]
                 close = difflib.get_close_matches(self.name, names, _NEAREST)
                 self._near = (
@@ -443,7 +443,7 @@ class Bucket:
         Without a delimiter: of all objects under it.
         """
         return pages(
-            lambda number: self._sites[number].client,
+            lambda number: self._endpoints[number].client,
             self._ask_again,
             self.name,
             prefix,
@@ -467,8 +467,8 @@ class Bucket:
         """The object at `key` as it is now. Raises NotFoundError."""
 
         def ask(number: int) -> dict[str, Any]:
-            with translated(self._what(key)):
-                answer: dict[str, Any] = self._sites[number].client.head_object(Bucket=self.name, Key=key)
+            with map_errors(self._what(key)):
+                answer: dict[str, Any] = self._endpoints[number].client.head_object(Bucket=self.name, Key=key)
             return answer
 
         answer = self._ask_again(ask)
@@ -477,40 +477,45 @@ class Bucket:
             raise UnavailableError(f"the server does not say how large {self._what(key)} is")
         return ObjectInfo(key, size, modified, tag(answer.get("ETag"), modified))
 
-    def get(self, key: str, *, most: int = MAX_SMALL) -> Content:
-        """A small object, whole and as it is now. Raises NotFoundError, and UsageError for one above `most` bytes."""
+    def get(self, key: str, *, max_bytes: int = MAX_SMALL) -> ObjectBody:
+        """Read a small object whole, as it is now.
 
-        def ask(number: int) -> Content:
-            site = self._sites[number]
-            with translated(self._what(key)):
+        Raises:
+            NotFoundError: It does not exist.
+            UsageError: It has more than `max_bytes` bytes.
+        """
+
+        def ask(number: int) -> ObjectBody:
+            site = self._endpoints[number]
+            with map_errors(self._what(key)):
                 answer = site.get(self.name, key)
-                return self._content(answer, key, most)
+                return self._content(answer, key, max_bytes)
 
         return self._ask_again(ask, may_lag=True)
 
-    def older(self, key: str) -> Iterator[Content]:
+    def list_versions(self, key: str) -> Iterator[ObjectBody]:
         """The versions of an object that the bucket keeps, the newest first; none where it keeps none."""
-        with translated(self._what(key)):
+        with map_errors(self._what(key)):
             answer = self.client.list_object_versions(Bucket=self.name, Prefix=key)
             found = [one for one in answer.get("Versions", ()) if one["Key"] == key]
             for one in sorted(found, key=lambda one: epoch(one.get("LastModified")), reverse=True):
                 if (one.get("VersionId") or "null") != "null":
-                    answer = self._sites[0].get(self.name, key, pin=Pin(version_id=one["VersionId"]))
+                    answer = self._endpoints[0].get(self.name, key, pin=Pin(version_id=one["VersionId"]))
                     yield self._content(answer, key, MAX_SMALL)
 
-    def _content(self, answer: RangeAnswer, key: str, most: int) -> Content:
+    def _content(self, answer: RangeAnswer, key: str, max_bytes: int) -> ObjectBody:
         """A whole object, checked: here and not by botocore, which knows nothing of MD5 ETags."""
         length = parse_count(answer.headers.get("content-length"))
         with closing(answer.stream) as stream:
-            data = read_at_most(stream, most) if (length or 0) <= most else None
+            data = read_at_most(stream, max_bytes) if (length or 0) <= max_bytes else None
         if data is None:
             raise UsageError(f"{self._what(key)} is too large to be what it should be", "look at it")
         if length is not None and len(data) != length:
             raise BrokenOffError(f"the server closed the body of {key} early")
-        checksum = self._offered(answer.headers)
+        checksum = self._checksum_from(answer.headers)
         if checksum and not checksum.is_of(data):
             raise wrong_bytes(self._what(key), checksum)
-        return Content(data, answer.headers)
+        return ObjectBody(data, answer.headers)
 
     def _what(self, key: str, bucket: str = "") -> str:
         return f"{self.address.scheme}://{bucket or self.name}/{key}"
@@ -539,31 +544,31 @@ class Bucket:
 
     def _open_range(self, number: int, version: ObjectVersion, start: int, stop: int) -> RangeBody | CheckedBody:
         what = self._what(version.key, version.bucket)
-        site = self._sites[number]
+        site = self._endpoints[number]
         # S3 tells no checksum with a range, whatever it covers.
         is_whole = (start, stop) == (0, version.size) and stop <= WHOLE_BYTES
         span = "" if is_whole else f"bytes={start}-{stop - 1}"
         pin = Pin.of(version)
-        with translated(what, pinned=True):
+        with map_errors(what, pinned=True):
             answer = site.get(version.bucket, version.key, span, pin)
             is_framed = pin.check_range(answer.headers, range(start, stop), what, answer.stream)
             body = RangeBody(answer.stream, stop - start, lambda: self.replicas.failed(number), is_framed=is_framed)
-        checksum = self._offered(answer.headers) if is_whole else None
+        checksum = self._checksum_from(answer.headers) if is_whole else None
         return CheckedBody(body, stop, checksum, what) if checksum else body
 
     def checksum(self, version: ObjectVersion) -> Checksum | None:
         """By what the server vouches for all bytes of this version, if it does. Raises as :meth:`open_range`."""
 
         def ask(number: int) -> Mapping[str, str]:
-            site = self._sites[number]
-            with translated(self._what(version.key, version.bucket), pinned=True):
+            site = self._endpoints[number]
+            with map_errors(self._what(version.key, version.bucket), pinned=True):
                 pin = Pin.of(version)
                 answer = site.client.head_object(Bucket=version.bucket, Key=version.key, **pin.options, **site.mode)
                 headers: Mapping[str, str] = answer["ResponseMetadata"]["HTTPHeaders"]
                 pin.check_version(headers, self._what(version.key, version.bucket))
             return headers
 
-        return self._offered(self._ask_again(ask, may_lag=True))
+        return self._checksum_from(self._ask_again(ask, may_lag=True))
 
-    def _offered(self, headers: Mapping[str, str]) -> Checksum | None:
-        return offered(headers, md5_etags=self._settings.md5_etags)
+    def _checksum_from(self, headers: Mapping[str, str]) -> Checksum | None:
+        return checksum_from_headers(headers, md5_etags=self._settings.md5_etags)

@@ -192,7 +192,7 @@ _BY_STATUS = {
 
 
 @contextmanager
-def translated(what: str, *, pinned: bool = False) -> Iterator[None]:
+def map_errors(what: str, *, pinned: bool = False) -> Iterator[None]:
     """Turn botocore's and urllib3's exceptions into ours. `pinned`: absence means that a version is gone."""
     try:
         yield

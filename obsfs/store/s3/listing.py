@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from obsfs.errors import RefusedError
-from obsfs.store.s3.failures import translated
+from obsfs.store.s3.failures import map_errors
 from obsfs.store.types import ObjectInfo, Page, epoch, tag
 
 _MAX_EMPTY_PAGES = 100
@@ -51,7 +51,7 @@ def pages(
     seen: set[int] = set()
 
     def ask_page(number: int) -> tuple[int, bool, dict[str, Any]]:
-        with translated(what):
+        with map_errors(what):
             if by_marker:
                 return number, True, client(number).list_objects(**request, Marker=last)
             # A token is understood by the endpoint that gave it; another one goes on after the last name.

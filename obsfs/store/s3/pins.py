@@ -14,7 +14,7 @@ from email.utils import format_datetime
 from typing import Any
 
 from obsfs.errors import RefusedError, UnavailableError, VersionChangedError
-from obsfs.store.types import ObjectVersion, last_modified, modified_of, parse_time
+from obsfs.store.types import ObjectVersion, last_modified, modified_of, parse_timestamp
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
 _SETTLED_SECONDS = 2.0
@@ -126,6 +126,6 @@ class Pin:
 def _clock(headers: Mapping[str, str]) -> float:
     """The server's own time; far in the future where it does not say."""
     try:
-        return parse_time(headers["date"]).timestamp()
+        return parse_timestamp(headers["date"]).timestamp()
     except (KeyError, ValueError, TypeError, OverflowError):
         return float("inf")

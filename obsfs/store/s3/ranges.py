@@ -26,7 +26,7 @@ from urllib3.exceptions import HTTPError
 
 from obsfs.errors import BrokenOffError, CorruptError, UnavailableError
 from obsfs.store.checksums import Checksum
-from obsfs.store.s3.failures import translated
+from obsfs.store.s3.failures import map_errors
 
 _WAKE_BYTES = 768 << 10
 """How much must have come before a reader is woken: nearly a block, so that there are few wake-ups."""
@@ -63,7 +63,7 @@ class RangeBody:
         # Not for more than is sure to come through the socket.
         self._wake_at(_WAKE_BYTES if self._is_fast and self._left - wanted >= _WAKE_BYTES + _TLS_BYTES else 1)
         try:
-            with translated("read"):
+            with map_errors("read"):
                 while filled < wanted:
                     count = self._readinto(buffer[filled:])
                     if not count:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from obsfs.errors import ExistsError, VersionChangedError
 from obsfs.store.s3.client import Bucket
-from obsfs.store.s3.failures import translated
+from obsfs.store.s3.failures import map_errors
 from obsfs.store.s3.pins import Pin
 from obsfs.store.types import ObjectVersion, quoted
 
@@ -29,7 +29,7 @@ COPY_PART = 64 << 20
 """Bytes in a part that is copied inside the server: no more than it copies well within a request's timeout."""
 
 
-class Written(NamedTuple):
+class PutResult(NamedTuple):
     """An object that was written. `version_id` is empty where the bucket keeps no versions."""
 
     etag: str
@@ -94,22 +94,22 @@ class Writer:
     def _client(self) -> Any:
         return self.bucket.client  # asked each time: the bucket may have learnt where it is
 
-    def _translated(self, key: str) -> Any:
-        return translated(f"{self.bucket.address.scheme}://{self._name}/{key}")
+    def _map_errors(self, key: str) -> Any:
+        return map_errors(f"{self.bucket.address.scheme}://{self._name}/{key}")
 
-    def put(self, key: str, data: bytes, *, new: bool = False) -> Written:
+    def put(self, key: str, data: bytes, *, new: bool = False) -> PutResult:
         """Write a whole object. Raises ExistsError when it is there and should be `new`, if the server can tell."""
         condition = {"IfNoneMatch": "*"} if new else {}
         # The server checks what it has received: SeaweedFS was seen to keep an empty object of one who was killed.
         digest = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
         try:
-            with self._translated(key):
+            with self._map_errors(key):
                 answer = self._client.put_object(Bucket=self._name, Key=key, Body=data, ContentMD5=digest, **condition)
         except VersionChangedError:
             raise ExistsError(f"{key} is there already") from None
         return _written(answer)
 
-    def put_file(self, key: str, size: int, read: Callable[[int, int], bytes], md5: bytes) -> Written:
+    def put_file(self, key: str, size: int, read: Callable[[int, int], bytes], md5: bytes) -> PutResult:
         """Write a whole object of any size up to `MAX_PUT`.
 
         Args:
@@ -120,19 +120,19 @@ class Writer:
         """
         digest = base64.b64encode(md5).decode()
         body = io.BufferedReader(_Body(size, read), PART)
-        with self._translated(key):
+        with self._map_errors(key):
             answer = self._client.put_object(Bucket=self._name, Key=key, Body=body, ContentMD5=digest)
         return _written(answer)
 
     def begin(self, key: str) -> str:
         """Begin an upload in parts; its id."""
-        with self._translated(key):
+        with self._map_errors(key):
             upload: str = self._client.create_multipart_upload(Bucket=self._name, Key=key)["UploadId"]
         return upload
 
     def put_part(self, key: str, upload: str, number: int, data: bytes) -> str:
         """Send part `number` (from 1) of an upload; its ETag. Raises NotFoundError when the upload is gone."""
-        with self._translated(key):
+        with self._map_errors(key):
             answer = self._client.upload_part(Bucket=self._name, Key=key, UploadId=upload, PartNumber=number, Body=data)
         # A server without ETags takes the one that it should have given.
         return quoted(answer.get("ETag", "")) or quoted(hashlib.md5(data, usedforsecurity=False).hexdigest())
@@ -141,7 +141,7 @@ class Writer:
         """Key and id of each upload that is under way under a prefix, whoever began it."""
         found: list[tuple[str, str]] = []
         pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self._name, Prefix=prefix)
-        with self._translated(prefix):
+        with self._map_errors(prefix):
             for page in pages:
                 found += ((upload["Key"], upload["UploadId"]) for upload in page.get("Uploads", ()))
         return found
@@ -151,7 +151,7 @@ class Writer:
         found: dict[int, Part] = {}
         marker = 0
         while True:
-            with self._translated(key):
+            with self._map_errors(key):
                 answer = self._client.list_parts(Bucket=self._name, Key=key, UploadId=upload, PartNumberMarker=marker)
             for part in answer.get("Parts", ()):
                 found[part["PartNumber"]] = Part(part["Size"], part.get("ETag", ""))
@@ -160,10 +160,10 @@ class Writer:
                 return found
             marker = following
 
-    def complete(self, key: str, upload: str, etags: Mapping[int, str]) -> Written:
+    def complete(self, key: str, upload: str, etags: Mapping[int, str]) -> PutResult:
         """Make an object of the parts with these numbers."""
         parts = [{"PartNumber": number, "ETag": etags[number]} for number in sorted(etags)]
-        with self._translated(key):
+        with self._map_errors(key):
             answer = self._client.complete_multipart_upload(
                 Bucket=self._name, Key=key, UploadId=upload, MultipartUpload={"Parts": parts}
             )
@@ -171,10 +171,10 @@ class Writer:
 
     def abort(self, key: str, upload: str) -> None:
         """Drop an upload and its parts."""
-        with self._translated(key):
+        with self._map_errors(key):
             self._client.abort_multipart_upload(Bucket=self._name, Key=key, UploadId=upload)
 
-    def copy(self, source: ObjectVersion, key: str) -> Written:
+    def copy(self, source: ObjectVersion, key: str) -> PutResult:
         """Copy exactly this version, a small one, inside the server.
 
         Servers are known that copy whichever version is there, and that say nothing of what they have made: look at it.
@@ -186,13 +186,13 @@ class Writer:
             VersionChangedError: The version is gone.
             ObsfsError: The server does not copy it.
         """
-        with translated(source.key, pinned=True):
+        with map_errors(source.key, pinned=True):
             answer = self._client.copy_object(Bucket=self._name, Key=key, **_copied(source))
-        return Written(quoted(answer.get("CopyObjectResult", {}).get("ETag", "")), answer.get("VersionId", ""))
+        return PutResult(quoted(answer.get("CopyObjectResult", {}).get("ETag", "")), answer.get("VersionId", ""))
 
     def copy_part(self, key: str, upload: str, number: int, source: ObjectVersion, span: range) -> str:
         """As :meth:`put_part`, of a span of bytes of exactly this version, inside the server; as :meth:`copy`."""
-        with translated(source.key, pinned=True):
+        with map_errors(source.key, pinned=True):
             answer = self._client.upload_part_copy(
                 Bucket=self._name,
                 Key=key,
@@ -206,7 +206,7 @@ class Writer:
     def delete(self, *keys: str) -> None:
         """Delete objects; those that are not there are none the less gone."""
         for key in keys:
-            with self._translated(key):
+            with self._map_errors(key):
                 self._client.delete_object(Bucket=self._name, Key=key)
 
 
@@ -215,5 +215,5 @@ def _copied(source: ObjectVersion) -> dict[str, Any]:
     return {"CopySource": {"Bucket": source.bucket, "Key": source.key}, **pins}
 
 
-def _written(answer: Mapping[str, Any]) -> Written:
-    return Written(quoted(answer.get("ETag", "")), answer.get("VersionId", ""))
+def _written(answer: Mapping[str, Any]) -> PutResult:
+    return PutResult(quoted(answer.get("ETag", "")), answer.get("VersionId", ""))
