@@ -32,7 +32,7 @@ from obsfs.cache.directory import Cache
 from obsfs.cache.layout import DirectoryLock
 from obsfs.cache.object import CachedObject
 from obsfs.fetch import fetcher, reader
-from obsfs.fetch.fetcher import Waiter
+from obsfs.fetch.fetcher import CountdownCallback
 from obsfs.vfs import tree
 
 FREE: tuple[tuple[type, str], ...] = (
@@ -41,11 +41,11 @@ FREE: tuple[tuple[type, str], ...] = (
     (Cache, "trim"),
     (CachedObject, "close"),
     (CachedObject, "put"),
-    (Waiter, "failed"),
-    (Waiter, "landed"),
+    (CountdownCallback, "failed"),
+    (CountdownCallback, "landed"),
     (fetcher.Fetcher, "close"),
     (reader.Engine, "_close_evicted"),
-    (reader.Reader, "_on_ahead"),
+    (reader.Reader, "_on_prefetched"),
     (reader.Reader, "_on_changed"),
     (reader.Reader, "_on_idle"),
 )
@@ -58,7 +58,7 @@ _WAITS: tuple[tuple[type, str], ...] = (
     (socket.socket, "recv_into"),
     (socket.socket, "sendall"),
 )
-_BY_FACTORY: tuple[type, ...] = (reader._Load, tree._Asking)
+_BY_FACTORY: tuple[type, ...] = (reader.ModelLoad, tree._Asking)
 """Dataclasses that create a lock by a default factory, which is not looked up when it is called."""
 
 _Lock, _RLock, _Condition = threading.Lock, threading.RLock, threading.Condition

@@ -193,7 +193,7 @@ def keep_house(mount: Mount, bucket: Store) -> None:
         cache.pins.remove(lambda version: True)
         cache.clean(is_meant=lambda version: version.key == "2.bin")
         cache.check(pinned, lambda size: None)
-        engine.warm(pinned, MIB)
+        engine.prefault(pinned, MIB)
 
 
 def fill_up(path: Path) -> None:
@@ -224,7 +224,7 @@ def work(mount: Mount, bucket: Store, disk: Path, names: list[str]) -> None:
         assert cache.held.count, "the disk was not full"
         filler.unlink()
         # What is new is stored, and what is held with it.
-        with mount.engine.held(versions[0]) as first:
+        with mount.engine.reader_for(versions[0]) as first:
             cache.held.add(first.cached, 0, random_bytes(3 * MIB + 100)[:BLOCK])
             assert mount.read("new.bin", random.Random(0))
         assert all(one.result() for one in read(4))

@@ -39,25 +39,25 @@ from dataclasses import dataclass, field
 from obsfs.access.safetensors import Extent, load_order
 from obsfs.cache.layout import BLOCK, PIECE
 
-_STREAMS = 64
-_SLACK = 8
-_ACTIVE = 64
-_YOUNG = 4
-_START = 16
-_START_FACTOR = 3
-_SPARE = 4
-_REORDERED = 32
+_MAX_STREAMS = 64
+_TAIL_TOLERANCE_BLOCKS = 8
+_ACTIVE_READS = 64
+_PROBATION_BLOCKS = 4
+_ESTABLISHED_BLOCKS = 16
+_COPY_FACTOR = 3
+_FREE_WASTE_BLOCKS = 4
+_REORDER_BLOCKS = 32
 """Positions behind a stream's tail that may still be read: by other threads, or the kernel's read-ahead."""
-_LEAST = 32
-_MOST_CREDIT = 256
-_LOADER = 2
-_MOST_MISSED = 4
+_MIN_SHARED_WINDOW_BLOCKS = 32
+_MAX_CREDIT_BLOCKS = 256
+_LOADER_EXTENTS = 2
+_READ_PER_MISSED = 4
 """A loader leaves out one position for so many that it reads in. It may be more, or none: reads come out of order."""
-_HOP = 2
-_FAR = 32
-_SPARSE = 2
-_SKIPS = 8
-_MOST_BLOCKS = 1 << 16
+_FAULT_AROUND_BLOCKS = 2
+_GROUPING_DISTANCE_BLOCKS = 32
+_SPARSE_RATIO = 2
+_EXTENT_START_PRIORITY = 8
+_MAX_MODEL_BLOCKS = 1 << 16
 """Blocks of shards that are watched as one model: in 64 GiB, what the turn of a shard costs is nothing."""
 
 
@@ -72,11 +72,11 @@ class Credit:
 
     def earn(self, blocks: int) -> None:
         """A stream has gone on by so many blocks."""
-        self.balance = min(self.balance + blocks, _MOST_CREDIT)
+        self.balance = min(self.balance + blocks, _MAX_CREDIT_BLOCKS)
 
     def lend(self) -> int:
         """Blocks that a new stream counts as read by it."""
-        lent = self.balance // 4 if self.balance >= _START else 0
+        lent = self.balance // 4 if self.balance >= _ESTABLISHED_BLOCKS else 0
         self.balance -= lent
         return lent
 
@@ -154,7 +154,7 @@ class ReadAhead:
         stream.last_read = self._reads
         start = max(stream.tail, stream.ahead)
         stop = min(self.blocks, stream.tail + self._window(stream))
-        if start - stream.tail >= _FAR and stop < self.blocks:
+        if start - stream.tail >= _GROUPING_DISTANCE_BLOCKS and stop < self.blocks:
             # By whole pieces: block by block, each would become a request wherever a connection is idle.
             stop = self._border_before(stop)
         if start >= stop:
@@ -162,11 +162,14 @@ class ReadAhead:
         stream.ahead = stop
         wanted = [(position - last, position) for position in range(start, stop)]
         if self._is_loader(stream):
-            if stream.own * _SPARSE < stream.tail - stream.begin:
+            if stream.own * _SPARSE_RATIO < stream.tail - stream.begin:
                 # It looks at the start of each extent, to come back for the rest in the order in which it went.
                 self.is_mapped = True
                 wanted = [
-                    (distance // _SKIPS if self._is_start(position) else position - stream.begin, position)
+                    (
+                        distance // _EXTENT_START_PRIORITY if self._is_start(position) else position - stream.begin,
+                        position,
+                    )
                     for distance, position in wanted
                 ]
             if not stream.is_filled:
@@ -216,20 +219,20 @@ class ReadAhead:
             return
         if first > stream.tail and not self.fences:
             is_costly = first - stream.tail > self.cheap_gap
-            near = max(stream.tail, first - _REORDERED)
+            near = max(stream.tail, first - _REORDER_BLOCKS)
             stream.unread |= dict.fromkeys(range(near, first), is_costly)
             stream.skipped += near - stream.tail
             stream.skipped_costly += (near - stream.tail) * is_costly
             stream.dense_from = first
         stream.own += last + 1 - max(first, stream.tail)
-        if stream.own > _YOUNG:
+        if stream.own > _PROBATION_BLOCKS:
             self.credit.earn(last + 1 - stream.tail)
         stream.tail = last + 1
         # In ascending order but for what was skipped at different times, which lies behind.
-        for position in [position for position in stream.unread if position < stream.tail - _REORDERED]:
+        for position in [position for position in stream.unread if position < stream.tail - _REORDER_BLOCKS]:
             stream.skipped += 1
             stream.skipped_costly += stream.unread.pop(position)
-        if stream.skipped and stream.tail - stream.dense_from >= _START:
+        if stream.skipped and stream.tail - stream.dense_from >= _ESTABLISHED_BLOCKS:
             # It reads all from here on, as if it had begun there.
             stream.begin = stream.dense_from
             stream.own = stream.tail - stream.begin
@@ -249,7 +252,9 @@ class ReadAhead:
         best = None
         nearest = 0
         for stream in self._streams:
-            if stream.tail - _SLACK <= first <= max(stream.tail, stream.ahead) + _SLACK or self._is_hop(stream, first):
+            if stream.tail - _TAIL_TOLERANCE_BLOCKS <= first <= max(
+                stream.tail, stream.ahead
+            ) + _TAIL_TOLERANCE_BLOCKS or self._is_hop(stream, first):
                 distance = abs(first - stream.tail)
                 if best is None or distance < nearest:
                     best, nearest = stream, distance
@@ -258,7 +263,9 @@ class ReadAhead:
     def _is_hop(self, stream: _Stream, first: int) -> bool:
         """Whether a read is where the extent after the stream's begins, as when a loader looks at one after another."""
         behind = self._fences_behind(stream.tail)
-        return behind < len(self.fences) and -_HOP <= first - self.fences[behind] <= _SLACK
+        return (
+            behind < len(self.fences) and -_FAULT_AROUND_BLOCKS <= first - self.fences[behind] <= _TAIL_TOLERANCE_BLOCKS
+        )
 
     def _begin(self, first: int, last: int) -> _Stream:
         lent = 0 if self.gives_extents else self.credit.lend()
@@ -266,13 +273,13 @@ class ReadAhead:
         passed = self._fences_behind(last)
         extent = self.fences[passed - 1] if passed else 0
         # A page fault reads around its page: who begins inside an extent, right before its end, means the next one.
-        if passed < len(self.fences) and extent < first and self.fences[passed] <= last + _HOP:
+        if passed < len(self.fences) and extent < first and self.fences[passed] <= last + _FAULT_AROUND_BLOCKS:
             passed += 1
         from_start = first == 0 and not self.fences and not self._streams
         if self.gives_extents:
             # Who has only looked at the start so far wants more than to copy the file.
             for other in self._streams:
-                other.from_start = other.from_start and other.own > _YOUNG
+                other.from_start = other.from_start and other.own > _PROBATION_BLOCKS
         stream = _Stream(last + 1, last + 1, count, lent, from_start, passed, first, self._reads)
         if self.fences:
             stream.extent = passed - 1
@@ -282,38 +289,38 @@ class ReadAhead:
     def begin(self, count: int) -> list[tuple[int, int]]:
         """The first `count` positions are about to be read in order: as `on_read`, before the first read."""
         stop = min(count, self.blocks, self.max_window)
-        self._add(_Stream(0, stop, 0, stop // _START_FACTOR, True, 0, 0, self._reads))
+        self._add(_Stream(0, stop, 0, stop // _COPY_FACTOR, True, 0, 0, self._reads))
         return [(position, position) for position in range(stop)]
 
     def _add(self, stream: _Stream) -> _Stream:
-        if len(self._streams) == _STREAMS:
+        if len(self._streams) == _MAX_STREAMS:
             self._streams.remove(min(self._streams, key=lambda other: other.last_read))
         self._streams.append(stream)
         return stream
 
     def _window(self, stream: _Stream) -> int:
         missed = stream.missed_positions
-        if missed > stream.entered // _MOST_MISSED:
+        if missed > stream.entered // _READ_PER_MISSED:
             stream.lent = 0
         gaps = stream.skipped + len(stream.unread) + missed
         run = stream.own + stream.lent - stream.skipped_costly - sum(stream.unread.values()) - missed
         from_start = self._is_from_start(stream)
         if from_start and run > 1 and gaps <= stream.own // 4:
-            window = _START_FACTOR * run
+            window = _COPY_FACTOR * run
         else:
-            window = run if run >= _START else run // 2 if run >= _YOUNG else 0
-            window = min(window, max(0, stream.own + stream.lent + _SPARE - gaps))
-        active = sum(1 for other in self._streams if other.last_read + _ACTIVE > self._reads)
-        window = min(window, max(self.max_window // max(active, 1), min(_LEAST, self.max_window)))
+            window = run if run >= _ESTABLISHED_BLOCKS else run // 2 if run >= _PROBATION_BLOCKS else 0
+            window = min(window, max(0, stream.own + stream.lent + _FREE_WASTE_BLOCKS - gaps))
+        active = sum(1 for other in self._streams if other.last_read + _ACTIVE_READS > self._reads)
+        window = min(window, max(self.max_window // max(active, 1), min(_MIN_SHARED_WINDOW_BLOCKS, self.max_window)))
         crossed = self._crossed(stream)
         if self._is_loader(stream):
-            window = max(window, min(_START << crossed - _LOADER, self.max_window))
+            window = max(window, min(_ESTABLISHED_BLOCKS << crossed - _LOADER_EXTENTS, self.max_window))
         elif stream.passed < len(self.fences) and not from_start:
-            beyond = _HOP + 1 if self._is_first(stream) else 0
+            beyond = _FAULT_AROUND_BLOCKS + 1 if self._is_first(stream) else 0
             rest = self.fences[stream.passed] + beyond - stream.tail
-            is_young = stream.own < _START
+            is_young = stream.own < _ESTABLISHED_BLOCKS
             if is_young and stream.own > 1:
-                window = max(window, min(_START, self.max_window))
+                window = max(window, min(_ESTABLISHED_BLOCKS, self.max_window))
             # The kernel's own read-ahead goes on beyond what is read, and must not be taken for a reader.
             if is_young or not crossed:
                 window = max(0, min(window, rest)) if self.gives_extents or not is_young else 0
@@ -328,10 +335,10 @@ class ReadAhead:
         With extents only when it has gone on beyond the first by more than the kernel reads ahead: before that it may
         want no more than one.
         """
-        return stream.from_start or (self._is_first(stream) and stream.tail > self.fences[0] + _HOP)
+        return stream.from_start or (self._is_first(stream) and stream.tail > self.fences[0] + _FAULT_AROUND_BLOCKS)
 
     def _is_first(self, stream: _Stream) -> bool:
-        return bool(self.fences) and stream.begin <= _HOP and not stream.passed
+        return bool(self.fences) and stream.begin <= _FAULT_AROUND_BLOCKS and not stream.passed
 
     def _is_start(self, position: int) -> bool:
         """Whether an extent begins here or in the next block: a page fault reads around the page."""
@@ -340,7 +347,9 @@ class ReadAhead:
 
     def _is_loader(self, stream: _Stream) -> bool:
         """Whether it goes from extent to extent, and leaves out few."""
-        return self._crossed(stream) >= _LOADER and stream.missed_positions <= stream.entered // _MOST_MISSED
+        return (
+            self._crossed(stream) >= _LOADER_EXTENTS and stream.missed_positions <= stream.entered // _READ_PER_MISSED
+        )
 
     def _crossed(self, stream: _Stream) -> int:
         """How many extents it has read in, after that in which it began."""
@@ -378,7 +387,7 @@ class LoadOrder:
         """
         tensors_of = {**self._tensors, name: tensors}
         size = sum(extent.stop - extent.start for found in tensors_of.values() for extent in found)
-        if len(tensors_of) > 1 and size > _MOST_BLOCKS * BLOCK:
+        if len(tensors_of) > 1 and size > _MAX_MODEL_BLOCKS * BLOCK:
             return False
         self._tensors = tensors_of
         self._order, fences = load_order(tensors_of, BLOCK)

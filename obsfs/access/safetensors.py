@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 SUFFIX = ".safetensors"
 _LENGTH = 8
 _DIGITS = frozenset("0123456789")
-LEAST = _LENGTH
+MIN_BYTES = _LENGTH
 """Bytes that a file has at least, if it is one."""
 _MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library itself."""
@@ -166,7 +166,7 @@ def parameters(entries: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
     return sum(dtypes.values()), dtypes
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
+def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
     """A sort key by which ``layers.2`` comes before ``layers.10``, as loaders visit tensors."""
     parts = [part for part in re.split(r"([0-9]+)", name) if part]
     numbers = [part.lstrip("0") if part[0] in _DIGITS else None for part in parts]
@@ -190,7 +190,7 @@ def load_order(files: Mapping[str, Sequence[Extent]], block: int) -> tuple[list[
     """
     order: dict[tuple[str, int], None] = {}
     fences: list[int] = []
-    found = [(natural(extent.name), file, extent) for file, extents in files.items() for extent in extents]
+    found = [(natural_sort_key(extent.name), file, extent) for file, extents in files.items() for extent in extents]
     for _, file, extent in sorted(found):
         for number in range(extent.start // block, -(-extent.stop // block)):
             order.setdefault((file, number))

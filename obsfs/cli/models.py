@@ -77,7 +77,7 @@ def list_(library: str | None, *, fresh: bool, as_json: bool, **given: Any) -> N
 
 
 def _look(library: str, settings: Settings) -> dict[str, Any]:
-    from obsfs.access.safetensors import natural
+    from obsfs.access.safetensors import natural_sort_key
     from obsfs.errors import NotFoundError
     from obsfs.library import catalog
     from obsfs.store.address import parse_address
@@ -94,7 +94,7 @@ def _look(library: str, settings: Settings) -> dict[str, Any]:
     return {
         "library": str(address),
         "endpoint": bucket.endpoint,
-        "models": sorted(documents, key=lambda document: natural(document["url"])),
+        "models": sorted(documents, key=lambda document: natural_sort_key(document["url"])),
         "problems": [str(one.error) for one in damaged],
     }
 

@@ -28,7 +28,7 @@ _SMOOTH = 0.9
 _MOST_GAP = 8
 
 
-class Concurrency:
+class AdaptiveConcurrency:
     """`current` connections of at most `most`. Not safe to use from several threads at once."""
 
     def __init__(self, most: int) -> None:
@@ -79,7 +79,7 @@ class Concurrency:
             self.current = min(2 * self.current, self.most)
 
 
-class Patience:
+class StallDetector:
     """How long a connection may be silent before another one is tried beside it: `seconds`.
 
     Four times as long as the slowest block took of late, which was here a moment ago or fades by 2 % with each block;

@@ -2,9 +2,9 @@
 
 Blocks are wanted by readers (*demand*) or by read-ahead. A worker takes the most urgent block and the wanted ones
 behind it as one range request, aligned, and as long as spreads the queue over all connections. Each block is stored,
-and who waits for it is answered, the moment its own bytes have arrived. A block has one entry in `Target.wants` from
-the moment it is wanted until it has landed, so it is never in flight twice; among processes the cache's locks see to
-it.
+and who waits for it is answered, the moment its own bytes have arrived. A block has one entry in `ObjectFetch.wants`
+from the moment it is wanted until it has landed, so it is never in flight twice; among processes the cache's locks see
+to it.
 
 Failures are tried again with growing, jittered pauses until the reader's patience (``--retry-timeout``) is over, from
 when the first request that failed was sent. Who asks for the same block in the next second is told the same at once,
@@ -31,19 +31,19 @@ from obsfs.cache.layout import BLOCK, PIECE
 from obsfs.cache.object import CachedObject
 from obsfs.errors import ObsfsError, UnavailableError, VersionChangedError
 from obsfs.fetch.background import Background
-from obsfs.fetch.concurrency import Concurrency, Patience, RoundTrip
+from obsfs.fetch.concurrency import AdaptiveConcurrency, RoundTrip, StallDetector
 from obsfs.store.retry import backoff
 from obsfs.store.types import WHOLE_BYTES, ObjectVersion
 
 log = logging.getLogger(__name__)
 
-MIN_RANGE = 4
+MIN_RANGE_BLOCKS = 4
 """Blocks that are not worth a request each: one of 4 MiB takes as long as two round trips of 25 ms at 80 MB/s."""
-FAR = 64
+FULL_RANGE_DISTANCE_BLOCKS = 64
 """Blocks ahead of a reader: what is fetched beyond is not waited for, at 400 MB/s, while a long range arrives."""
-_ELSEWHERE_POLL = 0.02
-_WATCH_SECONDS = 0.25
-_HEDGES = 4
+_FOREIGN_FETCH_POLL_SECONDS = 0.02
+_STALL_CHECK_SECONDS = 0.25
+_CONNECTIONS_PER_HEDGE = 4
 _SAME_READ_SECONDS = 1.0
 """For so long after a block was given up, who asks for it is taken for the same reader: the kernel asks at once."""
 
@@ -66,7 +66,7 @@ def range_stop(start: int, queued: int, connections: int, urgency: int = 0) -> i
 
     At a multiple of its length, so that it lies across no two pieces.
     """
-    length = PIECE if queued >= 2 * connections or urgency >= FAR else MIN_RANGE
+    length = PIECE if queued >= 2 * connections or urgency >= FULL_RANGE_DISTANCE_BLOCKS else MIN_RANGE_BLOCKS
     return start - start % length + length
 
 
@@ -75,7 +75,7 @@ def demand_reserve(connections: int) -> int:
     return connections // 8
 
 
-class Waiter:
+class CountdownCallback:
     """Somebody who waits for several blocks; `done` is called once, with None or with what went wrong."""
 
     __slots__ = ("_done", "_guard", "_left")
@@ -103,9 +103,9 @@ class Waiter:
 
 
 @dataclass(slots=True)
-class _Want:
-    waiters: list[Waiter] = field(default_factory=list)
-    flight: _Flight | None = None
+class PendingBlock:
+    waiters: list[CountdownCallback] = field(default_factory=list)
+    flight: InFlightRange | None = None
     """Who answers for it: the newest of those that are at it, or who is storing it; None while it is queued."""
     landing: bool = False
     hedged: bool = False
@@ -119,10 +119,10 @@ class _Want:
 
 
 @dataclass(slots=True, eq=False)
-class _Flight:
+class InFlightRange:
     """One range that a worker is at. Nothing of it has come since `since` (monotonic seconds)."""
 
-    target: Target
+    target: ObjectFetch
     blocks: range
     since: float
     left: range
@@ -132,26 +132,26 @@ class _Flight:
     """Whether another one was begun beside it."""
 
 
-class Target:
+class ObjectFetch:
     """One object version that blocks are fetched for.
 
-    `on_ahead` is called with each block that has landed before anybody asked for it, `on_idle` when nothing is
+    `on_prefetched` is called with each block that has landed before anybody asked for it, `on_idle` when nothing is
     wanted any more, and `on_changed` when the bucket has another version now, before any reader hears of it.
     """
 
     def __init__(
         self,
         cached: CachedObject,
-        on_ahead: Callable[[int], None] = lambda block: None,
+        on_prefetched: Callable[[int], None] = lambda block: None,
         on_idle: Callable[[], None] = lambda: None,
         on_changed: Callable[[], None] = lambda: None,
     ) -> None:
         self.cached = cached
-        self.wants: dict[int, _Want] = {}
+        self.wants: dict[int, PendingBlock] = {}
         self.given_up: dict[int, tuple[float, UnavailableError]] = {}
         """Blocks that were given up lately: until when that is said again (monotonic seconds), and why."""
         self.workers = 0
-        self.on_ahead = on_ahead
+        self.on_prefetched = on_prefetched
         self.on_idle = on_idle
         self.on_changed = on_changed
         self.is_whole = cached.size <= WHOLE_BYTES
@@ -184,24 +184,24 @@ class Fetcher:
     """
 
     def __init__(self, open_range: OpenRange, *, connections: int, retry_timeout: float) -> None:
-        self._concurrency = Concurrency(connections)
+        self._concurrency = AdaptiveConcurrency(connections)
         self.stats = FetchStats()
         self._open_range = open_range
         self._retry_timeout = retry_timeout
         self._changed = threading.Condition()
-        self._demand: deque[tuple[Target, int]] = deque()
-        self._ahead: list[tuple[int, int, Target, int]] = []
+        self._demand: deque[tuple[ObjectFetch, int]] = deque()
+        self._ahead: list[tuple[int, int, ObjectFetch, int]] = []
         # Urgencies count from how far all has come when they are given: what is wanted later does not for ever come
         # before what was wanted a little further ahead.
         self._landed_blocks = 0
-        self._paused: list[tuple[float, int, Target, int]] = []
+        self._paused: list[tuple[float, int, ObjectFetch, int]] = []
         self._order = itertools.count()
         self._queued = 0
         self._idle = 0
         self._workers: list[threading.Thread] = []
-        self._patience = Patience()
+        self._patience = StallDetector()
         self._trip = RoundTrip()
-        self._flights: set[_Flight] = set()
+        self._flights: set[InFlightRange] = set()
         self._given_up = 0
         self._flying = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -226,7 +226,7 @@ class Fetcher:
         """Blocks that arrive in the time that another request would take to be answered."""
         return self._trip.blocks
 
-    def demand(self, target: Target, blocks: Sequence[int], waiter: Waiter) -> None:
+    def demand(self, target: ObjectFetch, blocks: Sequence[int], waiter: CountdownCallback) -> None:
         """Fetch blocks that somebody waits for, before all read-ahead."""
         with self._changed:
             error = UnavailableError("the mount is shutting down") if self._stopping else None
@@ -240,7 +240,7 @@ class Fetcher:
                         if target.cached.is_trusted(block):
                             landed.append(block)
                             continue
-                        want = target.wants[block] = _Want()
+                        want = target.wants[block] = PendingBlock()
                         self._queued += 1
                     want.waiters.append(waiter)
                     if not want.demanded:
@@ -253,7 +253,7 @@ class Fetcher:
         for _ in landed:
             waiter.landed()
 
-    def _given_up_of(self, target: Target, blocks: Sequence[int]) -> UnavailableError | None:
+    def _given_up_of(self, target: ObjectFetch, blocks: Sequence[int]) -> UnavailableError | None:
         """Why one of these blocks was given up a moment ago."""
         if not target.given_up:
             return None
@@ -261,23 +261,23 @@ class Fetcher:
         target.given_up = {block: said for block, said in target.given_up.items() if now < said[0]}
         return next((target.given_up[block][1] for block in blocks if block in target.given_up), None)
 
-    def try_again(self, target: Target) -> None:
+    def try_again(self, target: ObjectFetch) -> None:
         """Somebody begins to read: forget what was given up lately."""
         with self._changed:
             target.given_up.clear()
 
-    def prefetch(self, target: Target, blocks: Iterable[tuple[int, int]]) -> None:
+    def prefetch(self, target: ObjectFetch, blocks: Iterable[tuple[int, int]]) -> None:
         """Fetch blocks that a reader will want: ``(urgency, block)``, 0 first among all readers."""
         with self._changed:
             for urgency, block in blocks:
                 # It may have landed since the caller looked.
                 if block not in target.wants and not target.cached.is_present(block) and not self._stopping:
-                    target.wants[block] = _Want()
+                    target.wants[block] = PendingBlock()
                     self._queued += 1
                     heapq.heappush(self._ahead, (self._landed_blocks + urgency, next(self._order), target, block))
             self._wake()
 
-    def drop_prefetch(self, target: Target) -> None:
+    def drop_prefetch(self, target: ObjectFetch) -> None:
         """Forget what is wanted of a target that nobody has open, and is not yet in flight."""
         with self._changed:
             for block, want in list(target.wants.items()):
@@ -305,7 +305,7 @@ class Fetcher:
         for worker in self._workers:
             worker.join(timeout=1)
 
-    def _targets(self) -> set[Target]:
+    def _targets(self) -> set[ObjectFetch]:
         return {
             *(target for target, _ in self._demand),
             *(target for *_, target, _ in self._ahead),
@@ -347,7 +347,7 @@ class Fetcher:
                 self._given_up -= flight.is_given_up
                 target.workers -= 1
 
-    def _next(self) -> _Flight | None:
+    def _next(self) -> InFlightRange | None:
         if self._stopping:
             return None
         now = time.monotonic()
@@ -368,19 +368,19 @@ class Fetcher:
                 return self._take(target, block, due - self._landed_blocks)
         return None
 
-    def _take(self, target: Target, start: int, urgency: int = 0) -> _Flight:
+    def _take(self, target: ObjectFetch, start: int, urgency: int = 0) -> InFlightRange:
         if target.is_whole:
             blocks = range(target.cached.blocks)
             for block in blocks:
                 if block not in target.wants and not target.cached.is_present(block):
-                    target.wants[block] = _Want()
+                    target.wants[block] = PendingBlock()
                     self._queued += 1
         else:
             stop, last = start + 1, range_stop(start, self._queued, self.connections, urgency)
             while stop < last and _is_waiting(target, stop):
                 stop += 1
             blocks = range(start, stop)
-        flight = _Flight(target, blocks, time.monotonic(), blocks, is_hedge=target.wants[start].hedged)
+        flight = InFlightRange(target, blocks, time.monotonic(), blocks, is_hedge=target.wants[start].hedged)
         for block in blocks:
             want = target.wants.get(block)
             if want is not None and want.flight is None:
@@ -391,10 +391,10 @@ class Fetcher:
         self._watch()
         return flight
 
-    def _fetch(self, flight: _Flight, buffer: memoryview) -> None:
+    def _fetch(self, flight: InFlightRange, buffer: memoryview) -> None:
         target, blocks, cached = flight.target, flight.blocks, flight.target.cached
         if not cached.lock(blocks):
-            self._pause(flight, blocks, _ELSEWHERE_POLL)
+            self._pause(flight, blocks, _FOREIGN_FETCH_POLL_SECONDS)
             return
         try:
             # Another process may have fetched some of them.
@@ -413,7 +413,7 @@ class Fetcher:
             for run in runs(block for block, want in wants if want is None or want.flight in (None, flight)):
                 cached.unlock(run)
 
-    def _fetch_range(self, flight: _Flight, blocks: range, buffer: memoryview) -> None:
+    def _fetch_range(self, flight: InFlightRange, blocks: range, buffer: memoryview) -> None:
         target, cached = flight.target, flight.target.cached
         body = None
         with self._changed:
@@ -442,7 +442,7 @@ class Fetcher:
             if body is not None:
                 body.close()
 
-    def _arrived(self, flight: _Flight, block: int) -> bool:
+    def _arrived(self, flight: InFlightRange, block: int) -> bool:
         """Whether a block that has come is to be stored: not when another flight has brought it."""
         with self._changed:
             now = time.monotonic()
@@ -455,7 +455,7 @@ class Fetcher:
             want.flight, want.landing, want.paused = flight, True, False
             return True
 
-    def _landed(self, target: Target, block: int, size: int) -> None:
+    def _landed(self, target: ObjectFetch, block: int, size: int) -> None:
         with self._changed:
             want = target.wants.pop(block, None)
             self._queued -= want is not None and _is_queued(want)
@@ -468,7 +468,7 @@ class Fetcher:
         for waiter in want.waiters if want else ():
             _tell(waiter.landed)
         if want and not want.waiters:
-            _tell(target.on_ahead, block)
+            _tell(target.on_prefetched, block)
 
     def _adapt(self, size: int) -> None:
         before = self.connections
@@ -487,11 +487,13 @@ class Fetcher:
     def _hedge(self) -> None:
         """Begin other flights beside silent ones, for what somebody waits for."""
         while self._flying.wait() and not self._stopping:
-            time.sleep(_WATCH_SECONDS)
+            time.sleep(_STALL_CHECK_SECONDS)
             self._give_up_overdue()
             with self._changed:
                 horizon = time.monotonic() - self._patience.seconds
-                room = max(1, self.connections // _HEDGES) - sum(flight.is_hedge for flight in self._flights)
+                room = max(1, self.connections // _CONNECTIONS_PER_HEDGE) - sum(
+                    flight.is_hedge for flight in self._flights
+                )
                 silent = [one for one in self._flights if one.since < horizon and not one.is_given_up]
                 for flight in sorted(silent, key=lambda one: one.since):
                     if room > 0 and self._begin_beside(flight):
@@ -499,7 +501,7 @@ class Fetcher:
 
     def _give_up_overdue(self) -> None:
         """Tell those whose patience is over: what failed before is silent now, and may be for long."""
-        told: dict[Waiter, UnavailableError] = {}
+        told: dict[CountdownCallback, UnavailableError] = {}
         with self._changed:
             latest = time.monotonic() - self._retry_timeout
             for flight in self._flights:
@@ -513,14 +515,14 @@ class Fetcher:
             log.error("giving up: %s", error)
             _tell(waiter.failed, error)
 
-    def _give_up(self, target: Target, block: int, error: ObsfsError) -> dict[Waiter, Any]:
+    def _give_up(self, target: ObjectFetch, block: int, error: ObsfsError) -> dict[CountdownCallback, Any]:
         """Forget a block; who is to be told why. The caller holds the lock."""
         want = target.wants.pop(block)
         if want.waiters and isinstance(error, UnavailableError) and not self._stopping:
             target.given_up[block] = time.monotonic() + _SAME_READ_SECONDS, error
         return dict.fromkeys(want.waiters, error)
 
-    def _begin_beside(self, flight: _Flight) -> bool:
+    def _begin_beside(self, flight: InFlightRange) -> bool:
         target = flight.target
         wants = {block: target.wants.get(block) for block in flight.left}
         again = {block: want for block, want in wants.items() if want and want.flight is flight and not want.landing}
@@ -537,7 +539,7 @@ class Fetcher:
         self._wake()
         return True
 
-    def _pause(self, flight: _Flight, blocks: Iterable[int], seconds: float) -> None:
+    def _pause(self, flight: InFlightRange, blocks: Iterable[int], seconds: float) -> None:
         due = time.monotonic() + seconds
         with self._changed:
             for block in blocks:
@@ -547,9 +549,9 @@ class Fetcher:
                     heapq.heappush(self._paused, (due, next(self._order), flight.target, block))
             self._changed.notify(1)
 
-    def _fail(self, flight: _Flight, error: ObsfsError, *, final: bool) -> None:
+    def _fail(self, flight: InFlightRange, error: ObsfsError, *, final: bool) -> None:
         target, now = flight.target, time.monotonic()
-        told: dict[Waiter, ObsfsError] = {}
+        told: dict[CountdownCallback, ObsfsError] = {}
         retried: dict[int, float] = {}
         with self._changed:
             self.stats.last_error = str(error)
@@ -580,12 +582,12 @@ class Fetcher:
             _tell(waiter.failed, error)
 
 
-def _is_waiting(target: Target, block: int) -> bool:
+def _is_waiting(target: ObjectFetch, block: int) -> bool:
     want = target.wants.get(block)
     return want is not None and _is_queued(want)
 
 
-def _is_queued(want: _Want) -> bool:
+def _is_queued(want: PendingBlock) -> bool:
     return want.flight is None and not want.paused
 
 

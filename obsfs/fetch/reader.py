@@ -20,7 +20,7 @@ from obsfs.cache.layout import BLOCK, block_count
 from obsfs.cache.object import CachedObject
 from obsfs.cache.scrub import Scrubber
 from obsfs.errors import CacheError, ObsfsError, TooManyFilesError, UnavailableError
-from obsfs.fetch.fetcher import Fetcher, Target, Waiter
+from obsfs.fetch.fetcher import CountdownCallback, Fetcher, ObjectFetch
 from obsfs.limits import allow_open_files
 from obsfs.settings import Settings
 from obsfs.store.s3.client import Bucket
@@ -50,7 +50,7 @@ _SHARD = re.compile(r"-\d+-of-(?=\d+)")
 
 
 @dataclass
-class _Load:
+class ModelLoad:
     """What the readers of one model share: the shards ``NAME-00001-of-00004.safetensors``, or a file by itself."""
 
     credit: Credit
@@ -73,7 +73,7 @@ class Reader:
         self.users = 0
         self.load = engine.load_of(cached.version)
         self._engine = engine
-        self.target = Target(cached, self._on_ahead, self._on_idle, self._on_changed)
+        self.target = ObjectFetch(cached, self._on_prefetched, self._on_idle, self._on_changed)
         self._has_tensors = cached.version.key.endswith(safetensors.SUFFIX)
         self._order: LoadOrder | None = None
         # Until the tensors are known, the start of such a file is its header, and nobody's stream.
@@ -108,7 +108,7 @@ class Reader:
         if missing:
             self._is_complete = False
             # Demand first: a worker that wakes must find it before the read-ahead.
-            self._engine.fetcher.demand(self.target, missing, Waiter(len(missing), done))
+            self._engine.fetcher.demand(self.target, missing, CountdownCallback(len(missing), done))
         if not again:
             cached.touch(blocks)
             self._engine.count_read(size, len(blocks), len(missing))
@@ -183,24 +183,24 @@ class Reader:
                 return data
         raise UnavailableError("the cache is too small for this read", "give it more with --cache-size")
 
-    def _on_ahead(self, block: int) -> None:
+    def _on_prefetched(self, block: int) -> None:
         # One in so many is left for the reader to ask for, so that its progress is seen.
         if self.load.is_mapped and self.users and block % _MILESTONE:
-            self._engine.on_ahead(self, block)
+            self._engine.on_prefetched(self, block)
 
     def _on_idle(self) -> None:
         if self.target.wants or self._is_complete:
             return
         # Fetching has paused; whether it is over is looked at once per pause, off the readers' way.
         if self.cached.is_present(0) and self.cached.is_present(self.cached.blocks - 1):
-            self._engine.fetcher.background.later(self._settle)
+            self._engine.background.run_in_background(self._settle)
 
     def _on_changed(self) -> None:
         self._engine.on_changed(self)
 
     def _settle(self) -> None:
         """If the file has become complete, tell who wants to know; it is sealed when there is time."""
-        with self._engine.borrowed(self) as alive:
+        with self._engine.pin(self) as alive:
             if not alive or self._is_complete:
                 return
             if not self.is_complete:
@@ -211,28 +211,28 @@ class Reader:
             self._engine.on_complete(self)
             if self._engine.seals and self.size >= _SEALED_FROM:
                 # To sync it now would hold up what is being stored of others.
-                self._engine.fetcher.background.when_quiet(self._seal)
+                self._engine.background.run_when_idle(self._seal)
 
     def _verify_in_steps(self) -> None:
         """Verify what an earlier process has left, to find out whether the file is complete: that reads all of it."""
         if not self._is_verifying:
             self._is_verifying = True
-            self._engine.fetcher.background.in_steps(self._verify())
+            self._engine.background.run_in_steps(self._verify())
 
     def _verify(self) -> Iterator[None]:
         try:
             for start in range(0, self.cached.blocks, _VERIFY_STEP):
-                with self._engine.borrowed(self) as alive:
+                with self._engine.pin(self) as alive:
                     stop = min(start + _VERIFY_STEP, self.cached.blocks)
                     if not alive or self._is_complete or not all(map(self.cached.verify, range(start, stop))):
                         return
                 yield
         finally:
             self._is_verifying = False
-        self._engine.fetcher.background.later(self._settle)
+        self._engine.background.run_in_background(self._settle)
 
     def _seal(self) -> None:
-        with self._engine.borrowed(self) as alive:
+        with self._engine.pin(self) as alive:
             if alive:
                 self.cached.seal()
 
@@ -255,8 +255,8 @@ class Engine:
 
     Closing it ends its threads. `on_complete` is called with the reader of a version that has become wholly cached,
     `on_changed` with that of a version that the bucket no longer has, before anybody who reads it hears of it, and
-    `on_ahead` with each block of a mapped model that has landed before it was read, from a thread that must not be held
-    up.
+    `on_prefetched` with each block of a mapped model that has landed before it was read, from a thread that must not
+    be held up.
 
     `seals`: whether large files are synced and sealed when they are complete, which whoever is in a hurry leaves to
     the next one. `scrubs`: whether the cache is read again in the background, which is for processes that live long.
@@ -269,10 +269,11 @@ class Engine:
         self.fetcher = Fetcher(
             bucket.open_range, connections=settings.connections, retry_timeout=settings.retry_timeout
         )
+        self.background = self.fetcher.background
         self.window = max(0, min(int(settings.read_ahead), self.cache.limit // 4) // BLOCK)
         self.on_complete: Callable[[Reader], None] = lambda reader: None
         self.on_changed: Callable[[Reader], object] = lambda reader: None
-        self.on_ahead: Callable[[Reader, int], None] = lambda reader, block: None
+        self.on_prefetched: Callable[[Reader, int], None] = lambda reader, block: None
         self.bytes_read = 0
         self.blocks_hit = 0
         self.blocks_missed = 0
@@ -282,14 +283,14 @@ class Engine:
         self._opening: dict[ObjectVersion, Future[None]] = {}
         """Those whose files are being opened just now."""
         self._next_complaint = 0.0
-        self._loads: dict[tuple[str, str], _Load] = {}
+        self._loads: dict[tuple[str, str], ModelLoad] = {}
         # Nobody waits for the disk with it: whoever begins or ends a read asks for it.
         self._guard = threading.Lock()
         self._is_trimming = False
         self.cache.trim_soon = self._trim_soon
         self.cache.on_removed = self._close_evicted
         self._trim_soon()
-        self.fetcher.background.every(_LOOK_SECONDS, self._look)
+        self.background.run_repeatedly(_LOOK_SECONDS, self._look)
         self._read_at_last_look = 0
         self._scrubber: Scrubber | None = None
         if scrubs and settings.scrub:
@@ -311,7 +312,7 @@ class Engine:
             if self._is_trimming:
                 return
             self._is_trimming = True
-        self.fetcher.background.in_steps(self._trim())
+        self.background.run_in_steps(self._trim())
 
     def _trim(self) -> Iterator[None]:
         try:
@@ -343,7 +344,7 @@ class Engine:
             other.drop_prefetch()
 
     @contextmanager
-    def held(self, version: ObjectVersion) -> Iterator[Reader]:
+    def reader_for(self, version: ObjectVersion) -> Iterator[Reader]:
         """A reader for the engine's own purposes, which is nobody who has the file open. Raises CacheError."""
         reader = self._hold(version)
         try:
@@ -352,7 +353,7 @@ class Engine:
             self._let_go(reader)
 
     @contextmanager
-    def borrowed(self, reader: Reader) -> Iterator[bool]:
+    def pin(self, reader: Reader) -> Iterator[bool]:
         """As `held`, for a reader that may have been closed already: then the value is False."""
         with self._guard:
             reader.users += 1
@@ -458,14 +459,14 @@ class Engine:
             finally:
                 self._let_go(reader)
 
-    def load_of(self, version: ObjectVersion) -> _Load:
+    def load_of(self, version: ObjectVersion) -> ModelLoad:
         """The load that this file belongs to."""
         place = version.bucket, _SHARD.sub("-*-of-", version.key)
         with self._guard:
             load = self._loads.get(place)
             if load is None:
                 credit = Credit()
-                load = self._loads[place] = _Load(credit, LoadOrder(self.window, credit))
+                load = self._loads[place] = ModelLoad(credit, LoadOrder(self.window, credit))
                 if len(self._loads) > _LOADS:
                     del self._loads[next(iter(self._loads))]
             return load
@@ -479,7 +480,7 @@ class Engine:
             by_version.setdefault(version, []).append((urgency, block))
         for version, blocks in by_version.items():
             # It is a favour: whoever opens that file will hear why it cannot be cached.
-            with suppress(CacheError), self.held(version) as reader:
+            with suppress(CacheError), self.reader_for(version) as reader:
                 missing = [(urgency, block) for urgency, block in blocks if not reader.cached.is_present(block)]
                 if missing:
                     self.fetcher.prefetch(reader.target, missing)
@@ -489,14 +490,14 @@ class Engine:
     ) -> None:
         """Have the first block of some files at hand soon: somebody is about to open them.
 
-        When they are, or one of them cannot be had, `then` is called with their readers as a prompt chore.
+        When they are, or one of them cannot be had, `then` is called with their readers as a background task.
         """
         holding = ExitStack()
         readers: list[Reader] = []
         for version in versions:
             if version.size:
                 with suppress(CacheError):
-                    readers.append(holding.enter_context(self.held(version)))
+                    readers.append(holding.enter_context(self.reader_for(version)))
         if not readers:
             return
 
@@ -504,7 +505,7 @@ class Engine:
             with holding:
                 then(readers)
 
-        waiter = Waiter(len(readers), lambda error: self.fetcher.background.later(finish))
+        waiter = CountdownCallback(len(readers), lambda error: self.background.run_in_background(finish))
         for reader in readers:
             self.fetcher.demand(reader.target, [0], waiter)
 
@@ -528,15 +529,15 @@ class Engine:
 
     def peek(self, version: ObjectVersion, block: int) -> bytes | None:
         """A block, if the cache has it and it matches its checksum. Raises CacheError."""
-        with self.held(version) as reader:
+        with self.reader_for(version) as reader:
             return reader.cached.read_checked(block)
 
-    def adopt(self, version: ObjectVersion, blocks: Iterable[int], twin: ObjectVersion) -> None:
+    def copy_identical(self, version: ObjectVersion, blocks: Iterable[int], identical_version: ObjectVersion) -> None:
         """Take blocks from another version that was found to have the same bytes, as far as they are in the cache.
 
         Raises CacheError.
         """
-        with self.held(version) as reader, self.held(twin) as other:
+        with self.reader_for(version) as reader, self.reader_for(identical_version) as other:
             for block in blocks:
                 one = range(block, block + 1)
                 if not reader.cached.is_present(block) and reader.cached.lock(one):
@@ -557,7 +558,7 @@ class Engine:
 
         `check` is called now and then, and may raise to end it. Raises ObsfsError when one cannot be had.
         """
-        with self.held(version) as reader:
+        with self.reader_for(version) as reader:
             cached, pieces = reader.cached, _pieces(blocks, _FILL_BLOCKS)
             waiting: deque[tuple[range, Future[ObsfsError | None]]] = deque()
             piece = next(pieces, None)
@@ -567,7 +568,7 @@ class Engine:
                     landed: Future[ObsfsError | None] = Future()
                     missing = [block for block in piece if not cached.has(block)]
                     if missing:
-                        self.fetcher.demand(reader.target, missing, Waiter(len(missing), landed.set_result))
+                        self.fetcher.demand(reader.target, missing, CountdownCallback(len(missing), landed.set_result))
                     else:
                         cached.touch(piece)
                         landed.set_result(None)
@@ -579,18 +580,18 @@ class Engine:
                     raise error
                 advance(sum(map(cached.length_of, done)))
 
-    def warm(self, version: ObjectVersion, size: int) -> None:
+    def prefault(self, version: ObjectVersion, size: int) -> None:
         """Have the first `size` bytes of a wholly cached file in the page cache soon, while its model is open."""
         steps = (range(start, start + _WARM_STEP) for start in range(0, block_count(size), _WARM_STEP))
 
         def go_on() -> None:
-            with self.held(version) as reader:
+            with self.reader_for(version) as reader:
                 step = next(steps, None) if reader.load.users else None
                 if step is not None:
                     reader.cached.warm(step)
-                    self.fetcher.background.later(go_on)
+                    self.background.run_in_background(go_on)
 
-        self.fetcher.background.later(go_on)
+        self.background.run_in_background(go_on)
 
     def count_read(self, size: int, blocks: int, missed: int) -> None:
         """Note a read of `size` bytes in `blocks` blocks, of which `missed` were not there."""

@@ -196,7 +196,7 @@ def models(bucket: Bucket, library: Address) -> tuple[list[Model], list[Damaged]
             damaged += wrong
             is_first = all(prefix == library.prefix for prefix, _ in places)
             places = [place for look in looks if isinstance(look, list) for place in look] if is_first else []
-    return sorted(found, key=lambda model: safetensors.natural(str(model.name))), damaged
+    return sorted(found, key=lambda model: safetensors.natural_sort_key(str(model.name))), damaged
 
 
 def _labels(bucket: Bucket, library: str, start: str = "") -> Iterator[str]:

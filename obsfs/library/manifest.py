@@ -123,7 +123,7 @@ def look(files: Mapping[str, tuple[int, safetensors.Read]]) -> About:
 
     headers = {}
     for path, (size, read) in files.items():
-        if path.endswith(safetensors.SUFFIX) and size >= safetensors.LEAST:
+        if path.endswith(safetensors.SUFFIX) and size >= safetensors.MIN_BYTES:
             found = safetensors.header(size, read)
             headers[path] = found[1] if found else {}
     return describe(small(CONFIG), small(ADAPTER), headers)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
-from obsfs.access.safetensors import natural
+from obsfs.access.safetensors import natural_sort_key
 from obsfs.errors import UsageError
 from obsfs.store.address import SCHEMES, Address, check_text, is_valid_name, parse_address
 
@@ -119,12 +119,12 @@ def is_chosen(path: str, allow: Sequence[str], ignore: Sequence[str]) -> bool:
 
 def by_age(versions: Iterable[tuple[float, str]]) -> list[str]:
     """Versions, each with when it was made, the oldest first; of two at the same time, ``v2`` before ``v10``."""
-    return [version for _, version in sorted(versions, key=lambda one: (one[0], natural(one[1])))]
+    return [version for _, version in sorted(versions, key=lambda one: (one[0], natural_sort_key(one[1])))]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The known names most like `name`, as text for an error."""
-    found = sorted(set(known), key=natural)
+    found = sorted(set(known), key=natural_sort_key)
     if not found:
         return "there is none yet"
     if close := difflib.get_close_matches(name, found, _NEAREST, 0.4):

@@ -141,7 +141,7 @@ class Pull:
                 yield arrival.task(index, advance)
 
         try:
-            twins = self._twins(files)
+            identical_versions = self._identical_versions(files)
             for file in files:
                 version = self.model.version_of(file, self._bucket.endpoint)
                 is_linked = _STEP <= file.size <= largest
@@ -154,7 +154,7 @@ class Pull:
                         local,
                         crew,
                         vouching=vouching,
-                        twin=twins.get(file.sha256),
+                        identical_version=identical_versions.get(file.sha256),
                         is_linked=is_linked,
                     )
                 )
@@ -170,7 +170,7 @@ class Pull:
                 arrival.close()
             engine.close()
 
-    def _twins(self, files: Sequence[File]) -> dict[str, ObjectVersion]:
+    def _identical_versions(self, files: Sequence[File]) -> dict[str, ObjectVersion]:
         """What the cache has of files with the same bytes in other versions of the model, by their SHA-256."""
         name, endpoint = self.model.name, self._bucket.endpoint
         family = (name.at(None).prefix, f"{name.library}{name.name}@")
@@ -204,12 +204,12 @@ class _Arrival:
         crew: Crew,
         *,
         vouching: Callable[[], Checksum | None],
-        twin: ObjectVersion | None,
+        identical_version: ObjectVersion | None,
         is_linked: bool,
     ) -> None:
         self._vouching = vouching
-        self._twin = twin
-        self._adoptable = frozenset(engine.cache.present_blocks(twin) if twin else ())
+        self._identical_version = identical_version
+        self._copyable_blocks = frozenset(engine.cache.present_blocks(identical_version) if identical_version else ())
         self._crew = crew
         self._is_linked = is_linked
         self._file = file
@@ -231,7 +231,7 @@ class _Arrival:
         """This piece will soon be wanted."""
         _, _, start = self._open()
         if index * _STEP >= start:
-            wanted = [block for block in self._blocks(index) if block not in self._adoptable]
+            wanted = [block for block in self._blocks(index) if block not in self._copyable_blocks]
             self._engine.prefetch([(block, self._version, block) for block in wanted])
 
     def task(self, index: int, advance: Advance) -> Callable[[], None]:
@@ -260,10 +260,14 @@ class _Arrival:
         return work
 
     def _bring(self, reader: Reader, index: int, data: memoryview) -> None:
-        """Fill `data` with a piece: from the twin, as far as the cache has it, else from the bucket."""
+        """Fill `data` with a piece: from the identical_version, as far as the cache has it, else from the bucket."""
         missing = []
         for block in self._blocks(index):
-            had = self._engine.peek(self._twin, block) if self._twin and block in self._adoptable else None
+            had = (
+                self._engine.peek(self._identical_version, block)
+                if self._identical_version and block in self._copyable_blocks
+                else None
+            )
             if had is None:
                 missing.append(block)
             else:
@@ -290,16 +294,16 @@ class _Arrival:
         if self._digest and self._checksum and self._digest.hexdigest() != self._checksum.hexdigest:
             self._local.drop(file)
             self._engine.cache.drop(self._version)
-            if self._twin:
-                self._engine.cache.drop(self._twin)
+            if self._identical_version:
+                self._engine.cache.drop(self._identical_version)
             raise UnavailableError(
                 f"{file.path} is not what its {'manifest' if file.sha256 else self._checksum.algorithm} says",
                 "pull again; if that does not help, the bucket has other bytes",
             )
         reader, *_ = self._open()
-        if self._twin:
+        if self._identical_version:
             # Not before: until now it was only said that the bytes are the same.
-            self._engine.adopt(self._version, self._adoptable, self._twin)
+            self._engine.copy_identical(self._version, self._copyable_blocks, self._identical_version)
         if self._is_linked and not self._local.link(file, reader.cached):
             self._copy(reader)
         self._local.accept(file)

@@ -346,7 +346,7 @@ class _Native:
             on_ready()
             if operations.identity["can_be_followed"]:
                 steps = program.copy_in_steps(program.process_start(), self._keep_copy)
-                operations.engine.fetcher.background.in_steps(steps)
+                operations.engine.background.run_in_steps(steps)
             stop.wait()
         finally:
             entry = channel.mounted_at(self._mountpoint)

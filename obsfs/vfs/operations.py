@@ -268,7 +268,7 @@ class Operations:
             return
         if not wait and not self.engine.is_at_hand(version):
             raise WouldBlockError
-        with self.engine.held(version) as reader:
+        with self.engine.reader_for(version) as reader:
             # Here, where nobody waits for it: files that were cut off are replaced.
             reader.cached.look()
             yield
@@ -292,7 +292,7 @@ class Operations:
         if number not in self._readers:
             self._readers[number] = reader
             # Beside it: that opens the files of others.
-            self.engine.fetcher.background.later(partial(self._expect_load, node, node.version))
+            self.engine.background.run_in_background(partial(self._expect_load, node, node.version))
         if direct and not node.direct_opens:
             self._warm(node)
         self.tree.count_open(node, 1, direct=direct, unique=unique)
@@ -308,7 +308,7 @@ class Operations:
     def _warm(self, node: Node) -> None:
         assert node.version is not None
         if size := self._loads.take(node.parent, node.name, node.size):
-            self.engine.warm(node.version, size)
+            self.engine.prefault(node.version, size)
 
     def opened_before(self, number: int, unique: int, *, direct: bool) -> Opened:
         """An open that a predecessor has counted, and the kernel has no answer to."""
@@ -413,7 +413,7 @@ class Operations:
 
     def _cached_bytes(self, node: Node) -> int:
         assert node.version is not None
-        with self.engine.held(node.version) as reader:
+        with self.engine.reader_for(node.version) as reader:
             return reader.cached.cached_bytes
 
     def _served_by(self, node: Node) -> str:
@@ -422,7 +422,7 @@ class Operations:
         if node.opens or not self.can_be_direct:
             return self._data_path
         assert node.version is not None
-        with self.engine.held(node.version) as reader:
+        with self.engine.reader_for(node.version) as reader:
             return "passthrough" if reader.is_complete else self._data_path
 
     def status(self) -> dict[str, object]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obsfs.access.readahead import Credit, LoadOrder, ReadAhead
-from obsfs.access.safetensors import Extent, file_fences, natural
+from obsfs.access.safetensors import Extent, file_fences, natural_sort_key
 from obsfs.cache.layout import BLOCK
 
 WINDOW = 256
@@ -365,7 +365,7 @@ def test_who_leaves_tensors_out_fetches_at_most_twice_what_is_touched(
         for count in (30, 100, 200):
             dice = random.Random(count)
             file = tensors(int(kib * 1024 * (dice.choice([0.1, 0.1, 1, 2]) if mixed else 1)) for _ in range(count))
-            order = sorted(file, key=lambda extent: natural(extent.name)) if is_natural else file
+            order = sorted(file, key=lambda extent: natural_sort_key(extent.name)) if is_natural else file
             loading = Loading(file)
             for first, last in blocks_of(order[1::every], 1 + count % 3):
                 loading.read(first, last)
@@ -391,7 +391,7 @@ def test_who_loads_all_tensors_waits_for_few(threads: int, seed: int, is_natural
     """By several threads, each of which takes the next tensor when it has read one; also but for one tensor."""
     dice = random.Random(seed)
     file = tensors(int(dice.choice([0.01, 0.5, 1, 4, 9]) * BLOCK) for _ in range(100))
-    order = sorted(file, key=lambda extent: natural(extent.name)) if is_natural else list(file)
+    order = sorted(file, key=lambda extent: natural_sort_key(extent.name)) if is_natural else list(file)
     del order[left_out]
     loading = Loading(file)
     tasks = iter([list(blocks_of([extent])) for extent in order])

@@ -49,7 +49,7 @@ def test_offsets_beyond_the_file_are_not_believed() -> None:
 
 def test_loaders_count_as_people_do() -> None:
     names = ["layers.10.w", "layers.2.w", "embed", "layers.1.w"]
-    assert sorted(names, key=safetensors.natural) == ["embed", "layers.1.w", "layers.2.w", "layers.10.w"]
+    assert sorted(names, key=safetensors.natural_sort_key) == ["embed", "layers.1.w", "layers.2.w", "layers.10.w"]
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.permutations(range(40)))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from obsfs.fetch.concurrency import Concurrency, Patience, RoundTrip
+from obsfs.fetch.concurrency import AdaptiveConcurrency, RoundTrip, StallDetector
 
 MB = 10**6
 BLOCK = 1 << 20
@@ -17,7 +17,7 @@ BLOCK = 1 << 20
 class Link:
     """A link of so many bytes per second, per connection and in all; blocks arrive one by one, a little unevenly."""
 
-    def __init__(self, policy: Concurrency, per_connection: int, total: int, seed: int = 0) -> None:
+    def __init__(self, policy: AdaptiveConcurrency, per_connection: int, total: int, seed: int = 0) -> None:
         self.policy = policy
         self.per_connection, self.total = per_connection, total
         self.now = 100.0
@@ -41,7 +41,7 @@ class Link:
     seed=st.integers(0, 9),
 )
 def test_it_finds_what_the_link_gives_and_settles(per_connection: int, total: int, most: int, seed: int) -> None:
-    policy = Concurrency(most)
+    policy = AdaptiveConcurrency(most)
     link = Link(policy, per_connection, total, seed)
     link.run(50)
     assert 1 <= policy.current <= most
@@ -51,7 +51,7 @@ def test_it_finds_what_the_link_gives_and_settles(per_connection: int, total: in
 
 
 def test_a_link_that_is_full_stays_with_the_connections_it_has() -> None:
-    policy = Concurrency(64)
+    policy = AdaptiveConcurrency(64)
     link = Link(policy, 80 * MB, 400 * MB)
     link.run(3)
     assert policy.current == 16
@@ -60,14 +60,14 @@ def test_a_link_that_is_full_stays_with_the_connections_it_has() -> None:
 
 
 def test_a_far_server_gets_more_within_two_seconds() -> None:
-    policy = Concurrency(64)
+    policy = AdaptiveConcurrency(64)
     link = Link(policy, 16 * MB, 400 * MB)
     link.run(2)
     assert policy.current == 32
 
 
 def test_a_server_that_answers_late_gets_more_from_the_start() -> None:
-    policy = Concurrency(64)
+    policy = AdaptiveConcurrency(64)
     for latency, connections in ((0.5, 64), (0.12, 32), (0.3, 32), (0.03, 16), (0.2, 16)):
         policy.on_answer(latency)
         assert policy.current == connections
@@ -75,27 +75,27 @@ def test_a_server_that_answers_late_gets_more_from_the_start() -> None:
     link.run(3)
     policy.on_answer(0.001)
     assert policy.current == 16
-    assert Concurrency(5).current == 5
-    few = Concurrency(5)
+    assert AdaptiveConcurrency(5).current == 5
+    few = AdaptiveConcurrency(5)
     few.on_answer(1.0)
     assert few.current == 5
 
 
 def test_one_who_reads_little_at_a_time_changes_nothing() -> None:
-    policy = Concurrency(64)
+    policy = AdaptiveConcurrency(64)
     Link(policy, 10 * MB, 400 * MB).run(20, is_busy=False)
     assert policy.current == 16
 
 
 @pytest.mark.parametrize("most", [1, 5, 16])
 def test_never_more_than_asked_for(most: int) -> None:
-    policy = Concurrency(most)
+    policy = AdaptiveConcurrency(most)
     Link(policy, 1 * MB, 400 * MB).run(300)
     assert policy.current == most
 
 
 def test_what_was_measured_long_ago_is_not_compared_with() -> None:
-    policy = Concurrency(64)
+    policy = AdaptiveConcurrency(64)
     link = Link(policy, 20 * MB, 10_000 * MB)
     link.run(0.7)
     assert policy.current == 32
@@ -106,7 +106,7 @@ def test_what_was_measured_long_ago_is_not_compared_with() -> None:
 
 
 def test_nobody_is_impatient_before_anything_has_come() -> None:
-    patience = Patience()
+    patience = StallDetector()
     assert patience.seconds == float("inf")
     patience.on_block(0.05)
     assert patience.seconds == 1.0
@@ -114,7 +114,7 @@ def test_nobody_is_impatient_before_anything_has_come() -> None:
 
 @given(st.lists(st.floats(0.001, 100), min_size=1))
 def test_patience_is_longer_than_what_blocks_take(seconds: list[float]) -> None:
-    patience = Patience()
+    patience = StallDetector()
     for one in seconds:
         patience.on_block(one)
     assert patience.seconds >= max(1.0, 4 * seconds[-1])

@@ -16,11 +16,11 @@ from obsfs.cache.directory import Cache
 from obsfs.cache.layout import BLOCK, PIECE, evict_blocks, read_blocks
 from obsfs.errors import ObsfsError, UnavailableError, VersionChangedError
 from obsfs.fetch.fetcher import (
-    FAR,
-    MIN_RANGE,
+    FULL_RANGE_DISTANCE_BLOCKS,
+    MIN_RANGE_BLOCKS,
+    CountdownCallback,
     Fetcher,
-    Target,
-    Waiter,
+    ObjectFetch,
     demand_reserve,
     range_stop,
     runs,
@@ -68,11 +68,11 @@ class Setup:
         self.bucket = HeldBucket()
         self.fetcher = Fetcher(self.bucket.open_range, connections=connections, retry_timeout=retry_timeout)
         self.cached = Cache(place / "c", 1 << 30).open(ObjectVersion("e", "b", "k", '"t"', size))
-        self.target = Target(self.cached)
+        self.target = ObjectFetch(self.cached)
         self.told: list[ObsfsError | None] = []
 
     def demand(self, *blocks: int) -> None:
-        self.fetcher.demand(self.target, blocks, Waiter(len(blocks), self.told.append))
+        self.fetcher.demand(self.target, blocks, CountdownCallback(len(blocks), self.told.append))
 
     def prefetch(self, *blocks: int) -> None:
         self.fetcher.prefetch(self.target, [(block, block) for block in blocks])
@@ -110,15 +110,15 @@ def test_what_holds_up_the_disk_waits_until_nothing_is_fetched(one: Setup) -> No
     done: list[str] = []
     one.prefetch(*range(0, 8))
     wait_for(lambda: len(one.bucket.asked) == 1)
-    one.fetcher.background.when_quiet(lambda: done.append("quiet"))
-    one.fetcher.background.later(lambda: done.append("soon"))
+    one.fetcher.background.run_when_idle(lambda: done.append("quiet"))
+    one.fetcher.background.run_in_background(lambda: done.append("soon"))
     time.sleep(1.2)
     assert done == ["soon"]
     one.bucket.allow.release(8)
     wait_for(lambda: done == ["soon", "quiet"])
     one.prefetch(*range(8, 16))
     wait_for(lambda: len(one.bucket.asked) == 2)
-    one.fetcher.background.when_quiet(lambda: done.append("at the end"))
+    one.fetcher.background.run_when_idle(lambda: done.append("at the end"))
     one.bucket.allow.release(8)
     one.fetcher.close()
     assert done[-1] == "at the end"
@@ -367,7 +367,7 @@ def test_ranges_are_aligned_and_long_when_much_is_wanted_or_nothing_soon(
     start: int, queued: int, connections: int, urgency: int
 ) -> None:
     stop = range_stop(start, queued, connections, urgency)
-    length = PIECE if queued >= 2 * connections or urgency >= FAR else MIN_RANGE
+    length = PIECE if queued >= 2 * connections or urgency >= FULL_RANGE_DISTANCE_BLOCKS else MIN_RANGE_BLOCKS
     assert start < stop <= start + length
     assert stop % length == 0
     assert demand_reserve(connections) < connections

@@ -80,7 +80,7 @@ def test_what_somebody_waits_for_does_not_wait_for_files_that_are_verified(
     other = engine.open(weights)
     fill(engine, weights)
     wait_for(lambda: completed == [weights.key])
-    engine.warm(weights, weights.size)
+    engine.prefault(weights, weights.size)
 
     assert not completed[1:]
     held.set()
@@ -155,7 +155,7 @@ def test_a_reader_learns_what_its_version_is_pinned_by(bucket: Store, start: Sta
     assert full.modified
     bare = replace(full, version_id="", modified=0.0)
     for told in (bare, replace(full, modified=0.0), replace(full, version_id=""), bare):
-        with engine.held(told) as reader:
+        with engine.reader_for(told) as reader:
             pass
     for version in (reader.version, reader.cached.version):
         assert (version.version_id, version.modified) == ("v7", full.modified)

@@ -128,7 +128,7 @@ class Server:
     def _begin(self, fds: list[int]) -> None:
         self._operations.engine.on_complete = self._on_complete
         self._operations.engine.on_changed = self._on_changed
-        self._operations.engine.on_ahead = self._store
+        self._operations.engine.on_prefetched = self._store
         self._operations.tree.is_awaited = self._is_awaited
         self._fds = fds
         for number, fd in enumerate(self._fds):
