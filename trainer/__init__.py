@@ -14,11 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
-    from trainer.run import Outcome, train
+    from trainer.run import TrainResult, train
 
-__all__ = ["Outcome", "TrainConfig", "train"]
+__all__ = ["TrainConfig", "TrainResult", "train"]
 
-_HOMES = {"Outcome": "trainer.run", "TrainConfig": "trainer.config", "train": "trainer.run"}
+_HOMES = {
+    "TrainConfig": ("trainer.config", "TrainConfig"),
+    "TrainResult": ("trainer.run", "TrainResult"),
+    "Outcome": ("trainer.run", "TrainResult"),  # the earlier name, kept for one version
+    "train": ("trainer.run", "train"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -26,4 +31,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'trainer' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)

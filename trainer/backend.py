@@ -8,7 +8,7 @@ import sys
 from importlib.metadata import entry_points
 from typing import Any
 
-from trainer.quiet import hush
+from trainer.quiet import silence_libraries
 
 _read_line = builtins.input
 
@@ -23,7 +23,7 @@ def _input(prompt: object = "") -> str:
 
 def main() -> Any:
     """Run the program that the package transformers installs by this name."""
-    hush()
+    silence_libraries()
     os.environ["HF_HUB_DISABLE_UPDATE_CHECK"] = "1"  # it asks PyPI, and tells the user to upgrade
     builtins.input = _input
     (program,) = entry_points(group="console_scripts", name="transformers")

@@ -24,15 +24,15 @@ from transformers import TrainerCallback
 import obsfs
 from obsfs.errors import UsageError
 from obsfs.text import visible
-from trainer import notes
-from trainer.place import STEP, Place
+from trainer import run_record
+from trainer.run_location import STEP, RunLocation
 
 _SEAL = "obsfs-whole.json"
 _SUMS = "obsfs-sums.json"
 _SUMMED_BYTES = 8 << 20
 """From the start and from the end of each file: all of an adapter, and little of a model."""
 _OUTBOX = ".outbox"
-_STATE = {_SEAL, _SUMS, "trainer_state.json", notes.NAME}
+_STATE = {_SEAL, _SUMS, "trainer_state.json", run_record.NAME}
 _QUICK_START = re.compile(r"(?<=\n## Quick start\n).*?(?=\n## )", re.DOTALL)
 _WRITTEN = (
     "checkpoint-*", "*.safetensors", "pytorch_model*.bin", "config.json", "adapter_config.json", "README.md",
@@ -61,7 +61,7 @@ def refuse_others(output_dir: Path) -> None:
 
 def is_ours(output_dir: Path) -> bool:
     """Whether a run of this package has written to a directory, also one that was cut off early."""
-    if (output_dir / notes.NAME).exists() or any(output_dir.glob(f"checkpoint-*/{_SEAL}")):
+    if (output_dir / run_record.NAME).exists() or any(output_dir.glob(f"checkpoint-*/{_SEAL}")):
         return True
     try:  # versions before wrote the notes at the end only
         found = yaml.safe_load((output_dir / "train.yaml").read_text(encoding="utf-8"))
@@ -163,7 +163,7 @@ class Publisher:
     An error of one is kept, and told by :meth:`finish`; later ones are tried all the same.
     """
 
-    def __init__(self, place: Place, output_dir: Path, source: str, keep: int | None) -> None:
+    def __init__(self, place: RunLocation, output_dir: Path, source: str, keep: int | None) -> None:
         self.place, self._source, self._keep = place, source, keep
         self._outbox = output_dir / _OUTBOX
         shutil.rmtree(self._outbox, ignore_errors=True)
@@ -217,7 +217,7 @@ class Publisher:
 class Checkpointing(TrainerCallback):
     """Seals each checkpoint when every process has written its part, and hands it to a publisher."""
 
-    def __init__(self, output_dir: Path, made_with: notes.Notes, publisher: Publisher | None) -> None:
+    def __init__(self, output_dir: Path, made_with: run_record.RunRecord, publisher: Publisher | None) -> None:
         self._output_dir, self._made_with, self._publisher = output_dir, made_with, publisher
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -255,7 +255,7 @@ def describe(directory: Path, base: str, url: str) -> None:
         card.write_text(_QUICK_START.sub(lambda _: f"\n```sh\n{how}\n```\n", text), encoding="utf-8")
 
 
-def newest(output_dir: Path, place: Place | None) -> Path | None:
+def newest(output_dir: Path, place: RunLocation | None) -> Path | None:
     """The newest whole checkpoint, from the disk or (brought here first) from the bucket; None when there is none.
 
     What is not whole on the disk is removed: transformers would trip over it.
@@ -264,8 +264,8 @@ def newest(output_dir: Path, place: Place | None) -> Path | None:
     for path in output_dir.glob("checkpoint-*"):
         if STEP.fullmatch(path.name) and not is_whole(path):
             shutil.rmtree(path)
-    there = place.steps() if place else []
-    step = max([*here, *there], default=None)
+    published = place.steps() if place else []
+    step = max([*here, *published], default=None)
     if step is None:
         return None
     target = output_dir / f"checkpoint-{step}"
@@ -275,7 +275,7 @@ def newest(output_dir: Path, place: Place | None) -> Path | None:
     return target
 
 
-def _bring(place: Place, step: int, target: Path) -> None:
+def _bring(place: RunLocation, step: int, target: Path) -> None:
     obsfs.snapshot_download(place.version(step), local_dir=target, **place.settings)
     shutil.rmtree(target / ".obsfs", ignore_errors=True)
     seal(target)
@@ -302,7 +302,7 @@ def best_step(checkpoint: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def bring_best(checkpoint: Path, place: Place | None) -> Path | None:
+def bring_best(checkpoint: Path, place: RunLocation | None) -> Path | None:
     """Return the best checkpoint of the run that a checkpoint is of, from the disk or brought from the bucket.
 
     None if none was chosen yet. Raises UsageError if it is gone.

@@ -20,8 +20,8 @@ from obsfs.cli.options import BUCKET, CACHE
 from obsfs.errors import UsageError, first_line
 from obsfs.settings import Written, knobs
 from obsfs.text import visible
-from trainer import keys, needs
-from trainer.foreign import refuse_foreign
+from trainer import config_keys, optional_packages
+from trainer.other_trainers import refuse_other_trainers
 
 
 class Task(NamedTuple):
@@ -217,14 +217,14 @@ def load_config(
             places[name], spelled[name] = value.place, (spelling, value.value)
     known = known_keys(str(spelled.get("task", ("", "sft"))[1]))
     for name, (spelling, value) in spelled.items():
-        if value is keys.BARE and name in {**(known or {}), **dict.fromkeys(_SETTINGS)}:
+        if value is config_keys.BARE and name in {**(known or {}), **dict.fromkeys(_SETTINGS)}:
             is_flag = name in _SETTINGS and knobs()[name].type is bool
             hint = str if name in _SETTINGS and not is_flag else (known or {}).get(name, Any)
-            spelled[name] = spelling, keys.checked(name, value, hint, spelling)
+            spelled[name] = spelling, config_keys.checked(name, value, hint, spelling)
     if known is not None:
         _refuse_unknown([name for name, _ in spelled.values()], known)
     merged = {
-        name: keys.checked(name, value, (known or {}).get(name, Any), spelling)
+        name: config_keys.checked(name, value, (known or {}).get(name, Any), spelling)
         for name, (spelling, value) in spelled.items()
         if value is not None or name not in _fields(TrainConfig)
     }
@@ -256,12 +256,12 @@ def known_keys(task: str) -> dict[str, Any] | None:
     """
     if task not in TASKS:
         task = "sft"
-    trl = keys.dataclass_keys(TASKS[task].module, f"{TASKS[task].name}Config")
-    peft = keys.dataclass_keys("peft", "LoraConfig")
-    bits = keys.signature_keys("transformers", "BitsAndBytesConfig")
+    trl = config_keys.dataclass_keys(TASKS[task].module, f"{TASKS[task].name}Config")
+    peft = config_keys.dataclass_keys("peft", "LoraConfig")
+    bits = config_keys.signature_keys("transformers", "BitsAndBytesConfig")
     if trl is None or peft is None or bits is None:
         return None
-    own = {name: hint for name, hint in keys.own_keys(TrainConfig).items() if name != "options"}
+    own = {name: hint for name, hint in config_keys.own_keys(TrainConfig).items() if name != "options"}
     others = {name: hint for name, hint in {**bits, **peft}.items() if name not in _NOT_FOR_USERS}
     return {**others, **trl, **own, **_CHOICES, **dict.fromkeys(_SETTINGS, Any)}
 
@@ -274,7 +274,7 @@ def refuse_unknown(overrides: Mapping[str, Any], flags: Iterable[str]) -> None:
 
 def _refuse_unknown(given: Sequence[str], known: Mapping[str, Any]) -> None:
     if unknown := [name for name in given if name not in known and name not in _ALIASES]:
-        refuse_foreign(given, unknown)
+        refuse_other_trainers(given, unknown)
         raise _unknown(unknown, {*known, *_ALIASES})
 
 
@@ -309,7 +309,7 @@ def _check(config: TrainConfig) -> None:
             f"init_lora_weights: {begin} takes a pass over the data before training, which PEFT leaves to programs",
             "choose another, for example pissa or olora",
         )
-    needs.check({**METHODS[config.method], **config.options}, config.attn_implementation)
+    optional_packages.check({**METHODS[config.method], **config.options}, config.attn_implementation)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -338,7 +338,7 @@ def _placed(given: Mapping[str, Any], before: str, after: str) -> dict[str, Any]
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """Read ``--key value``, ``--key=value``, ``--list a b`` and ``--flag`` (keys.BARE), the values as YAML has them."""
+    """Read ``--key value``, ``--key=value``, ``--list a b`` and ``--flag`` (BARE), with values as in YAML."""
     found: dict[str, Any] = {}
     words = list(words)
     while words:
@@ -354,7 +354,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
         key = name.replace("-", "_")
         # A setting of obsfs is read from text, as that of any other verb.
         parsed = values if key in _SETTINGS else [_value(value) for value in values]
-        found[key] = keys.BARE if not parsed else parsed[0] if len(parsed) == 1 else parsed
+        found[key] = config_keys.BARE if not parsed else parsed[0] if len(parsed) == 1 else parsed
     return _placed(found, "--", " ")
 
 

@@ -17,12 +17,11 @@ import obsfs
 from obsfs.cli.output import ask, columns, confirm, count, human, tell, terminal_width
 from obsfs.service import mounts
 from obsfs.settings import knobs
-from trainer import base as bases
-from trainer import data
+from trainer import base_model, data
 from trainer.config import METHODS, TASKS, load_config
-from trainer.memory import Memory, memory_of
-from trainer.quiet import hush, hush_bars
-from trainer.setup import trusts
+from trainer.memory_estimate import MemoryEstimate, estimate_run_memory
+from trainer.quiet import silence_libraries, silence_progress_bars
+from trainer.trl_setup import trusts
 
 _SIZES = {"max_length": 1024, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16}
 """What is proposed for every run."""
@@ -54,8 +53,8 @@ def found_models() -> list[str]:
     Each mount is searched by a process of its own, and one that takes longer than 5 seconds is left out: nobody who
     waits for a mount can be made to stop.
     """
-    there = [one for one in mounts.find() if one.state == "mounted" and not one.status.get("ends_with_program")]
-    roots = [one.entry.mountpoint for one in there]
+    usable = [one for one in mounts.find() if one.state == "mounted" and not one.status.get("ends_with_program")]
+    roots = [one.entry.mountpoint for one in usable]
     searches = [
         subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _SEARCH, root],
@@ -100,19 +99,19 @@ def guide(given: dict[str, Any]) -> tuple[Path, bool]:
     answer = ask("Model (a number from above, a directory, or obs://BUCKET/NAME)" if models else "Model", type=str)
     model = models[int(answer) - 1] if answer.isdigit() and 0 < int(answer) <= len(models) else answer
     run: dict[str, Any] = {"model": model}
-    with bases.open_base(model, settings) as base:
-        hush()
-        hush_bars()  # imports transformers, for which nobody should wait before the first question
-        facts = bases.check_whole(base.path)
+    with base_model.open_model(model, settings) as base:
+        silence_libraries()
+        silence_progress_bars()  # imports transformers, for which nobody should wait before the first question
+        stats = base_model.check_files(base.path)
         tell(
-            f"  {count(facts.parameters)} parameters, {human(facts.size)}, "
+            f"  {count(stats.parameters)} parameters, {human(stats.size)}, "
             f"of which {human(missing_bytes(base.path))} have to be fetched"
         )
-        has_template = bool(bases.load_tokenizer(base.path).chat_template)
+        has_template = bool(base_model.load_tokenizer(base.path).chat_template)
         tell(*(f"  {name:6} {text}" for name, text in _ABOUT.items()))
         run["task"] = ask("Task", type=click.Choice(list(TASKS)), default="sft")
         run["data"] = _ask_data(run["task"], has_template, settings)
-        best = _tell_memory(estimates({**_SIZES, **run, **given}, base.path, facts))
+        best = _tell_memory(estimates({**_SIZES, **run, **given}, base.path, stats))
     run["method"] = ask("Method", type=click.Choice(list(METHODS)), default=best)
     run["num_train_epochs"] = ask("Passes over the data", type=click.FloatRange(0, min_open=True), default=1.0)
     library = obsfs.Settings.load(**settings).library
@@ -142,10 +141,10 @@ def _ask_data(task: str, has_template: bool, settings: dict[str, Any]) -> str:
             return place
 
 
-def _tell_memory(found: dict[str, Memory | str]) -> str:
+def _tell_memory(found: dict[str, MemoryEstimate | str]) -> str:
     """Show what each method takes, and return the one to propose."""
     rows, fitting = [], []
-    known = [memory for memory in found.values() if isinstance(memory, Memory)]
+    known = [memory for memory in found.values() if isinstance(memory, MemoryEstimate)]
     for name, memory in found.items():
         if isinstance(memory, str):
             rows.append((name, "", memory))
@@ -153,28 +152,28 @@ def _tell_memory(found: dict[str, Memory | str]) -> str:
         rows.append((name, human(memory.needed), "too much" if memory.is_too_much else "fits"))
         if not memory.is_too_much:
             fitting.append(name)
-    free = f"of {human(known[0].free)} on {known[0].where}" if known else ""
+    free = f"of {human(known[0].free)} on {known[0].device_name}" if known else ""
     tell(*columns(["method", ">memory", free], rows, terminal_width()))
     return "lora" if "lora" in fitting else "qlora"
 
 
-def estimates(run: dict[str, Any], model: Path, facts: bases.Facts) -> dict[str, Memory | str]:
+def estimates(run: dict[str, Any], model: Path, stats: base_model.ModelStats) -> dict[str, MemoryEstimate | str]:
     """Return what memory a run takes by each method, as the run itself will say; or why it is not for that method.
 
     Args:
         run: Its keys, as far as they are known.
         model: The directory of its model.
-        facts: What the files of its model say.
+        stats: What the files of its model say.
     """
-    found: dict[str, Memory | str] = {}
+    found: dict[str, MemoryEstimate | str] = {}
     for method in METHODS:
         try:
             config = load_config({"output": "asked", **run, "method": method})
             parts = config.parts(Path("asked"))
-            trainable = facts.parameters
+            trainable = stats.parameters
             if parts.lora is not None:
-                trainable = bases.adapter_parameters(model, parts.lora, trust_remote_code=trusts(parts.arguments))
-            found[method] = memory_of(config, parts.arguments, facts, trainable)
+                trainable = base_model.adapter_parameters(model, parts.lora, trust_remote_code=trusts(parts.arguments))
+            found[method] = estimate_run_memory(config, parts.arguments, stats, trainable)
         except obsfs.ObsfsError as error:
             found[method] = str(error)
     return found

@@ -16,19 +16,19 @@ from typing import Any, NamedTuple
 import obsfs
 from obsfs.errors import ObsfsError, UsageError, first_line
 from obsfs.text import visible
-from trainer import bits
-from trainer.base import (
+from trainer import bitsandbytes_cpu
+from trainer.base_model import (
     PROBE,
-    Base,
+    BaseModel,
+    available_memory,
     empty_model,
     load_tokenizer,
-    memory_available,
     model_class,
-    open_base,
+    open_model,
 )
 from trainer.data import load
-from trainer.place import place_of
-from trainer.quiet import hush, hush_bars
+from trainer.quiet import silence_libraries, silence_progress_bars
+from trainer.run_location import run_location
 
 ADAPTER = "adapter_config.json"
 _SHARD = "4GB"
@@ -94,7 +94,7 @@ class Merged(NamedTuple):
     kept: tuple[str, ...] = ()
 
 
-def base_of(adapter: Base, given: str | None) -> str:
+def base_of(adapter: BaseModel, given: str | None) -> str:
     """The base of an adapter: as given, or as its configuration says. Raises UsageError when it is no adapter."""
     try:
         config = json.loads((adapter.path / ADAPTER).read_bytes())
@@ -107,14 +107,14 @@ def base_of(adapter: Base, given: str | None) -> str:
 
 
 @contextmanager
-def open_adapter(adapter: str, base: str | None, settings: dict[str, Any]) -> Iterator[tuple[Base, Base]]:
+def open_adapter(adapter: str, base: str | None, settings: dict[str, Any]) -> Iterator[tuple[BaseModel, BaseModel]]:
     """An adapter and its base, by directory, URL or name in the library."""
     with ExitStack() as stack:
-        opened = stack.enter_context(open_base(adapter, settings))
+        opened = stack.enter_context(open_model(adapter, settings))
         place = obsfs.on_mount(opened.path) if opened.mountpoint else None
         # The base is where the adapter is, if nobody says otherwise.
         reached = {**(place.settings if place else {}), **settings}
-        yield opened, stack.enter_context(open_base(base_of(opened, base), reached))
+        yield opened, stack.enter_context(open_model(base_of(opened, base), reached))
 
 
 def merge(
@@ -135,7 +135,7 @@ def merge(
     """
     _check_quantizer(quantize, calibrate)
     settings = settings or {}
-    place = place_of(output, settings)
+    place = run_location(output, settings)
     target = Path(output).expanduser()
     if place is None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{output} is there already", "choose another directory")
@@ -143,8 +143,8 @@ def merge(
         raise UsageError(f"{output} is there already", "choose another name or version")
     with ExitStack() as stack:
         tuned, found = stack.enter_context(open_adapter(adapter, base, settings))
-        hush()
-        hush_bars()  # imports transformers, for which no refusal above should wait
+        silence_libraries()
+        silence_progress_bars()  # imports transformers, for which no refusal above should wait
         home = None if place else target.absolute().parent
         if home is not None:
             home.mkdir(parents=True, exist_ok=True)
@@ -223,7 +223,7 @@ def _device(model: Path) -> str:
     import torch
 
     weights = sum(path.stat().st_size for path in model.iterdir() if path.suffix in _WEIGHTS)
-    return "cuda" if torch.cuda.is_available() and weights * _ROOM < memory_available()[0] else "cpu"
+    return "cuda" if torch.cuda.is_available() and weights * _ROOM < available_memory()[0] else "cpu"
 
 
 def _tokenizer(adapter: Path, base: Path) -> Any:
@@ -273,7 +273,7 @@ def _quantize(directory: Path, name: str, samples: list[str] | None) -> list[str
     kept: list[str] = []
     if name == "bnb-4bit":
         empty = empty_model(directory)
-        skipped = bits.never_quantised(empty)
+        skipped = bitsandbytes_cpu.never_quantised(empty)
         kept = [one for one in skipped if empty.get_submodule(one) is not empty.get_output_embeddings()]
         # transformers leaves the head as it is only where nobody names others.
         options["llm_int8_skip_modules"] = skipped if kept else None

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from obsfs.cli.output import human, tell, tell_json
-from trainer.base import Base
+from trainer.base_model import BaseModel
 
 _LOOK_SECONDS = 0.2
 LINE_SECONDS = 10.0
@@ -60,7 +60,7 @@ class Timeline:
         """For people and JSON."""
         return {name: round(seconds, 2) for name, seconds in self.parts.items()}
 
-    def watch_fetch(self, base: Base, until: threading.Event) -> None:
+    def watch_fetch(self, base: BaseModel, until: threading.Event) -> None:
         """Count to ``fetch`` the time in which bytes of the model travel, until the event is set."""
 
         def watch() -> None:
@@ -84,7 +84,9 @@ class Progress(TrainerCallback):
     """A bar on a terminal; without one a line for the first step, for the last, for each evaluation, and now and then
     between them; with `as_json` an object per log instead."""
 
-    def __init__(self, base: Base, timeline: Timeline, *, as_json: bool, on_first_step: Callable[[], None]) -> None:
+    def __init__(
+        self, base: BaseModel, timeline: Timeline, *, as_json: bool, on_first_step: Callable[[], None]
+    ) -> None:
         self._base, self._timeline, self._as_json = base, timeline, as_json
         self._on_first_step = on_first_step
         self._bar: Any = None

@@ -14,7 +14,7 @@ _TALKATIVE = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "kern
 """bitsandbytes warns at its import, on processors with AVX512-BF16, that it found no kernel of the hub for them."""
 
 
-def hush() -> None:
+def silence_libraries() -> None:
     """Have libraries log errors only, and not warn of what will change one day. Call it before their imports."""
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -22,12 +22,12 @@ def hush() -> None:
         warnings.filterwarnings("ignore", category=kind)
 
 
-def hush_bars() -> None:
+def silence_progress_bars() -> None:
     """Have datasets and transformers draw no bars, in addition, and print text by `visible`. Imports them."""
     import datasets
     import transformers
 
-    hush()
+    silence_libraries()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs of an error, it raises too
     transformers.utils.logging.disable_progress_bar()

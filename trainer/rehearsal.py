@@ -32,10 +32,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from obsfs.errors import UsageError, first_line
 from obsfs.text import visible
-from trainer import room
+from trainer import disk_space
 from trainer.config import Parts, TrainConfig
-from trainer.scratch import scratch
-from trainer.setup import load_model, make_trainer, trusts
+from trainer.temporary import temporary_directory
+from trainer.trl_setup import load_model, make_trainer, trusts
 
 _WIDTH, _HEADS = 64, 4
 """Of the stand-in."""
@@ -54,7 +54,7 @@ _OF_THE_MODEL = (
     "target_parameters",
     "trainable_token_indices",
 )
-"""Options of LoraConfig that name parts of the real model: :func:`trainer.base.plan_adapter` looks at those."""
+"""Options of LoraConfig that name parts of the real model: :func:`trainer.base_model.plan_adapter` looks at those."""
 _NOT_FOR_OTHERS = {
     "attn_implementation",
     "gguf_file",
@@ -90,17 +90,17 @@ def rehearse(config: TrainConfig, base: Path, tokenizer: Any) -> None:
     Raises:
         UsageError: It fails; the key at fault is named where one can be found.
     """
-    with _aside():
+    with _without_traces():
         try:
-            with scratch("obsfs-rehearsal-") as place:
-                fault = _find_fault(_Scene(place, config, base, tokenizer), config)
+            with temporary_directory("obsfs-rehearsal-") as place:
+                fault = _find_fault(_Rehearsal(place, config, base, tokenizer), config)
         except OSError:  # no room for a stand-in, or no place
             return
     if fault:
         raise UsageError(fault, "change it; rehearse: false skips this trial on a small model")
 
 
-def _find_fault(scene: _Scene, config: TrainConfig) -> str:
+def _find_fault(scene: _Rehearsal, config: TrainConfig) -> str:
     """What is wrong with a run, in words; empty where nothing is, or where it is in doubt."""
     error = scene.play(config)
     if error is None or scene.play(_plain(config)) is not None:
@@ -143,7 +143,7 @@ def _plain(config: TrainConfig) -> TrainConfig:
     return _without(config, *config.options, *(name for name in _KEYS if name not in config.options))
 
 
-class _Scene:
+class _Rehearsal:
     """A directory with the stand-in, in which runs are tried."""
 
     def __init__(self, place: Path, config: TrainConfig, base: Path, tokenizer: Any) -> None:
@@ -161,7 +161,7 @@ class _Scene:
         except (torch.OutOfMemoryError, MemoryError):
             return None  # not for its settings
         except Exception as error:  # whatever a library says of a value that it does not take
-            return None if room.is_full(error) else error
+            return None if disk_space.is_full(error) else error
         return None
 
     def _step(self, config: TrainConfig, parts: Parts) -> None:
@@ -173,8 +173,7 @@ class _Scene:
             arguments.push_to_hub = False
         get_reporting_integration_callbacks(arguments.report_to)
         arguments.report_to = []  # nobody is told of a rehearsal
-        # How attention is computed is looked at with the real model (trainer.base.check_attention), and takes long to
-        # compile.
+        # trainer.base_model.check_attention tries the attention on the real model; compiling it takes long.
         config = replace(config, attn_implementation=None)
         model = load_model(self._model, LlamaForCausalLM, config, parts, self._init(parts))
         records = _records(config.task, self._tokenizer)
@@ -223,7 +222,7 @@ def _configuration(base: Path, is_trusted: bool) -> Any:
 
     try:
         return AutoConfig.from_pretrained(base, trust_remote_code=is_trusted)
-    except Exception:  # one that brings its own code; check_whole has looked at the rest
+    except Exception:  # one that brings its own code; check_files has looked at the rest
         return None
 
 
@@ -284,7 +283,7 @@ def _records(task: str, tokenizer: Any) -> Any:
 
 
 @contextmanager
-def _aside() -> Iterator[None]:
+def _without_traces() -> Iterator[None]:
     """Leave no trace: nothing of what libraries say, the random numbers that the run will draw, and no memory."""
     before, state, state_of_numpy = logging.root.manager.disable, random.getstate(), numpy.random.get_state()
     logging.disable(logging.CRITICAL)

@@ -18,13 +18,12 @@ import yaml
 from obsfs.cli.output import human, spinner, tell
 from obsfs.errors import UsageError, first_line
 from obsfs.settings import state_dir
-from trainer import base as bases
-from trainer import data, notes, room
+from trainer import base_model, data, disk_space, run_record
 from trainer.config import TASKS, Parts, TrainConfig, load_config
-from trainer.memory import Memory, memory_of
-from trainer.place import place_of
-from trainer.quiet import hush, hush_bars
-from trainer.setup import is_sharded, load_model, make_trainer, trusts
+from trainer.memory_estimate import MemoryEstimate, estimate_run_memory
+from trainer.quiet import silence_libraries, silence_progress_bars
+from trainer.run_location import run_location
+from trainer.trl_setup import is_sharded, load_model, make_trainer, trusts
 
 if TYPE_CHECKING:
     from trainer.checkpoints import Publisher
@@ -34,7 +33,7 @@ _SECRET = {"hub_token", "push_to_hub_token"}
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainResult:
     """What a run has brought.
 
     Where the result is (a directory or a URL), its steps, TRL's metrics of the last log, and where the time went, in
@@ -60,7 +59,7 @@ def train(
     started: float | None = None,
     callbacks: Sequence[Any] = (),
     **overrides: Any,
-) -> Outcome:
+) -> TrainResult:
     """Run `config` (a mapping of keys, or a dataclass), with `overrides`, to its end.
 
     `as_json` prints an object per log; `only_check` stops before the first step; `started` is when the command began
@@ -69,26 +68,26 @@ def train(
     a run that was cut off goes on with ``resume=True``.
     """
     chosen = load_config(config, overrides)
-    place_of(chosen.output, chosen.settings)  # a mount that has died is told before Python imports
-    bases.check_name(chosen.model, chosen.settings)
+    run_location(chosen.output, chosen.settings)  # a mount that has died is told before Python imports
+    base_model.check_name(chosen.model, chosen.settings)
     for place in (*chosen.data, *chosen.eval_data):
         data.check_name(place)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with ExitStack() as waiting, ThreadPoolExecutor(1, "trainer-import") as pool:
         show = waiting.enter_context(spinner("mounting, importing", quiet=as_json or not _is_first()))
-        with bases.open_base(chosen.model, chosen.settings) as base:
-            bases.check_there(base.path)
+        with base_model.open_model(chosen.model, chosen.settings) as base:
+            base_model.require_weights(base.path)
             # A model that is not there is told first. Then the weights travel while Python imports for ten seconds.
             importing = pool.submit(_import, chosen)
             # A check reads the headers alone.
-            stop = bases.prefetch(base) if _is_first_here() and not only_check else threading.Event()
+            stop = base_model.prefetch(base) if _is_first_here() and not only_check else threading.Event()
             try:
                 importing.result()
                 show("checking, loading")
                 run = _Run(chosen, base, as_json, started, callbacks)
-                with room.told_when_full(run.output_dir, Path(tempfile.gettempdir())):
-                    return run.go(stop, only_check, show, waiting.close)
+                with disk_space.explain_full_disk(run.output_dir, Path(tempfile.gettempdir())):
+                    return run.run(stop, only_check, show, waiting.close)
             except RuntimeError as error:
                 if _is_of_another(error):
                     raise UsageError("another process of this run has ended", "it has said why") from None
@@ -98,13 +97,13 @@ def train(
 
 
 def _import(config: TrainConfig) -> None:
-    hush()
+    silence_libraries()
     if config.is_quantized:
         import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
 
     TASKS[config.task].load()
-    hush_bars()
+    silence_progress_bars()
 
 
 def _is_of_another(error: RuntimeError) -> bool:
@@ -124,15 +123,20 @@ def _is_first() -> bool:
 
 class _Run:
     def __init__(
-        self, config: TrainConfig, base: bases.Base, as_json: bool, started: float | None, callbacks: Sequence[Any]
+        self,
+        config: TrainConfig,
+        base: base_model.BaseModel,
+        as_json: bool,
+        started: float | None,
+        callbacks: Sequence[Any],
     ) -> None:
         from trainer.progress import Timeline
 
         self._config, self._base, self._as_json, self._callbacks = config, base, as_json, callbacks
         self._timeline: Timeline = Timeline(started)
         self._timeline.mark("import and mount")
-        self._place = place_of(config.output, config.settings)
-        self._notes = notes.Notes(base=base.name)  # the first process takes more
+        self._place = run_location(config.output, config.settings)
+        self._notes = run_record.RunRecord(base=base.name)  # the first process takes more
         if self._place and "@" in self._place.url.rpartition("/")[2]:
             raise UsageError(
                 f"{config.output} is a version", "name the output without one: its checkpoints become its versions"
@@ -150,9 +154,9 @@ class _Run:
         self._data_notes: list[str] = []
         self._reports: list[data.Report] = []
 
-    def go(
+    def run(
         self, stop: threading.Event, only_check: bool, show: Callable[[str], None], on_ready: Callable[[], None]
-    ) -> Outcome:
+    ) -> TrainResult:
         from trainer import checkpoints
         from trainer.progress import say
 
@@ -160,21 +164,21 @@ class _Run:
         first_step = threading.Event()
         self._timeline.watch_fetch(self._base, first_step)
         with self._timeline.part("check"):
-            facts = bases.check_whole(self._base.path)
-            bases.model_class(self._base.path, trust_remote_code=trusts(arguments))
-            tokenizer = bases.load_tokenizer(self._base.path, trust_remote_code=trusts(arguments))
-            target = data.Target(data.tokenizer_for(tokenizer, arguments), self._base.name, facts.vocabulary)
-            bases.check_tokenizer(target.tokenizer, self._base, facts)
+            stats = base_model.check_files(self._base.path)
+            base_model.model_class(self._base.path, trust_remote_code=trusts(arguments))
+            tokenizer = base_model.load_tokenizer(self._base.path, trust_remote_code=trusts(arguments))
+            target = data.Target(data.tokenizer_for(tokenizer, arguments), self._base.name, stats.vocabulary)
+            base_model.check_tokenizer(target.tokenizer, self._base, stats)
             lora = self._parts.lora
-            trainable, plan = facts.parameters, None
+            trainable, plan = stats.parameters, None
             if lora is not None:
-                plan = bases.plan_adapter(self._base.path, lora, trust_remote_code=trusts(arguments))
+                plan = base_model.plan_adapter(self._base.path, lora, trust_remote_code=trusts(arguments))
                 trainable = plan.parameters
-            memory = self._check_memory(facts, trainable)
-            if (short := room.check(self.output_dir, arguments, trainable)) and self._is_main:
+            memory = self._check_memory(stats, trainable)
+            if (short := disk_space.check(self.output_dir, arguments, trainable)) and self._is_main:
                 say(short)
             if self._is_main:
-                self._notes = notes.take(self._config, self._parts, self._base, plan)
+                self._notes = run_record.take(self._config, self._parts, self._base, plan)
             checkpoint = self._prepare_output()
         if checkpoint and checkpoints.is_finished(checkpoint, arguments) and not only_check:
             return self._publish_finished(checkpoint)
@@ -191,8 +195,8 @@ class _Run:
         if only_check:
             on_ready()
             checked: dict[str, float] = {
-                "parameters": facts.parameters,
-                "bytes": facts.size,
+                "parameters": stats.parameters,
+                "bytes": stats.size,
                 "trainable": trainable,
                 "memory": memory.needed,
                 "memory_free": memory.free,
@@ -200,7 +204,7 @@ class _Run:
             }
             if report.total is not None:
                 checked["records"] = report.total
-            return Outcome(self._config.output, 0, 0, checked, self._timeline.rounded(), notes=self._data_notes)
+            return TrainResult(self._config.output, 0, 0, checked, self._timeline.rounded(), notes=self._data_notes)
         # The whole of the data becomes tokens while the weights are loaded.
         with ThreadPoolExecutor(1, "trainer-load") as pool:
             loading = pool.submit(self._load_model)
@@ -223,13 +227,13 @@ class _Run:
         name = self._place.url.rpartition("/")[2]
         return state_dir() / "runs" / f"{name}-{hashlib.sha256(self._place.url.encode()).hexdigest()[:8]}"
 
-    def _check_memory(self, facts: bases.Facts, trainable: int) -> Memory:
+    def _check_memory(self, stats: base_model.ModelStats, trainable: int) -> MemoryEstimate:
         """What training needs. Raises UsageError when that is surely too much."""
         config, arguments = self._config, self._parts.arguments
-        memory = memory_of(config, arguments, facts, trainable)
+        memory = estimate_run_memory(config, arguments, stats, trainable)
         if config.check_memory and not is_sharded(arguments) and memory.is_too_much:
             raise UsageError(
-                f"training needs about {human(memory.needed)} of memory, and {memory.where} has "
+                f"training needs about {human(memory.needed)} of memory, and {memory.device_name} has "
                 f"{human(memory.free)} free",
                 "method qlora, or a smaller per_device_train_batch_size or max_length, needs less; "
                 "check_memory: false tries all the same",
@@ -291,11 +295,11 @@ class _Run:
         from trainer import checkpoints
         from trainer.progress import say
 
-        then = notes.read(checkpoint)
+        then = run_record.read(checkpoint)
         if then is None:
             say(f"{checkpoint.name} does not say what it was made with: its base, method and modules are not compared")
         else:
-            notes.refuse_other(checkpoint.name, then, self._notes)
+            run_record.refuse_other(checkpoint.name, then, self._notes)
         if self._parts.arguments.load_best_model_at_end and not self._has_result(checkpoint):
             checkpoints.bring_best(checkpoint, self._place)
 
@@ -303,23 +307,23 @@ class _Run:
         """Note what the data is, and say what is other than it was when the checkpoint was made."""
         from trainer.progress import say
 
-        self._notes = replace(self._notes, data={**self._notes.data, **notes.data_of(train_data)})
-        then = notes.read(checkpoint) if checkpoint else None
-        if checkpoint and then and (changed := notes.changes(then, self._notes)):
+        self._notes = replace(self._notes, data={**self._notes.data, **run_record.data_of(train_data)})
+        then = run_record.read(checkpoint) if checkpoint else None
+        if checkpoint and then and (changed := run_record.changes(then, self._notes)):
             say(f"since {checkpoint.name} the run has changed: {changed}")
 
     def _rehearse(self, tokenizer: Any) -> None:
         from trainer.rehearsal import can_rehearse, rehearse
 
         if name := self._config.attn_implementation:
-            bases.check_attention(self._base.path, name, trust_remote_code=trusts(self._parts.arguments))
+            base_model.check_attention(self._base.path, name, trust_remote_code=trusts(self._parts.arguments))
         if can_rehearse(self._parts.arguments):
             rehearse(self._config, self._base.path, tokenizer)
 
     def _load_model(self) -> Any:
         config, trusted = self._config, trusts(self._parts.arguments)
         with self._timeline.part("load"), self._timeline.quantising() if config.is_quantized else nullcontext():
-            kind = bases.model_class(self._base.path, trust_remote_code=trusted)
+            kind = base_model.model_class(self._base.path, trust_remote_code=trusted)
             return load_model(self._base.path, kind, config, self._parts)
 
     def _read_data(self, target: data.Target) -> list[data.Loaded]:
@@ -404,7 +408,7 @@ class _Run:
         self._data_figures["records_dropped"] = dropped
         self._note([f"{dropped:,} of {len(given):,} records are dropped: {behind}"])
 
-    def _train(self, trainer: Any, checkpoint: Path | None, began: threading.Event) -> Outcome:
+    def _train(self, trainer: Any, checkpoint: Path | None, began: threading.Event) -> TrainResult:
         import torch
         from transformers import PrinterCallback
 
@@ -420,7 +424,7 @@ class _Run:
         if self._is_main:
             trainer.add_callback(progress)
             checkpoints.write_run(self.output_dir, self._to_yaml())
-            if not (self.output_dir / notes.NAME).exists():  # by which the next run knows the directory as ours
+            if not (self.output_dir / run_record.NAME).exists():  # by which the next run knows the directory as ours
                 self._notes.write(self.output_dir)
             if checkpoint and not self._as_json:
                 say(f"going on from {checkpoint.name}")
@@ -464,14 +468,14 @@ class _Run:
 
     def _publish(
         self, publisher: Publisher | None, steps: int, checkpoint: Path | None, metrics: dict[str, float]
-    ) -> Outcome:
+    ) -> TrainResult:
         from trainer.checkpoints import step_of
 
         if publisher is not None:
             publisher.put(self.output_dir, None)
             with self._timeline.part("publish"):
                 publisher.finish()
-        return Outcome(
+        return TrainResult(
             self._place.url if self._place else str(self.output_dir),
             steps,
             step_of(checkpoint) if checkpoint else 0,
@@ -481,7 +485,7 @@ class _Run:
             notes=self._data_notes,
         )
 
-    def _publish_finished(self, checkpoint: Path) -> Outcome:
+    def _publish_finished(self, checkpoint: Path) -> TrainResult:
         """The run had come to its end: its last checkpoint, or its best, has the result. (transformers would take one
         step more.) A result that is there already stays."""
         from trainer import checkpoints
@@ -503,7 +507,7 @@ class _Run:
         """Whether what lies in the place of the result is that of the run that ended with a checkpoint."""
         from trainer import checkpoints
 
-        found = notes.read(self.output_dir)
+        found = run_record.read(self.output_dir)
         has_weights = any(self.output_dir.glob("*.safetensors"))
         return has_weights and found is not None and found.ended_at == checkpoints.step_of(checkpoint)
 

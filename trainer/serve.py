@@ -20,10 +20,10 @@ from obsfs.cli.output import tell
 from obsfs.errors import UsageError, first_line
 from obsfs.service import children
 from obsfs.settings import state_dir
-from trainer import bits
-from trainer.base import Base, open_base, refuse_other_kinds
+from trainer import bitsandbytes_cpu
+from trainer.base_model import BaseModel, open_model, refuse_other_kinds
 from trainer.merge import ADAPTER, merge, open_adapter
-from trainer.scratch import scratch
+from trainer.temporary import temporary_directory
 
 BACKENDS = ("transformers", "vllm", "sglang")
 _START_SECONDS = 600.0
@@ -89,18 +89,18 @@ def serve(
         base, tuned = _open(stack, model, adapter, settings)
         if chosen == "transformers":
             refuse_other_kinds(base.path)
-            bits.refuse_unservable(base.path)
+            bitsandbytes_cpu.refuse_unservable(base.path)
         _tell_of_template(base, tuned, is_chat=quiet, extra=extra)
         path, adapter_path = base.path, tuned.path if tuned else None
         if tuned is not None and chosen == "transformers":
-            path = stack.enter_context(scratch("obsfs-serve-")) / tuned.path.name
+            path = stack.enter_context(temporary_directory("obsfs-serve-")) / tuned.path.name
             merge(str(tuned.path), str(path), base=str(base.path), settings=settings)
             adapter_path = None
         command = command_of(chosen, path, adapter_path, ["--host", host, "--port", str(port)], extra)
         silence = subprocess.DEVNULL if quiet else None
         # In a directory of its own: the model's, or the one above it, may hold anything. transformers, which is told
         # no other name to serve a model by, finds it there.
-        home = stack.enter_context(scratch("obsfs-serve-"))
+        home = stack.enter_context(temporary_directory("obsfs-serve-"))
         (home / path.name).symlink_to(path.absolute())
         process = subprocess.Popen(
             [children.program(command[0]), *command[1:]],
@@ -115,18 +115,20 @@ def serve(
         yield Server(url, (adapter_path or path).name, process)
 
 
-def _open(stack: ExitStack, model: str, adapter: str | None, settings: dict[str, Any]) -> tuple[Base, Base | None]:
+def _open(
+    stack: ExitStack, model: str, adapter: str | None, settings: dict[str, Any]
+) -> tuple[BaseModel, BaseModel | None]:
     if adapter is not None:
         tuned, base = stack.enter_context(open_adapter(adapter, model, settings))
         return base, tuned
-    found = stack.enter_context(open_base(model, settings))
+    found = stack.enter_context(open_model(model, settings))
     if (found.path / ADAPTER).exists() and not (found.path / "config.json").exists():
         tuned, base = stack.enter_context(open_adapter(model, None, settings))
         return base, tuned
     return found, None
 
 
-def _tell_of_template(base: Base, tuned: Base | None, *, is_chat: bool, extra: Sequence[str]) -> None:
+def _tell_of_template(base: BaseModel, tuned: BaseModel | None, *, is_chat: bool, extra: Sequence[str]) -> None:
     """Say at the start what every request for a chat would be refused for. Raises UsageError where that is all there is
     to do."""
     source = tuned if tuned and (tuned.path / "tokenizer_config.json").exists() else base

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from obsfs import ObsfsError
 from trainer.config import TrainConfig, load_config, parse_overrides, read_yaml, refuse_unknown
-from trainer.keys import BARE
+from trainer.config_keys import BARE
 
 RUN = {"model": "m", "data": "d.jsonl", "output": "o"}
 
@@ -149,28 +149,28 @@ def test_what_the_keys_take_is_what_the_libraries_say() -> None:
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
 
-    from trainer import keys
+    from trainer import config_keys
     from trainer.config import TASKS
 
     for task in TASKS.values():
         config, _ = task.load()
-        read = keys.dataclass_keys(task.module, f"{task.name}Config")
+        read = config_keys.dataclass_keys(task.module, f"{task.name}Config")
         assert read is not None
         assert read.keys() == {one.name for one in dataclasses.fields(config) if one.init}
         usual = {one.name: one.default for one in dataclasses.fields(config) if one.default is not dataclasses.MISSING}
         for name, default in usual.items():
-            if default is not None and name not in keys.BOUNDS:
-                keys.checked(name, default, read[name], name)
+            if default is not None and name not in config_keys.BOUNDS:
+                config_keys.checked(name, default, read[name], name)
         assert read["learning_rate"] is float
         assert read["per_device_train_batch_size"] is int
-    lora = keys.dataclass_keys("peft", "LoraConfig")
+    lora = config_keys.dataclass_keys("peft", "LoraConfig")
     assert lora is not None
     assert lora.keys() == {one.name for one in dataclasses.fields(LoraConfig) if one.init}
-    bits = keys.signature_keys("transformers", "BitsAndBytesConfig")
+    bits = config_keys.signature_keys("transformers", "BitsAndBytesConfig")
     assert bits is not None
     assert bits.keys() == inspect.signature(BitsAndBytesConfig).parameters.keys() - {"kwargs"}
-    assert keys.dataclass_keys("no_such_package", "SFTConfig") is None
-    assert keys.dataclass_keys("trl", "NoSuchConfig") is None
+    assert config_keys.dataclass_keys("no_such_package", "SFTConfig") is None
+    assert config_keys.dataclass_keys("trl", "NoSuchConfig") is None
 
 
 def test_values_are_taken_as_programs_and_yaml_write_them() -> None:
@@ -224,7 +224,7 @@ def test_files_of_other_trainers_are_known(text: str, told: list[str], tmp_path:
 
 def test_what_other_trainers_keys_are_here_exists_here() -> None:
     from trainer.config import _ALIASES, known_keys
-    from trainer.foreign import _TOOLS
+    from trainer.other_trainers import _TOOLS
 
     known = {*_ALIASES, *(name for task in ("sft", "dpo", "simpo") for name in known_keys(task) or ())}
     for names in _TOOLS.values():
@@ -254,10 +254,10 @@ def test_a_package_that_only_an_option_needs_is_named(
     there = importlib.util.find_spec
     optional = {"swanlab", "comet_ml", "liger_kernel", "galore_torch", "schedulefree", "torchao", "deepspeed",
                 "flash_attn", "kernels"}  # fmt: skip
-    monkeypatch.setattr("trainer.needs.find_spec", lambda name: None if name in optional else there(name))
+    monkeypatch.setattr("trainer.optional_packages.find_spec", lambda name: None if name in optional else there(name))
     with pytest.raises(ObsfsError, match=f"needs the package {package}: pip install {package}$"):
         load_config({**RUN, **given})
-    monkeypatch.setattr("trainer.needs.find_spec", lambda name: there("json"))
+    monkeypatch.setattr("trainer.optional_packages.find_spec", lambda name: there("json"))
     load_config({**RUN, **given})
 
 

@@ -17,11 +17,11 @@ import obsfs as package
 from obsfs import ObsfsError
 from tests.conftest import Mounter, Store
 from tests.trainer.conftest import CHOICES, ROWS, write_lines
-from trainer import base
+from trainer import base_model
 from trainer.commands import train
 from trainer.config import METHODS, load_config, lora_config
 from trainer.guide import estimates, found_models, missing_bytes
-from trainer.memory import Memory, memory_of
+from trainer.memory_estimate import MemoryEstimate, estimate_run_memory
 from trainer.run import train as run
 
 _RUN = {"model": "m", "data": "d.jsonl", "output": "o"}
@@ -107,12 +107,12 @@ def test_an_adapter_is_counted_without_weights(tmp_path: Path) -> None:
         num_key_value_heads=2,
         architectures=["Qwen2ForCausalLM"],
     ).save_pretrained(tmp_path)
-    assert base.adapter_parameters(tmp_path, lora_config()) == _ADAPTER
-    assert base.adapter_parameters(tmp_path, lora_config(r=32, init_lora_weights="pissa")) == 2 * _ADAPTER
+    assert base_model.adapter_parameters(tmp_path, lora_config()) == _ADAPTER
+    assert base_model.adapter_parameters(tmp_path, lora_config(r=32, init_lora_weights="pissa")) == 2 * _ADAPTER
     with pytest.raises(ObsfsError, match="no_such_module"):
-        base.adapter_parameters(tmp_path, lora_config(target_modules=["no_such_module"]))
+        base_model.adapter_parameters(tmp_path, lora_config(target_modules=["no_such_module"]))
     with pytest.raises(ObsfsError, match="positive"):
-        base.adapter_parameters(tmp_path, lora_config(r=-4))
+        base_model.adapter_parameters(tmp_path, lora_config(r=-4))
 
 
 def test_a_name_that_means_nothing_in_the_model_is_told(tiny: Path) -> None:
@@ -131,21 +131,21 @@ def test_a_name_that_means_nothing_in_the_model_is_told(tiny: Path) -> None:
         ({"layer_replication": [[0, 2], [0, 2]]}, "the adapter cannot be made: "),
     ):  # fmt: skip
         with pytest.raises(ObsfsError) as caught:
-            base.plan_adapter(tiny, lora_config(**given))
+            base_model.plan_adapter(tiny, lora_config(**given))
         assert message in str(caught.value)
-    plan = base.plan_adapter(
+    plan = base_model.plan_adapter(
         tiny, lora_config(target_modules=["self_attn.q_proj", "v_proj"], modules_to_save=["lm_head"])
     )
     assert plan.modules == ("q_proj", "v_proj")
 
 
 def test_memory_grows_with_what_is_trained() -> None:
-    seven = base.Facts(7_600_000_000, 1_090_000_000, 15_200_000_000, 28, 3584, 152_064)
+    seven = base_model.ModelStats(7_600_000_000, 1_090_000_000, 15_200_000_000, 28, 3584, 152_064)
 
     def needed(task: str, method: str) -> int:
         config = load_config({**_RUN, "task": task, "method": method, "per_device_train_batch_size": 1})
         trainable = seven.parameters if method == "full" else 40_370_176
-        return memory_of(config, config.parts(Path("o")).arguments, seven, trainable).needed
+        return estimate_run_memory(config, config.parts(Path("o")).arguments, seven, trainable).needed
 
     found = {method: needed("sft", method) for method in METHODS}
     assert found["qlora"] < found["lora"] == found["dora"] < found["full"]
@@ -167,7 +167,7 @@ def test_memory_grows_with_what_is_trained() -> None:
 def test_the_guide_and_the_run_give_one_answer(given: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
     data = write_lines(tmp_path / "d.jsonl", CHOICES if "task" in given else ROWS)
     keys = {"model": str(tiny), "data": str(data), "rehearse": False, "report_to": "none", **given}
-    found = estimates(keys, tiny, base.check_whole(tiny))
+    found = estimates(keys, tiny, base_model.check_files(tiny))
     for method in ("lora", "qlora"):
         checked = run({**keys, "method": method, "output": str(tmp_path / method)}, only_check=True)
         memory = found[method]
@@ -179,7 +179,7 @@ def test_the_guide_and_the_run_give_one_answer(given: dict[str, Any], tiny: Path
 
 def test_the_guide_takes_for_too_much_what_a_run_refuses() -> None:
     for needed, is_too_much in ((100, False), (125, False), (126, True)):
-        assert Memory(needed, 100, "a GPU").is_too_much is is_too_much
+        assert MemoryEstimate(needed, 100, "a GPU").is_too_much is is_too_much
 
 
 @pytest.mark.parametrize(
@@ -194,14 +194,14 @@ def test_the_guide_takes_for_too_much_what_a_run_refuses() -> None:
 def test_memory_is_estimated_near_what_a_gpu_took(
     task: str, method: str, batch: int, length: int, measured: int
 ) -> None:
-    facts = base.Facts(1_543_714_304, 233_373_696, 3_087_624_530, 28, 1536, 151_936)
-    estimate = base.estimate_memory(
-        facts,
+    stats = base_model.ModelStats(1_543_714_304, 233_373_696, 3_087_624_530, 28, 1536, 151_936)
+    estimate = base_model.estimate_memory(
+        stats,
         task=task,
         method=method,
         bits=4 if method == "qlora" else None,
         dtype="float32" if method == "full" else "bfloat16",
-        trainable=facts.parameters if method == "full" else _ADAPTER,
+        trainable=stats.parameters if method == "full" else _ADAPTER,
         batch=batch,
         length=length,
         checkpointing=True,
@@ -210,7 +210,7 @@ def test_memory_is_estimated_near_what_a_gpu_took(
 
 
 def test_the_memory_of_a_machine_is_known() -> None:
-    free, where = base.memory_available()
+    free, where = base_model.available_memory()
     assert free > 0
     assert where
 

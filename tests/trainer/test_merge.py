@@ -1,4 +1,4 @@
-"""Adapters into their bases."""
+"""Adapters into their base models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from obsfs import ObsfsError
 from obsfs.errors import UsageError
 from tests.conftest import Store
 from tests.trainer.test_train import logits_of
-from trainer.base import load_tokenizer
+from trainer.base_model import load_tokenizer
 from trainer.merge import calibration, merge
 
 
@@ -99,17 +99,17 @@ def test_a_model_that_cannot_be_served_here_is_refused(
     import torch
     from transformers import BitsAndBytesConfig
 
-    from trainer import bits
+    from trainer import bitsandbytes_cpu
 
     options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
     load(tiny, quantization_config=options).save_pretrained(tmp_path / "four")
-    monkeypatch.setattr(bits, "_has_gpu", lambda: False)
-    monkeypatch.setattr(bits, "_has_avx512_bf16", lambda: True)
-    bits.refuse_unservable(tiny)
+    monkeypatch.setattr(bitsandbytes_cpu, "_has_gpu", lambda: False)
+    monkeypatch.setattr(bitsandbytes_cpu, "_has_avx512_bf16", lambda: True)
+    bitsandbytes_cpu.refuse_unservable(tiny)
     with pytest.raises(UsageError, match=r"k_proj of .* has 16 x 64 weights of 4 bits.*AVX512-BF16"):
-        bits.refuse_unservable(tmp_path / "four")
-    monkeypatch.setattr(bits, "_has_avx512_bf16", lambda: False)
-    bits.refuse_unservable(tmp_path / "four")
+        bitsandbytes_cpu.refuse_unservable(tmp_path / "four")
+    monkeypatch.setattr(bitsandbytes_cpu, "_has_avx512_bf16", lambda: False)
+    bitsandbytes_cpu.refuse_unservable(tmp_path / "four")
 
 
 @pytest.mark.slow
@@ -174,7 +174,7 @@ def test_an_adapter_that_fits_only_in_part_is_refused(tiny: Path, tmp_path: Path
 def test_a_model_that_does_not_go_on_with_a_text_is_named(name: str, tmp_path: Path) -> None:
     import transformers
 
-    from trainer.base import model_class, refuse_other_kinds
+    from trainer.base_model import model_class, refuse_other_kinds
 
     config = getattr(transformers, name).config_class(architectures=[name])
     config.save_pretrained(tmp_path)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from trainer.quiet import hush_bars
+from trainer.quiet import silence_progress_bars
 
 
 def test_a_warning_of_transformers_acts_on_no_terminal() -> None:
-    hush_bars()
+    silence_progress_bars()
     handlers = logging.getLogger("transformers").handlers
     record = logging.LogRecord("transformers.x", logging.WARNING, "", 0, "a model of type %s", ("e\x1b[2J\n",), None)
     assert handlers

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from obsfs import ObsfsError
 from tests.trainer.conftest import QUICK
-from trainer.base import load_tokenizer
+from trainer.base_model import load_tokenizer
 from trainer.config import load_config
 from trainer.rehearsal import can_rehearse, rehearse
 

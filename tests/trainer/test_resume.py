@@ -20,8 +20,8 @@ import pytest
 import obsfs
 from tests.conftest import Store, contents, stop_group
 from tests.trainer.conftest import QUICK, ROWS, Losses, write_lines
-from trainer import checkpoints, notes
-from trainer.place import Place
+from trainer import checkpoints, run_record
+from trainer.run_location import RunLocation
 
 RUN = {**QUICK, "method": "qlora", "max_steps": 12, "save_strategy": "steps", "save_steps": 2}
 _SECONDS = 120
@@ -61,7 +61,7 @@ def test_killed_and_resumed_it_is_as_if_nothing_had_happened(
 ) -> None:
     undisturbed = Losses()
     run(**{**RUN, "data": str(rows), "callbacks": [undisturbed.callback]})
-    place = Place(f"{bucket}/adapters/killed", {})
+    place = RunLocation(f"{bucket}/adapters/killed", {})
     given = {"model": model, "data": str(rows), "output": place.url}
     for seed in (1, 2):
         process = start(tmp_path, "--resume", **given)
@@ -148,13 +148,13 @@ def test_a_run_goes_on_only_from_what_it_was_made_with(
     assert "learning_rate 0.005 then, 0.001 now (the optimiser's state has 0.005" in told
     # What an older version has made says nothing; what a later one has made, nobody here can read.
     checkpoint = tmp_path / "out" / "checkpoint-4"
-    made_with = json.loads((checkpoint / notes.NAME).read_bytes())
-    (checkpoint / notes.NAME).unlink()
+    made_with = json.loads((checkpoint / run_record.NAME).read_bytes())
+    (checkpoint / run_record.NAME).unlink()
     checkpoints.seal(checkpoint)
     assert run(**{**given, "max_steps": 6}).steps == 6
     assert "checkpoint-4 does not say what it was made with" in capsys.readouterr().err
     checkpoint = tmp_path / "out" / "checkpoint-6"
-    (checkpoint / notes.NAME).write_text(json.dumps({**made_with, "version": 2}))
+    (checkpoint / run_record.NAME).write_text(json.dumps({**made_with, "version": 2}))
     checkpoints.seal(checkpoint)
     with pytest.raises(obsfs.ObsfsError, match="by a later version of obsfs"):
         run(**{**given, "max_steps": 8})
@@ -195,23 +195,25 @@ def test_the_best_of_a_run_stays_its_result(
     assert checkpoints.local_steps(checkpoint_place(url)) == [2, 8]
     # Without the best checkpoint there is nothing to give.
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "fourth"))
-    Place(url, {}).remove(2)
+    RunLocation(url, {}).remove(2)
     with pytest.raises(obsfs.ObsfsError, match="the best checkpoint of the run, checkpoint-2, is gone"):
         run(**{**given, "max_steps": 10}, resume=True)
 
 
 def test_what_cannot_change_is_refused_and_what_can_is_said(tiny: Path, tmp_path: Path) -> None:
-    from trainer import base
+    from trainer import base_model
     from trainer.config import load_config
 
-    def noted(**given: Any) -> notes.Notes:
+    def noted(**given: Any) -> run_record.RunRecord:
         config = load_config({"model": str(tiny), "data": "d", "output": "o", "method": "lora", **given})
         parts = config.parts(tmp_path)
-        return notes.take(config, parts, base.Base(tiny, str(tiny)), base.plan_adapter(tiny, parts.lora))
+        return run_record.take(
+            config, parts, base_model.BaseModel(tiny, str(tiny)), base_model.plan_adapter(tiny, parts.lora)
+        )
 
     then = noted()
     then.write(tmp_path)
-    assert notes.read(tmp_path) == then
+    assert run_record.read(tmp_path) == then
     for changed, message in (
         ({"lora_alpha": 8}, "lora_alpha 32, not 8"),
         ({"method": "dora"}, "method lora, not dora"),
@@ -222,15 +224,15 @@ def test_what_cannot_change_is_refused_and_what_can_is_said(tiny: Path, tmp_path
         ({"load_in_8bit": True}, "base in 4 or 8 bits False, not True"),
     ):
         with pytest.raises(obsfs.ObsfsError, match=re.escape(message)):
-            notes.refuse_other("checkpoint-2", then, noted(**changed))
+            run_record.refuse_other("checkpoint-2", then, noted(**changed))
     now = noted(optim="adamw_torch", per_device_train_batch_size=3, seed=7, data=["d", "e"])
-    notes.refuse_other("checkpoint-2", then, now)
-    told = notes.changes(then, now)
+    run_record.refuse_other("checkpoint-2", then, now)
+    told = run_record.changes(then, now)
     for text in ("data d then, d, e now", "per_device_train_batch_size 8 then, 3 now", "seed 42 then, 7 now"):
         assert text in told
-    assert notes.changes(then, noted()) == ""
-    (tmp_path / notes.NAME).write_text("{")
-    assert notes.read(tmp_path) is None
+    assert run_record.changes(then, noted()) == ""
+    (tmp_path / run_record.NAME).write_text("{")
+    assert run_record.read(tmp_path) is None
 
 
 def test_a_seal_can_be_renewed(tmp_path: Path) -> None:
@@ -278,11 +280,11 @@ def test_what_somebody_else_has_made_is_not_overwritten(name: str, tmp_path: Pat
 def test_a_model_is_known_by_its_weights(tiny: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(tiny, copy)
-    assert notes.digest_model(copy) == notes.digest_model(tiny)
+    assert run_record.digest_model(copy) == run_record.digest_model(tiny)
     shard = max(copy.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[: size // 2] + bytes(size - size // 2))
-    assert notes.digest_model(copy) != notes.digest_model(tiny)
+    assert run_record.digest_model(copy) != run_record.digest_model(tiny)
 
 
 @pytest.mark.slow

@@ -19,8 +19,8 @@ import obsfs
 from obsfs import ObsfsError
 from tests.conftest import Mounter, Store
 from tests.trainer.conftest import CHOICES, JUDGED, QUICK, ROWS, Losses, write_lines
-from trainer import base as bases
-from trainer.place import Place
+from trainer import base_model
+from trainer.run_location import RunLocation
 
 Train = Callable[..., Any]
 _DATA = {"sft": ROWS, "kto": JUDGED}
@@ -201,7 +201,7 @@ def test_what_cannot_be_run_is_told_before_it_starts(
 ) -> None:
     import shutil
 
-    from trainer import memory
+    from trainer import memory_estimate
 
     def refused(message: str, **given: Any) -> None:
         with pytest.raises(ObsfsError) as caught:
@@ -242,7 +242,7 @@ def test_what_cannot_be_run_is_told_before_it_starts(
     (tmp_path / "file").write_text("")
     refused("cannot be written", output=str(tmp_path / "file" / "below"))
     refused("q_projj", target_modules=["q_projj"], output=str(tmp_path / "o"))
-    monkeypatch.setattr(memory, "memory_available", lambda: (1 << 20, "this machine"))
+    monkeypatch.setattr(memory_estimate, "available_memory", lambda: (1 << 20, "this machine"))
     refused("MiB of memory, and this machine has 1.0 MiB free")
     assert run(data=str(rows), max_steps=1, check_memory=False, output=str(tmp_path / "tried")).steps == 1
 
@@ -255,9 +255,9 @@ def test_a_check_trains_nothing(run: Train, rows: Path, bucket: Store) -> None:
     assert 0 < outcome.metrics["memory"] < outcome.metrics["memory_free"]
     assert "Contents" not in bucket.client.list_objects_v2(Bucket=bucket.name, Prefix="adapters/a")
     # The server keeps the directory that was written to on trial.
-    assert not Place(f"{bucket}/adapters/a", {}).is_taken()
+    assert not RunLocation(f"{bucket}/adapters/a", {}).is_taken()
     bucket.put("adapters/b", b"somebody's")
-    assert Place(f"{bucket}/adapters/b", {}).is_taken()
+    assert RunLocation(f"{bucket}/adapters/b", {}).is_taken()
 
 
 class _Clock:
@@ -277,7 +277,7 @@ def test_without_a_terminal_a_line_comes_now_and_then(
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from trainer import progress
-    from trainer.base import Base
+    from trainer.base_model import BaseModel
 
     clock = _Clock()
     monkeypatch.setattr(progress, "time", clock)
@@ -287,7 +287,7 @@ def test_without_a_terminal_a_line_comes_now_and_then(
         number: int, *, seconds: float, log_every: int, judge_every: int = 1000, as_json: bool = False
     ) -> list[str]:
         state, control = TrainerState(max_steps=number), TrainerControl()
-        shown = progress.Progress(Base(tiny, "m"), progress.Timeline(1000.0), as_json=as_json, on_first_step=list)
+        shown = progress.Progress(BaseModel(tiny, "m"), progress.Timeline(1000.0), as_json=as_json, on_first_step=list)
         shown.on_train_begin(arguments, state, control, model=model)
         for step in range(1, number + 1):
             clock.now += seconds
@@ -327,14 +327,14 @@ def test_a_run_goes_on_when_nobody_reads_on(tiny: Path, monkeypatch: pytest.Monk
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from trainer import progress
-    from trainer.base import Base
+    from trainer.base_model import BaseModel
 
     reader, writer = os.pipe()
     os.close(reader)
     clock = _Clock()
     monkeypatch.setattr(progress, "time", clock)
     arguments, state, control = TrainingArguments("unused", use_cpu=True), TrainerState(max_steps=3), TrainerControl()
-    shown = progress.Progress(Base(tiny, "m"), progress.Timeline(1000.0), as_json=as_json, on_first_step=list)
+    shown = progress.Progress(BaseModel(tiny, "m"), progress.Timeline(1000.0), as_json=as_json, on_first_step=list)
     ended = False
     with suppress(BrokenPipeError), os.fdopen(writer, "w") as broken:  # closing it fails with what was not written
         monkeypatch.setattr("sys.stdout" if as_json else "sys.stderr", broken)
@@ -485,11 +485,11 @@ def test_a_model_with_code_of_its_own_is_refused_by_the_key_that_allows_it(tiny:
     )
     for options in ({}, {"trust_remote_code": False}):
         with pytest.raises(ObsfsError) as caught:
-            bases.model_class(own, **options)
+            base_model.model_class(own, **options)
         assert str(caught.value).startswith(f"{own} needs Python code of its own (configuration_own.py), which is not")
         assert "trust_remote_code: true" in str(caught.value)
         assert not ran.exists()
-    assert bases.model_class(own, trust_remote_code=True).__name__ == "Qwen2ForCausalLM"
+    assert base_model.model_class(own, trust_remote_code=True).__name__ == "Qwen2ForCausalLM"
     assert ran.exists()
 
 

@@ -5,7 +5,7 @@ loaded (check.py)."""
 from trainer.data.check import Limits, Report, look, measure
 from trainer.data.formats import is_conversation, recognise, shown
 from trainer.data.loading import Loaded, load, load_all
-from trainer.data.places import BUILTIN, check_name, find
+from trainer.data.sources import BUILTIN, check_name, find
 from trainer.data.tokens import Target, Tokeniser, tokenise, tokenizer_for, what_is_learned
 
 __all__ = [

@@ -12,7 +12,7 @@ from obsfs.errors import UsageError
 from obsfs.text import visible
 from trainer.data import messages as chats
 from trainer.data.formats import Record, is_conversation
-from trainer.data.loading import SAMPLE, Loaded, Places
+from trainer.data.loading import SAMPLE, Loaded, RecordOrigins
 from trainer.data.tokens import (
     IGNORED,
     Target,
@@ -182,7 +182,7 @@ def measure(loaded: Loaded, report: Report, target: Target, limits: Limits) -> T
 class _Measurer:
     """Gives the length of a record in tokens, for ``Dataset.map``."""
 
-    def __init__(self, target: Target, limits: Limits, places: Places) -> None:
+    def __init__(self, target: Target, limits: Limits, places: RecordOrigins) -> None:
         self._target, self._limits, self._places = target, limits, places
 
     def __call__(self, record: Record, index: int) -> dict[str, int]:

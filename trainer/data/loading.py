@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from obsfs.errors import UsageError, first_line
 from trainer.data import reading
-from trainer.data.account import Account, entry
 from trainer.data.formats import (
     Format,
     Made,
@@ -25,15 +24,16 @@ from trainer.data.formats import (
     shown,
     without_nulls,
 )
-from trainer.data.places import find
+from trainer.data.sources import find
+from trainer.data.unused_fields import UnusedFields, entry
 
 SAMPLE = 256
 """Records of streamed data that are looked at before the run: what they hold, all others are to hold."""
 _ENTRY = "account"
-"""The column that :func:`trainer.data.account.entry` is kept in until it is counted."""
+"""The column that :func:`trainer.data.unused_fields.entry` is kept in until it is counted."""
 
 
-class Places(NamedTuple):
+class RecordOrigins(NamedTuple):
     """Where the records of one data set come from. A size is None where a place is streamed."""
 
     names: tuple[str, ...]
@@ -55,12 +55,12 @@ class Loaded(NamedTuple):
     """One data set of all places: a ``Dataset``, or an ``IterableDataset`` when it is streamed.
 
     `accounts` are of what is not used, for each place; `kinds` has the index of the first record of each kind, as
-    :func:`trainer.data.account.kind` tells them apart (none when streamed). `notes` say what was not even read.
+    :func:`trainer.data.unused_fields.kind` tells them apart (none when streamed). `notes` say what was not even read.
     """
 
     records: Any
-    places: Places
-    accounts: list[Account]
+    places: RecordOrigins
+    accounts: list[UnusedFields]
     kinds: list[int]
     unread: list[str]
 
@@ -98,7 +98,7 @@ class Converter:
         shape: Shape,
         ignored: Collection[str],
         *,
-        account: Account | None,
+        account: UnusedFields | None,
         becomes: str,
     ) -> None:
         self._form, self._task, self._shape, self._where = raw.form, task, shape, raw.place
@@ -158,8 +158,8 @@ def load_all(
     parts, accounts, kinds, forms, before = [], [], [], dict[str, str](), 0
     for raw, own in zip(raws, shapes, strict=True):
         shape = own._replace(has_tools=has_tools and own.can_have_tools)
-        account = Account(raw.place)
-        first = Converter(raw, task, shape, ignored, account=Account(raw.place), becomes="")(raw.first, 0)
+        account = UnusedFields(raw.place)
+        first = Converter(raw, task, shape, ignored, account=UnusedFields(raw.place), becomes="")(raw.first, 0)
         forms.setdefault(described(first), raw.place)
         features = _features(first, has_entry=not streaming)
         convert = Converter(raw, task, shape, ignored, account=account if streaming else None, becomes=described(first))
@@ -182,7 +182,7 @@ def load_all(
         raise UsageError("the data sets do not go together", first_line(error)) from None
     sizes = tuple(None if streaming else len(part) for part in parts)
     unread = [raw.unread for raw in raws if raw.unread]
-    return Loaded(whole, Places(tuple(raw.place for raw in raws), sizes), accounts, kinds, unread)
+    return Loaded(whole, RecordOrigins(tuple(raw.place for raw in raws), sizes), accounts, kinds, unread)
 
 
 def load(places: Iterable[str], task: str, *, split: str, streaming: bool, chat: bool, settings: dict[str, Any]) -> Any:
@@ -206,7 +206,7 @@ def _features(made: Record, *, has_entry: bool) -> Any:
     return Features({**found, **({_ENTRY: Value("string")} if has_entry else {})})
 
 
-def _count(part: Any, account: Account) -> list[int]:
+def _count(part: Any, account: UnusedFields) -> list[int]:
     """Enter every record into the account, and return the index of the first record of each kind."""
     firsts: dict[str, int] = {}
     seen: dict[str, str] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from trainer.data.strict import NotJson, decoded
+from trainer.data.strict_json import NotJson, decoded
 
 Message = dict[str, Any]
 

@@ -23,7 +23,7 @@ import fsspec
 from obsfs.errors import UsageError, first_line
 from obsfs.text import visible
 from trainer.data.formats import held_columns
-from trainer.data.strict import NotJson, decoded, decoded_at
+from trainer.data.strict_json import NotJson, decoded, decoded_at
 
 RECORD, COLUMNS = "a record, as JSON", "its columns, as JSON"
 """The columns of what :func:`read_text` makes: a record, and the names of those columns in which it has something, both

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from trainer.scratch import scratch
+from trainer.temporary import temporary_directory
 
 _HOLDER = """
 import sys, time
 from obsfs.cli.output import terminate_like_interrupt
-from trainer.scratch import scratch
+from trainer.temporary import temporary_directory
 try:
-    with terminate_like_interrupt(), scratch("obsfs-test-") as place:
+    with terminate_like_interrupt(), temporary_directory("obsfs-test-") as place:
         for number in range(300):
             (place / str(number)).write_text("x")
         print(place, flush=True)
@@ -68,7 +68,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one_alone_if_it_is_on
     file.touch()
     unlike.mkdir()
     assert left.is_dir()
-    with scratch("obsfs-test-") as own:
+    with temporary_directory("obsfs-test-") as own:
         assert not left.exists()
         assert len(list(used.iterdir())) == 300
         there = set(temporary.iterdir())
@@ -81,7 +81,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one_alone_if_it_is_on
 
 def test_runs_that_start_at_once_keep_their_own(temporary: Path) -> None:
     def once(_: int) -> bool:
-        with scratch("obsfs-test-") as place:
+        with temporary_directory("obsfs-test-") as place:
             (place / "a").write_text("x")
             return (place / "a").exists()
 

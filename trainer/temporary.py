@@ -16,7 +16,7 @@ _ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
-def scratch(prefix: str) -> Iterator[Path]:
+def temporary_directory(prefix: str) -> Iterator[Path]:
     """Make a directory for temporary files of this process, and remove it afterwards.
 
     What a process that is gone has left by the same prefix is removed first. Whether it is gone is told by a lock

@@ -18,7 +18,7 @@ from obsfs.errors import UsageError
 from obsfs.text import visible
 
 if TYPE_CHECKING:
-    from trainer.base import AdapterPlan, Base
+    from trainer.base_model import AdapterPlan, BaseModel
     from trainer.config import Parts, TrainConfig
 
 NAME = "obsfs-run.json"
@@ -45,7 +45,7 @@ _KEPT = {"learning_rate", "weight_decay"}
 
 
 @dataclass(frozen=True)
-class Notes:
+class RunRecord:
     """What a run is made with.
 
     `base` is the model's name and `base_digest` what it is known by, wherever it lies; `fixed` cannot change from one
@@ -69,7 +69,7 @@ class Notes:
         new.replace(path)
 
 
-def read(directory: Path) -> Notes | None:
+def read(directory: Path) -> RunRecord | None:
     """Return the notes of a checkpoint or a result; None if it has none that can be read.
 
     Raises:
@@ -86,12 +86,12 @@ def read(directory: Path) -> Notes | None:
             "install that one, or choose another output",
         )
     try:
-        return msgspec.convert(found, Notes)
+        return msgspec.convert(found, RunRecord)
     except msgspec.ValidationError:
         return None
 
 
-def take(config: TrainConfig, parts: Parts, base: Base, plan: AdapterPlan | None) -> Notes:
+def take(config: TrainConfig, parts: Parts, base: BaseModel, plan: AdapterPlan | None) -> RunRecord:
     """Note what a run is made with, but for its data."""
     arguments = parts.arguments
     fixed: dict[str, Any] = {"task": config.task, "method": config.method, "base in 4 or 8 bits": config.is_quantized}
@@ -108,7 +108,7 @@ def take(config: TrainConfig, parts: Parts, base: Base, plan: AdapterPlan | None
     free = {name: value for name, value in free.items() if value is not None}
     free["dtype"] = config.base_dtype
     places = {"data": config.data, "eval_data": config.eval_data, "split": config.split}
-    return Notes(base=base.name, base_digest=digest_model(base.path), fixed=fixed, free=free, data=places)
+    return RunRecord(base=base.name, base_digest=digest_model(base.path), fixed=fixed, free=free, data=places)
 
 
 def data_of(records: Any) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def digest_model(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def refuse_other(checkpoint: str, then: Notes, now: Notes) -> None:
+def refuse_other(checkpoint: str, then: RunRecord, now: RunRecord) -> None:
     """Raise UsageError, naming both values, if a run cannot go on from a checkpoint that was made with `then`."""
     remedy = "go on with what it was made with, or choose another output"
     if then.base_digest != now.base_digest:
@@ -159,7 +159,7 @@ def refuse_other(checkpoint: str, then: Notes, now: Notes) -> None:
             )
 
 
-def changes(then: Notes, now: Notes) -> str:
+def changes(then: RunRecord, now: RunRecord) -> str:
     """Return what else is other than it was, both values named, for people; empty if nothing is."""
     told = []
     for old, new in ((then.data, now.data), (then.free, now.free)):

@@ -25,7 +25,7 @@ _BUILDERS = {**dict.fromkeys((*JSON_SUFFIXES, *CSV_SUFFIXES), _TEXT), ".parquet"
 _SHOWN = 5
 
 
-class Found(NamedTuple):
+class DataSource(NamedTuple):
     """Where data is: files of text, which reading.py reads; else what ``datasets.load_dataset`` is to be told, its
     first argument and the others. `unread` says, for people, which files of a directory are left alone."""
 
@@ -46,7 +46,7 @@ def check_name(place: str) -> None:
         find(place, {})
 
 
-def find(place: str, settings: dict[str, Any]) -> Found:
+def find(place: str, settings: dict[str, Any]) -> DataSource:
     """Find a place.
 
     Raises UsageError when there is nothing, or nothing that can be read as data.
@@ -56,7 +56,7 @@ def find(place: str, settings: dict[str, Any]) -> Found:
         for suffix in ("", *_BUILDERS) if library else ():
             if found := _in_bucket(f"{str(library).rstrip('/')}/datasets/{place}{suffix}", settings):
                 return found
-        return Found(BUILTIN[place], (), {})
+        return DataSource(BUILTIN[place], (), {})
     if "://" in place:
         if found := _in_bucket(place, settings):
             return found
@@ -69,10 +69,10 @@ def find(place: str, settings: dict[str, Any]) -> Found:
         raise UsageError(
             f"there is no data at {place}", "give a file, a directory, obs://BUCKET/FILE, or a name of the hub"
         )
-    return Found(place, (), {})
+    return DataSource(place, (), {})
 
 
-def _in_bucket(url: str, settings: dict[str, Any]) -> Found | None:
+def _in_bucket(url: str, settings: dict[str, Any]) -> DataSource | None:
     fs = obsfs.OBSFileSystem(**settings)
     try:
         if not fs.exists(url):
@@ -85,7 +85,7 @@ def _in_bucket(url: str, settings: dict[str, Any]) -> Found | None:
     return _builder(url, files, {"storage_options": settings} if settings else {})
 
 
-def _builder(place: str, files: list[str], options: dict[str, Any]) -> Found:
+def _builder(place: str, files: list[str], options: dict[str, Any]) -> DataSource:
     files = [file for file in files if "/.obsfs/" not in file]
     for suffix, builder in _BUILDERS.items():
         if chosen := [file for file in files if bare(file).endswith(suffix)]:
@@ -97,5 +97,5 @@ def _builder(place: str, files: list[str], options: dict[str, Any]) -> Found:
                 unread = visible(f"{place}: only *{suffix} is read, not {names}{more}")
             if builder != _TEXT:
                 options = {"data_files": chosen, **options}
-            return Found(builder, chosen, options, unread)
+            return DataSource(builder, chosen, options, unread)
     raise UsageError(f"{place} has no data that can be read", f"it takes {', '.join(_BUILDERS)}")

@@ -8,7 +8,7 @@ import pytest
 
 from obsfs import ObsfsError
 from tests.conftest import Mounter, Store
-from trainer.place import check_output, place_of
+from trainer.run_location import check_output, run_location
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_a_directory_may_have_a_colon(tmp_path: Path, monkeypatch: pytest.Monkey
     Path("s3:").mkdir()
     for output in ("run:1", "./obs:x", "s3:", "C:/run", "a b", "~/x"):
         check_output(output)
-        assert place_of(output, {}) is None
+        assert run_location(output, {}) is None
 
 
 def test_a_mount_is_known_however_a_path_leads_there(
@@ -48,13 +48,13 @@ def test_a_mount_is_known_however_a_path_leads_there(
     monkeypatch.chdir(mounted.parent)
     for output in (mounted / "x/run", f"{mounted}/x/./run/", f"{mounted.name}/x/run", "~/x/run",
                    tmp_path / "link/../x/run"):  # fmt: skip
-        found = place_of(str(output), {})
+        found = run_location(str(output), {})
         assert found is not None
         assert found.url == f"{bucket}/x/run"
-    linked = place_of(str(tmp_path / "link" / "run"), {})
+    linked = run_location(str(tmp_path / "link" / "run"), {})
     assert linked is not None
     assert linked.url == f"{bucket}/models/run"
     with pytest.raises(ObsfsError, match="is a bucket"):
-        place_of(str(mounted), {})
+        run_location(str(mounted), {})
     with pytest.raises(ObsfsError, match=r"loop/run cannot be written \(Too many levels"):
-        place_of(str(tmp_path / "loop" / "run"), {})
+        run_location(str(tmp_path / "loop" / "run"), {})

@@ -154,7 +154,7 @@ _TOOLS: Mapping[str, Mapping[str, str]] = {
 """Keys that this package does not take, each with what it is called here; empty where there is no such thing."""
 
 
-def refuse_foreign(given: Collection[str], unknown: Collection[str]) -> None:
+def refuse_other_trainers(given: Collection[str], unknown: Collection[str]) -> None:
     """Raise UsageError, with their names here, if unknown keys are those of another trainer's configuration.
 
     Args:

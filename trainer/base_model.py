@@ -32,7 +32,7 @@ _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseModel:
     """A model in a directory. `name` is what others know it by (its URL, if it has one); `mountpoint` that of the
     obsfs mount that it lies on, if any."""
 
@@ -67,7 +67,7 @@ def check_name(text: str, settings: dict[str, Any]) -> None:
 
 
 @contextmanager
-def open_base(text: str, settings: dict[str, Any]) -> Iterator[Base]:
+def open_model(text: str, settings: dict[str, Any]) -> Iterator[BaseModel]:
     """A model by its directory, its URL, or its name in the library. What is in a bucket is mounted for the time.
 
     Raises ObsfsError when there is none.
@@ -76,7 +76,7 @@ def open_base(text: str, settings: dict[str, Any]) -> Iterator[Base]:
     path = Path(text).expanduser()
     if "://" not in text and path.is_dir():
         place = obsfs.on_mount(path)
-        yield Base(path.resolve(), *((place.url, place.mountpoint) if place else (text, None)))
+        yield BaseModel(path.resolve(), *((place.url, place.mountpoint) if place else (text, None)))
         return
     url = text.rstrip("/") if "://" in text else f"{obsfs.Settings.load(**settings).library}/{text}"
     parent, _, label = url.rpartition("/")
@@ -85,10 +85,10 @@ def open_base(text: str, settings: dict[str, Any]) -> Iterator[Base]:
         if not (mount.path / label).is_dir():
             url = obsfs.resolve(url, **settings)
             label = url.rpartition("/")[2]
-        yield Base(mount.path / label, url, mount.path)
+        yield BaseModel(mount.path / label, url, mount.path)
 
 
-def prefetch(base: Base) -> threading.Event:
+def prefetch(base: BaseModel) -> threading.Event:
     """Begin to read the weights, so that they arrive while Python imports. The event, when set, stops it."""
     stop = threading.Event()
 
@@ -107,7 +107,7 @@ def prefetch(base: Base) -> threading.Event:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelStats:
     """What the files of a model say: `parameters` of all tensors, `embedding` of those that are never quantised;
     `size` in bytes; layers, width and vocabulary."""
 
@@ -119,7 +119,7 @@ class Facts:
     vocabulary: int
 
 
-def check_there(path: Path) -> None:
+def require_weights(path: Path) -> None:
     """Raise UsageError for a directory without a configuration or weights. It is quick, and imports nothing large."""
     _json(path / "config.json")
     if not any(path.glob("*.safetensors")):
@@ -130,7 +130,7 @@ def _no_weights(path: Path) -> UsageError:
     return UsageError(f"{path} has no weights", "training reads *.safetensors: save the model with transformers")
 
 
-def check_whole(path: Path) -> Facts:
+def check_files(path: Path) -> ModelStats:
     """Look at configuration, index and every header. Raises UsageError, naming the file that is missing or cut off."""
     config = _json(path / "config.json")
     headers = obsfs.check_model(path)
@@ -147,7 +147,7 @@ def check_whole(path: Path) -> Facts:
             parameters += count
             embedding += count if "embed" in key or "lm_head" in key else 0
     config = {**config, **config.get("text_config", {})}
-    return Facts(
+    return ModelStats(
         parameters,
         embedding,
         size,
@@ -189,28 +189,28 @@ def load_tokenizer(path: Path, **options: Any) -> Any:
     return tokenizer
 
 
-def check_tokenizer(tokenizer: Any, base: Base, facts: Facts) -> None:
+def check_tokenizer(tokenizer: Any, base: BaseModel, stats: ModelStats) -> None:
     """See that a model has a row for each token that every run gives it. Raises UsageError."""
-    if not facts.vocabulary:
+    if not stats.vocabulary:
         return
     for name in ("pad_token", "eos_token"):
         token = getattr(tokenizer, f"{name}_id")
-        if token is not None and facts.vocabulary <= token < len(tokenizer):
+        if token is not None and stats.vocabulary <= token < len(tokenizer):
             raise UsageError(
                 f"the {name} {getattr(tokenizer, name)!r} of {base.name} is token {token}, and the model knows "
-                f"{facts.vocabulary}",
+                f"{stats.vocabulary}",
                 f"name another with {name}: TOKEN, or resize the model (resize_token_embeddings) and save it",
             )
     largest = max(tokenizer.encode(PROBE))
-    if largest >= facts.vocabulary:
+    if largest >= stats.vocabulary:
         raise UsageError(
-            f"the tokenizer of {base.name} has a token {largest}, and the model knows {facts.vocabulary}",
+            f"the tokenizer of {base.name} has a token {largest}, and the model knows {stats.vocabulary}",
             "it is the tokenizer of another model: push or pull the model again",
         )
 
 
 def estimate_memory(
-    facts: Facts,
+    stats: ModelStats,
     *,
     task: str,
     method: str,
@@ -236,13 +236,13 @@ def estimate_memory(
     width = _DTYPES.get(dtype, 2)
     if bits:
         # The quantised weights, their scales (half a bit with double quantisation), and what is left as it is.
-        weights = (facts.parameters - facts.embedding) * (bits + 0.5) / 8 + facts.embedding * width
+        weights = (stats.parameters - stats.embedding) * (bits + 0.5) / 8 + stats.embedding * width
     else:
-        weights = facts.parameters * width
+        weights = stats.parameters * width
     training = trainable * (12 if method == "full" else 16)
-    token = facts.hidden * (2 * facts.layers + 34 if checkpointing else 34 * facts.layers)
+    token = stats.hidden * (2 * stats.layers + 34 if checkpointing else 34 * stats.layers)
     if task != "sft" or loss in ("nll", "dft"):
-        token += 8 * facts.vocabulary
+        token += 8 * stats.vocabulary
     sequences = batch * (1 if task in ("sft", "kto") else 2)
     copies = 2 if method == "full" and task in ("dpo", "kto") else 1
     return int(weights * copies + training + sequences * length * token)
@@ -415,7 +415,7 @@ def _names_nothing(option: str, wanted: str, names: list[str]) -> UsageError:
     return UsageError(f"{option}: nothing in the model is called {wanted!r}", f"{nearest}it has {', '.join(names)}")
 
 
-def memory_available() -> tuple[int, str]:
+def available_memory() -> tuple[int, str]:
     """Bytes that can be had, and of what: the GPU's, or the machine's."""
     import psutil
     import torch

@@ -9,7 +9,7 @@ from typing import Any
 
 from obsfs.errors import UsageError
 from obsfs.extras import remedy
-from trainer import keys
+from trainer import config_keys
 
 _OPTIMISERS = {
     "galore_": "galore-torch",
@@ -44,7 +44,7 @@ _NO_PACKAGE = {"kubeflow"}
 def check(options: Mapping[str, Any], attention: str | None) -> None:
     """Raise UsageError, with the command that installs it, for an option whose package is not there."""
     for name, value in _trackers(options):
-        if (known := keys.dictionary_keys(*_INTEGRATIONS)) and value not in known:
+        if (known := config_keys.dictionary_keys(*_INTEGRATIONS)) and value not in known:
             close = difflib.get_close_matches(value, known, 1)
             nearest = f"the nearest is {close[0]!r}; " if close else ""
             raise UsageError(f"{name}: {value!r} is not known", f"{nearest}choose one of {', '.join(known)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from trainer.base import Facts, estimate_memory, memory_available
+from trainer.base_model import ModelStats, available_memory, estimate_memory
 from trainer.config import TrainConfig
 
 _MARGIN = 1.25
@@ -13,12 +13,12 @@ _LENGTH = 1024
 """Tokens of a record, where a run sets no bound (TRL's usual one)."""
 
 
-class Memory(NamedTuple):
+class MemoryEstimate(NamedTuple):
     """The bytes that a run needs by estimate, those that are free now, and where: a GPU, or this machine."""
 
     needed: int
     free: int
-    where: str
+    device_name: str
 
     @property
     def is_too_much(self) -> bool:
@@ -26,18 +26,18 @@ class Memory(NamedTuple):
         return self.needed > self.free * _MARGIN
 
 
-def memory_of(config: TrainConfig, arguments: Any, facts: Facts, trainable: int) -> Memory:
+def estimate_run_memory(config: TrainConfig, arguments: Any, stats: ModelStats, trainable: int) -> MemoryEstimate:
     """Estimate what a run needs.
 
     Args:
         config: The run.
         arguments: TRL's, of the run.
-        facts: What the files of its model say.
+        stats: What the files of its model say.
         trainable: How many parameters are trained.
     """
     bits = (8 if config.options.get("load_in_8bit") else 4) if config.is_quantized else None
     needed = estimate_memory(
-        facts,
+        stats,
         task=config.task,
         method=config.method,
         bits=bits,
@@ -48,4 +48,4 @@ def memory_of(config: TrainConfig, arguments: Any, facts: Facts, trainable: int)
         checkpointing=arguments.gradient_checkpointing,
         loss=getattr(arguments, "loss_type", None),
     )
-    return Memory(needed, *memory_available())
+    return MemoryEstimate(needed, *available_memory())

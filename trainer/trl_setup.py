@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trainer import bits
-from trainer.base import empty_model
+from trainer import bitsandbytes_cpu
+from trainer.base_model import empty_model
 from trainer.config import Parts, TrainConfig
 
 
@@ -34,7 +34,7 @@ def load_model(path: Path, kind: Any, config: TrainConfig, parts: Parts, init: d
         options["device_map"] = None
     if trusts(parts.arguments):
         options["trust_remote_code"] = True
-    return bits.keep_as_loaded(create_model_from_path(str(path), kind, **options))
+    return bitsandbytes_cpu.keep_as_loaded(create_model_from_path(str(path), kind, **options))
 
 
 def _without_head(quantization: Any, path: Path, is_trusted: bool) -> Any:

@@ -17,7 +17,7 @@ _SHOWN = 20
 """Names that are told in one line; of more, their number."""
 
 
-class Account:
+class UnusedFields:
     """What the records of one place hold and nothing is made of: `columns`, and `keys` of messages that only some chat
     templates show. `place` is its name."""
 

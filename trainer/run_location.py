@@ -21,7 +21,7 @@ _SCHEMES = {*_BUCKETS, "hf", "ms", "gs", "oss", "az", "file", "http", "https"}
 """What is meant as a URL also where a slash is missing: such a directory would be made here, and nothing published."""
 
 
-class Place(NamedTuple):
+class RunLocation(NamedTuple):
     """Where a run publishes: ``obs://BUCKET/NAME``, and how the bucket is reached.
 
     Its methods raise UnavailableError for what the bucket refuses.
@@ -101,14 +101,14 @@ def check_output(output: str) -> None:
         raise UsageError(f"output: {visible(output)} is a bucket", f"name a place in it: {output.rstrip('/')}/NAME")
 
 
-def place_of(output: str, settings: dict[str, Any]) -> Place | None:
+def run_location(output: str, settings: dict[str, Any]) -> RunLocation | None:
     """The place in a bucket that an output means: by URL, or as a path on a mount; None for a local directory.
 
     Raises UsageError.
     """
     check_output(output)
     if "://" in output:
-        return Place(output.rstrip("/"), settings)
+        return RunLocation(output.rstrip("/"), settings)
     try:
         found = obsfs.on_mount(Path(output).expanduser())
     except OSError as error:
@@ -116,4 +116,4 @@ def place_of(output: str, settings: dict[str, Any]) -> Place | None:
     if found is None:
         return None
     check_output(found.url)
-    return Place(found.url, {**found.settings, **settings})
+    return RunLocation(found.url, {**found.settings, **settings})

@@ -48,27 +48,28 @@ def check(output_dir: Path, arguments: Any, trainable: int) -> str:
     has_moments = "adam" in str(getattr(arguments.optim, "value", arguments.optim)) and not arguments.save_only_model
     checkpoint = result * (3 if has_moments and "8bit" not in str(arguments.optim) else 1)
     saves = 0 if str(getattr(arguments.save_strategy, "value", arguments.save_strategy)) == "no" else 1
-    there = free(output_dir)
+    available = free(output_dir)
     least = result + saves * checkpoint
-    if least > there:
+    if least > available:
         raise UsageError(
-            f"the disk of {output_dir} has {human(there)} free, and the result and a checkpoint need {human(least)}",
+            f"the disk of {output_dir} has {human(available)} free, and the result and a checkpoint need "
+            f"{human(least)}",
             "free some, or choose another output",
         )
     if saves and arguments.max_steps > 0 and arguments.save_steps >= 1:
         saves = max(1, math.ceil(arguments.max_steps / arguments.save_steps))
     if saves and arguments.save_total_limit:
         saves = min(saves, arguments.save_total_limit + 1)  # the next is written before the oldest goes
-    if (most := result + saves * checkpoint) > there:
+    if (most := result + saves * checkpoint) > available:
         return (
-            f"the disk of {output_dir} has {human(there)} free, and {saves} checkpoints need {human(most)}: "
+            f"the disk of {output_dir} has {human(available)} free, and {saves} checkpoints need {human(most)}: "
             "save_total_limit keeps fewer"
         )
     return ""
 
 
 @contextmanager
-def told_when_full(*places: Path) -> Iterator[None]:
+def explain_full_disk(*places: Path) -> Iterator[None]:
     """Raise UsageError, in one line, when a disk is full: the one of the file if that is known, else of `places`."""
     try:
         yield

@@ -165,8 +165,8 @@ def _find(module: str, name: str) -> tuple[str, ast.ClassDef] | None:
         parent = module.split(".")
         base = parent[: len(parent) - level] if source.level else []
         target = ".".join([*base, *(source.module.split(".") if source.module else [])])
-        if target and target != module and (there := _find(target, original)):
-            return there
+        if target and target != module and (defined := _find(target, original)):
+            return defined
     return None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from obsfs import ObsfsError
-from trainer import room
+from trainer import disk_space
 
 
 @pytest.fixture
@@ -34,16 +34,16 @@ def arguments(**given: Any) -> Any:
 
 def test_what_has_no_room_is_told_before(small: Path) -> None:
     # A parameter takes 4 bytes in the result, and 12 in a checkpoint: itself and Adam's two moments.
-    assert room.check(small / "run", arguments(), 1000) == ""
-    short = room.check(small / "run", arguments(), 10_000)
+    assert disk_space.check(small / "run", arguments(), 1000) == ""
+    short = disk_space.check(small / "run", arguments(), 10_000)
     assert "4 checkpoints need 507.8 KiB" in short
-    assert room.check(small / "run", arguments(save_total_limit=1, save_only_model=True), 10_000) == ""
-    assert "3 checkpoints" in room.check(small / "run", arguments(save_total_limit=2), 10_000)
+    assert disk_space.check(small / "run", arguments(save_total_limit=1, save_only_model=True), 10_000) == ""
+    assert "3 checkpoints" in disk_space.check(small / "run", arguments(save_total_limit=2), 10_000)
     with pytest.raises(
         ObsfsError, match=r"small/run has 256.0 KiB free, and the result and a checkpoint need 312.5 KiB"
     ):
-        room.check(small / "run", arguments(), 20_000)
-    assert room.check(small / "run", arguments(save_strategy="no"), 20_000) == ""
+        disk_space.check(small / "run", arguments(), 20_000)
+    assert disk_space.check(small / "run", arguments(save_strategy="no"), 20_000) == ""
 
 
 def _fill(place: Path) -> None:
@@ -72,14 +72,14 @@ def _save_by_arrow(place: Path) -> None:
 @pytest.mark.parametrize("write", [_fill, _save_by_torch, _save_by_safetensors, _save_by_arrow])
 def test_a_full_disk_is_one_line_whoever_writes(write: Any, small: Path) -> None:
     told = pytest.raises(ObsfsError, match=r"the disk of .*/small.* is full .*: free some")
-    with told as caught, room.told_when_full(small, Path("/")):
+    with told as caught, disk_space.explain_full_disk(small, Path("/")):
         write(small)
     assert "\n" not in str(caught.value)
 
 
 def test_other_faults_stay_what_they_are() -> None:
     for error in (OSError(errno.EIO, os.strerror(errno.EIO)), RuntimeError("shape mismatch"), KeyError("a")):
-        with pytest.raises(type(error)), room.told_when_full(Path("/")):
+        with pytest.raises(type(error)), disk_space.explain_full_disk(Path("/")):
             raise error
 
 
