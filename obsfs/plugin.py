@@ -59,10 +59,7 @@ from obsfs.errors import (
 )
 from obsfs.extras import missing, remedy, require
 from obsfs.logs import VisibleFormatter
-from obsfs.service.children import environment as child_environment
-from obsfs.service.children import foreign_environment
-from obsfs.service.children import program as find_program
-from obsfs.service.children import python as python_command
+from obsfs.processes import child_environment, find_program, foreign_environment, python_command
 from obsfs.service.mounts import find as find_mounts
 from obsfs.settings import Settings, Written, did_you_mean, knobs, state_dir
 from obsfs.text import to_json, visible

@@ -32,7 +32,7 @@ with atheris.instrument_imports(include=["obsfs"]):
     from obsfs.library.hub import parse_hub_name
     from obsfs.library.names import nearest, parse_model
     from obsfs.library.snapshot import parse_time
-    from obsfs.service.keeper import Keeper
+    from obsfs.service.supervisor_client import SupervisorClient
     from obsfs.settings import Settings, config_path, knobs, parse_seconds
     from obsfs.store.address import check_endpoint, parse_address
     from obsfs.store.types import ObjectVersion
@@ -64,7 +64,9 @@ class _Kernel:
         operations = Operations(tree, Engine(bucket, settings), settings, {})
         self._near, self._far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._near.setblocking(False)
-        self._server = Server(self._far.fileno(), operations, passthrough=False, on_end=lambda: None, keeper=Keeper())
+        self._server = Server(
+            self._far.fileno(), operations, passthrough=False, on_end=lambda: None, supervisor=SupervisorClient()
+        )
         self._buffer = bytearray(64 << 10)
         self._unique = 0
 

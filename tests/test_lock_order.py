@@ -18,7 +18,7 @@ from obsfs.cache import scrub
 from obsfs.cache.layout import BLOCK, block_count
 from obsfs.errors import ObsfsError
 from obsfs.fetch.reader import Engine
-from obsfs.service.takeover_log import Journal
+from obsfs.service.takeover_log import TakeoverLog
 from obsfs.settings import Settings
 from obsfs.store.address import Address
 from obsfs.store.s3.client import Bucket
@@ -138,7 +138,7 @@ class Mount:
         )  # fmt: skip
         self.source = Bucket(Address("obs", bucket.name), settings)
         self.engine = Engine(self.source, settings)
-        self.journal = Journal(home / "journal")
+        self.journal = TakeoverLog(home / "journal")
         self.tree = Tree(self.source, "", 0.2, self.journal.record, max_entries=4)
         self.journal.snapshot = self.tree.snapshot
         self.journal.renew()
@@ -259,6 +259,6 @@ def test_no_order_of_locks_can_hang(bucket: Store, disk: Path, tmp_path: Path, m
             ("DirectoryLock.evicting", "DirectoryLock.lock"),
             ("HeldBlocks._relieving", "CachedObject._writing"),
             ("Server._opening", "Tree._guard"),
-            ("Tree._guard", "Journal._guard"),
+            ("Tree._guard", "TakeoverLog._guard"),
         ):
             assert two in tracer.edges, "this was not tried"

@@ -22,9 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from obsfs import private
+from obsfs import private, processes
 from obsfs.errors import CacheError, UnavailableError, UsageError
-from obsfs.service import children, mounts
+from obsfs.service import mounts
 from obsfs.settings import Settings
 
 _MIB = 1 << 20
@@ -86,9 +86,9 @@ def _random(place: Path, sample: Sample, most: int) -> float:
 def _mmap(place: Path, sample: Sample, most: int) -> float:
     size = min(sample.size, most)
     done = subprocess.run(
-        children.python("-m", "obsfs.bench.touch", str(place / sample.path), str(size)),
+        processes.python_command("-m", "obsfs.bench.touch", str(place / sample.path), str(size)),
         cwd="/",
-        env=children.environment(),
+        env=processes.child_environment(),
         capture_output=True,
         check=False,
     )

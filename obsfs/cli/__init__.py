@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from obsfs import processes
 from obsfs.cli.options import Command, Context
 from obsfs.cli.output import drop_output, open_streams, tell, terminate_like_interrupt, tolerate_any_text
 from obsfs.errors import ObsfsError, SettingWarning, UsageError, WaitWarning
 from obsfs.logs import VisibleFormatter
 from obsfs.ours import check_ours
-from obsfs.service import children
 from obsfs.settings import did_you_mean, warn_of_variables
 from obsfs.text import visible
 from obsfs.version import __version__
@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
         0; 1 where a verb says so, and after an error of ours; 2 after a mistake of the user, told in one line; 130
         after Ctrl-C or SIGTERM; 141 when nobody reads what is printed, as of a program that SIGPIPE ends.
     """
-    children.shut_import_path()
+    processes.secure_import_path()
     open_streams()
     tolerate_any_text()
     for ours in (SettingWarning, WaitWarning):

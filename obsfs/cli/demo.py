@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import click
 
+from obsfs import processes
 from obsfs.cli.options import Command
 from obsfs.cli.output import columns, fold, human, spinner, tell, terminal_width
 from obsfs.errors import ObsfsError
-from obsfs.service import children
 
 _BUCKET = "models"
 _NAME = "tiny-qwen2"
@@ -98,12 +98,12 @@ def _run(home: Path) -> _Run:
 def _load(directory: Path) -> dict[str, Any]:
     """In a child: whoever has weights mapped cannot be interrupted while a page is on its way."""
     child = subprocess.Popen(
-        children.python("-m", "obsfs.demo.model", str(directory), _PROMPT),
+        processes.python_command("-m", "obsfs.demo.model", str(directory), _PROMPT),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
         cwd="/",
-        env=children.environment(),
+        env=processes.child_environment(),
     )
     try:
         out, err = child.communicate()

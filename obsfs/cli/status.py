@@ -55,7 +55,7 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
 def _shown(mount: mounts.Found) -> dict[str, Any]:
     entry = mount.entry
     shown = {"mountpoint": str(entry.mountpoint), "source": entry.source, "state": mount.state}
-    if mount.state in _LOST and (log := state.path(entry.mountpoint, "log")).exists():
+    if mount.state in _LOST and (log := state.file_path(entry.mountpoint, "log")).exists():
         shown["log"] = str(log)
     return {**mount.status, **shown}
 

@@ -31,11 +31,10 @@ from obsfs.fuse.kernel import channel
 from obsfs.library import snapshot
 from obsfs.limits import LEAST_FILES, allow_open_files, open_files_limit
 from obsfs.logs import VisibleFormatter
-from obsfs.service import program, state
-from obsfs.service import takeover_log as journals
-from obsfs.service.keeper import Keeper, appoint
+from obsfs.service import program, state, takeover_log
 from obsfs.service.supervisor import FORMAT, RETRY
-from obsfs.service.takeover_log import Journal
+from obsfs.service.supervisor_client import SupervisorClient, appoint
+from obsfs.service.takeover_log import TakeoverLog
 from obsfs.settings import Settings
 from obsfs.store.address import Address, parse_address
 from obsfs.store.s3.client import Bucket
@@ -146,7 +145,7 @@ def serve(
     for, which another one is given should it be killed.
     """
     address = parse_address(source)
-    keeper = Keeper(is_successor=takeover is not None)
+    supervisor = SupervisorClient(is_successor=takeover is not None)
     allow_open_files()
     if takeover is None and (limit := open_files_limit()) < LEAST_FILES:
         raise UsageError(
@@ -154,8 +153,8 @@ def serve(
             "raise it (LimitNOFILE= of a unit, `ulimit -n`)",
         )
     with ExitStack() as cleanup, _retried(takeover) as is_serving:
-        ends_with = keeper.supervisor or os.getpid()
-        lock = takeover.lock if takeover else state.lock(mountpoint, ends_with)
+        ends_with = supervisor.pid or os.getpid()
+        lock = takeover.lock if takeover else state.acquire_lock(mountpoint, ends_with)
         cleanup.callback(os.close, lock)
         bucket = Bucket(address, settings, is_known=takeover is not None)
         names: Source = bucket
@@ -168,8 +167,8 @@ def serve(
             page = _check(bucket, address)
         engine = Engine(bucket, settings, scrubs=True)
         cleanup.callback(engine.close)
-        place = state.path(mountpoint, "journal")
-        journal = Journal(place, keep=takeover is not None)
+        place = state.file_path(mountpoint, "journal")
+        journal = TakeoverLog(place, keep=takeover is not None)
         cleanup.callback(journal.close)
         tree = Tree(
             names,
@@ -193,7 +192,7 @@ def serve(
             "snapshot": settings.snapshot,
             "pid": os.getpid(),
             "engine": settings.engine,
-            "supervisor": keeper.supervisor,
+            "supervisor": supervisor.pid,
             "restarts": takeover.restarts if takeover else 0,
             "upgrades": takeover.upgrades if takeover else 0,
             "log": str(log_file) if log_file else None,
@@ -204,7 +203,13 @@ def serve(
         stop.on_signals()
         if settings.engine == "native":
             native = _Native(
-                operations, mountpoint, settings, keeper=keeper, lock=lock, journal=journal, request=request or {}
+                operations,
+                mountpoint,
+                settings,
+                supervisor=supervisor,
+                lock=lock,
+                journal=journal,
+                request=request or {},
             )
             journal.on_whole = native.note_whole
             native.serve(on_ready, stop, takeover, is_serving)
@@ -215,7 +220,7 @@ def serve(
                 _is_alone(identity, lock, request or {}, stop)
 
             # Nobody can follow this server, and so it does not need its supervisor to go on.
-            keeper.listen(lambda refused: None, on_lost)
+            supervisor.listen(lambda refused: None, on_lost)
             portable.serve(operations, mountpoint, settings, on_ready, stop.wait)
 
 
@@ -223,7 +228,7 @@ def _snapshot(
     bucket: Bucket, address: Address, wanted: str, mountpoint: Path, *, is_successor: bool
 ) -> tuple[snapshot.Snapshot, Path]:
     """What the mount shows, and the file in which it is kept for successors. Raises ObsfsError."""
-    file = state.path(mountpoint, "snapshot")
+    file = state.file_path(mountpoint, "snapshot")
     if is_successor:
         try:
             return snapshot.restore(file.read_bytes(), bucket), file
@@ -250,7 +255,7 @@ def _snapshot(
 def _restore(tree: Tree, place: Path, bucket: Bucket, takeover: Takeover) -> None:
     """Take over what the journal tells. What it does not costs the files that it is about, never the mount."""
     try:
-        found = journals.read(place)
+        found = takeover_log.read(place)
     except OSError as error:
         log.error("%s cannot be read (%s): what is open is lost", place, error)
         return
@@ -279,7 +284,7 @@ def _retried(takeover: Takeover | None) -> Iterator[threading.Event]:
 def _is_alone(identity: dict[str, object], lock: int, request: dict[str, Any], stop: Stop) -> bool:
     """The supervisor was killed: whether its server goes on."""
     lost, identity["supervisor"] = identity["supervisor"], None
-    state.note_keeper(lock, os.getpid())
+    state.record_supervisor(lock, os.getpid())
     if request.get("lifeline"):
         log.error("the supervisor (pid %s) was killed: the mount ends, since a program has made it", lost)
         stop()
@@ -297,13 +302,13 @@ class _Native:
         mountpoint: Path,
         settings: Settings,
         *,
-        keeper: Keeper,
+        supervisor: SupervisorClient,
         lock: int,
-        journal: Journal,
+        journal: TakeoverLog,
         request: dict[str, Any],
     ) -> None:
         self._operations, self._mountpoint, self._settings = operations, mountpoint, settings
-        self._keeper, self._lock = keeper, lock
+        self._supervisor, self._lock = supervisor, lock
         self._journal = journal
         self._request = request
         self._fds: list[int] = []
@@ -323,7 +328,7 @@ class _Native:
             fd = channel.mount(source, self._mountpoint, allow_other=settings.allow_other)
         else:
             fd = takeover.fds[0]
-        server = Server(fd, operations, passthrough=settings.passthrough, on_end=stop, keeper=self._keeper)
+        server = Server(fd, operations, passthrough=settings.passthrough, on_end=stop, supervisor=self._supervisor)
         if takeover is not None:
             self._fds, self._server_number = takeover.fds, takeover.server
             operations.inherit()
@@ -336,13 +341,13 @@ class _Native:
                 os.getpid(),
                 __version__,
             )
-            self._keeper.keep("connection", [self._lock, *takeover.fds], self._state)
-            state.note_keeper(self._lock, self._keeper.supervisor or os.getpid())
+            self._supervisor.store_fds("connection", [self._lock, *takeover.fds], self._state)
+            state.record_supervisor(self._lock, self._supervisor.pid or os.getpid())
         is_serving.set()
         try:
             if takeover is None:
                 self._begin(server)
-            self._keeper.listen(self._on_refused, lambda: self._on_lost(server, stop))
+            self._supervisor.listen(self._on_refused, lambda: self._on_lost(server, stop))
             on_ready()
             if operations.identity["can_be_followed"]:
                 steps = program.copy_in_steps(program.process_start(), self._keep_copy)
@@ -370,7 +375,7 @@ class _Native:
     def note_whole(self, is_whole: bool) -> None:
         """The journal has lost records, or has all of them again."""
         if self._operations.identity["can_be_followed"]:
-            self._keeper.note(self._state)
+            self._supervisor.update_state(self._state)
 
     def _on_refused(self, refused: dict[str, Any]) -> None:
         log.error("no other server follows this one: %s", refused.get("reason"))
@@ -378,7 +383,7 @@ class _Native:
 
     def _keep_copy(self, fd: int) -> None:
         self._copy = fd
-        self._keeper.keep("program", [fd])
+        self._supervisor.store_fds("program", [fd])
 
     def _on_lost(self, server: Server, stop: Stop) -> None:
         """The supervisor was killed: nobody is hurt, and another one takes its place."""
@@ -397,12 +402,12 @@ class _Native:
             found = appoint(arguments, self._request, {**counts, "servers": self._server_number}, self._copy)
             if not isinstance(found, str):
                 self._appointed, control = found
-                self._keeper.adopt(control)
-                self._keeper.keep("connection", [self._lock, *self._fds], self._state)
-                server.keep_again()
+                self._supervisor.adopt(control)
+                self._supervisor.store_fds("connection", [self._lock, *self._fds], self._state)
+                server.store_fds_again()
                 if self._copy >= 0:
-                    self._keeper.keep("program", [self._copy])
-                state.note_keeper(self._lock, self._appointed.pid)
+                    self._supervisor.store_fds("program", [self._copy])
+                state.record_supervisor(self._lock, self._appointed.pid)
                 identity.pop("no_supervisor", None)
                 identity.update(supervisor=self._appointed.pid, can_be_followed=True)
                 log.warning("another supervisor is there (pid %d)", self._appointed.pid)
@@ -419,8 +424,8 @@ class _Native:
             ) from None
         self._fds = fds
         if server.can_be_followed:
-            self._keeper.keep("connection", [self._lock, *fds], self._state)
-            self._operations.identity["can_be_followed"] = self._keeper.is_there
+            self._supervisor.store_fds("connection", [self._lock, *fds], self._state)
+            self._operations.identity["can_be_followed"] = self._supervisor.is_there
         if not channel.set_read_ahead(self._mountpoint, int(self._settings.kernel_read_ahead)):
             log.info("the kernel's read-ahead stays as it is: root may raise it")
 
@@ -465,8 +470,8 @@ def _probe(source: str, mountpoint: Path) -> int:
             print(note)
         if settings.engine != "native":
             raise UsageError(f"the engine {settings.engine} cannot take over", "mount again")
-        journals.read(state.path(mountpoint, "journal"))
-        file = state.path(mountpoint, "snapshot")
+        takeover_log.read(state.file_path(mountpoint, "journal"))
+        file = state.file_path(mountpoint, "snapshot")
         if settings.snapshot and file.exists():
             snapshot.check(file.read_bytes())
     except (ObsfsError, OSError, ValueError) as error:
@@ -514,7 +519,7 @@ def main() -> int:
     warnings.showwarning = show
 
     try:
-        path = state.path(mountpoint, "log")
+        path = state.file_path(mountpoint, "log")
         log_to(logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1), settings.log_level)
         for note in notes:
             log.warning("%s", note)
@@ -525,7 +530,10 @@ def main() -> int:
             log.error("%s ended: %s", mountpoint, error)
         else:
             log.exception("the mount ended")
-            message, remedy = f"internal error: {type(error).__name__}: {error}", f"see {state.path(mountpoint, 'log')}"
+            message, remedy = (
+                f"internal error: {type(error).__name__}: {error}",
+                f"see {state.file_path(mountpoint, 'log')}",
+            )
         if not answer.closed:
             tell(error=message, remedy=remedy)
         return 2

@@ -22,10 +22,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
+from obsfs import processes
 from obsfs.errors import UsageError, WaitWarning
 from obsfs.fuse.kernel import channel
 from obsfs.fuse.kernel.channel import MountEntry
-from obsfs.service import asker, children, state
+from obsfs.service import asker, state
 from obsfs.settings import Settings, keywords, state_home
 from obsfs.store.address import parse_address
 from obsfs.text import visible
@@ -139,13 +140,13 @@ def start(
     parse_address(source)
     prepare(mountpoint, settings)
     process = subprocess.Popen(
-        children.python("-m", "obsfs.fuse.supervisor", source, str(mountpoint)),
+        processes.python_command("-m", "obsfs.fuse.supervisor", source, str(mountpoint)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
         cwd="/",
-        env=children.environment(),
+        env=processes.child_environment(),
     )
     assert process.stdin and process.stdout and process.stderr
     try:
@@ -403,7 +404,7 @@ def _ask(questions: Sequence[tuple[MountEntry, str, Path]]) -> list[_Answer | OS
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd="/",
-            env=children.bare_environment(),
+            env=processes.bare_environment(),
         )
         for entry, attribute, path in questions
     ]
@@ -530,7 +531,7 @@ def replace_server(mountpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"the server of {mountpoint} cannot be replaced",
             "it needs Linux 6.9, the native engine, and no --foreground",
         )
-    supervisor = state.open_keeper(mountpoint)
+    supervisor = state.open_supervisor(mountpoint)
     try:
         signal.pidfd_send_signal(supervisor, signal.SIGHUP)
     finally:
@@ -549,7 +550,7 @@ def replace_server(mountpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 str(refused.get("reason")),
             )
         time.sleep(_PAUSE_SECONDS)
-    raise UsageError(f"the server of {mountpoint} was not replaced", f"see {state.path(mountpoint, 'log')}")
+    raise UsageError(f"the server of {mountpoint} was not replaced", f"see {state.file_path(mountpoint, 'log')}")
 
 
 def unmount(mountpoint: Path, *, lazy: bool = False) -> None:

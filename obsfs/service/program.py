@@ -57,5 +57,5 @@ def copy_in_steps(started: float, keep: Callable[[int], None], package: Path = _
 
 def process_start() -> float:
     """When this process was started, in seconds since the epoch."""
-    ticks = state.started(os.getpid())
+    ticks = state.start_ticks(os.getpid())
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))

@@ -21,20 +21,27 @@ _SETTLE_SECONDS = 2.0
 _PAUSE_SECONDS = 0.02
 
 
-def path(mountpoint: Path, suffix: str) -> Path:
+def file_path(mountpoint: Path, suffix: str) -> Path:
     """The file of a mount with this suffix: ``lock``, ``journal`` or ``log``."""
     digest = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:8]
     name = os.fsdecode(os.fsencode(mountpoint.name[:100])[:_MAX_NAME])
     return state_dir() / f"{name}-{digest}.{suffix}"
 
 
-def lock(mountpoint: Path, keeper: int) -> int:
-    """The descriptor that makes this process the only one at a mountpoint; the lock ends with it. `keeper` is the pid
-    of the process with which the mount ends.
+def acquire_lock(mountpoint: Path, supervisor: int) -> int:
+    """Take the lock that makes this process the only one at a mountpoint.
 
-    Raises UsageError when another process has it.
+    Args:
+        mountpoint: its absolute path.
+        supervisor: the pid of the process with which the mount ends.
+
+    Returns:
+        A descriptor: the lock ends when the last copy of it is closed.
+
+    Raises:
+        UsageError: another process has the lock, or the state directory cannot be written.
     """
-    file = path(mountpoint, "lock")
+    file = file_path(mountpoint, "lock")
     try:
         fd = private.open_file(file)
     except OSError as error:
@@ -42,26 +49,26 @@ def lock(mountpoint: Path, keeper: int) -> int:
     if not _flock(fd, fcntl.LOCK_EX):
         os.close(fd)
         raise UsageError(f"{mountpoint} is being mounted or served by another obsfs", "see `obsfs status`")
-    note_keeper(fd, keeper)
+    record_supervisor(fd, supervisor)
     return fd
 
 
-def note_keeper(lock: int, keeper: int) -> None:
+def record_supervisor(lock: int, supervisor: int) -> None:
     """Write into the file of a lock that we have with which process the mount ends."""
     os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{keeper} {started(keeper)}".encode(), 0)
+    os.pwrite(lock, f"{supervisor} {start_ticks(supervisor)}".encode(), 0)
 
 
 def is_abandoned(mountpoint: Path) -> bool:
     """Whether the process is gone with which the mount there should have ended; False where that is not known."""
-    keeper = _keeper(mountpoint)
-    if keeper is None:
+    supervisor = _recorded_supervisor(mountpoint)
+    if supervisor is None:
         return False
-    pid, noted = keeper
-    return started(pid) == 0 or (noted is not None and started(pid) != noted)
+    pid, noted = supervisor
+    return start_ticks(pid) == 0 or (noted is not None and start_ticks(pid) != noted)
 
 
-def open_keeper(mountpoint: Path) -> int:
+def open_supervisor(mountpoint: Path) -> int:
     """Return a pidfd of the process with which a mount ends, to signal it.
 
     That process is proven, not believed: our own lock file names it, it runs as this user, and it holds that lock. Of
@@ -73,18 +80,18 @@ def open_keeper(mountpoint: Path) -> int:
     unproven = UsageError(
         f"it cannot be proven which process serves {mountpoint}", "see whether XDG_STATE_HOME is as it was at its start"
     )
-    keeper = _keeper(mountpoint)
-    if keeper is None:
+    supervisor = _recorded_supervisor(mountpoint)
+    if supervisor is None:
         raise unproven
     try:
-        pidfd = os.pidfd_open(keeper[0])
+        pidfd = os.pidfd_open(supervisor[0])
     except OSError:
         raise unproven from None
     # What is looked at from here on is that process, or one that came after it, and then the signal goes nowhere.
     deadline = time.monotonic() + _SETTLE_SECONDS
     with suppress(OSError):
-        while Path(f"/proc/{keeper[0]}").stat().st_uid == os.geteuid():
-            if _holds_lock(keeper[0], mountpoint):
+        while Path(f"/proc/{supervisor[0]}").stat().st_uid == os.geteuid():
+            if _holds_lock(supervisor[0], mountpoint):
                 return pidfd
             if time.monotonic() > deadline:
                 break
@@ -93,10 +100,10 @@ def open_keeper(mountpoint: Path) -> int:
     raise unproven
 
 
-def _keeper(mountpoint: Path) -> tuple[int, int | None] | None:
+def _recorded_supervisor(mountpoint: Path) -> tuple[int, int | None] | None:
     """The pid of the process with which a mount ends, and when it started; the first versions did not note that."""
     try:
-        fd = os.open(path(mountpoint, "lock"), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(file_path(mountpoint, "lock"), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         with os.fdopen(fd, "rb") as file:
             if os.fstat(fd).st_uid != os.geteuid():
                 return None
@@ -108,7 +115,7 @@ def _keeper(mountpoint: Path) -> tuple[int, int | None] | None:
     return numbers[0], numbers[1] if len(numbers) > 1 else None
 
 
-def started(pid: int) -> int:
+def start_ticks(pid: int) -> int:
     """When a process started, in clock ticks after the boot (proc_pid_stat(5), field 22); 0 when it is gone."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
@@ -121,7 +128,7 @@ def _holds_lock(pid: int, mountpoint: Path) -> bool:
 
     As the kernel says: the locks of an open file are in its fdinfo (proc_pid_fdinfo(5)).
     """
-    fd = os.open(path(mountpoint, "lock"), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    fd = os.open(file_path(mountpoint, "lock"), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         wanted = _inode_line(Path(f"/proc/self/fdinfo/{fd}").read_bytes())
     finally:
@@ -145,7 +152,7 @@ def _inode_line(info: bytes) -> bytes:
 def wait_until_free(mountpoint: Path, timeout: float) -> bool:
     """Wait at most `timeout` seconds until the process that serves a mountpoint has ended."""
     try:
-        fd = private.open_file(path(mountpoint, "lock"), os.O_RDWR)
+        fd = private.open_file(file_path(mountpoint, "lock"), os.O_RDWR)
     except OSError:
         return True
     try:

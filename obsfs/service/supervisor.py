@@ -6,7 +6,7 @@ that was killed is followed by one that inherits them, restores names and opens 
 to send again what was not answered (FUSE_NOTIFY_RESEND, Linux 6.9). Readers wait for a second, and never know.
 
 It imports nothing but the standard library, so that it is small and has little to die of. When it is killed itself, its
-server starts another one, which adopts it (:mod:`obsfs.service.keeper`).
+server starts another one, which adopts it (:mod:`obsfs.service.supervisor_client`).
 
 It may be older or newer than its servers. What they say to each other has a format's number (no number is format 0),
 and both leave out what they do not know. Before a server is replaced, the program that is installed now is asked

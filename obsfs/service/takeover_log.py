@@ -29,7 +29,7 @@ _COMPACT_AFTER = 20_000
 _MEND_SECONDS = 1.0
 
 
-class Journal:
+class TakeoverLog:
     """An append-only file. `snapshot` gives the records that stand for all that was recorded so far.
 
     With `keep` a predecessor's is gone on with once :meth:`renew` was called, else it begins empty. `on_whole` is told

@@ -28,10 +28,9 @@ from obsfs.library import shelf
 from obsfs.library.manifest import parse_manifest
 from obsfs.library.publish import Notes
 from obsfs.library.pull import Local
-from obsfs.service import mounts, state
-from obsfs.service import takeover_log as journal
+from obsfs.service import mounts, state, takeover_log
 from obsfs.service.daemon import Takeover
-from obsfs.service.takeover_log import Journal
+from obsfs.service.takeover_log import TakeoverLog
 from obsfs.settings import Settings
 from obsfs.store.types import ObjectInfo, ObjectVersion, Page
 from obsfs.vfs.tree import ROOT, Tree
@@ -63,7 +62,7 @@ def restored(records: list[list[object]], **options: Any) -> tuple[Tree, int]:
 
 
 def test_an_old_journal_is_read_and_its_nodes_are_kept() -> None:
-    found = journal.read(V0 / "journal")
+    found = takeover_log.read(V0 / "journal")
     assert (found.format, found.damaged) == (0, 0)
     tree = Tree(EmptyBucket(), "", 60, max_entries=2)
     assert tree.restore(found.records, is_counted=False) == 0
@@ -251,12 +250,12 @@ def test_a_damaged_record_costs_what_it_is_about(damage: list[object]) -> None:
 
 @pytest.mark.parametrize("line", [b"garbage\n", b"\x00\xff\n", b"{}\n", b'"text"\n', b"[]\n", b"[" * 100_000 + b"\n"])
 def test_a_damaged_line_is_counted(tmp_path: Path, line: bytes) -> None:
-    written = Journal(tmp_path / "j")
+    written = TakeoverLog(tmp_path / "j")
     written.record(["one", 1])
     with (tmp_path / "j").open("ab") as file:
         file.write(line)
     written.record(["two", 2], ["unknown kind", 3, "with", "more"])
-    found = journal.read(tmp_path / "j")
+    found = takeover_log.read(tmp_path / "j")
     assert (found.damaged, [record[0] for record in found.records]) == (1, ["one", "two", "unknown kind"])
 
 
@@ -283,7 +282,7 @@ def test_a_full_disk_fails_nobody_and_is_told(tmp_path: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", small], check=True)
     try:
         told: list[bool] = []
-        written = Journal(small / "j", lambda: [["all", 1]], on_whole=told.append)
+        written = TakeoverLog(small / "j", lambda: [["all", 1]], on_whole=told.append)
         (small / "filler").write_bytes(bytes(8192))
         for n in range(2000):
             written.record(["one", n])
@@ -293,7 +292,7 @@ def test_a_full_disk_fails_nobody_and_is_told(tmp_path: Path) -> None:
         time.sleep(1.0)
         written.record(["one", 1])
         assert (told, written.is_whole) == ([False, True], True)
-        assert journal.read(small / "j").records == [["all", 1]]
+        assert takeover_log.read(small / "j").records == [["all", 1]]
     finally:
         subprocess.run(["umount", "-l", small], check=True)
 
@@ -301,21 +300,21 @@ def test_a_full_disk_fails_nobody_and_is_told(tmp_path: Path) -> None:
 def test_a_successor_begins_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = tmp_path / "small"
     small.mkdir()
-    monkeypatch.setattr(journal, "_MEND_SECONDS", 0.0)
+    monkeypatch.setattr(takeover_log, "_MEND_SECONDS", 0.0)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", small], check=True)
     try:
-        Journal(small / "j").record(["one", 1])
+        TakeoverLog(small / "j").record(["one", 1])
         with suppress(OSError):
             (small / "filler").write_bytes(bytes(1 << 20))
         told: list[bool] = []
-        follower = Journal(small / "j", lambda: [["all", 1]], keep=True, on_whole=told.append)
+        follower = TakeoverLog(small / "j", lambda: [["all", 1]], keep=True, on_whole=told.append)
         follower.renew()
         assert (told, follower.is_whole) == ([False], False)
-        assert journal.read(small / "j").records == [["one", 1]]
+        assert takeover_log.read(small / "j").records == [["one", 1]]
         (small / "filler").unlink()
         follower.record(["two", 1])
         assert (told, follower.is_whole) == ([False, True], True)
-        assert journal.read(small / "j").records == [["all", 1]]
+        assert takeover_log.read(small / "j").records == [["all", 1]]
     finally:
         subprocess.run(["umount", "-l", small], check=True)
 
@@ -337,7 +336,7 @@ def test_what_cannot_be_read_refuses_an_upgrade_and_nothing_is_touched(
     bucket.put("file.bin", data)
     path = mount(bucket)
     before = status(path)["pid"]
-    file = state.path(path, "journal")
+    file = state.file_path(path, "journal")
     with (path / "file.bin").open("rb", buffering=0) as reading:
         assert reading.read(10) == data[:10]
         with file.open("r+b") as written:
@@ -409,7 +408,7 @@ def test_what_cannot_be_restored_costs_that_file(bucket: Store, mount: Mounter, 
     path = mount(bucket)
     with (path / "lost.bin").open("rb", buffering=0) as lost, (path / "kept.bin").open("rb", buffering=0) as kept:
         assert lost.read(10) == kept.read(10) == data[:10]
-        file = state.path(path, "journal")
+        file = state.file_path(path, "journal")
         lines = file.read_bytes().splitlines(keepends=True)
         (at, *_) = (n for n, line in enumerate(lines) if line.startswith(f'["{kind}"'.encode()))
         lines[at] = b"x" * (len(lines[at]) - 1) + b"\n"
@@ -447,7 +446,7 @@ def test_a_snapshot_outlives_its_manifest(bucket: Store, mount: Mounter, obsfs: 
             assert os.pread(file.fileno(), MIB, 0) == data
             assert (path / "a" / "w.bin").read_bytes() == data
             assert (path / "b" / "w.bin").read_bytes() == random_bytes(MIB, ord("b"))
-    kept = state.path(path, "snapshot")
+    kept = state.file_path(path, "snapshot")
     assert kept.stat().st_mode & 0o077 == 0
     mounts.unmount(path)
     assert not kept.exists()

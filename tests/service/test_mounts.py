@@ -148,7 +148,7 @@ def test_what_a_mount_keeps_has_a_name_that_fits(name: str, tmp_path: Path) -> N
     mountpoint, other = tmp_path / name, tmp_path / "x" / name
     mountpoint.mkdir()
     files = [
-        state.path(one, suffix) for one in (mountpoint, other) for suffix in ("lock", "journal", "snapshot", "log")
+        state.file_path(one, suffix) for one in (mountpoint, other) for suffix in ("lock", "journal", "snapshot", "log")
     ]
     for file in files:
         private.write_file(file, b"1")
@@ -215,7 +215,7 @@ def test_the_exit_status_tells_of_a_mount_that_is_lost(
 ) -> None:
     monkeypatch.setattr(mounts, "_STATUS_SECONDS", 1.0)
     lost = impostor("a\x1b[31mb")
-    log = state.path(lost.path, "log")
+    log = state.file_path(lost.path, "log")
     log.write_text("")
     if end == "dead":
         lost.die()
@@ -240,8 +240,8 @@ def test_no_process_is_signalled_because_a_mount_names_it(impostor: Impostors) -
     with subprocess.Popen(["sleep", "60"]) as victim:
         said = {**_ELSEWHERE, "supervisor": victim.pid, "pid": victim.pid, "can_be_followed": True}
         liar = impostor(status=said)
-        lock = state.path(liar.path, "lock")
-        for content in (None, f"{victim.pid}", f"{victim.pid} {state.started(victim.pid)}", "-1 1", "0", "x"):
+        lock = state.file_path(liar.path, "lock")
+        for content in (None, f"{victim.pid}", f"{victim.pid} {state.start_ticks(victim.pid)}", "-1 1", "0", "x"):
             if content is not None:
                 lock.write_text(content)
             with pytest.raises(UsageError, match="cannot be proven"):
@@ -253,11 +253,11 @@ def test_no_process_is_signalled_because_a_mount_names_it(impostor: Impostors) -
 def test_the_server_of_a_mount_is_proven(bucket: Store, mount: Mounter) -> None:
     bucket.put("a", b"1")
     path = mount(bucket)
-    lock = state.path(path, "lock")
+    lock = state.file_path(path, "lock")
     noted = lock.read_text()
     for content in (noted, noted.split()[0]):  # as it is now, and as the first versions wrote it
         lock.write_text(content)
-        pidfd = state.open_keeper(path)
+        pidfd = state.open_supervisor(path)
         try:
             assert f"Pid:\t{mount.process(path).pid}\n" in Path(f"/proc/self/fdinfo/{pidfd}").read_text()
         finally:
@@ -312,7 +312,7 @@ def test_the_log_of_a_mount(bucket: Store, mount: Mounter, capsys: pytest.Captur
     path = mount(bucket)
     first = status(path)
     log = Path(first["log"])
-    assert log == state.path(path, "log")
+    assert log == state.file_path(path, "log")
     assert log.stat().st_mode & 0o777 == 0o600
     assert f"serving {bucket} on {path} (pid {first['pid']}," in log.read_text()
     os.kill(first["pid"], 9)
@@ -335,7 +335,9 @@ def test_the_log_says_why_a_mount_did_not_begin(bucket: Store, mount: Mounter, t
     path.mkdir()
     with pytest.raises(UsageError, match="nothing under"):
         mount(f"{bucket}/absent", at=path)
-    assert f"ERROR obsfs.service.daemon: {path} ended: there is nothing under" in state.path(path, "log").read_text()
+    assert (
+        f"ERROR obsfs.service.daemon: {path} ended: there is nothing under" in state.file_path(path, "log").read_text()
+    )
 
 
 def test_a_line_of_the_log_stays_a_line(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_another_one_takes_the_place_of_one_that_is_killed(bucket: Store, mount:
     assert (shown["restarts"], shown["upgrades"]) == (1, 1)
     kept = [str(fd.readlink()) for fd in Path(f"/proc/{shown['supervisor']}/fd").iterdir()]
     assert not [name for name in kept if "obsfs-said" in name], "what a server says is kept only until it serves"
-    logged = state.path(path, "log").read_text()
+    logged = state.file_path(path, "log").read_text()
     assert logged.count(f"the supervisor (pid {before['supervisor']}) was killed") == 1
     assert f"another supervisor is there (pid {shown['supervisor']})" in logged
     assert obsfs("umount", path).code == 0
@@ -211,7 +211,7 @@ def test_another_version_in_the_same_place_that_fails_costs_nothing(bucket: Stor
         for start in (10, 20):  # the one that runs from the copy has the same successor
             follow(path, lambda pid: os.kill(pid, signal.SIGKILL))
             assert file.read(10) == data[start : start + 10]
-        assert "did not start: ImportError: half installed" in state.path(path, "log").read_text()
+        assert "did not start: ImportError: half installed" in state.file_path(path, "log").read_text()
         (installed.place / "obsfs" / "fuse" / "supervisor.py").write_text("raise ImportError")
         kill_supervisor(path)
         follow(path, lambda pid: os.kill(pid, signal.SIGKILL))

@@ -28,7 +28,7 @@ from obsfs.fuse.kernel.notifier import Notifier
 from obsfs.fuse.kernel.pool import WaitingPool
 from obsfs.fuse.kernel.wire import FileOpen, Init, Opcode, Request
 from obsfs.fuse.kernel.writer import GONE, Pipe
-from obsfs.service.keeper import Keeper
+from obsfs.service.supervisor_client import SupervisorClient
 from obsfs.vfs.operations import REFRESH, UNKNOWN_INO, Attributes, Operations
 from obsfs.vfs.tree import WouldBlockError
 
@@ -56,14 +56,20 @@ _Call = Callable[[Request, memoryview, bool], bytes | list[bytes] | None]
 class Server:
     """Serves one connection until it is unmounted, then calls `on_end`.
 
-    `fd` is the mount's own descriptor, not yet initialised. What `keeper` keeps lets another server take over.
+    `fd` is the mount's own descriptor, not yet initialised. What `supervisor` stores lets another server take over.
     """
 
     def __init__(
-        self, fd: int, operations: Operations, *, passthrough: bool, on_end: Callable[[], None], keeper: Keeper
+        self,
+        fd: int,
+        operations: Operations,
+        *,
+        passthrough: bool,
+        on_end: Callable[[], None],
+        supervisor: SupervisorClient,
     ) -> None:
         self._fd = fd
-        self._keeper = keeper
+        self._supervisor = supervisor
         self.can_be_followed = False
         self._operations = operations
         self._passthrough = passthrough
@@ -509,10 +515,10 @@ class Server:
         # It stays open when this process does not: the successor finds the file that the kernel reads at its name.
         lock = self._operations.open_lock(number)
         if lock >= 0:
-            self._keeper.keep(f"node {number}", [lock])
+            self._supervisor.store_fds(f"node {number}", [lock])
             os.close(lock)
 
-    def keep_again(self) -> None:
+    def store_fds_again(self) -> None:
         """Give another supervisor what the last one had of the files that the kernel reads by itself."""
         with self._opening:
             for number in self._backings:
@@ -536,7 +542,7 @@ class Server:
             elif users:
                 self._operations.tree.set_backing(self._operations.tree.node(number), 0)
                 channel.close_backing(self._fd, backing)
-                self._keeper.drop(f"node {number}")
+                self._supervisor.remove_fds(f"node {number}")
         self._operations.release(handle, unique)
 
     def _on_complete(self, reader: Reader) -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from obsfs import ObsfsError
+from obsfs import ObsfsError, processes
 from obsfs.bench import measure
-from obsfs.service import children
 from tests.conftest import Mounter, Store
 from tests.service.impostor import NOBODY, Impostor
 from trainer.serve import serve
@@ -48,13 +47,13 @@ def test_children_are_told_no_directory_of_strangers(
     try:
         monkeypatch.setattr(sys, "path", [*given, *sys.path])
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(given))
-        for environment in (children.environment(), children.foreign_environment()):
+        for environment in (processes.child_environment(), processes.foreign_environment()):
             assert environment["PYTHONSAFEPATH"] == "1"
             assert [path for path in _paths(environment) if path in given] == [str(mine)]
         assert impostor.asked == 0
     finally:
         impostor.close()
-    assert str(Path(children.__file__).parents[2]) in _paths(children.environment())
+    assert str(Path(processes.__file__).parents[1]) in _paths(processes.child_environment())
 
 
 def test_a_program_is_found_only_where_it_is_in_every_working_directory(
@@ -64,10 +63,10 @@ def test_a_program_is_found_only_where_it_is_in_every_working_directory(
         (directory / "backend").write_text("#!/bin/sh\n")
         (directory / "backend").chmod(0o755)
     monkeypatch.setenv("PATH", os.pathsep.join(["", ".", "../trap", str(tmp_path), os.environ["PATH"]]))
-    assert children.program("backend") == str(tmp_path / "backend")
-    assert children.program(sys.executable) == sys.executable
+    assert processes.find_program("backend") == str(tmp_path / "backend")
+    assert processes.find_program(sys.executable) == sys.executable
     with pytest.raises(ObsfsError, match="no-such-program"):
-        children.program("no-such-program")
+        processes.find_program("no-such-program")
 
 
 @pytest.mark.parametrize("module", ["obsfs", "trainer"])

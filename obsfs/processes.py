@@ -20,16 +20,16 @@ from obsfs.errors import UsageError
 from obsfs.fuse.kernel import channel
 
 _NEEDED = ("LD_LIBRARY_PATH",)
-_SOURCES = Path(__file__).parents[2]
+_SOURCES = Path(__file__).parents[1]
 """Where obsfs itself is imported from."""
 
 
-def python(*arguments: str) -> list[str]:
+def python_command(*arguments: str) -> list[str]:
     """Return the command that runs this Python with these arguments, and nothing of its working directory."""
     return [sys.executable, "-P", *arguments]
 
 
-def environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """Return the environment for a child in this Python that imports what this process imports."""
     paths = list(_trusted(sys.path))
     if str(_SOURCES) not in paths:
@@ -49,7 +49,7 @@ def bare_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in _NEEDED if name in os.environ}
 
 
-def program(name: str) -> str:
+def find_program(name: str) -> str:
     """Return the path of an installed program: the one beside this Python, or else on the PATH. A path stays as it is.
 
     Raises:
@@ -69,7 +69,7 @@ def program(name: str) -> str:
     return found
 
 
-def shut_import_path() -> None:
+def secure_import_path() -> None:
     """Keep this process and all its children from importing what lies in the working directory, or on a mount of obsfs.
 
     For commands, not for programs that use obsfs as a library: it changes ``sys.path`` and the environment.

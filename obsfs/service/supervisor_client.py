@@ -33,7 +33,7 @@ _APPOINT_SECONDS = 60.0
 _CATCH_UP_SECONDS = 0.1
 
 
-class Keeper:
+class SupervisorClient:
     """Speaks to the supervisor of this process; to nobody, when it has none. Safe to use from many threads.
 
     Nobody waits for the supervisor: what a stopped one does not take is sent from a thread once it does.
@@ -45,7 +45,7 @@ class Keeper:
     def __init__(self, *, is_successor: bool = False) -> None:
         number = os.environ.pop(CONTROL, None)
         self._control = socket.socket(fileno=int(number)) if number else None
-        self.supervisor: int | None = None
+        self.pid: int | None = None
         """The pid of the supervisor that has started this process."""
         self._guard = threading.Lock()
         self._unsent: dict[str, tuple[bytes, list[int]]] = {}
@@ -54,7 +54,7 @@ class Keeper:
             self._control.set_inheritable(False)
             # Not the parent's: of a process whose supervisor was killed already, that is another's.
             credentials = self._control.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-            self.supervisor = int(_UCRED.unpack(credentials)[0])
+            self.pid = int(_UCRED.unpack(credentials)[0])
             if not is_successor:
                 ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -97,16 +97,16 @@ class Keeper:
         """Speak to another supervisor. It knows of nothing that was kept."""
         self._control = control
 
-    def keep(self, name: str, fds: Sequence[int], state: dict[str, Any] | None = None) -> None:
+    def store_fds(self, name: str, fds: Sequence[int], state: dict[str, Any] | None = None) -> None:
         """Have descriptors kept open under a name, in place of those that it had; `state` is for a successor."""
         self._send({"keep": name, **({"state": state} if state is not None else {})}, fds)
 
-    def note(self, state: dict[str, Any]) -> None:
+    def update_state(self, state: dict[str, Any]) -> None:
         """Change what a successor is told, and nothing that is kept. (A supervisor of format 0 knows no message
         without a name.)"""
         self._send({"keep": "note", "state": state}, [])
 
-    def drop(self, name: str) -> None:
+    def remove_fds(self, name: str) -> None:
         """What is kept under a name may close."""
         self._send({"keep": name}, [])
 
