@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,11 +18,10 @@ def check_ours(package: str = "obsfs") -> None:
     On PyPI there are others of both names, which may lie over ours, or before it on ``sys.path``. Ours lie in one
     directory, and ours is the `obsfs` that says so.
     """
-    import obsfs
-
     origin: str | None
     if package == "obsfs":
-        is_ours, origin = getattr(obsfs, "DISTRIBUTION", "") == DISTRIBUTION, obsfs.__file__
+        imported = sys.modules[package]
+        is_ours, origin = getattr(imported, "DISTRIBUTION", "") == DISTRIBUTION, imported.__file__
     else:
         place = find_spec(package)
         origin = place.origin if place else None

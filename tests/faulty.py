@@ -13,10 +13,11 @@ import ssl
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
@@ -159,7 +160,7 @@ class FaultyServer:
     def __init__(
         self,
         port: int,
-        choose: Callable[[int, Mapping[str, str]], str | None] = lambda number, headers: None,
+        choose: Callable[[int, Any], str | None] = lambda number, headers: None,
         *,
         certificate: Path | None = None,
     ) -> None:

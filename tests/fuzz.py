@@ -84,7 +84,7 @@ class _Kernel:
         while self._unique in self._server._pending:
             assert time.monotonic() < deadline, "a request is not answered"
             time.sleep(0.0005)
-        answers = []
+        answers: list[Any] = []
         while opcode not in _SILENT and not answers:
             assert time.monotonic() < deadline, "a request is not answered"
             with suppress(BlockingIOError):
@@ -177,7 +177,7 @@ def text() -> Callable[[bytes], None]:
         said = "".join(parts)
         name = names[take.ConsumeIntInRange(0, len(names) - 1)]
         for parse in (parse_address, check_endpoint, parse_model, parse_hub_name, parse_time):
-            refused(lambda parse=parse: parse(said))  # type: ignore[misc]
+            refused(lambda parse=parse: parse(said))
         with suppress(ValueError):
             assert parse_seconds(said) >= 0
         nearest(said, [said, "v2", "v10"])
@@ -209,7 +209,7 @@ def formats() -> Callable[[bytes], None]:
         ]
         for some in written:
             body = (len(some).to_bytes(8, "little") + some) if take.ConsumeBool() else some
-            found = safetensors.extents(len(body) + 1000, lambda at, size, body=body: body[at : at + size])  # type: ignore[misc]
+            found = safetensors.extents(len(body) + 1000, lambda at, size, body=body: body[at : at + size])
             safetensors.load_order({"file": found or []}, BLOCK)
             manifest.describe(some, some, {"w": {name: tensor}})
             try:

@@ -114,7 +114,7 @@ class Tracer:
         following: dict[str, set[str]] = {}
         for first, second in self.edges:
             following.setdefault(first, set()).add(second)
-        found = {}
+        found: dict[frozenset[str], list[str]] = {}
         for start in sorted(following):
             paths = [[start]]
             seen = set()
@@ -185,14 +185,15 @@ class _Traced:
             self._tracer.held.append(self)
 
 
-class _TracedCondition(_Condition):
+class _TracedCondition(_Condition):  # type: ignore[valid-type]
     def __init__(self, tracer: Tracer, lock: _Traced) -> None:
-        super().__init__(lock)  # type: ignore[arg-type]
+        super().__init__(lock)
         self._tracer, self._traced = tracer, lock
 
     def wait(self, timeout: float | None = None) -> bool:
         self._tracer.waiting("Condition.wait", but=self._traced)
-        return super().wait(timeout)
+        is_notified: bool = super().wait(timeout)
+        return is_notified
 
 
 @contextmanager

@@ -172,7 +172,7 @@ def main() -> None:
     os.environ.update(request["environment"])  # type: ignore[call-overload]
     os.chdir(str(request["cwd"]))
     os.umask(int(str(request["umask"])))
-    sys.argv = ["obsfs", *request["arguments"]]  # type: ignore[misc]
+    sys.argv = ["obsfs", *request["arguments"]]
     runpy.run_module("obsfs", run_name="__main__", alter_sys=True)
 
 

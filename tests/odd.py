@@ -12,6 +12,7 @@ import ssl
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from email.message import Message
 from email.utils import formatdate
 from pathlib import Path
 from types import TracebackType
@@ -40,7 +41,7 @@ class Request:
     method: str
     key: str
     query: dict[str, str]
-    headers: Mapping[str, str]
+    headers: Mapping[str, str] | Message
 
 
 @dataclass

@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 
 from obsfs import extras
 from obsfs.errors import UsageError
+from obsfs.ours import DISTRIBUTION
 
 _REQUIRES = [
     "click>=8.1",
@@ -27,7 +28,7 @@ _REQUIRES = [
 @pytest.fixture
 def requires(monkeypatch: pytest.MonkeyPatch) -> None:
     def known(name: str) -> Any:
-        return _REQUIRES if name == extras.DISTRIBUTION else None
+        return _REQUIRES if name == DISTRIBUTION else None
 
     monkeypatch.setattr(metadata, "requires", known)
 

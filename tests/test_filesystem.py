@@ -13,7 +13,7 @@ import pickle
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -318,7 +318,7 @@ def test_nothing_is_sent_where_a_server_points(status: int, monkeypatch: pytest.
         moved = refusal(status, "PermanentRedirect", **place)
         with OddServer({}, lambda request: moved) as asked:
             filesystem = obsfs.OBSFileSystem(endpoint_url=asked.endpoint, retry_timeout="1s", skip_instance_cache=True)
-            requests = (
+            requests: tuple[Callable[[], object], ...] = (
                 lambda: filesystem.ls("b"),
                 lambda: filesystem.info("b/a"),
                 lambda: filesystem.cat_file("b/a"),
@@ -363,13 +363,12 @@ def test_what_a_listing_remembers_of_a_file_that_was_replaced_is_not_in_the_way(
         filesystem.ls(f"{bucket.name}/dir", refresh=True)
         bucket.put("dir/a", text)
 
-    for number, read in enumerate(
-        (
-            lambda: filesystem.cat_file(path),
-            lambda: filesystem.cat_file(path, start=0, end=100),
-            lambda: filesystem.get_file(path, str(tmp_path / "a")) or (tmp_path / "a").read_bytes(),
-        )
-    ):
+    reads: tuple[Callable[[], object], ...] = (
+        lambda: filesystem.cat_file(path),
+        lambda: filesystem.cat_file(path, start=0, end=100),
+        lambda: filesystem.get_file(path, str(tmp_path / "a")) or (tmp_path / "a").read_bytes(),
+    )
+    for number, read in enumerate(reads):
         replace(text := b"text" * (number + 1))
         assert read() == text
     replace(b"the last")
@@ -391,7 +390,8 @@ def test_ranges_of_one_call_are_of_one_version(bucket: Store) -> None:
     def replace_before_the_second(version: Any, start: int, stop: int) -> bytes:
         if start and next(count) == 0:
             bucket.put("a", new)
-        return read(version, start, stop)
+        data: bytes = read(version, start, stop)
+        return data
 
     filesystem._read = replace_before_the_second
     first, second = filesystem.cat_ranges([path, path], [0, 5 * MIB], [10, 6 * MIB], batch_size=1)

@@ -25,7 +25,7 @@ def shared(server: EmbeddedServer) -> str:
     return name
 
 
-class TestGet(AbstractGetTests, AbstractFixtures):  # type: ignore[misc]
+class TestGet(AbstractGetTests, AbstractFixtures):
     @pytest.fixture
     def fs(self, server: EmbeddedServer, tmp_path: Path) -> obsfs.OBSFileSystem:
         return obsfs.OBSFileSystem(cache_dir=tmp_path / "blocks", skip_instance_cache=True)

@@ -93,7 +93,7 @@ def limited(bucket: Store, tmp_path: Path, request: pytest.FixtureRequest) -> It
         list(pool.map(lambda n: bucket.put(f"f{n:03}.bin", b"%d" % n), range(_FILES)))
     path = tmp_path / "mnt"
     path.mkdir()
-    options = ["--endpoint-url", bucket.server.endpoint, "--cache-dir", tmp_path / "cache"]
+    options = ["--endpoint-url", bucket.server.endpoint, "--cache-dir", str(tmp_path / "cache")]
     soft, hard = request.param
     subprocess.run(
         ["prlimit", f"--nofile={soft}:{hard}", sys.executable, "-m", "obsfs", "mount", str(bucket), path, *options],
@@ -170,7 +170,7 @@ def test_this_machine_has_memory() -> None:
 def test_a_limit_with_which_nothing_could_be_read_is_refused(bucket: Store, tmp_path: Path) -> None:
     path = tmp_path / "mnt"
     path.mkdir()
-    command = ["prlimit", "--nofile=40:40", sys.executable, "-m", "obsfs", "mount", str(bucket), path]
+    command = ["prlimit", "--nofile=40:40", sys.executable, "-m", "obsfs", "mount", str(bucket), str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "limit of open files is 40" in done.stderr

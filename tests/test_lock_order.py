@@ -235,8 +235,8 @@ def work(mount: Mount, bucket: Store, disk: Path, names: list[str]) -> None:
         # No server opens files any more when the engine is closed, but others may still fetch.
         last = [pool.submit(mount.engine.fill, one, range(block_count(one.size))) for one in versions]
         mount.close()
-        for one in last:
-            one.exception()
+        for filled in last:
+            filled.exception()
 
 
 @pytest.mark.timeout(60)

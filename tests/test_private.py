@@ -143,7 +143,7 @@ def test_a_mount_and_a_pull_leave_nothing_open(
     cache.mkdir(mode=0o755)
     cache.chmod(0o755)
     program = "import os, sys; os.umask(0); os.execv(sys.executable, [sys.executable, '-m', 'obsfs', *sys.argv[1:]])"
-    command = [sys.executable, "-c", program, "pull", f"{bucket}/m@v1", "--cache-dir", cache]
+    command = [sys.executable, "-c", program, "pull", f"{bucket}/m@v1", "--cache-dir", str(cache)]
     assert subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0
     before = os.umask(0)
     try:

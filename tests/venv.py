@@ -65,7 +65,7 @@ def _install_torch() -> None:
         _pip("install", "-q", _TORCH)
         return
     _pip("install", "-q", "uv")
-    uv = [HOME / "bin" / "uv", "pip", "install", "-q", "--python", PYTHON, "--torch-backend=cpu", _TORCH]
+    uv = [str(HOME / "bin" / "uv"), "pip", "install", "-q", "--python", str(PYTHON), "--torch-backend=cpu", _TORCH]
     subprocess.run(uv, check=True)
 
 

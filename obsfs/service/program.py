@@ -17,16 +17,15 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import obsfs
 from obsfs.service import state
 from obsfs.service.supervisor import FD_PATH
 
 log = logging.getLogger(__name__)
 
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-_PACKAGE = Path(obsfs.__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 """Of what runs here, also when a link on the way leads to another version by the time it is copied."""
-_SOURCE = str(getattr(obsfs.__loader__, "archive", ""))
+_SOURCE = str(getattr(__spec__.loader, "archive", ""))
 """The zip file that we were imported from, if it was one."""
 
 

@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -239,7 +239,7 @@ def test_who_opens_a_file_does_not_wait_for_who_reads_all_maps(
     for number in range(3):
         put(cache.open(version(BLOCK, key=str(number))), 0)
     begun, held = threading.Event(), threading.Event()
-    listed = cache_module.map_paths
+    listed = layout.map_paths
 
     def slow(root: Path) -> Iterator[Path]:
         for number, path in enumerate(listed(root)):
@@ -251,7 +251,7 @@ def test_who_opens_a_file_does_not_wait_for_who_reads_all_maps(
     monkeypatch.setattr(cache_module, "map_paths", slow)
     with ThreadPoolExecutor() as pool:
         try:
-            work = pool.submit({"trim": housekeeper.trim, "clean": housekeeper.clean}[what])
+            work: Future[object] = pool.submit(housekeeper.trim if what == "trim" else housekeeper.clean)
             assert begun.wait(20)
             cached = pool.submit(cache.open, version(BLOCK, key="new")).result(10)
             assert put(cached, 0)
@@ -327,7 +327,7 @@ def test_a_file_system_without_locks_is_used_all_the_same(tmp_path: Path, monkey
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(layout.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     cached = cache.open(version(BLOCK))
     data = put(cached, 0)
     with ThreadPoolExecutor() as pool:

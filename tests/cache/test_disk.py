@@ -8,6 +8,7 @@ import shutil
 import stat
 import struct
 import subprocess
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,6 @@ import pytest
 import xxhash
 
 from obsfs.cache import layout
-from obsfs.cache import object as objects
 from obsfs.cache.directory import Cache
 from obsfs.cache.layout import BLOCK, map_path
 from obsfs.cache.object import CachedObject
@@ -78,7 +78,7 @@ def test_a_disk_without_room_takes_the_first_open_of_a_file(
     # Once there is room, the same object goes to the disk.
     for path in disk.glob("other*"):
         path.unlink()
-    monkeypatch.setattr(objects.time, "monotonic", lambda: 1e12)
+    monkeypatch.setattr(time, "monotonic", lambda: 1e12)
     if kind == "inodes":
         put(cached, 0)
     else:
@@ -104,7 +104,7 @@ def test_room_for_a_held_block_is_made_by_closing_other_files(disk: Path, monkey
     assert not cached.is_present(0)
     idle.release_whole()
     cache.on_removed = idle.close
-    monkeypatch.setattr(objects.time, "monotonic", lambda: 1e12)
+    monkeypatch.setattr(time, "monotonic", lambda: 1e12)
     cache.held.relieve()
     assert cached.is_present(0)
     assert not idle.is_in_cache

@@ -132,9 +132,9 @@ def test_each_block_is_read_once_in_seven_days(cache: Cache, monkeypatch: pytest
     assert (first.bytes, second.bytes) == (BLOCK, 0)
     assert before <= (second.last_pass or 0) <= time.time()
     now = time.time
-    monkeypatch.setattr(scrub.time, "time", lambda: now() + 6.9 * 86400)
+    monkeypatch.setattr(time, "time", lambda: now() + 6.9 * 86400)
     assert not second.run_pass()
-    monkeypatch.setattr(scrub.time, "time", lambda: now() + 7.1 * 86400)
+    monkeypatch.setattr(time, "time", lambda: now() + 7.1 * 86400)
     assert second.run_pass()
     assert second.bytes == BLOCK
 
@@ -143,7 +143,7 @@ def test_it_goes_on_where_it_was(cache: Cache) -> None:
     for number in range(5):
         put(cache.open(version(BLOCK, key=str(number))), 0)
     first, second = Scrubber(cache, FAST), Scrubber(cache, FAST)
-    first._is_idle = lambda: first.bytes < 2 * BLOCK or first._stopping.set() or False  # type: ignore[func-returns-value]
+    first._is_idle = lambda: first.bytes < 2 * BLOCK or first._stopping.set() or False
     assert not first.run_pass()
     assert first.bytes == 2 * BLOCK
     assert second.run_pass()
@@ -190,7 +190,7 @@ def test_a_mount_heals_what_has_rotted(bucket: Store, tmp_path: Path) -> None:
     pid = os.fork()
     if not pid:
         try:
-            scrub._LOOK_SECONDS = scrub._BUSY_SECONDS = 0.05  # type: ignore[misc]
+            scrub._LOOK_SECONDS = scrub._BUSY_SECONDS = 0.05
             settings = Settings.load(cache_dir=tmp_path / "cache", scrub="1GiB")
             daemon.serve(str(bucket), mountpoint, settings, lambda: None, daemon.Stop())
         finally:

@@ -378,7 +378,7 @@ def test_a_user_without_rights(
         read = subprocess.run([*program, "cat", mountpoint / "a"], capture_output=True, timeout=20, check=True)
         assert read.stdout == b"data"
         ask = "import os,sys; os.setgid(65534); os.setuid(65534)\nprint(os.getxattr(*sys.argv[1:]).decode())"
-        command = [sys.executable, "-c", ask, mountpoint, "user.obsfs.status"]
+        command = [sys.executable, "-c", ask, str(mountpoint), "user.obsfs.status"]
         asked = subprocess.run(command, capture_output=True, timeout=20, check=True)
         shown = json.loads(asked.stdout)
         assert shown["passthrough"] is False

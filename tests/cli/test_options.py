@@ -178,7 +178,7 @@ def _refusal(verb: click.Command, parameter: click.Parameter, text: str) -> str:
     if isinstance(parameter, click.Option):
         words = [parameter.opts[-1], text]
     else:
-        arguments = [one for one in verb.params if isinstance(one, click.Argument)]
+        arguments: list[click.Parameter] = [one for one in verb.params if isinstance(one, click.Argument)]
         words = [*("x" for _ in range(arguments.index(parameter))), text]
     with pytest.raises(click.UsageError) as caught:
         verb.make_context("verb", words)

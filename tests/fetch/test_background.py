@@ -42,7 +42,7 @@ def test_prompt_tasks_run_in_order_while_housekeeping_is_held_up(house: House) -
     house.background.run_in_steps(long_step())
     assert begun.wait(20)
     for name in ("a", "b", "c"):
-        house.background.run_in_background(lambda name=name: house.done.append(name))  # type: ignore[misc]
+        house.background.run_in_background(lambda name=name: house.done.append(name))
     wait_for(lambda: house.done == ["a", "b", "c"])
     held.set()
 
@@ -76,7 +76,7 @@ def test_rounds_come_again_and_again_beside_all_else(house: House) -> None:
             yield
 
     house.background.run_in_steps(endless())
-    house.background.run_repeatedly(0.01, lambda: house.done.append("round") or print(1 / 0))  # type: ignore[func-returns-value]
+    house.background.run_repeatedly(0.01, lambda: house.done.append("round") or print(1 / 0))
     wait_for(lambda: house.done.count("round") > 3)
     alone = House()
     alone.background.run_repeatedly(0.01, lambda: alone.done.append("round"))
@@ -109,8 +109,8 @@ def test_the_end_runs_all_tasks_and_drops_steps() -> None:
 
     house.background.run_in_steps(endless())
     for name in ("a", "b"):
-        house.background.run_in_background(lambda name=name: house.done.append(name))  # type: ignore[misc]
-        house.background.run_when_idle(lambda name=name: house.done.append(f"quiet {name}"))  # type: ignore[misc]
+        house.background.run_in_background(lambda name=name: house.done.append(name))
+        house.background.run_when_idle(lambda name=name: house.done.append(f"quiet {name}"))
     house.background.close()
     assert sorted(house.done) == ["a", "b", "quiet a", "quiet b"]
     assert not any(thread.is_alive() for thread in house.background._threads)

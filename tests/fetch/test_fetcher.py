@@ -6,12 +6,14 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from obsfs.access.readahead import runs
 from obsfs.cache.directory import Cache
 from obsfs.cache.layout import BLOCK, PIECE, evict_blocks, read_blocks
 from obsfs.errors import ObsfsError, UnavailableError, VersionChangedError
@@ -23,7 +25,6 @@ from obsfs.fetch.fetcher import (
     ObjectFetch,
     demand_reserve,
     range_stop,
-    runs,
 )
 from obsfs.store.types import ObjectVersion
 from tests.conftest import wait_for
@@ -102,7 +103,7 @@ def test_what_is_a_little_less_urgent_has_its_turn(one: Setup) -> None:
     for number in range(1, 30):
         one.fetcher.prefetch(one.target, [(8, 2 * number)])
         one.bucket.allow.release(1)
-        wait_for(lambda number=number: len(one.bucket.asked) == number + 1)
+        wait_for(partial(lambda asked: len(one.bucket.asked) == asked, number + 1))
     assert 1 < one.bucket.asked.index((60, 61)) < 12
 
 

@@ -181,7 +181,7 @@ def test_four_daemons_share_a_cache_and_are_killed_at_random(bucket: Store, moun
         assert finished >= 12  # those of the three that lived
         for path in paths:
             subprocess.run(["umount", "-l", path], check=True, timeout=10)
-        wait_for(lambda paths=paths: all(mount.process(path).poll() is not None for path in paths))  # type: ignore[misc]
+        wait_for(lambda paths=paths: all(mount.process(path).poll() is not None for path in paths))
 
 
 def _fresh(path: Path) -> Path:

@@ -172,7 +172,7 @@ def test_one_read_of_a_silent_server_is_given_up_once(
         "m=mmap.mmap(f.fileno(),0,prot=mmap.PROT_READ)\n"
         f"{'m[0]' if mapped else 'f.read(1)'}"
     )
-    command = [sys.executable, "-c", program, file]
+    command = [sys.executable, "-c", program, str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == (-7 if mapped else 1)
     assert mapped or "Errno 5" in done.stderr

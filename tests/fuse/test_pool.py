@@ -27,7 +27,7 @@ def test_however_many_groups_are_held_up_another_one_runs(groups: int, held: thr
     begun: list[int] = []
     for number in range(groups):
         for _ in range(20):
-            pool.submit(number, lambda number=number: (begun.append(number), held.wait(20)))  # type: ignore[misc]
+            pool.submit(number, lambda number=number: (begun.append(number), held.wait(20)))
     done = threading.Event()
     pool.submit("other", done.set)
     assert done.wait(20)
@@ -42,7 +42,7 @@ def test_one_group_holds_few_threads_and_its_calls_begin_in_order(held: threadin
     pool = WaitingPool("test", most_of_one=3)
     begun: list[int] = []
     for number in range(50):
-        pool.submit("a", lambda number=number: (begun.append(number), held.wait(20)))  # type: ignore[misc]
+        pool.submit("a", lambda number=number: (begun.append(number), held.wait(20)))
     wait_for(lambda: len(begun) == 3)
     assert pool.thread_count == 3
     held.set()
@@ -59,16 +59,16 @@ def test_however_many_calls_of_some_groups_are_silent_the_others_do_not_wait_for
     begun: Counter[str] = Counter()
     for group in ("first", "second", "third"):
         for _ in range(500):
-            pool.submit(group, lambda group=group: (begun.update([group]), held.wait(20)))  # type: ignore[misc]
+            pool.submit(group, lambda group=group: (begun.update([group]), held.wait(20)))
     wait_for(lambda: begun == {"first": 24, "second": 12, "third": 6})
     silent, done = threading.Event(), threading.Event()
-    pool.submit("fourth", lambda: (silent.set(), held.wait(20)))  # type: ignore[func-returns-value]
+    pool.submit("fourth", lambda: (silent.set(), held.wait(20)))
     assert silent.wait(20)
     pool.submit("fourth", done.set)
     assert done.wait(20)
-    for group in range(20):
+    for number in range(20):
         one = threading.Event()
-        pool.submit(group, one.set)
+        pool.submit(number, one.set)
         assert one.wait(20)
     held.set()
     wait_for(lambda: begun == dict.fromkeys(("first", "second", "third"), 500))
@@ -101,7 +101,7 @@ def test_closing_forgets_what_has_not_begun(held: threading.Event) -> None:
     pool = WaitingPool("test", most_of_one=1)
     ran: list[int] = []
     begun = threading.Event()
-    pool.submit(0, lambda: (begun.set(), held.wait(20)))  # type: ignore[func-returns-value]
+    pool.submit(0, lambda: (begun.set(), held.wait(20)))
     assert begun.wait(20)
     pool.submit(0, lambda: ran.append(1))
     pool.close()
@@ -132,7 +132,7 @@ def test_each_call_runs_once_and_bounds_hold(calls: list[int], most: int, most_o
             ran.append(number)
 
     for number, group in enumerate(calls):
-        pool.submit(group, lambda group=group, number=number: call(group, number))  # type: ignore[misc]
+        pool.submit(group, lambda group=group, number=number: call(group, number))
     wait_for(lambda: len(ran) == len(calls))
     assert sorted(ran) == list(range(len(calls)))
     assert not excess

@@ -125,7 +125,7 @@ def test_memory_and_descriptors_stay_bounded(bucket: Store, mount: Mounter, tmp_
     path = mount(bucket, metadata_ttl="1s", cache_size="32MiB", max_entries=1000, cache_dir=cache)
 
     def work(count: int, seed: int) -> None:
-        command = [sys.executable, "-c", _WORKER, path, local, str(count // 4)]
+        command = [sys.executable, "-c", _WORKER, str(path), str(local), str(count // 4)]
         workers = [subprocess.Popen([*command, str(seed + n)]) for n in range(4)]
         assert [worker.wait() for worker in workers] == [0] * 4
 

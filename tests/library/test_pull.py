@@ -475,7 +475,14 @@ def test_snapshot_download_knows_every_argument_of_the_hubs(bucket: Store, obsfs
     assert [(one.n, one.total) for one in bars] == [(sum(map(len, contents(place).values())),) * 2]
     for one in package.snapshot_download(url, local_dir=place, dry_run=True):
         assert (one.is_cached, one.file_size) == (True, (place / one.filename).stat().st_size)
-    for given in ({"token": True}, {"token": "t"}, {"headers": {"a": "b"}}, {"etag_timeout": 0}, {"proxies": {}}):
+    refused: list[dict[str, Any]] = [
+        {"token": True},
+        {"token": "t"},
+        {"headers": {"a": "b"}},
+        {"etag_timeout": 0},
+        {"proxies": {}},
+    ]
+    for given in refused:
         (name,) = given
         with pytest.raises(UsageError, match=name):
             package.snapshot_download(url, **given)

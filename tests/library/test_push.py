@@ -36,7 +36,7 @@ from obsfs.library.names import parse_model
 from obsfs.library.push import find_files, notes_file, push
 from obsfs.settings import Settings
 from obsfs.store.s3.client import Bucket
-from obsfs.store.s3.writer import PutResult, Writer
+from obsfs.store.s3.writer import PART, PutResult, Writer
 from obsfs.store.types import ObjectVersion
 from tests.conftest import MIB, Mounter, Result, Store, contents, rclone_server, stop_group, wait_for, write_model
 from tests.faulty import FaultyLink
@@ -151,7 +151,7 @@ def test_large_files_of_another_version_are_copied_in_parts(
     assert publish_as("v2", seen.append) == 0
     # And one byte of a version that nobody has: whether the server would copy that.
     assert sorted(map(len, spans))[:-4] in ([], [1])
-    assert max(map(len, spans)) <= publish.PART
+    assert max(map(len, spans)) <= PART
     assert not visible
     local = contents(model)
     assert sum(seen) == sum(map(len, local.values()))

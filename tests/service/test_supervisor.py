@@ -102,7 +102,7 @@ def test_an_upgrade_that_is_asked_for_while_nobody_serves_comes_afterwards(
     os.kill(before["pid"], signal.SIGKILL)
     time.sleep(pause)
     os.kill(before["supervisor"], signal.SIGHUP)
-    wait_for(lambda: status(path).get("upgrades"), 60)
+    wait_for(lambda: bool(status(path).get("upgrades")), 60)
     assert status(path)["pid"] != before["pid"]
     assert (path / "file.bin").read_bytes() == b"data"
 

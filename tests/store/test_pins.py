@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from email.utils import formatdate
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -71,7 +72,7 @@ def test_no_two_versions_are_mixed(kind: str, ignores_pins: bool) -> None:
 @pytest.mark.parametrize("forgets", [(), ("etag",)])
 def test_what_replaces_an_object_without_etag_is_seen_on_a_mount(forgets: tuple[str, ...], mount: Mounter) -> None:
     with OddServer({"config.json": Thing(b"old-old", has_etag=bool(forgets))}, forgets=forgets) as server:
-        options = {"endpoint_url": server.endpoint, "metadata_ttl": "0s", "retry_timeout": 1}
+        options: dict[str, Any] = {"endpoint_url": server.endpoint, "metadata_ttl": "0s", "retry_timeout": 1}
         path = mount("obs://models", **options)
         assert (path / "config.json").read_bytes() == b"old-old"
         server.things["config.json"] = Thing(b"new-new", OLD + 60, has_etag=bool(forgets))

@@ -62,7 +62,7 @@ def test_killed_and_resumed_it_is_as_if_nothing_had_happened(
     undisturbed = Losses()
     run(**{**RUN, "data": str(rows), "callbacks": [undisturbed.callback]})
     place = RunLocation(f"{bucket}/adapters/killed", {})
-    given = {"model": model, "data": str(rows), "output": place.url}
+    given: dict[str, Any] = {"model": model, "data": str(rows), "output": place.url}
     for seed in (1, 2):
         process = start(tmp_path, "--resume", **given)
         try:
@@ -332,7 +332,13 @@ def test_ctrl_c_is_one_line_and_leaves_no_mount(model: str, rows: Path, bucket: 
 def test_two_processes_train_one_adapter(model: str, rows: Path, bucket: Store, tmp_path: Path) -> None:
     url = f"{bucket}/adapters/two"
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-    given = {"model": model, "data": str(rows), "output": url, "max_steps": 4, "per_device_train_batch_size": 2}
+    given: dict[str, Any] = {
+        "model": model,
+        "data": str(rows),
+        "output": url,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+    }
     out = finish(start(tmp_path, launcher=launcher, ddp_backend="gloo", **given))
     assert out.count("step 4/4") == 1  # one of them speaks
     assert "Warning" not in out

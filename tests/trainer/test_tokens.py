@@ -295,8 +295,12 @@ def test_what_is_cut_is_counted_in_all_records_of_every_task(target: Any, tmp_pa
         {**rows[0], "prompt": long},
     )
     if task == "kto":
-        rows = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in rows]
-    path = write_lines(tmp_path / "d.jsonl", rows)
+        written: list[dict[str, Any]] = [
+            {"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in rows
+        ]
+    else:
+        written = list(rows)
+    path = write_lines(tmp_path / "d.jsonl", written)
     loaded = data.load_all([str(path)], task, split="train", settings={}, chat=True, streaming=False)
     limits = data.Limits(task, 64)
     report = data.look(loaded, None, one, limits, "the answers only")

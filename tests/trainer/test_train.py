@@ -23,7 +23,7 @@ from trainer import base_model
 from trainer.run_location import RunLocation
 
 Train = Callable[..., Any]
-_DATA = {"sft": ROWS, "kto": JUDGED}
+_DATA: dict[str, Any] = {"sft": ROWS, "kto": JUDGED}
 
 
 def logits_of(model: Any) -> Any:
@@ -287,7 +287,9 @@ def test_without_a_terminal_a_line_comes_now_and_then(
         number: int, *, seconds: float, log_every: int, judge_every: int = 1000, as_json: bool = False
     ) -> list[str]:
         state, control = TrainerState(max_steps=number), TrainerControl()
-        shown = progress.Progress(BaseModel(tiny, "m"), progress.Timeline(1000.0), as_json=as_json, on_first_step=list)
+        shown = progress.Progress(
+            BaseModel(tiny, "m"), progress.Timeline(1000.0), as_json=as_json, on_first_step=lambda: None
+        )
         shown.on_train_begin(arguments, state, control, model=model)
         for step in range(1, number + 1):
             clock.now += seconds
@@ -334,7 +336,9 @@ def test_a_run_goes_on_when_nobody_reads_on(tiny: Path, monkeypatch: pytest.Monk
     clock = _Clock()
     monkeypatch.setattr(progress, "time", clock)
     arguments, state, control = TrainingArguments("unused", use_cpu=True), TrainerState(max_steps=3), TrainerControl()
-    shown = progress.Progress(BaseModel(tiny, "m"), progress.Timeline(1000.0), as_json=as_json, on_first_step=list)
+    shown = progress.Progress(
+        BaseModel(tiny, "m"), progress.Timeline(1000.0), as_json=as_json, on_first_step=lambda: None
+    )
     ended = False
     with suppress(BrokenPipeError), os.fdopen(writer, "w") as broken:  # closing it fails with what was not written
         monkeypatch.setattr("sys.stdout" if as_json else "sys.stderr", broken)

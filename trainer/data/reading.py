@@ -79,7 +79,7 @@ def _open(file: str, storage_options: Mapping[str, Any]) -> IO[bytes]:
         if file.endswith(suffix):
             raw = opener(raw)
     if file.endswith(".zst"):
-        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow
 
         raw = pyarrow.CompressedInputStream(raw, "zstd")
     return io.BufferedReader(raw, _BUFFER_BYTES)

@@ -45,8 +45,8 @@ class WaitingPool:
         self._few = few
         self._idle_seconds = idle_seconds
         self._changed = threading.Condition()
-        self._ready: deque[tuple[Hashable, Callable[[], None]]] = deque()
-        self._behind: dict[Hashable, deque[Callable[[], None]]] = {}
+        self._ready: deque[tuple[Hashable, Callable[[], object]]] = deque()
+        self._behind: dict[Hashable, deque[Callable[[], object]]] = {}
         self._active: dict[Hashable, int] = {}
         """For each group, how many of its calls are ready or running."""
         self._all_active = 0
@@ -59,7 +59,7 @@ class WaitingPool:
         """How many threads there are now."""
         return self._threads
 
-    def submit(self, group: Hashable, call: Callable[[], None]) -> None:
+    def submit(self, group: Hashable, call: Callable[[], object]) -> None:
         """Run `call` soon, after what was submitted for its group before, or beside it. Does not wait.
 
         Raises RuntimeError when there is no thread, and the system gives none.
@@ -84,7 +84,7 @@ class WaitingPool:
         active = self._active.get(group, 0)
         return not active or (active < self._most_of_one and active < self._few - self._all_active)
 
-    def _make_ready(self, group: Hashable, call: Callable[[], None]) -> None:
+    def _make_ready(self, group: Hashable, call: Callable[[], object]) -> None:
         if len(self._ready) >= self._idle and self._threads < self._most:
             self._start()
         self._active[group] = self._active.get(group, 0) + 1
