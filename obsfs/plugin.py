@@ -60,7 +60,7 @@ from obsfs.errors import (
 from obsfs.extras import missing, remedy, require
 from obsfs.logs import VisibleFormatter
 from obsfs.processes import child_environment, find_program, foreign_environment, python_command
-from obsfs.service.mounts import find as find_mounts
+from obsfs.service.mounts import find_mounts
 from obsfs.settings import Settings, Written, did_you_mean, knobs, state_dir
 from obsfs.text import to_json, visible
 

@@ -53,7 +53,7 @@ def found_models() -> list[str]:
     Each mount is searched by a process of its own, and one that takes longer than 5 seconds is left out: nobody who
     waits for a mount can be made to stop.
     """
-    usable = [one for one in mounts.find() if one.state == "mounted" and not one.status.get("ends_with_program")]
+    usable = [one for one in mounts.find_mounts() if one.state == "mounted" and not one.status.get("ends_with_program")]
     roots = [one.entry.mountpoint for one in usable]
     searches = [
         subprocess.Popen(

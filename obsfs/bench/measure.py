@@ -272,8 +272,8 @@ def place_of(target: str, settings: Settings) -> Directory | Mounts:
     """
     if "://" in target:
         return Mounts(target, settings)
-    path = mounts.resolve(target)
-    for found in mounts.find(path):
+    path = mounts.resolve_mountpoint(target)
+    for found in mounts.find_mounts(path):
         if found.state in ("dead", "not answering"):
             raise UsageError(f"the mount {path} is {found.state}", "mount it again, or `obsfs umount` it")
         if found.state == "mounted":

@@ -47,7 +47,7 @@ def mount(source: str, mountpoint: Path, foreground: bool, mount_options: tuple[
     """
     in_options = parse_mount_options(",".join(mount_options))
     settings = Settings.load(**{**in_options, **{name: value for name, value in given.items() if value is not None}})
-    path = mounts.resolve(mountpoint)
+    path = mounts.resolve_mountpoint(mountpoint)
     if foreground:
         _serve_here(source, path, settings)
     else:

@@ -27,6 +27,6 @@ def refresh(places: tuple[str, ...]) -> None:
     for place in places:
         found = mounts.refresh(place)
         if not found:
-            raise mounts.why_unseen(place)
+            raise mounts.explain_no_refresh(place)
         for path in found:
             tell(f"{path}: asks the bucket again")

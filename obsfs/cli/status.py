@@ -33,8 +33,8 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
 
     The exit status is 1 when a mount is dead or does not answer. Another user's mount is named, and not asked.
     """
-    path = None if mountpoint is None else mounts.resolve(mountpoint)
-    found = [_shown(one) for one in mounts.find(path)]
+    path = None if mountpoint is None else mounts.resolve_mountpoint(mountpoint)
+    found = [_shown(one) for one in mounts.find_mounts(path)]
     if path is not None and not found:
         raise UsageError(f"no obsfs is mounted on {path}", "see `obsfs status`")
     if path is not None:
@@ -52,7 +52,7 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
         click.get_current_context().exit(1)
 
 
-def _shown(mount: mounts.Found) -> dict[str, Any]:
+def _shown(mount: mounts.MountInfo) -> dict[str, Any]:
     entry = mount.entry
     shown = {"mountpoint": str(entry.mountpoint), "source": entry.source, "state": mount.state}
     if mount.state in _LOST and (log := state.file_path(entry.mountpoint, "log")).exists():

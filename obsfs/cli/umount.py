@@ -19,4 +19,4 @@ from obsfs.service import mounts
 @click.option("--lazy", "-z", is_flag=True, help="Take it out of the tree now; files that are open stay readable.")
 def umount(mountpoint: Path, lazy: bool) -> None:
     """Unmount, and wait until the process behind it has ended. The cache stays."""
-    mounts.unmount(mounts.resolve(mountpoint), lazy=lazy)
+    mounts.unmount(mounts.resolve_mountpoint(mountpoint), lazy=lazy)

@@ -22,6 +22,6 @@ def upgrade(mountpoint: Path) -> None:
 
     Whoever reads waits for a second, and reads on.
     """
-    path = mounts.resolve(mountpoint)
+    path = mounts.resolve_mountpoint(mountpoint)
     before, after = mounts.replace_server(path)
     tell(f"{path}: obsfs {before['version']} (pid {before['pid']}) -> {after['version']} (pid {after['pid']})")

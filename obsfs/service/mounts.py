@@ -86,7 +86,7 @@ class Mount:
         self.close()
 
 
-class OnMount(NamedTuple):
+class MountedPath(NamedTuple):
     """What a path on a mount of obsfs stands for. `settings` are those by which that mount finds it."""
 
     url: str
@@ -94,7 +94,7 @@ class OnMount(NamedTuple):
     mountpoint: Path
 
 
-class Found(NamedTuple):
+class MountInfo(NamedTuple):
     """A mount of obsfs, and how it is.
 
     Only a mount that this user made is asked: any other may say what it likes, or never answer.
@@ -118,9 +118,9 @@ def mount(source: str, mountpoint: str | os.PathLike[str] | None = None, **setti
     """
     chosen = Settings.load(**keywords(settings, mount))
     if mountpoint is not None:
-        path = resolve(mountpoint)
+        path = resolve_mountpoint(mountpoint)
         return Mount(source, path, start(source, path, chosen, lifeline=True))
-    path = resolve(tempfile.mkdtemp(prefix="obsfs-mount-"))
+    path = resolve_mountpoint(tempfile.mkdtemp(prefix="obsfs-mount-"))
     try:
         return Mount(source, path, start(source, path, chosen, lifeline=True, is_temporary=True))
     except BaseException:
@@ -198,7 +198,7 @@ def _end(process: subprocess.Popen[bytes], mountpoint: Path) -> None:
             channel.unmount(mountpoint, lazy=True)
 
 
-def resolve(mountpoint: str | os.PathLike[str]) -> Path:
+def resolve_mountpoint(mountpoint: str | os.PathLike[str]) -> Path:
     """The absolute path of a mountpoint. Looks at nothing on a mount of obsfs, whose server may be dead.
 
     Raises UsageError for an empty one, which would mean the working directory, and one that leads nowhere.
@@ -332,15 +332,15 @@ def refresh(place: str | os.PathLike[str]) -> list[Path]:
     return [one[0].mountpoint / answer.path for one, answer in answers if isinstance(answer, _Answer)]
 
 
-def why_unseen(place: str) -> UsageError:
+def explain_no_refresh(place: str) -> UsageError:
     """Return why :func:`refresh` has refreshed nothing: how the mounts are that a place is on, or may be on."""
     if "://" not in place:
         entry = channel.locate(place)[1]
         if entry is None or not entry.is_obsfs:
             return UsageError(f"{place} lies on no mount of obsfs", "see `obsfs status`")
-        found = find(entry.mountpoint)
+        found = find_mounts(entry.mountpoint)
     else:
-        found = [one for one in find() if _may_show(one.entry, place)]
+        found = [one for one in find_mounts() if _may_show(one.entry, place)]
     for one in reversed(found):  # the one on top comes last
         if one.state in _UNSEEN:
             reason, remedy = _UNSEEN[one.state]
@@ -397,7 +397,7 @@ def _ask(questions: Sequence[tuple[MountEntry, str, Path]]) -> list[_Answer | OS
     Returns an answer to each, or the error that it gave; None where there was none within 5 seconds. Who asks may be
     stuck for good (see :mod:`obsfs.service.asker`), and is left behind.
     """
-    processes = [
+    askers = [
         subprocess.Popen(
             [sys.executable, "-I", "-S", asker.__file__, str(entry.number), entry.mountpoint, attribute, path],
             stdin=subprocess.DEVNULL,
@@ -412,7 +412,7 @@ def _ask(questions: Sequence[tuple[MountEntry, str, Path]]) -> list[_Answer | OS
     answers: list[_Answer | OSError | None] = [None for _ in questions]
     deadline = time.monotonic() + _STATUS_SECONDS
     with selectors.DefaultSelector() as selector:
-        for number, process in enumerate(processes):
+        for number, process in enumerate(askers):
             assert process.stdout is not None
             selector.register(process.stdout, selectors.EVENT_READ, number)
         while selector.get_map() and (left := deadline - time.monotonic()) > 0:
@@ -422,7 +422,7 @@ def _ask(questions: Sequence[tuple[MountEntry, str, Path]]) -> list[_Answer | OS
                 if not piece:
                     selector.unregister(key.fileobj)
                     answers[key.data] = _parse(bytes(said[key.data]))
-    for process in processes:
+    for process in askers:
         _leave(process)
     return answers
 
@@ -466,7 +466,7 @@ def _reachable() -> list[MountEntry]:
     return [one for one in entries if one.is_obsfs and channel.mount_of(one.mountpoint, entries) == one]
 
 
-def find(mountpoint: Path | None = None) -> list[Found]:
+def find_mounts(mountpoint: Path | None = None) -> list[MountInfo]:
     """Return how every mount of obsfs is, or only what is mounted on `mountpoint`, within 5 seconds altogether."""
     entries = [one for one in channel.mounts() if one.is_obsfs and mountpoint in (None, one.mountpoint)]
     reachable = {one.number for one in _reachable()}
@@ -477,22 +477,22 @@ def find(mountpoint: Path | None = None) -> list[Found]:
         if one.number in answers:
             found.append(_found(one, answers[one.number]))
         else:
-            found.append(Found(one, "covered" if one.number not in reachable else "another user's", {}))
+            found.append(MountInfo(one, "covered" if one.number not in reachable else "another user's", {}))
     return found
 
 
-def _found(entry: MountEntry, answer: _Answer | OSError | None) -> Found:
+def _found(entry: MountEntry, answer: _Answer | OSError | None) -> MountInfo:
     try:
-        return Found(entry, "mounted", _status_of(entry, answer))
+        return MountInfo(entry, "mounted", _status_of(entry, answer))
     except OSError as error:
         if error.errno == errno.EXDEV:
-            return Found(entry, "covered", {})
-        return Found(entry, "dead" if error.errno == errno.ENOTCONN else "not answering", {})
+            return MountInfo(entry, "covered", {})
+        return MountInfo(entry, "dead" if error.errno == errno.ENOTCONN else "not answering", {})
     except UsageError:
-        return Found(entry, "dead" if state.is_abandoned(entry.mountpoint) else "not answering", {})
+        return MountInfo(entry, "dead" if state.is_abandoned(entry.mountpoint) else "not answering", {})
 
 
-def on_mount(path: str | os.PathLike[str]) -> OnMount | None:
+def on_mount(path: str | os.PathLike[str]) -> MountedPath | None:
     """What a path stands for, if it lies on a mount of obsfs of this user: also one that is not there (yet).
 
     No mount is asked but the one that the path lies on, as the kernel says. Raises UsageError when that one is dead, or
@@ -509,7 +509,7 @@ def on_mount(path: str | os.PathLike[str]) -> OnMount | None:
     inside = place.relative_to(entry.mountpoint).as_posix()
     url = entry.source if inside == "." else f"{entry.source.rstrip('/')}/{inside}"
     endpoints = [site["endpoint"] for site in found["endpoints"]] or [found["endpoint"]]
-    return OnMount(url, {"endpoint_url": endpoints, "cache_dir": found["cache_dir"]}, entry.mountpoint)
+    return MountedPath(url, {"endpoint_url": endpoints, "cache_dir": found["cache_dir"]}, entry.mountpoint)
 
 
 def replace_server(mountpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -60,7 +60,7 @@ def impostor(tmp_path: Path) -> Iterator[Impostors]:
 
 
 def _state_of(path: Path) -> str:
-    return mounts.find(path)[-1].state
+    return mounts.find_mounts(path)[-1].state
 
 
 def _see(capsys: pytest.CaptureFixture[str], *arguments: object) -> Result:
@@ -91,7 +91,10 @@ def test_another_users_mount_is_never_asked(impostor: Impostors, capsys: pytest.
 def test_what_root_has_mounted_is_another_users_for_the_others(bucket: Store, mount: Mounter) -> None:
     bucket.put("a", b"1")
     path = mount(bucket, allow_other=True)
-    code = f"from obsfs.service import mounts; print([one.state for one in mounts.find(mounts.Path({str(path)!r}))])"
+    code = (
+        "from obsfs.service import mounts\n"
+        f"print([one.state for one in mounts.find_mounts(mounts.Path({str(path)!r}))])"
+    )
     done = subprocess.run(
         ["setpriv", f"--reuid={NOBODY}", "--clear-groups", sys.executable, "-c", code],
         capture_output=True, text=True, timeout=60, check=False,
@@ -128,7 +131,7 @@ def test_the_mount_on_top_is_the_one_that_counts(impostor: Impostors, tmp_path: 
     assert mounts.on_mount(below.path / "x") is None
     above.close()
     same = impostor("a/b", user=NOBODY, status=_ELSEWHERE)
-    assert [one.state for one in mounts.find(same.path)] == ["covered", "another user's"]
+    assert [one.state for one in mounts.find_mounts(same.path)] == ["covered", "another user's"]
     assert mounts.on_mount(same.path) is None
     assert below.asked == above.asked == same.asked == 0
 
@@ -179,7 +182,7 @@ def test_lines_of_mountinfo_that_cannot_be_read_are_left_out() -> None:
 def test_all_mounts_are_asked_at_the_same_time(impostor: Impostors) -> None:
     gate = threading.Barrier(3)  # none answers before all are asked
     made = [impostor(f"mnt{number}", status=_ELSEWHERE, gate=gate) for number in range(3)]
-    states = {one.entry.mountpoint: one.state for one in mounts.find()}
+    states = {one.entry.mountpoint: one.state for one in mounts.find_mounts()}
     assert [states[one.path] for one in made] == ["mounted"] * 3
 
 
@@ -203,7 +206,11 @@ def test_a_hung_mount_holds_up_nothing_else(
 
 def test_a_process_that_has_asked_a_hung_mount_can_end(impostor: Impostors) -> None:
     hung = impostor()
-    code = "from obsfs.service import mounts; mounts._STATUS_SECONDS = 0.5; print([one.state for one in mounts.find()])"
+    code = (
+        "from obsfs.service import mounts\n"
+        "mounts._STATUS_SECONDS = 0.5\n"
+        "print([one.state for one in mounts.find_mounts()])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
     assert "not answering" in done.stdout, done.stderr
     assert hung.asked == 1  # it was taken, so that no signal frees who waits for the answer
