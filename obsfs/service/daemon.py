@@ -184,7 +184,7 @@ def serve(
             _restore(tree, place, bucket, takeover)
             journal.renew()
         if page is not None:
-            tree.prime(page)
+            tree.seed_root(page)
         identity: dict[str, object] = {
             "mountpoint": str(mountpoint),
             "source": str(address),

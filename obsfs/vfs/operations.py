@@ -161,12 +161,12 @@ class Operations:
         `unique` is the request's number, if it has one: :meth:`unanswered` takes back what it counted.
         """
         directory = self._directory(parent)
-        node = self.tree.lookup(directory, name, wait=wait, renew=self._should_renew, unique=unique)
-        return self._attributes(node, self.tree.lifetime(directory, name, node))
+        node = self.tree.lookup(directory, name, wait=wait, needs_new_node=self._needs_new_node, unique=unique)
+        return self._attributes(node, self.tree.entry_ttl(directory, name, node))
 
-    def absence_ttl(self, parent: int, name: str) -> float:
+    def negative_ttl(self, parent: int, name: str) -> float:
         """For how many seconds a name that `lookup` did not find is known to be absent."""
-        return self.tree.absence(self.tree.node(parent), name)
+        return self.tree.negative_ttl(self.tree.node(parent), name)
 
     def refresh(self, number: int) -> list[tuple[int, str]]:
         """Ask the bucket again for all that is shown under a directory, or under that of a file.
@@ -184,7 +184,7 @@ class Operations:
         numbers = [number for number, other in list(self._readers.items()) if other.version == reader.version]
         return [place for number in numbers if (place := self.tree.outdate(number))]
 
-    def _should_renew(self, node: Node) -> bool:
+    def _needs_new_node(self, node: Node) -> bool:
         # The kernel keeps an inode in one mode while it is open. A file that has become complete meanwhile gets a
         # second node, which opens in passthrough from the start; one that was found damaged, a node to be read through
         # us.
@@ -228,14 +228,14 @@ class Operations:
     def note_shown(self, number: int, handle: int) -> bool:
         """The kernel is about to be shown this directory, and may keep it. Whether it was shown the same before."""
         node, loaded = self.tree.node(number), self._listings[handle].loaded
-        is_same = node.shown == loaded
-        node.shown = loaded
+        is_same = node.listing_version == loaded
+        node.listing_version = loaded
         return is_same
 
     def unopened_dir(self, number: int, handle: int) -> None:
         """The kernel did not get the answer to `opendir`: it has neither the handle nor what it was to be shown."""
         self.releasedir(handle)
-        self.tree.node(number).shown = 0.0
+        self.tree.node(number).listing_version = 0.0
 
     def readdir(self, node: int, handle: int, offset: int, *, wait: bool = True) -> Iterator[tuple[str, bool, int]]:
         """``(name, is directory, next offset)`` from `offset` on, in the order of names."""
@@ -249,8 +249,8 @@ class Operations:
     def enter(self, node: int, handle: int, names: Sequence[str], unique: int = 0) -> list[Attributes]:
         """Like `lookup`, for names that `readdir` of this handle has just given; none if each is to be looked up."""
         directory, listing = self.tree.node(node), self._listings[handle]
-        entered = self.tree.enter(directory, listing, names, self._should_renew, unique)
-        lifetime = self.tree.lifetime_since(listing.loaded)
+        entered = self.tree.enter(directory, listing, names, self._needs_new_node, unique)
+        lifetime = self.tree.remaining_ttl(listing.loaded)
         return [self._attributes(node, lifetime) for node in entered]
 
     def releasedir(self, handle: int) -> None:

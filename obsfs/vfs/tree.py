@@ -148,7 +148,7 @@ class Node:
     """By which the kernel knows the file that it reads by itself, while `direct_opens`."""
     is_outdated: bool = False
     """Whether a read has found that the bucket no longer has this version."""
-    shown: float = 0.0
+    listing_version: float = 0.0
     """When the listing of this directory was loaded that the kernel was shown last (monotonic seconds)."""
 
     @property
@@ -197,10 +197,10 @@ def read_page(page: Page, prefix: str, entries: dict[str, Entry]) -> int:
 class Tree:
     """The directory tree under `prefix`. Listings and absences are believed for `ttl` seconds.
 
-    Beyond `max_entries` names the oldest listings are forgotten, all but the newest, and :meth:`spare` names what the
-    kernel should forget. `record` is given every change that a successor must know, as lists for JSON. `server` is the
-    number of this server of a mount, greater than those of its predecessors. Safe to use from many threads; only one of
-    them asks the bucket about a directory at a time.
+    Beyond `max_entries` names the oldest listings are dropped, all but the newest, and :meth:`eviction_candidates`
+    names what the kernel should forget. `record` gets every change that a successor must know, as lists for JSON.
+    `server` is the number of this server of a mount, greater than those of its predecessors. Safe to use from many
+    threads; only one of them asks the bucket about a directory at a time.
 
     A listing may have no end: it is given up when nobody waits for it, when it has MAX_NAMES names, and when those that
     are being loaded hold half of the memory that there was. `room` tells how many bytes are left.
@@ -259,19 +259,19 @@ class Tree:
         name: str,
         *,
         wait: bool = True,
-        renew: Callable[[Node], bool] | None = None,
+        needs_new_node: Callable[[Node], bool] | None = None,
         unique: int = 0,
     ) -> Node:
         """The node of a name now, with one more lookup counted.
 
         Raises NotFoundError, WouldBlockError if the bucket must be asked and `wait` is false, and what the bucket
-        says. `renew` tells of a node that is still right whether the path should get a fresh one all the same.
+        says. `needs_new_node` tells of a node that is still right whether the path should get a fresh one all the same.
         `unique` is the number of the request, for :meth:`unanswered`.
         """
         for _ in range(_MOST_ANSWERS):
             with self._question(parent.key, name) as question:
                 entry = self._find(parent, name, wait)
-                if nodes := self._enter_all(parent, [entry], question, renew, unique):
+                if nodes := self._enter_all(parent, [entry], question, needs_new_node, unique):
                     return nodes[0]
         raise VersionChangedError(f"{parent.key}{name} is replaced over and over", "open it again")
 
@@ -280,25 +280,27 @@ class Tree:
         parent: Node,
         listing: Listing,
         names: Iterable[str],
-        renew: Callable[[Node], bool] | None = None,
+        needs_new_node: Callable[[Node], bool] | None = None,
         unique: int = 0,
     ) -> list[Node]:
         """The nodes of names in a listing, with one more lookup counted of each; none if it is believed no more."""
-        return self._enter_all(parent, [listing.entries[name] for name in names], listing.question, renew, unique)
+        return self._enter_all(
+            parent, [listing.entries[name] for name in names], listing.question, needs_new_node, unique
+        )
 
     def _enter_all(
         self,
         parent: Node,
         entries: Iterable[Entry],
         question: _Question,
-        renew: Callable[[Node], bool] | None,
+        needs_new_node: Callable[[Node], bool] | None,
         unique: int,
     ) -> list[Node]:
         changes: list[list[object]] = []
         with self._guard:
             if question.is_outdated:
                 return []
-            nodes = [self._enter(parent, entry, renew, changes) for entry in entries]
+            nodes = [self._enter(parent, entry, needs_new_node, changes) for entry in entries]
             for node in nodes:
                 node.lookups += 1
             ids = [node.id for node in nodes]
@@ -309,12 +311,12 @@ class Tree:
             return nodes
 
     def _enter(
-        self, parent: Node, entry: Entry, renew: Callable[[Node], bool] | None, changes: list[list[object]]
+        self, parent: Node, entry: Entry, needs_new_node: Callable[[Node], bool] | None, changes: list[list[object]]
     ) -> Node:
         version = self._source.version(entry.info) if entry.info else None
         known = self._nodes.get(self._current.get((parent.id, entry.name), 0))
         is_right = known is not None and known.version == version and not known.is_outdated
-        if known is None or not is_right or (renew is not None and renew(known)):
+        if known is None or not is_right or (needs_new_node is not None and needs_new_node(known)):
             key = entry.info.key if entry.info else f"{parent.key}{entry.name}/"
             mtime = entry.info.mtime if entry.info else self._nodes[ROOT].mtime
             known = Node(self._next_id, parent.id, entry.name, key, version, mtime)
@@ -533,11 +535,11 @@ class Tree:
         return None
 
     @property
-    def is_crowded(self) -> bool:
+    def over_limit(self) -> bool:
         """Whether the kernel may know more nodes than it should."""
         return len(self._nodes) - self._uncounted > self.max_entries
 
-    def spare(self) -> list[tuple[int, str]]:
+    def eviction_candidates(self) -> list[tuple[int, str]]:
         """``(parent id, name)`` of the files that the kernel has known for longest and nobody has open: as many as make
         room for a tenth of `max_entries`, and none while it is not crowded.
 
@@ -545,7 +547,7 @@ class Tree:
         kernel may not be able to forget it now.
         """
         with self._guard:
-            if not self.is_crowded:
+            if not self.over_limit:
                 return []
             excess = len(self._nodes) - self._uncounted - self.max_entries + self.max_entries // 10
             idle = (
@@ -565,7 +567,7 @@ class Tree:
 
     # listings
 
-    def lifetime(self, directory: Node, name: str, node: Node | None) -> float:
+    def entry_ttl(self, directory: Node, name: str, node: Node | None) -> float:
         """For how many more seconds it is believed that a name stands for `node`, or, if that is None, for nothing.
 
         0 if something else is known by now.
@@ -576,24 +578,24 @@ class Tree:
             if listing is None or found is WouldBlockError or not self._is_same(found, node):
                 return 0.0
             is_listed = listing.knows(name, key)
-            return self.lifetime_since(listing.loaded if is_listed else listing.probed[name][0])
+            return self.remaining_ttl(listing.loaded if is_listed else listing.probed[name][0])
 
     def _is_same(self, found: Entry | type[WouldBlockError] | None, node: Node | None) -> bool:
         if not isinstance(found, Entry) or node is None:
             return found is None and node is None
         return (self._source.version(found.info) if found.info else None) == node.version
 
-    def lifetime_since(self, loaded: float) -> float:
+    def remaining_ttl(self, loaded: float) -> float:
         """For how many more seconds is believed what was asked at that moment (monotonic seconds)."""
         return max(0.0, self.ttl - (self._now() - loaded))
 
-    def absence(self, directory: Node, name: str) -> float:
-        """The `lifetime` of a name that is not there, of which the kernel is told now.
+    def negative_ttl(self, directory: Node, name: str) -> float:
+        """The `entry_ttl` of a name that is not there, of which the kernel is told now.
 
         It is 0 beyond _MAX_ABSENT names: the kernel keeps none that :meth:`refresh` does not know.
         """
         with self._guard:
-            now, lifetime = self._now(), self.lifetime(directory, name, None)
+            now, lifetime = self._now(), self.entry_ttl(directory, name, None)
             while self._absent and next(iter(self._absent.values())) <= now:
                 self._absent.popitem(last=False)
             place = directory.id, name
@@ -788,7 +790,7 @@ class Tree:
             return None
         return listing
 
-    def prime(self, page: Page) -> None:
+    def seed_root(self, page: Page) -> None:
         """The first page of the root, from before anybody has looked."""
         self._load(self._nodes[ROOT].key, [page], whole=False).is_hint = True
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from obsfs.fuse.kernel import wire, writer
+from obsfs.fuse.kernel import notify_helper, wire
 from obsfs.fuse.kernel.notifier import Notifier
 from tests.conftest import random_bytes
 
@@ -30,7 +30,7 @@ def ends() -> Iterator[tuple[Notifier, socket.socket]]:
 
 
 def the_process() -> psutil.Process:
-    (found,) = (child for child in psutil.Process().children() if child.cmdline()[-1:] == [writer.FORMAT])
+    (found,) = (child for child in psutil.Process().children() if child.cmdline()[-1:] == [notify_helper.FORMAT])
     return found
 
 

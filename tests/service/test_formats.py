@@ -23,7 +23,7 @@ import pytest
 import obsfs
 from obsfs.cache.directory import Cache
 from obsfs.errors import UsageError
-from obsfs.fuse.kernel import channel, writer
+from obsfs.fuse.kernel import channel, notify_helper
 from obsfs.library import shelf
 from obsfs.library.manifest import parse_manifest
 from obsfs.library.publish import Notes
@@ -72,7 +72,7 @@ def test_an_old_journal_is_read_and_its_nodes_are_kept() -> None:
     tree.count_open(tree.node(5), -1, direct=False)
     tree.forget([(5, 1000)])
     assert tree.node(5).key == "m/config.json"
-    assert not tree.is_crowded
+    assert not tree.over_limit
     again = Tree(EmptyBucket(), "", 60)
     again.restore(list(tree.snapshot()))
     again.forget([(5, 1000)])
@@ -319,9 +319,9 @@ def test_a_successor_begins_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.M
         subprocess.run(["umount", "-l", small], check=True)
 
 
-def test_a_writer_of_another_format_ends_at_once() -> None:
+def test_a_notify_helper_of_another_format_ends_at_once() -> None:
     done = subprocess.run(
-        [sys.executable, writer.__file__, "2"], stdin=subprocess.DEVNULL, capture_output=True, check=False
+        [sys.executable, notify_helper.__file__, "2"], stdin=subprocess.DEVNULL, capture_output=True, check=False
     )
     assert (done.returncode, b"format 2" in done.stderr) == (1, True)
 

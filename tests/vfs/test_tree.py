@@ -108,17 +108,17 @@ def test_beyond_the_bound_the_oldest_listings_go_and_the_kernel_is_to_forget_fil
         for name in listing.entries:
             tree.enter(directory, listing, [name])
             assert tree.listed_count <= 1000 + 101
-    assert tree.is_crowded
+    assert tree.over_limit
     opened = tree.lookup(tree.lookup(root, "d00"), "000")
     tree.count_open(opened, 1, direct=False)
-    spare = tree.spare()
+    candidates = tree.eviction_candidates()
     nodes = {(node.parent, node.name): node for node in tree._nodes.values()}
-    assert not any(nodes[place].is_dir for place in spare)
-    assert (opened.parent, opened.name) not in spare
-    for place in spare:
+    assert not any(nodes[place].is_dir for place in candidates)
+    assert (opened.parent, opened.name) not in candidates
+    for place in candidates:
         tree.forget([(nodes[place].id, 1)])
     assert tree.node_count == 900
-    assert tree.spare() == []
+    assert tree.eviction_candidates() == []
 
 
 def test_a_directory_of_a_hundred_thousand_lists_and_looks_up() -> None:
@@ -172,10 +172,10 @@ def test_absence_is_remembered_until_the_lifetime_is_over() -> None:
         with pytest.raises(NotFoundError):
             tree.lookup(root, "new")
     assert bucket.requests == 1
-    assert tree.lifetime(root, "new", None) == 10
+    assert tree.entry_ttl(root, "new", None) == 10
     bucket.keys["new"] = "1"
     clock.now += 9
-    assert tree.lifetime(root, "new", None) == 1
+    assert tree.entry_ttl(root, "new", None) == 1
     with pytest.raises(NotFoundError):
         tree.lookup(root, "new")
     clock.now += 2
@@ -248,7 +248,7 @@ def test_a_successor_can_refresh_every_name_that_the_kernel_takes_to_be_absent()
     for parent, name in told:
         with pytest.raises(NotFoundError):
             tree.lookup(tree.node(parent), name)
-        tree.absence(tree.node(parent), name)
+        tree.negative_ttl(tree.node(parent), name)
     for source in (records, list(tree.snapshot())):
         successor = Tree(bucket, "", 60, now=clock)
         assert successor.restore(source) == 0
@@ -274,21 +274,21 @@ def test_the_kernel_keeps_no_absent_name_that_a_refresh_would_not_know(monkeypat
     tree = Tree(MemoryBucket({}), "", 60, now=clock)
     root = tree.node(ROOT)
     tree.listing(root)
-    kept = [name for name in "abcdefgh" if tree.absence(root, name) > 0]
+    kept = [name for name in "abcdefgh" if tree.negative_ttl(root, name) > 0]
     assert kept == list("abcd")
     assert [name for _, name in tree.refresh(root)] == kept
     # A name that is told again takes no room, and what the kernel no longer believes makes some.
     tree.listing(root)
-    assert tree.absence(root, "b") == 60
+    assert tree.negative_ttl(root, "b") == 60
     clock.now += 61
     tree.listing(root)
-    assert [name for name in "efghi" if tree.absence(root, name) > 0] == list("efgh")
+    assert [name for name in "efghi" if tree.negative_ttl(root, name) > 0] == list("efgh")
 
 
 def test_what_came_with_the_mount_hides_nothing_that_came_since() -> None:
     bucket = MemoryBucket({"old/a": "1"})
     tree = Tree(bucket, "", 60, now=Clock())
-    tree.prime(next(bucket.list("")))
+    tree.seed_root(next(bucket.list("")))
     root = tree.node(ROOT)
     asked = bucket.requests
     assert tree.lookup(root, "old", wait=False).is_dir
@@ -299,7 +299,7 @@ def test_what_came_with_the_mount_hides_nothing_that_came_since() -> None:
     assert bucket.requests == asked + 1
     with pytest.raises(NotFoundError):
         tree.lookup(root, "neither", wait=False)
-    tree.prime(next(bucket.list("")))
+    tree.seed_root(next(bucket.list("")))
     bucket.keys["newer/a"] = "1"
     assert "newer" in tree.listing(root).names
 
@@ -314,7 +314,7 @@ def test_after_a_refresh_the_bucket_is_asked_again() -> None:
     for parent, name in ((root, "d"), (b, "2")):
         with pytest.raises(NotFoundError):
             tree.lookup(parent, name)
-        assert tree.absence(parent, name) == 60
+        assert tree.negative_ttl(parent, name) == 60
     bucket.keys |= {"d": "x", "a/b/1": "y", "a/b/2": "x"}
     assert set(tree.refresh(a)) == {(a.id, "b"), (b.id, "1"), (b.id, "2")}
     tree.lookup(b, "2")
@@ -389,8 +389,8 @@ def test_nothing_that_was_asked_before_is_an_answer_afterwards(page: int, how: s
     new = tree.lookup(directory, "d")
     assert etag(new) == "2"
     assert not tree.should_look_again(new)
-    assert tree.lifetime(directory, "d", new) == 60
-    assert tree.lifetime(directory, "d", old) == 0
+    assert tree.entry_ttl(directory, "d", new) == 60
+    assert tree.entry_ttl(directory, "d", old) == 0
 
 
 def test_a_name_that_was_absent_before_a_refresh_is_not_said_to_be() -> None:
@@ -408,7 +408,7 @@ def test_a_name_that_was_absent_before_a_refresh_is_not_said_to_be() -> None:
     with pytest.raises(NotFoundError):
         tree.lookup(directory, "new")
     # By now it is known to be there, and the kernel is not told that it is not.
-    assert tree.absence(directory, "new") == 0
+    assert tree.negative_ttl(directory, "new") == 0
     assert etag(tree.lookup(directory, "new")) == "1"
 
 

@@ -1,9 +1,9 @@
-"""What the kernel is told unasked, written by a process that has nothing else to do.
+"""Notifications to the kernel, written by a helper process that does nothing else.
 
-A notification (FUSE_NOTIFY_STORE, FUSE_NOTIFY_INVAL_ENTRY) may have to wait in the kernel for a page or a directory
-that a reader has locked, who waits for an answer of ours. No signal reaches whoever waits there: a server that was
-killed meanwhile would not be gone, but keep its locks (of the cache, of blocks that it was fetching), for which its
-successor waits, and so the reader. The process that waits in its place has no locks, and no part in anything else.
+A notification (FUSE_NOTIFY_STORE, FUSE_NOTIFY_INVAL_ENTRY) may wait in the kernel for a page or a directory that a
+reader has locked while that reader waits for us. No signal ends such a wait: a server killed there would stay, keep its
+locks (of the cache, of blocks in flight), and block its successor and so the reader. The helper waits in its place. It
+holds no locks.
 """
 
 from __future__ import annotations
@@ -19,21 +19,40 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 
-from obsfs.fuse.kernel import wire, writer
-from obsfs.fuse.kernel.writer import ANSWER, STORE, Pipe
+from obsfs.fuse.kernel import notify_helper, wire
+from obsfs.fuse.kernel.notify_helper import ANSWER, STORE
+from obsfs.fuse.kernel.splice import Pipe
 
 _ENVIRONMENT = ("LD_LIBRARY_PATH",)
-_PROGRAM = pkgutil.get_data(__package__, "writer.py") or b""
-"""As it was when we were loaded: another version may lie at its name when the process is started."""
 _FINISH_SECONDS = 1.0
-_MOST_STARTS = 5
+_MAX_STARTS = 5
+
+
+def _program() -> bytes:
+    """Return the helper's program as one text that needs no package: its only import of ours comes with it.
+
+    Read when this module is imported: an upgrade may replace the files before the helper starts.
+    """
+    splice, helper = (pkgutil.get_data(__package__, name) or b"" for name in ("splice.py", "notify_helper.py"))
+    return (
+        b"import sys, types\n"
+        b"module = sys.modules['obsfs.fuse.kernel.splice'] = types.ModuleType('splice')\n"
+        b"exec(%r, module.__dict__)\n"
+        b"exec(%r)\n" % (splice, helper)
+    )
+
+
+_PROGRAM = _program()
 
 
 class Notifier:
-    """Writes notifications, one after the other, to the connection of which `fd` is a descriptor.
+    """Writes notifications, one after the other, to a FUSE connection.
 
-    Whoever must not wait for another's notification takes another notifier. The process starts with the first one, and
-    again, a few times, should it have been killed.
+    A caller that must not wait behind another's notification takes a notifier of its own. The helper starts with the
+    first notification, and at most four more times if it is killed.
+
+    Args:
+        fd: a descriptor of the connection.
     """
 
     def __init__(self, fd: int) -> None:
@@ -44,9 +63,10 @@ class Notifier:
         self._room = 0
 
     def write(self, messages: Sequence[bytes]) -> None:
-        """Write messages, of 64 KiB together at most, and wait until that is done. For one thread.
+        """Write messages, at most 64 KiB in all, and wait until that is done. For one thread.
 
-        Raises OSError: what the kernel said of the last that it did not take, or EPIPE when the process has ended.
+        Raises:
+            OSError: the kernel's error for the last message that it refused; EPIPE if the helper has ended.
         """
         try:
             control = self._start()
@@ -56,25 +76,32 @@ class Notifier:
             answer = b""
         if not answer:
             self._drop()
-            raise OSError(errno.EPIPE, "the process that writes notifications has ended")
+            raise OSError(errno.EPIPE, "the notification helper has ended")
         if number := ANSWER.unpack(answer)[0]:
             raise OSError(number, os.strerror(number))
 
     def store(self, node: int, fd: int, start: int, size: int, witness: tuple[int, int, int]) -> bool:
-        """Have bytes ``[start, start + size)`` of a file put into the page cache of a node, soon. From any thread.
+        """Put bytes ``[start, start + size)`` of the file `fd` into the page cache of a node, soon. From any thread.
 
-        They are left out unless the `witness` still says that they are right once they are taken: the descriptor of
-        another file, an offset in it, and the number (64 bits) to be found there. Waits for nothing; False when too
-        many are waiting already.
+        Args:
+            node: the node id.
+            fd: the file; the offset in it is the offset in the node.
+            start: bytes.
+            size: bytes.
+            witness: descriptor of another file, an offset in it, and the 64-bit number expected there. The helper drops
+                the bytes unless the number is there after it took them.
+
+        Returns:
+            False, without waiting, when too many are in the queue already.
         """
-        place_fd, place, word = witness
+        map_fd, word_offset, word = witness
         stop = start + size
         try:
             control = self._start()
             for offset in range(start, stop, self._room):
                 count = min(self._room, stop - offset)
-                message = STORE.pack(offset, count, place, word) + wire.store(node, offset, count)
-                control.sendmsg([message], _with_fds(self._fd, fd, place_fd), socket.MSG_DONTWAIT)
+                message = STORE.pack(offset, count, word_offset, word) + wire.store(node, offset, count)
+                control.sendmsg([message], _with_fds(self._fd, fd, map_fd), socket.MSG_DONTWAIT)
         except ConnectionError:
             self._drop()
             return False
@@ -83,8 +110,8 @@ class Notifier:
         return True
 
     def close(self) -> None:
-        """End the process, which may be held up in the kernel, for good."""
-        self._starts = _MOST_STARTS
+        """End the helper, even one that waits in the kernel, and start no other."""
+        self._starts = _MAX_STARTS
         self._drop()
 
     def _drop(self) -> None:
@@ -99,19 +126,19 @@ class Notifier:
     def _start(self) -> socket.socket:
         with self._guard:
             if self._running is None:
-                # One that cannot even begin would be started for ever.
-                if self._starts == _MOST_STARTS:
+                # A helper that cannot start would be started without end.
+                if self._starts == _MAX_STARTS:
                     raise ConnectionError
                 self._starts += 1
                 pipe = Pipe()
                 self._room = pipe.room
                 pipe.close()
                 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                with theirs, os.fdopen(os.memfd_create("obsfs-writer"), "wb") as program:
+                with theirs, os.fdopen(os.memfd_create("obsfs-notify-helper"), "wb") as program:
                     program.write(_PROGRAM)
                     program.flush()
                     process = subprocess.Popen(
-                        [sys.executable, "-I", "-S", f"/proc/self/fd/{program.fileno()}", writer.FORMAT],
+                        [sys.executable, "-I", "-S", f"/proc/self/fd/{program.fileno()}", notify_helper.FORMAT],
                         pass_fds=[program.fileno()],
                         stdin=theirs.fileno(),
                         stdout=subprocess.DEVNULL,

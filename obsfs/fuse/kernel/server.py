@@ -26,8 +26,8 @@ from obsfs.fetch.reader import Reader
 from obsfs.fuse.kernel import channel, wire
 from obsfs.fuse.kernel.notifier import Notifier
 from obsfs.fuse.kernel.pool import WaitingPool
+from obsfs.fuse.kernel.splice import GONE, Pipe
 from obsfs.fuse.kernel.wire import FileOpen, Init, Opcode, Request
-from obsfs.fuse.kernel.writer import GONE, Pipe
 from obsfs.service.supervisor_client import SupervisorClient
 from obsfs.vfs.operations import REFRESH, UNKNOWN_INO, Attributes, Operations
 from obsfs.vfs.tree import WouldBlockError
@@ -415,7 +415,7 @@ class Server:
         try:
             found = self._operations.lookup(request.node, name, wait=wait, unique=self._counted_once(request))
         except NotFoundError:
-            return wire.entry_out(0, self._operations.absence_ttl(request.node, name), bytes(wire.ATTR.size))
+            return wire.entry_out(0, self._operations.negative_ttl(request.node, name), bytes(wire.ATTR.size))
         self._check_room()
         return _entry(found)
 
@@ -427,7 +427,7 @@ class Server:
         return unique
 
     def _check_room(self) -> None:
-        if self._operations.tree.is_crowded:
+        if self._operations.tree.over_limit:
             self._crowded.set()
 
     def _getattr(self, request: Request, view: memoryview, wait: bool) -> bytes:
@@ -611,8 +611,10 @@ class Server:
         with closing(Notifier(self._fd)) as notifier:
             while self._crowded.wait() and not self.ended.is_set():
                 self._crowded.clear()
-                spare = [place for place in self._operations.tree.spare() if not self._is_awaited(place[0])]
-                notices = [wire.inval_entry(parent, name.encode(), drop=True) for parent, name in spare]
+                candidates = [
+                    place for place in self._operations.tree.eviction_candidates() if not self._is_awaited(place[0])
+                ]
+                notices = [wire.inval_entry(parent, name.encode(), drop=True) for parent, name in candidates]
                 for start in range(0, len(notices), _NOTICES):
                     _notify(notifier, notices[start : start + _NOTICES])
                 self.ended.wait(_TRIM_SECONDS)
