@@ -35,7 +35,7 @@ from s3fs.utils import FileExpired
 
 from obsfs.errors import ExpiredError, ObsfsError, UsageError, VersionChangedError
 from obsfs.fetch.reader import Engine, Reader
-from obsfs.settings import Settings, did_you_mean, keywords, knobs
+from obsfs.settings import Settings, did_you_mean, is_setting, keywords, knobs
 from obsfs.store import address as addresses
 from obsfs.store.address import Address
 from obsfs.store.credentials import Keys
@@ -199,7 +199,7 @@ class OBSFileSystem(S3FileSystem):
 
     def __init__(self, **options: Any) -> None:
         client_kwargs = dict(options.pop("client_kwargs", None) or {})
-        given = {name: options.pop(name) for name in list(options) if name in knobs()}
+        given = {name: options.pop(name) for name in list(options) if is_setting(name)}
         _check_options(options)
         given.setdefault("endpoint_url", client_kwargs.pop("endpoint_url", None))
         given.setdefault("region", client_kwargs.pop("region_name", None))

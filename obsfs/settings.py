@@ -48,6 +48,8 @@ _TIME_UNITS = {unit: _TIMES[unit] for unit in ("d", "h", "m", "s")}
 _PREFIX = "OBSFS_"
 _OTHER_VARIABLES = ("CONFIG", "DEBUG", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "SUPERVISOR_FD")
 """Variables of ours that are not settings."""
+RENAMED = {"engine": "fuse_backend"}
+"""Old names of settings and the present ones. The old ones still work in this version, with a warning."""
 _ALIKE = 0.7
 """How alike (difflib's ratio) two names after ``OBSFS_`` must be for one to be a typo of the other."""
 _ALIKE_PREFIX = 0.8
@@ -137,6 +139,13 @@ def _switch(value: object) -> object:
     return _SWITCHES[value.lower()] if isinstance(value, str) else value
 
 
+def _fuse_backend(value: object) -> object:
+    if value == "fusepy":
+        _warn("the FUSE backend 'fusepy' has a new name", "write 'libfuse'")
+        return "libfuse"
+    return value
+
+
 class _Kind(NamedTuple):
     """Of a type: how its values are read from text, and what --help calls them."""
 
@@ -156,7 +165,7 @@ def keywords(given: Mapping[str, Any], function: Callable[..., Any] | None = Non
 
     Raises UsageError for a name that is not one, with what is like it of `function`'s own arguments, too.
     """
-    if function is not None and (unknown := [name for name in given if name not in knobs()]):
+    if function is not None and (unknown := [name for name in given if not is_setting(name)]):
         own = list(inspect.signature(function).parameters)[:-1]  # the last takes the settings
         hint = did_you_mean(unknown[0], [*own, *knobs()]) or "see its arguments, and the fields of obsfs.Settings"
         raise UsageError(f"{function.__name__} has no argument {unknown[0]!r}", hint)
@@ -176,6 +185,7 @@ Owner = Annotated[Annotated[int, Meta(ge=0, le=_MAX_ID)] | None, _Kind(_same, "N
 LocalPath = Annotated[Path, _Kind(_expand)]
 Library = Annotated[str | None, _Kind(_library)]
 Switch = Annotated[bool, _Kind(_switch)]
+FuseBackend = Annotated[Literal["native", "libfuse"], _Kind(_fuse_backend)]
 
 
 def config_path() -> Path:
@@ -278,8 +288,8 @@ class Settings:
         "Names to remember, of listings and in the kernel, beyond the directory that is being listed "
         "(about 1 KiB of memory each).",
     )
-    engine: Literal["native", "fusepy"] = _knob(
-        "native", "native speaks to /dev/fuse itself; fusepy goes through libfuse (extra: fusepy)."
+    fuse_backend: FuseBackend = _knob(
+        "native", "How to talk to the kernel: native uses /dev/fuse itself, libfuse needs libfuse 3 (extra: libfuse)."
     )
     passthrough: Switch = _knob(True, "Let the kernel read fully cached files by itself (Linux 6.9 or later, root).")
     kernel_read_ahead: Annotated[Size, Meta(le=_MAX_READ_AHEAD)] = _knob(
@@ -331,8 +341,14 @@ class Settings:
         values = {**_read_config(), **_read_variables()}
         for name, value in given.items():
             place, text = value if isinstance(value, Written) else ("", value)
-            if text is not None:
-                values[name] = Written(place, text)
+            if text is None:
+                continue
+            if name in RENAMED:
+                place = place or f"--{name} "
+                _warn_of_old_name(name, place)
+                if given.get(RENAMED[name]) is not None:
+                    continue  # the present name wins
+            values[RENAMED.get(name, name)] = Written(place, text)
         for name in values:
             if name not in known:
                 raise UsageError(
@@ -348,18 +364,20 @@ class Settings:
         What is not known here has no effect, and what does not fit is as if it was not given.
         """
         fitting, notes = {}, []
-        for name, value in values.items():
+        for written, value in values.items():
+            name = RENAMED.get(written, written)
             try:
                 cls.parse({name: value})
                 fitting[name] = value
             except UsageError as error:
-                notes.append(f"setting {name} is left out: {error}")
+                notes.append(f"setting {written} is left out: {error}")
         return cls.parse(fitting), notes
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], places: Mapping[str, str] | None = None) -> Settings:
         """Settings from these values and the defaults. Raises UsageError as :meth:`load`."""
         known = knobs()
+        values = {RENAMED.get(name, name): value for name, value in values.items()}
         for name in values:
             if name not in known:
                 raise UsageError(f"unknown setting {name!r}", f"known are {', '.join(known)}")
@@ -395,7 +413,7 @@ class Knob:
     @property
     def choices(self) -> tuple[str, ...]:
         """What it may be, when that is not many."""
-        return get_args(self.hint) if get_origin(self.hint) is Literal else ()
+        return get_args(self.type) if get_origin(self.type) is Literal else ()
 
     @property
     def metavar(self) -> str:
@@ -440,6 +458,11 @@ def _reason(said: str, metavar: str) -> str:
         names = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
         return f"it must be {names.get(kind[1], kind[1])}"
     return said
+
+
+def is_setting(name: str) -> bool:
+    """Return whether this is the name of a setting, or was one in the version before (:data:`RENAMED`)."""
+    return name in knobs() or name in RENAMED
 
 
 @cache
@@ -500,10 +523,22 @@ def _warn(message: str, remedy: str) -> None:
     warnings.warn(visible(f"{message}: {remedy}"), SettingWarning, stacklevel=4)
 
 
+def _warn_of_old_name(name: str, place: str) -> None:
+    """Warn (SettingWarning) of a setting written by its old `name`; `place` is what was written before its value."""
+    written, new = place.rstrip(" =:"), RENAMED[name]
+    if written.isupper():
+        name, new = name.upper(), new.upper()
+    elif written.startswith("--"):
+        name, new = name.replace("_", "-"), new.replace("_", "-")
+    before, _, _ = written.rpartition(name)
+    _warn(f"{written} is the old name of a setting", f"write {before}{new}")
+
+
 def _read_variables() -> dict[str, Written]:
     """Settings in the environment, each with what stands before its value."""
     names = {name.upper(): name for name in knobs()}
     known = [*names, *_OTHER_VARIABLES]
+    old_names = {name.upper(): name for name in RENAMED}
     found: dict[str, Written] = {}
     for variable, text in os.environ.items():
         prefix, is_ours, name = variable.partition(_PREFIX)
@@ -513,6 +548,9 @@ def _read_variables() -> dict[str, Written]:
             continue
         if name in names:
             found[names[name]] = Written(f"{variable}=", text)
+        elif name in old_names:
+            _warn_of_old_name(old_names[name], variable)
+            found.setdefault(RENAMED[old_names[name]], Written(f"{variable}=", text))
         elif close := difflib.get_close_matches(name.upper(), known, 1, _ALIKE):
             _warn(f"the variable {variable} is not used", f"did you mean {_PREFIX}{close[0]}?")
     return found
@@ -544,6 +582,9 @@ def _read_config() -> dict[str, Written]:
             if knobs()[key].metavar == "OCTAL" and isinstance(value, int):
                 raise UsageError(f"{path}: {key} = {value}", f'write it as text, in octal: {key} = "022"')
             found[key] = Written(f"{path}: {key} = ", value)
+        elif key in RENAMED:
+            _warn_of_old_name(key, f"{path}: {key}")
+            found.setdefault(RENAMED[key], Written(f"{path}: {key} = ", value))
         else:
             in_table = isinstance(value, dict) and any(name in knobs() for name in value)
             hint = f"write its keys without [{key}]" if in_table else did_you_mean(key.lower(), knobs())

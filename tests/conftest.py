@@ -156,8 +156,8 @@ def bucket(server: EmbeddedServer) -> Store:
     return store
 
 
-@pytest.fixture(params=["native", "fusepy"])
-def engine(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=["native", "libfuse"])
+def fuse_backend(request: pytest.FixtureRequest) -> str:
     """Both ways to serve a mount."""
     return str(request.param)
 

@@ -4,10 +4,12 @@ import json
 import os
 import select
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from obsfs.cli.options import parse_mount_options
 from obsfs.errors import ObsfsError, SettingWarning, UsageError
 from obsfs.settings import Settings, Written, config_path, keywords, knobs, parse_seconds, parse_size
 
@@ -29,7 +31,7 @@ def test_flags_beat_variables_beat_the_file(monkeypatch: pytest.MonkeyPatch) -> 
         ({"cache_size": "lots"}, "--cache-size lots"),
         ({"connections": 0}, "--connections 0"),
         ({"metadata_ttl": "soon"}, "--metadata-ttl soon"),
-        ({"engine": "warp"}, "--engine warp"),
+        ({"fuse_backend": "warp"}, "--fuse-backend warp"),
         ({"umask": "9"}, "--umask 9"),
         ({"umask": "1777"}, "--umask 1777"),
         ({"uid": "-1"}, "--uid -1"),
@@ -277,3 +279,79 @@ def test_a_file_that_was_named_and_is_not_there(monkeypatch: pytest.MonkeyPatch,
             Settings.load()
     monkeypatch.setenv("OBSFS_CONFIG", "/dev/null")
     Settings.load()
+
+
+# names of the version before
+
+
+def _by_flag(name: str, value: str) -> Settings:
+    return Settings.load(**{name: value})
+
+
+def _by_keyword(name: str, value: str) -> Settings:
+    return Settings.load(**keywords({name: value}, _by_flag))
+
+
+def _by_option(name: str, value: str) -> Settings:
+    return Settings.load(**parse_mount_options(f"{name}={value}"))
+
+
+def _by_variable(name: str, value: str) -> Settings:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(f"OBSFS_{name.upper()}", value)
+        return Settings.load()
+
+
+def _by_file(name: str, value: str) -> Settings:
+    _write_config(f'{name} = "{value}"\n')
+    return Settings.load()
+
+
+@pytest.mark.parametrize(
+    ("load", "old", "new"),
+    [
+        (_by_flag, "--engine", "--fuse-backend"),
+        (_by_keyword, "engine", "fuse_backend"),
+        (_by_option, "-o engine", "-o fuse_backend"),
+        (_by_variable, "OBSFS_ENGINE", "OBSFS_FUSE_BACKEND"),
+        (_by_file, "config.toml: engine", "config.toml: fuse_backend"),
+    ],
+)
+@pytest.mark.parametrize("value", ["native", "fusepy", "libfuse"])
+def test_an_old_name_works_as_the_new_one_and_warns(
+    load: Callable[[str, str], Settings], old: str, new: str, value: str
+) -> None:
+    wanted = {"fusepy": "libfuse"}.get(value, value)
+    with pytest.warns(SettingWarning) as told:
+        assert load("engine", value).fuse_backend == wanted
+    said = [str(one.message) for one in told]
+    names = [text for text in said if "is the old name of a setting" in text]
+    assert len(names) == 1
+    assert f"{old} is the old name of a setting: write " in names[0]
+    assert names[0].endswith(new)
+    assert [text for text in said if text not in names] == (
+        ["the FUSE backend 'fusepy' has a new name: write 'libfuse'"] if value == "fusepy" else []
+    )
+
+
+@pytest.mark.parametrize("load", [_by_flag, _by_keyword, _by_option, _by_variable, _by_file])
+@pytest.mark.filterwarnings("error")
+def test_the_new_name_does_not_warn(load: Callable[[str, str], Settings]) -> None:
+    assert load("fuse_backend", "libfuse").fuse_backend == "libfuse"
+
+
+@pytest.mark.filterwarnings("ignore::obsfs.errors.SettingWarning")
+def test_the_new_name_wins_over_the_old_one_in_the_same_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings.load(engine="native", fuse_backend="libfuse").fuse_backend == "libfuse"
+    _write_config('fuse_backend = "libfuse"\nengine = "native"\n')
+    assert Settings.load().fuse_backend == "libfuse"
+    monkeypatch.setenv("OBSFS_ENGINE", "native")
+    assert Settings.load().fuse_backend == "native", "a variable beats the file"
+    monkeypatch.setenv("OBSFS_FUSE_BACKEND", "libfuse")
+    assert Settings.load().fuse_backend == "libfuse"
+
+
+def test_settings_of_an_earlier_version_are_adopted() -> None:
+    for value, wanted in (("native", "native"), ("libfuse", "libfuse")):
+        settings, notes = Settings.adopt({"engine": value})
+        assert (settings.fuse_backend, notes) == (wanted, [])

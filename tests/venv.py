@@ -70,7 +70,7 @@ def _install_torch() -> None:
 
 
 def ensure_system() -> None:
-    """libfuse for the fusepy engine, the kernel's header for the wire format, and fio: installed where we may."""
+    """libfuse for its FUSE backend, the kernel's header for the wire format, and fio: installed where we may."""
     present = (*map(shutil.which, ("fusermount3", "gcc", "fio")), Path("/usr/include/linux/fuse.h").exists())
     if all(present):
         return

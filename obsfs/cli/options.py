@@ -10,7 +10,7 @@ import click
 
 from obsfs.cli.output import fold, human
 from obsfs.errors import UsageError
-from obsfs.settings import Knob, Written, did_you_mean, knobs, parse_seconds, parse_size
+from obsfs.settings import RENAMED, Knob, Written, did_you_mean, knobs, parse_seconds, parse_size
 from obsfs.text import visible
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
@@ -118,8 +118,12 @@ def settings_options(*names: str) -> Callable[[_Decorated], _Decorated]:
     """A decorator that adds the flags of these settings (by default all); none given means None."""
 
     def decorate(function: _Decorated) -> _Decorated:
-        for name in reversed(names or tuple(knobs())):
+        chosen = names or tuple(knobs())
+        for name in reversed(chosen):
             function = _option(knobs()[name])(function)
+        for old, name in RENAMED.items():
+            if name in chosen:
+                function = click.option(f"--{old.replace('_', '-')}", old, hidden=True)(function)
         return function
 
     return decorate
@@ -187,7 +191,7 @@ def parse_mount_options(text: str) -> dict[str, Written]:
         name = written.replace("-", "_")
         if written in _MOUNT_OPTIONS or written.startswith(("x-", "X-")):
             continue
-        knob = knobs().get(name)
+        knob = knobs().get(RENAMED.get(name, name))
         is_off = knob is None and name.startswith("no_") and not is_given
         if is_off:
             knob = knobs().get(name[3:])
@@ -202,5 +206,5 @@ def parse_mount_options(text: str) -> dict[str, Written]:
             before = found[knob.name].value if knob.name in found else []
             found[knob.name] = Written(f"-o {written}=", [*before, value])
         else:
-            found[knob.name] = Written(f"-o {written}=", value)
+            found[name if name in RENAMED else knob.name] = Written(f"-o {written}=", value)
     return found

@@ -87,7 +87,7 @@ def _rows(mount: dict[str, Any]) -> list[tuple[str, str]]:
         *([("snapshot", mount["snapshot"])] if mount["snapshot"] else []),
         (
             "served by",
-            f"{mount['engine']} engine, "
+            f"{mount.get('fuse_backend') or mount['engine']} FUSE backend, "
             + ("passthrough for files wholly cached, else splice" if mount["passthrough"] else mount["data_path"])
             + f" (pid {mount['pid']})",
         ),

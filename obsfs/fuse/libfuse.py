@@ -1,7 +1,7 @@
-"""The same operations through libfuse, by way of mfusepy: for systems where the native engine cannot run.
+"""The same operations through libfuse, by way of mfusepy: for systems where the native FUSE backend cannot run.
 
 libfuse's high-level interface knows paths where :mod:`obsfs.vfs.operations` knows nodes, and one inode per path
-where the native engine has one per version. So when a file is replaced while it is open here, the open of the new
+where the native FUSE backend has one per version. So when a file is replaced while it is open here, the open of the new
 version bypasses the kernel's page cache (direct I/O), and the old version's descriptors are refused further reads. A
 version of which the kernel does not have the size yet is not opened: the kernel looks up the path once more first.
 """
@@ -28,9 +28,11 @@ from obsfs.vfs.operations import ROOT, UNKNOWN_INO, Attributes, Operations
 try:
     import mfusepy
 except ImportError:
-    raise UsageError("--engine fusepy needs mfusepy", remedy("fusepy")) from None
+    raise UsageError("--fuse-backend libfuse needs mfusepy", remedy("libfuse")) from None
 except OSError as error:
-    raise UsageError(f"--engine fusepy needs libfuse ({error})", "install the package fuse3 (apt, dnf)") from None
+    raise UsageError(
+        f"--fuse-backend libfuse needs libfuse ({error})", "install the package fuse3 (apt, dnf)"
+    ) from None
 
 _NAME_SECONDS = 1.0
 _MOST_THREADS = 512

@@ -175,7 +175,7 @@ def serve(
             address.prefix,
             settings.metadata_ttl,
             # Nobody follows a server of libfuse.
-            journal.record if settings.engine == "native" else lambda *changes: None,
+            journal.record if settings.fuse_backend == "native" else lambda *changes: None,
             max_entries=settings.max_entries,
             server=takeover.server if takeover else 0,
         )
@@ -191,7 +191,9 @@ def serve(
             "endpoint": bucket.endpoint,
             "snapshot": settings.snapshot,
             "pid": os.getpid(),
-            "engine": settings.engine,
+            "fuse_backend": settings.fuse_backend,
+            # Its old name and values, for one version.
+            "engine": "native" if settings.fuse_backend == "native" else "fusepy",
             "supervisor": supervisor.pid,
             "restarts": takeover.restarts if takeover else 0,
             "upgrades": takeover.upgrades if takeover else 0,
@@ -201,7 +203,7 @@ def serve(
         }
         operations = Operations(tree, engine, settings, identity, lambda: bucket.sites)
         stop.on_signals()
-        if settings.engine == "native":
+        if settings.fuse_backend == "native":
             native = _Native(
                 operations,
                 mountpoint,
@@ -294,7 +296,7 @@ def _is_alone(identity: dict[str, object], lock: int, request: dict[str, Any], s
 
 
 class _Native:
-    """The native engine on a mountpoint: from a new mount, or from the connection of a server that died."""
+    """The native FUSE backend on a mountpoint: from a new mount, or from the connection of a server that died."""
 
     def __init__(
         self,
@@ -420,7 +422,7 @@ class _Native:
             fds = server.start()
         except OSError as error:
             raise UsageError(
-                f"this kernel cannot serve {self._mountpoint} ({error.strerror})", "try --engine fusepy"
+                f"this kernel cannot serve {self._mountpoint} ({error.strerror})", "try --fuse-backend libfuse"
             ) from None
         self._fds = fds
         if server.can_be_followed:
@@ -468,8 +470,8 @@ def _probe(source: str, mountpoint: Path) -> int:
         parse_address(source)
         for note in notes:
             print(note)
-        if settings.engine != "native":
-            raise UsageError(f"the engine {settings.engine} cannot take over", "mount again")
+        if settings.fuse_backend != "native":
+            raise UsageError(f"the FUSE backend {settings.fuse_backend} cannot take over", "mount again")
         takeover_log.read(state.file_path(mountpoint, "journal"))
         file = state.file_path(mountpoint, "snapshot")
         if settings.snapshot and file.exists():

@@ -529,7 +529,7 @@ def replace_server(mountpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not before.get("can_be_followed"):
         raise UsageError(
             f"the server of {mountpoint} cannot be replaced",
-            "it needs Linux 6.9, the native engine, and no --foreground",
+            "it needs Linux 6.9, the native FUSE backend, and no --foreground",
         )
     supervisor = state.open_supervisor(mountpoint)
     try:

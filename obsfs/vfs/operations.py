@@ -1,6 +1,6 @@
 """What each file system call means here. Knows names, nodes and bytes, and no kernel's format of them.
 
-Both engines serve these: the native one (:mod:`obsfs.fuse.kernel`) and libfuse (:mod:`obsfs.fuse.libfuse`). The
+Both FUSE backends serve these: the native one (:mod:`obsfs.fuse.kernel`) and libfuse (:mod:`obsfs.fuse.libfuse`). The
 mount is read-only. A call that may have to ask the bucket takes `wait`; without it, it raises WouldBlockError
 instead of waiting. Everything else that goes wrong is an ObsfsError with its errno.
 """
@@ -121,7 +121,7 @@ class Operations:
         self.can_be_direct = False
         self.identity = identity
         self._sites = sites
-        self._data_path = "splice" if settings.engine == "native" else "copy"
+        self._data_path = "splice" if settings.fuse_backend == "native" else "copy"
         self._readers: dict[int, Reader] = {}
         self._listings: dict[int, Listing] = {}
         # A successor's handles must not be those that its predecessor has given.

@@ -59,18 +59,27 @@ def fails(result: Result, mountpoint: Path, *words: str) -> None:
     wait_for(lambda: not daemons(mountpoint))
 
 
-def test_mount_status_umount(bucket: Store, obsfs: Run, mountpoint: Path, engine: str, tmp_path: Path) -> None:
+def test_mount_status_umount(bucket: Store, obsfs: Run, mountpoint: Path, fuse_backend: str, tmp_path: Path) -> None:
     data = random_bytes(3 * MIB)
     bucket.put("file.bin", data)
     mounted = obsfs(
-        "mount", bucket, mountpoint, "--engine", engine, "--cache-dir", tmp_path / "c", "--cache-size", "1GiB"
+        "mount",
+        bucket,
+        mountpoint,
+        "--fuse-backend",
+        fuse_backend,
+        "--cache-dir",
+        tmp_path / "c",
+        "--cache-size",
+        "1GiB",
     )
     assert (mounted.code, mounted.out, mounted.err) == (0, "", "")
     assert (mountpoint / "file.bin").read_bytes() == data
     shown = obsfs("status", mountpoint, "--json").json
     assert shown["mountpoint"] == str(mountpoint)
     assert shown["source"] == str(bucket)
-    assert shown["engine"] == engine
+    assert shown["fuse_backend"] == fuse_backend
+    assert shown["engine"] == {"libfuse": "fusepy"}.get(fuse_backend, fuse_backend), "the old key, for one version"
     assert shown["pid"] in daemons(mountpoint)
     assert shown["bytes_fetched"] == shown["bytes_read"] == len(data)
     assert shown["cache_bytes"] == len(data)
@@ -181,9 +190,19 @@ def test_a_dead_mount_is_shown_and_cleared(bucket: Store, obsfs: Run, mount: Mou
     assert obsfs("umount", path).code == 0
 
 
-def test_foreground(engine: str, bucket: Store, mountpoint: Path) -> None:
+def test_foreground(fuse_backend: str, bucket: Store, mountpoint: Path) -> None:
     bucket.put("a", b"a")
-    command = [sys.executable, "-m", "obsfs", "mount", str(bucket), str(mountpoint), "--foreground", "--engine", engine]
+    command = [
+        sys.executable,
+        "-m",
+        "obsfs",
+        "mount",
+        str(bucket),
+        str(mountpoint),
+        "--foreground",
+        "--fuse-backend",
+        fuse_backend,
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None

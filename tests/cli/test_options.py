@@ -222,7 +222,7 @@ def test_in_python_no_mountpoint_is_empty() -> None:
         (["umount", "--xyzzy\x1b"], r"No such option '--xyzzy\x1b' (see `obsfs umount --help`)"),
         (["mount", "-o", "allow-other=maybe", "obs://b", "/m"], "-o allow-other=maybe: 'maybe' is neither on nor off"),
         (["mount", "-o", "cache_dir= ,ro", "obs://b", "/m"], "-o cache_dir is empty"),
-        (["mount", "-o", "engine=warp", "obs://b", "/m"], "-o engine=warp: choose from native, fusepy"),
+        (["mount", "-o", "fuse_backend=warp", "obs://b", "/m"], "-o fuse_backend=warp: choose from native, libfuse"),
     ],
 )
 def test_an_option_is_named_as_it_was_written(

@@ -54,9 +54,9 @@ def check_reads(fd: int) -> None:
 
 
 @pytest.fixture
-def path(bucket: Store, mount: Mounter, engine: str) -> Path:
+def path(bucket: Store, mount: Mounter, fuse_backend: str) -> Path:
     bucket.put("file.bin", _DATA)
-    return mount(bucket, engine=engine) / "file.bin"
+    return mount(bucket, fuse_backend=fuse_backend) / "file.bin"
 
 
 def test_before_and_after_it_is_cached(path: Path) -> None:

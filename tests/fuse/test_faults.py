@@ -52,7 +52,7 @@ def test_a_body_that_breaks_off_is_fetched_again(bucket: Store, mount: Mounter, 
 
 
 def test_a_read_waits_for_a_server_that_comes_back(
-    mount: Mounter, tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+    mount: Mounter, tmp_path: Path, fuse_backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = random_bytes(12 * MIB)
     with EmbeddedServer(tmp_path) as own, FaultyLink(own.port) as link:
@@ -61,7 +61,9 @@ def test_a_read_waits_for_a_server_that_comes_back(
         client = own.client()
         client.create_bucket(Bucket="one")
         client.put_object(Bucket="one", Key="file.bin", Body=data)
-        path = mount("obs://one", endpoint_url=link.endpoint, engine=engine, read_ahead=0, retry_timeout="60s")
+        path = mount(
+            "obs://one", endpoint_url=link.endpoint, fuse_backend=fuse_backend, read_ahead=0, retry_timeout="60s"
+        )
         with (path / "file.bin").open("rb", buffering=0) as file:
             assert file.read(1000) == data[:1000]
             link.refusing = True
@@ -75,10 +77,10 @@ def test_a_read_waits_for_a_server_that_comes_back(
 
 
 def test_a_name_waits_for_a_server_that_comes_back(
-    bucket: Store, mount: Mounter, link: FaultyLink, engine: str
+    bucket: Store, mount: Mounter, link: FaultyLink, fuse_backend: str
 ) -> None:
     bucket.put("dir/file.bin", b"text")
-    path = mount(bucket, endpoint_url=link.endpoint, engine=engine)
+    path = mount(bucket, endpoint_url=link.endpoint, fuse_backend=fuse_backend)
     link.refusing = True
     link.break_all()
     reading = subprocess.Popen(["cat", path / "dir" / "file.bin"], stdout=subprocess.PIPE, text=True)
@@ -104,13 +106,13 @@ def test_names_fail_together_when_patience_is_over(bucket: Store, mount: Mounter
 
 
 def test_names_of_one_directory_do_not_wait_for_those_of_silent_ones(
-    bucket: Store, mount: Mounter, link: FaultyLink, engine: str, obsfs: Callable[..., Any]
+    bucket: Store, mount: Mounter, link: FaultyLink, fuse_backend: str, obsfs: Callable[..., Any]
 ) -> None:
     for number in range(3):
         bucket.put(f"fast-{number}/sub/file", b"text")
     for number in range(200):
         bucket.put(f"slow-{number}/file", b"text")
-    path = mount(bucket, endpoint_url=link.endpoint, engine=engine)
+    path = mount(bucket, endpoint_url=link.endpoint, fuse_backend=fuse_backend)
     link.stalled_text = b"prefix=slow-"
     waiting: list[threading.Thread] = []
     for number, (start, stop) in enumerate(((0, 9), (9, 40), (40, 200))):
@@ -135,12 +137,17 @@ def test_names_of_one_directory_do_not_wait_for_those_of_silent_ones(
 
 
 def test_a_read_fails_when_patience_is_over_and_the_mount_survives(
-    bucket: Store, mount: Mounter, link: FaultyLink, engine: str
+    bucket: Store, mount: Mounter, link: FaultyLink, fuse_backend: str
 ) -> None:
     data = random_bytes(6 * MIB)
     bucket.put("file.bin", data)
     path = mount(
-        bucket, endpoint_url=link.endpoint, engine=engine, read_ahead=0, retry_timeout="1s", request_timeout="1s"
+        bucket,
+        endpoint_url=link.endpoint,
+        fuse_backend=fuse_backend,
+        read_ahead=0,
+        retry_timeout="1s",
+        request_timeout="1s",
     )
     file = path / "file.bin"
     assert file.stat().st_size == len(data)
@@ -183,10 +190,12 @@ def test_one_read_of_a_silent_server_is_given_up_once(
 
 @pytest.mark.slow
 def test_four_maps_of_a_bucket_that_stalls_do_not_hang(
-    bucket: Store, mount: Mounter, link: FaultyLink, engine: str
+    bucket: Store, mount: Mounter, link: FaultyLink, fuse_backend: str
 ) -> None:
     bucket.put("file.bin", random_bytes(32 * MIB))
-    path = mount(bucket, endpoint_url=link.endpoint, engine=engine, retry_timeout="2s", request_timeout="1s")
+    path = mount(
+        bucket, endpoint_url=link.endpoint, fuse_backend=fuse_backend, retry_timeout="2s", request_timeout="1s"
+    )
     assert (path / "file.bin").stat().st_size == 32 * MIB
     link.stalled = True
     program = (
@@ -266,16 +275,16 @@ def test_no_range_is_asked_for_twice(bucket: Store, mount: Mounter, link: Faulty
     assert asked[-1][1] == len(data)
 
 
-def test_kill_9_and_mount_again_at_once(bucket: Store, mount: Mounter, engine: str) -> None:
+def test_kill_9_and_mount_again_at_once(bucket: Store, mount: Mounter, fuse_backend: str) -> None:
     data = random_bytes(20 * MIB)
     bucket.put("file.bin", data)
-    path = mount(bucket, engine=engine)
+    path = mount(bucket, fuse_backend=fuse_backend)
     assert (path / "file.bin").read_bytes() == data
     mount.kill(path)
     with pytest.raises(OSError) as caught:
         os.listdir(path)
     assert caught.value.errno == errno.ENOTCONN
-    assert mount(bucket, at=path, engine=engine) == path
+    assert mount(bucket, at=path, fuse_backend=fuse_backend) == path
     assert (path / "file.bin").read_bytes() == data
     # What was in the cache when it was killed is verified by its checksums, not fetched again.
     assert status(path)["bytes_fetched"] == 0
@@ -298,14 +307,14 @@ def test_kill_9_in_the_middle_of_a_read_over_and_over(bucket: Store, mount: Moun
     assert status(path)["corrupt_blocks"] == 0
 
 
-def test_sigterm_unmounts(bucket: Store, mount: Mounter, engine: str) -> None:
+def test_sigterm_unmounts(bucket: Store, mount: Mounter, fuse_backend: str) -> None:
     bucket.put("file.bin", b"data")
-    path = mount(bucket, engine=engine)
+    path = mount(bucket, fuse_backend=fuse_backend)
     assert (path / "file.bin").read_bytes() == b"data"
     mount.process(path).terminate()
     assert mount.process(path).wait(20) == 0
     assert os.listdir(path) == []
-    mount(bucket, at=path, engine=engine)
+    mount(bucket, at=path, fuse_backend=fuse_backend)
 
 
 def test_a_corrupt_cache_is_noticed_and_fetched_again(bucket: Store, mount: Mounter, tmp_path: Path) -> None:
@@ -434,7 +443,7 @@ def test_a_mistake_of_ours_is_answered(bucket: Store, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["bytes", "inodes"])
 def test_files_that_are_new_to_a_full_disk_are_read(
-    bucket: Store, mount: Mounter, tmp_path: Path, engine: str, kind: str
+    bucket: Store, mount: Mounter, tmp_path: Path, fuse_backend: str, kind: str
 ) -> None:
     for size in (7, 3 * MIB, 9 * MIB + 5):
         bucket.put(f"{size}.bin", random_bytes(size))
@@ -442,7 +451,7 @@ def test_files_that_are_new_to_a_full_disk_are_read(
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,nr_inodes=16", "tmpfs", small], check=True)
     try:
-        path = mount(bucket, cache_dir=small / "blocks", engine=engine, cache_min_free=0)
+        path = mount(bucket, cache_dir=small / "blocks", fuse_backend=fuse_backend, cache_min_free=0)
         with suppress(OSError):
             for number in range(100):
                 (small / f"other{number}").write_bytes(bytes(MIB if kind == "bytes" else 0))
@@ -488,14 +497,16 @@ def test_a_cache_file_that_somebody_spoils_costs_a_fetch(
     assert status(path.parent)["restarts"] == 0
 
 
-def test_reads_go_on_while_opens_wait_for_the_cache(bucket: Store, mount: Mounter, tmp_path: Path, engine: str) -> None:
+def test_reads_go_on_while_opens_wait_for_the_cache(
+    bucket: Store, mount: Mounter, tmp_path: Path, fuse_backend: str
+) -> None:
     """As they do for a disk that is slow, and for another process that makes room."""
     data = random_bytes(2 * MIB)
     bucket.put("a.bin", data)
     names = [f"{number}.bin" for number in range(12)]
     for name in names:
         bucket.put(name, b"text")
-    path = mount(bucket, cache_dir=tmp_path / "cache", passthrough=False, engine=engine)
+    path = mount(bucket, cache_dir=tmp_path / "cache", passthrough=False, fuse_backend=fuse_backend)
     fd = os.open(path / "a.bin", os.O_RDONLY | os.O_DIRECT)
     assert (path / names[0]).stat().st_size == 4
     wait_for(lambda: os.pread(fd, 2 * MIB, 0) == data and status(path)["requests_in_flight"] == 0)
@@ -511,7 +522,7 @@ def test_reads_go_on_while_opens_wait_for_the_cache(bucket: Store, mount: Mounte
             assert not any(one.done() for one in opening)
             for process in killed:
                 process.kill()
-            if engine == "native":
+            if fuse_backend == "native":
                 assert [process.wait(10) for process in killed] == [-9] * 4
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)

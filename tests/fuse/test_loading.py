@@ -44,9 +44,9 @@ def local_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_model_in_shards(bucket: Store, mount: Mounter, engine: str, local_model: Path) -> None:
+def test_a_model_in_shards(bucket: Store, mount: Mounter, fuse_backend: str, local_model: Path) -> None:
     size = bucket.server.upload(local_model, bucket.name, "tiny/")
-    path = mount(bucket, engine=engine) / "tiny"
+    path = mount(bucket, fuse_backend=fuse_backend) / "tiny"
     ours, theirs = load_model(path), load_model(local_model)
     for name, tensor in theirs.model.state_dict().items():
         assert torch.equal(ours.model.state_dict()[name], tensor)
@@ -66,11 +66,11 @@ def test_several_processes_load_at_once(bucket: Store, mount: Mounter, local_mod
     assert status(path.parent)["bytes_fetched"] <= size
 
 
-def test_torch_load_by_map(bucket: Store, mount: Mounter, engine: str, tmp_path: Path) -> None:
+def test_torch_load_by_map(bucket: Store, mount: Mounter, fuse_backend: str, tmp_path: Path) -> None:
     tensors = {"a": torch.randn(1024, 1024), "b": torch.arange(3_000_000)}
     torch.save(tensors, tmp_path / "model.pt")
     bucket.put("model.pt", (tmp_path / "model.pt").read_bytes())
-    loaded = torch.load(mount(bucket, engine=engine) / "model.pt", mmap=True)
+    loaded = torch.load(mount(bucket, fuse_backend=fuse_backend) / "model.pt", mmap=True)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 

@@ -36,9 +36,9 @@ def run(*command: object) -> str:
 
 
 def test_programs_read_what_the_bucket_holds(
-    bucket: Store, files: dict[str, bytes], mount: Mounter, engine: str, tmp_path: Path
+    bucket: Store, files: dict[str, bytes], mount: Mounter, fuse_backend: str, tmp_path: Path
 ) -> None:
-    path = mount(bucket, engine=engine)
+    path = mount(bucket, fuse_backend=fuse_backend)
     found = run("find", path, "-type", "f", "-printf", "%P %s\n").split("\n")
     assert sorted(filter(None, found)) == sorted(f"{key} {len(data)}" for key, data in files.items())
     run("cp", "-r", path / "dir", tmp_path / "copy")
@@ -51,10 +51,10 @@ def test_programs_read_what_the_bucket_holds(
     assert status(path)["errors"] == 0
 
 
-def test_random_reads_and_maps(bucket: Store, mount: Mounter, engine: str) -> None:
+def test_random_reads_and_maps(bucket: Store, mount: Mounter, fuse_backend: str) -> None:
     data = random_bytes(24 * MIB + 99)
     bucket.put("data.bin", data)
-    path = mount(bucket, engine=engine) / "data.bin"
+    path = mount(bucket, fuse_backend=fuse_backend) / "data.bin"
     rng = random.Random(1)
     with path.open("rb", buffering=0) as file:
         for _ in range(100):
@@ -68,20 +68,20 @@ def test_random_reads_and_maps(bucket: Store, mount: Mounter, engine: str) -> No
     assert hashlib.sha256(array.tobytes()).digest() == hashlib.sha256(data).digest()
 
 
-def test_many_readers_of_one_file_fetch_it_once(bucket: Store, mount: Mounter, engine: str) -> None:
+def test_many_readers_of_one_file_fetch_it_once(bucket: Store, mount: Mounter, fuse_backend: str) -> None:
     data = random_bytes(32 * MIB + 5)
     bucket.put("shared.bin", data)
-    path = mount(bucket, engine=engine) / "shared.bin"
+    path = mount(bucket, fuse_backend=fuse_backend) / "shared.bin"
     processes = [subprocess.Popen(["sha256sum", path], stdout=subprocess.PIPE, text=True) for _ in range(4)]
     digests = {process.communicate(timeout=60)[0].split()[0] for process in processes}
     assert digests == {hashlib.sha256(data).hexdigest()}
     assert status(path.parent)["bytes_fetched"] == len(data)
 
 
-def test_threads_share_a_descriptor(bucket: Store, mount: Mounter, engine: str) -> None:
+def test_threads_share_a_descriptor(bucket: Store, mount: Mounter, fuse_backend: str) -> None:
     data = random_bytes(32 * MIB)
     bucket.put("shared.bin", data)
-    path = mount(bucket, engine=engine) / "shared.bin"
+    path = mount(bucket, fuse_backend=fuse_backend) / "shared.bin"
     with path.open("rb", buffering=0) as file, concurrent.futures.ThreadPoolExecutor(8) as pool:
         parts = pool.map(lambda part: os.pread(file.fileno(), 4 * MIB, part * 4 * MIB), range(8))
         assert b"".join(parts) == data
@@ -89,21 +89,21 @@ def test_threads_share_a_descriptor(bucket: Store, mount: Mounter, engine: str) 
 
 
 def test_a_second_mount_reads_from_the_cache(
-    bucket: Store, files: dict[str, bytes], mount: Mounter, engine: str
+    bucket: Store, files: dict[str, bytes], mount: Mounter, fuse_backend: str
 ) -> None:
-    first = mount(bucket, engine=engine)
+    first = mount(bucket, fuse_backend=fuse_backend)
     run("sh", "-c", f"cat {first}/dir/* > /dev/null")
     mount.process(first).terminate()
     assert mount.process(first).wait(20) == 0
-    second = mount(bucket, engine=engine)
+    second = mount(bucket, fuse_backend=fuse_backend)
     for key, data in files.items():
         if key.startswith("dir/"):
             assert (second / key).read_bytes() == data
     assert status(second)["bytes_fetched"] == 0
 
 
-def test_it_is_read_only(bucket: Store, files: dict[str, bytes], mount: Mounter, engine: str) -> None:
-    path = mount(bucket, engine=engine)
+def test_it_is_read_only(bucket: Store, files: dict[str, bytes], mount: Mounter, fuse_backend: str) -> None:
+    path = mount(bucket, fuse_backend=fuse_backend)
     for attempt in (
         lambda: (path / "new").write_bytes(b"x"),
         lambda: (path / "top.txt").write_bytes(b"x"),
@@ -116,8 +116,8 @@ def test_it_is_read_only(bucket: Store, files: dict[str, bytes], mount: Mounter,
         assert caught.value.errno == errno.EROFS
 
 
-def test_names_that_are_not_there(bucket: Store, files: dict[str, bytes], mount: Mounter, engine: str) -> None:
-    path = mount(bucket, engine=engine)
+def test_names_that_are_not_there(bucket: Store, files: dict[str, bytes], mount: Mounter, fuse_backend: str) -> None:
+    path = mount(bucket, fuse_backend=fuse_backend)
     for name in ("missing", "dir/missing", "missing/deeper", "top.txt/below", "x" * 300):
         assert not os.path.lexists(path / name)
     with pytest.raises(NotADirectoryError):
@@ -126,8 +126,8 @@ def test_names_that_are_not_there(bucket: Store, files: dict[str, bytes], mount:
         (path / "dir").open("rb")
 
 
-def test_attributes(bucket: Store, files: dict[str, bytes], mount: Mounter, engine: str) -> None:
-    path = mount(bucket, engine=engine, uid=1234, gid=567, umask="027")
+def test_attributes(bucket: Store, files: dict[str, bytes], mount: Mounter, fuse_backend: str) -> None:
+    path = mount(bucket, fuse_backend=fuse_backend, uid=1234, gid=567, umask="027")
     info = (path / "top.txt").stat()
     assert (info.st_size, info.st_uid, info.st_gid, info.st_mode) == (6, 1234, 567, 0o100440)
     head = bucket.client.head_object(Bucket=bucket.name, Key="top.txt")
@@ -144,48 +144,48 @@ def test_attributes(bucket: Store, files: dict[str, bytes], mount: Mounter, engi
 
 
 def test_attributes_that_stay_true_of_a_copy_are_listed(
-    bucket: Store, files: dict[str, bytes], mount: Mounter, engine: str, tmp_path: Path
+    bucket: Store, files: dict[str, bytes], mount: Mounter, fuse_backend: str, tmp_path: Path
 ) -> None:
-    path = mount(bucket, engine=engine)
+    path = mount(bucket, fuse_backend=fuse_backend)
     assert sorted(os.listxattr(path / "top.txt")) == ["user.obsfs.etag", "user.obsfs.key"]
     assert os.listxattr(path) == os.listxattr(path / "dir") == []
     shutil.copy2(path / "top.txt", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == files["top.txt"]
 
 
-def test_keys_that_no_directory_can_show(mount: Mounter, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_that_no_directory_can_show(mount: Mounter, fuse_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
     keys = ["../up", "./here", "//double", "both", "both/below.txt", "folder/", "ok.txt", "sub/ok.txt", "x" * 256]
     with ListedBucket(keys) as listed:
-        path = mount("obs://any", engine=engine, endpoint_url=listed.endpoint)
+        path = mount("obs://any", fuse_backend=fuse_backend, endpoint_url=listed.endpoint)
         assert sorted(os.listdir(path)) == ["both", "folder", "ok.txt", "sub"]
         assert os.listdir(path / "folder") == []
         assert os.listdir(path / "both") == ["below.txt"]
         assert status(path)["hidden_keys"] == 5
 
 
-def test_a_prefix_is_the_root(bucket: Store, files: dict[str, bytes], mount: Mounter, engine: str) -> None:
-    path = mount(f"{bucket}/dir", engine=engine)
+def test_a_prefix_is_the_root(bucket: Store, files: dict[str, bytes], mount: Mounter, fuse_backend: str) -> None:
+    path = mount(f"{bucket}/dir", fuse_backend=fuse_backend)
     assert sorted(os.listdir(path)) == sorted(key[4:] for key in files if key.startswith("dir/"))
     assert (path / "size-4096.bin").read_bytes() == files["dir/size-4096.bin"]
 
 
 @pytest.mark.slow
-def test_a_long_directory(bucket: Store, mount: Mounter, engine: str) -> None:
+def test_a_long_directory(bucket: Store, mount: Mounter, fuse_backend: str) -> None:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: bucket.put(f"many/file-{n:05}", b"%d" % n), range(2500)))
-    path = mount(bucket, engine=engine)
+    path = mount(bucket, fuse_backend=fuse_backend)
     assert (path / "many" / "file-02499").read_bytes() == b"2499"
     assert not (path / "many" / "file-99999").exists()
     assert sorted(os.listdir(path / "many")) == [f"file-{n:05}" for n in range(2500)]
     assert len(run("ls", "-l", path / "many").splitlines()) == 2501
 
 
-def test_a_replaced_object_is_never_mixed(bucket: Store, mount: Mounter, engine: str) -> None:
+def test_a_replaced_object_is_never_mixed(bucket: Store, mount: Mounter, fuse_backend: str) -> None:
     old, new = random_bytes(24 * MIB, 1), random_bytes(24 * MIB, 2)
     bucket.put("model.bin", old)
-    path = mount(bucket, engine=engine, metadata_ttl="0.5s", read_ahead=0) / "model.bin"
+    path = mount(bucket, fuse_backend=fuse_backend, metadata_ttl="0.5s", read_ahead=0) / "model.bin"
     with path.open("rb", buffering=0) as file:
         assert os.pread(file.fileno(), 1000, 0) == old[:1000]
         bucket.put("model.bin", new)
@@ -200,9 +200,11 @@ def test_a_replaced_object_is_never_mixed(bucket: Store, mount: Mounter, engine:
     assert path.read_bytes() == new
 
 
-def test_new_and_deleted_objects_are_seen_when_the_lifetime_is_over(bucket: Store, mount: Mounter, engine: str) -> None:
+def test_new_and_deleted_objects_are_seen_when_the_lifetime_is_over(
+    bucket: Store, mount: Mounter, fuse_backend: str
+) -> None:
     bucket.put("a.txt", b"a")
-    path = mount(bucket, engine=engine, metadata_ttl="0.5s")
+    path = mount(bucket, fuse_backend=fuse_backend, metadata_ttl="0.5s")
     assert os.listdir(path) == ["a.txt"]
     assert not (path / "b.txt").exists()
     bucket.put("b.txt", b"b")
@@ -211,11 +213,11 @@ def test_new_and_deleted_objects_are_seen_when_the_lifetime_is_over(bucket: Stor
     wait_for(lambda: (path / "b.txt").exists() and not (path / "a.txt").exists(), 10)
 
 
-def test_refresh_shows_at_once_what_has_changed(bucket: Store, mount: Mounter, engine: str) -> None:
+def test_refresh_shows_at_once_what_has_changed(bucket: Store, mount: Mounter, fuse_backend: str) -> None:
     for name in ("a/old.txt", "a/same/file.txt", "a/new.txt"):
         bucket.put(name, b"1")
-    path = mount(bucket, engine=engine)
-    inside = mount(f"{bucket}/a", engine=engine)
+    path = mount(bucket, fuse_backend=fuse_backend)
+    inside = mount(f"{bucket}/a", fuse_backend=fuse_backend)
 
     def look() -> tuple[list[str], bytes, bool]:
         absent = (path / "a" / "more" / "file.txt").exists()
@@ -229,8 +231,10 @@ def test_refresh_shows_at_once_what_has_changed(bucket: Store, mount: Mounter, e
         assert look() == (["new.txt", "old.txt", "same"], b"1", False)
         assert mounts.refresh(path / "a" / "more" / "file.txt") == [path / "a"]
         # By way of libfuse the kernel keeps names for another second.
-        wait_for(lambda: look() == (["more", "new.txt", "same"], b"22", True), 0.1 if engine == "native" else 3)
-        if engine == "native":  # libfuse refuses the old version while the new one is open: its close is not waited for
+        wait_for(lambda: look() == (["more", "new.txt", "same"], b"22", True), 0.1 if fuse_backend == "native" else 3)
+        if (
+            fuse_backend == "native"
+        ):  # libfuse refuses the old version while the new one is open: its close is not waited for
             assert file.read() == b"1"
     bucket.put("a/more/again.txt", b"1")
     assert mounts.refresh(f"{bucket}/a/more") == [path / "a" / "more", inside / "more"]
@@ -240,25 +244,25 @@ def test_refresh_shows_at_once_what_has_changed(bucket: Store, mount: Mounter, e
     wait_for(lambda: (path / "a" / "more" / "again.txt").exists(), 3)
 
 
-def test_which_way_a_file_is_served(bucket: Store, mount: Mounter, engine: str) -> None:
+def test_which_way_a_file_is_served(bucket: Store, mount: Mounter, fuse_backend: str) -> None:
     bucket.put("file.bin", random_bytes(9 * MIB))
-    path = mount(bucket, engine=engine) / "file.bin"
+    path = mount(bucket, fuse_backend=fuse_backend) / "file.bin"
     direct = status(path.parent)["passthrough"]
-    assert os.getxattr(path, "user.obsfs.served_by") == (b"splice" if engine == "native" else b"copy")
+    assert os.getxattr(path, "user.obsfs.served_by") == (b"splice" if fuse_backend == "native" else b"copy")
     path.read_bytes()
-    after = b"copy" if engine == "fusepy" else b"passthrough" if direct else b"splice"
+    after = b"copy" if fuse_backend == "libfuse" else b"passthrough" if direct else b"splice"
     wait_for(lambda: os.getxattr(path, "user.obsfs.served_by") == after)
 
 
 @pytest.mark.parametrize("how", ["replaced", "deleted", "a directory", "put back"])
 def test_who_opens_a_name_again_after_estale_sees_what_is_there(
-    bucket: Store, mount: Mounter, engine: str, how: str
+    bucket: Store, mount: Mounter, fuse_backend: str, how: str
 ) -> None:
     """Also long before its lifetime is over: the server knows already that what it has of the name is wrong."""
     old, new = random_bytes(6 * MIB, 1), random_bytes(6 * MIB, 2)
     for name in ("m/a.bin", "m/other.bin"):
         bucket.put(name, old)
-    directory = mount(bucket, engine=engine, metadata_ttl="1h", read_ahead=0) / "m"
+    directory = mount(bucket, fuse_backend=fuse_backend, metadata_ttl="1h", read_ahead=0) / "m"
     path = directory / "a.bin"
     assert os.listdir(directory) == ["a.bin", "other.bin"]
     with path.open("rb", buffering=0) as file:
@@ -289,7 +293,7 @@ def test_libfuse_knows_one_version_below_a_directory_as_one(bucket: Store, mount
     """Opened again, and mapped, while it is open: no reader of the same version is refused."""
     data = random_bytes(6 * MIB)
     bucket.put("a/b/file", data)
-    path = mount(bucket, engine="fusepy") / "a" / "b" / "file"
+    path = mount(bucket, fuse_backend="libfuse") / "a" / "b" / "file"
     with path.open("rb", buffering=0) as first:
         assert first.read(16) == data[:16]
         for _ in range(2):
@@ -305,7 +309,7 @@ def test_libfuse_knows_one_version_below_a_directory_as_one(bucket: Store, mount
 @pytest.mark.parametrize("key", ["file", "a/file"])
 def test_libfuse_opens_no_version_by_the_size_of_another(bucket: Store, mount: Mounter, key: str) -> None:
     """The kernel believes the size of a path for a second; a reader of the new version must not end there."""
-    root = mount(bucket, engine="fusepy")
+    root = mount(bucket, fuse_backend="libfuse")
     path = root / key
     for data in (b"1" * 1000, b"2" * 300_000, b"3" * 10):
         bucket.put(key, data)
@@ -318,7 +322,7 @@ def test_libfuse_opens_no_version_by_the_size_of_another(bucket: Store, mount: M
 def test_after_an_estale_of_an_older_version_the_bucket_is_asked(bucket: Store, mount: Mounter, size: int) -> None:
     """Which libfuse's server gives because another one is open: that one may be gone by then, too."""
     bucket.put("file.bin", random_bytes(3 * MIB, 1))
-    path = mount(bucket, engine="fusepy", metadata_ttl="1h", read_ahead=0, kernel_read_ahead=0) / "file.bin"
+    path = mount(bucket, fuse_backend="libfuse", metadata_ttl="1h", read_ahead=0, kernel_read_ahead=0) / "file.bin"
     with path.open("rb", buffering=0) as first:
         assert first.read(10) == random_bytes(3 * MIB, 1)[:10]
         bucket.put("file.bin", random_bytes(size, 2))

@@ -1,4 +1,4 @@
-"""The native engine's own: files that the kernel reads by itself, and how they live with eviction and open files."""
+"""The native FUSE backend: files that the kernel reads by itself, and how they live with eviction and open files."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_another_one_takes_the_place_of_one_that_is_killed(bucket: Store, mount:
 
 def test_a_server_of_libfuse_goes_on_without_it(bucket: Store, mount: Mounter, obsfs: Run) -> None:
     bucket.put("file.bin", b"data")
-    path = mount(bucket, engine="fusepy")
+    path = mount(bucket, fuse_backend="libfuse")
     before = status(path)
     with (path / "file.bin").open("rb", buffering=0) as file:
         os.kill(before["supervisor"], signal.SIGKILL)
@@ -86,7 +86,7 @@ def test_a_server_of_libfuse_goes_on_without_it(bucket: Store, mount: Mounter, o
 def test_a_server_of_libfuse_ends_with_it_when_a_program_has_made_the_mount(bucket: Store, tmp_path: Path) -> None:
     bucket.put("file.bin", b"data")
     (path := tmp_path / "mnt").mkdir()
-    with package.mount(str(bucket), path, engine="fusepy", cache_dir=tmp_path / "blocks") as made:
+    with package.mount(str(bucket), path, fuse_backend="libfuse", cache_dir=tmp_path / "blocks") as made:
         before = made.status()
         os.kill(made.pid, signal.SIGKILL)
         wait_for(lambda: channel.mounted_at(path) is None and not is_running(before["pid"]))
