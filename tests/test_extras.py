@@ -55,7 +55,7 @@ def test_the_extra_of_bench_has_what_bench_imports_and_no_more() -> None:
     """No torch to draw bars."""
     top = Path(extras.__file__).parents[1]
     project = tomllib.loads((top / "pyproject.toml").read_text())["project"]
-    paths = [*(top / "obsfs" / "bench").glob("*.py"), top / "obsfs" / "commands" / "bench.py"]
+    paths = [*(top / "obsfs" / "bench").glob("*.py"), top / "obsfs" / "cli" / "bench.py"]
     nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
