@@ -120,7 +120,7 @@ def test_what_the_system_refuses_is_one_line_and_not_our_mistake(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(mounts, "find", fail)
+    monkeypatch.setattr(mounts, "find_mounts", fail)
     assert main(["status"]) == 2
     assert capsys.readouterr().err.startswith(f"obsfs: {said}")
 
@@ -132,7 +132,7 @@ def test_a_package_that_is_missing_is_named(
     def fail(*_: object) -> None:
         raise ModuleNotFoundError(f"No module named {name}", name=name)
 
-    monkeypatch.setattr(mounts, "find", fail)
+    monkeypatch.setattr(mounts, "find_mounts", fail)
     assert main(["status"]) == code
     said = "the Python package 'rich' is missing" if code == 2 else "internal error: ModuleNotFoundError"
     assert capsys.readouterr().err.startswith(f"obsfs: {said}")
@@ -157,7 +157,7 @@ def test_an_error_of_ours_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     def fail(*_: object) -> None:
         raise OSError(errno.EBADF, "Bad file descriptor")
 
-    monkeypatch.setattr(mounts, "find", fail)
+    monkeypatch.setattr(mounts, "find_mounts", fail)
     assert main(["status"]) == 1
     assert "internal error: OSError" in capsys.readouterr().err
 
