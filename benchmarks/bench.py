@@ -18,7 +18,7 @@ from benchmarks.link import PROFILES, Link, SentFile
 from benchmarks.peers import DOWNLOADERS, OBSFS, PEERS, Downloader, Mounted, Peer, Place, System
 from obsfs.demo.server import EmbeddedServer
 from obsfs.errors import ObsfsError
-from obsfs.library.manifest import About, File, Manifest, now
+from obsfs.library.manifest import File, Manifest, ModelInfo, now
 from obsfs.library.names import MANIFEST
 
 BUCKET = "bench"
@@ -92,7 +92,7 @@ class Bench:
 
         def put(number: int) -> None:
             name = f"model-{number:03}"
-            about = About(architecture="Qwen2ForCausalLM", parameters=494_032_768, dtype="bfloat16")
+            about = ModelInfo(architecture="Qwen2ForCausalLM", parameters=494_032_768, dtype="bfloat16")
             manifest = Manifest(name=name, version="v1", created=now(), model=about, files=files)
             client.put_object(Bucket=BUCKET, Key=f"many/{name}@v1/{MANIFEST}", Body=manifest.to_json())
 

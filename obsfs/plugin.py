@@ -61,7 +61,7 @@ from obsfs.extras import missing, remedy, require
 from obsfs.logs import VisibleFormatter
 from obsfs.processes import child_environment, find_program, foreign_environment, python_command
 from obsfs.service.mounts import find_mounts
-from obsfs.settings import Settings, Written, did_you_mean, knobs, state_dir
+from obsfs.settings import GivenValue, Settings, did_you_mean, knobs, state_dir
 from obsfs.text import to_json, visible
 
 __all__ = [
@@ -70,6 +70,7 @@ __all__ = [
     "Command",
     "ExistsError",
     "ForbiddenError",
+    "GivenValue",
     "NotFoundError",
     "ObsfsError",
     "Settings",
@@ -78,7 +79,6 @@ __all__ = [
     "UsageError",
     "VersionChangedError",
     "VisibleFormatter",
-    "Written",
     "ask",
     "child_environment",
     "columns",

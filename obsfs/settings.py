@@ -153,14 +153,14 @@ class _Kind(NamedTuple):
     metavar: str | None = None
 
 
-class Written(NamedTuple):
+class GivenValue(NamedTuple):
     """The value of a setting, and what was written before it, such as ``-o cache_size=``."""
 
     place: str
     value: Any
 
 
-def keywords(given: Mapping[str, Any], function: Callable[..., Any] | None = None) -> dict[str, Written]:
+def keywords(given: Mapping[str, Any], function: Callable[..., Any] | None = None) -> dict[str, GivenValue]:
     """Settings as a program gives them, so that an error names ``cache_size=`` and no flag.
 
     Raises UsageError for a name that is not one, with what is like it of `function`'s own arguments, too.
@@ -169,7 +169,7 @@ def keywords(given: Mapping[str, Any], function: Callable[..., Any] | None = Non
         own = list(inspect.signature(function).parameters)[:-1]  # the last takes the settings
         hint = did_you_mean(unknown[0], [*own, *knobs()]) or "see its arguments, and the fields of obsfs.Settings"
         raise UsageError(f"{function.__name__} has no argument {unknown[0]!r}", hint)
-    return {name: Written(f"{name}=", value) for name, value in given.items()}
+    return {name: GivenValue(f"{name}=", value) for name, value in given.items()}
 
 
 Several = Annotated[str | None, _Kind(_joined)]
@@ -333,14 +333,14 @@ class Settings:
     def load(cls, **given: Any) -> Settings:
         """Settings from `given` (None means not given), the environment, the config file and the defaults.
 
-        A value may be :class:`Written`; else an error names the flag.
+        A value may be :class:`GivenValue`; else an error names the flag.
         Warns (SettingWarning) of a key in the file that is not a setting, and of a variable that looks like a typo.
         Raises UsageError, naming the setting and where it stands, for an unknown name or a value that does not fit.
         """
         known = knobs()
         values = {**_read_config(), **_read_variables()}
         for name, value in given.items():
-            place, text = value if isinstance(value, Written) else ("", value)
+            place, text = value if isinstance(value, GivenValue) else ("", value)
             if text is None:
                 continue
             if name in RENAMED:
@@ -348,7 +348,7 @@ class Settings:
                 _warn_of_old_name(name, place)
                 if given.get(RENAMED[name]) is not None:
                     continue  # the present name wins
-            values[RENAMED.get(name, name)] = Written(place, text)
+            values[RENAMED.get(name, name)] = GivenValue(place, text)
         for name in values:
             if name not in known:
                 raise UsageError(
@@ -534,12 +534,12 @@ def _warn_of_old_name(name: str, place: str) -> None:
     _warn(f"{written} is the old name of a setting", f"write {before}{new}")
 
 
-def _read_variables() -> dict[str, Written]:
+def _read_variables() -> dict[str, GivenValue]:
     """Settings in the environment, each with what stands before its value."""
     names = {name.upper(): name for name in knobs()}
     known = [*names, *_OTHER_VARIABLES]
     old_names = {name.upper(): name for name in RENAMED}
-    found: dict[str, Written] = {}
+    found: dict[str, GivenValue] = {}
     for variable, text in os.environ.items():
         prefix, is_ours, name = variable.partition(_PREFIX)
         if not is_ours and (meant := _mistyped_prefix(variable, known)):
@@ -547,10 +547,10 @@ def _read_variables() -> dict[str, Written]:
         if prefix or not is_ours or not text or name in _OTHER_VARIABLES:
             continue
         if name in names:
-            found[names[name]] = Written(f"{variable}=", text)
+            found[names[name]] = GivenValue(f"{variable}=", text)
         elif name in old_names:
             _warn_of_old_name(old_names[name], variable)
-            found.setdefault(RENAMED[old_names[name]], Written(f"{variable}=", text))
+            found.setdefault(RENAMED[old_names[name]], GivenValue(f"{variable}=", text))
         elif close := difflib.get_close_matches(name.upper(), known, 1, _ALIKE):
             _warn(f"the variable {variable} is not used", f"did you mean {_PREFIX}{close[0]}?")
     return found
@@ -563,7 +563,7 @@ def _mistyped_prefix(variable: str, known: list[str]) -> str:
     return f"{_PREFIX}{name}" if is_close and name in known else ""
 
 
-def _read_config() -> dict[str, Written]:
+def _read_config() -> dict[str, GivenValue]:
     """Settings in the config file, each with the place it stands in."""
     path = config_path()
     try:
@@ -576,15 +576,15 @@ def _read_config() -> dict[str, Written]:
         raise UsageError(f"{path} is not valid TOML", str(error)) from None
     except OSError as error:
         raise UsageError(f"cannot read {path}", error.strerror or str(error)) from None
-    found: dict[str, Written] = {}
+    found: dict[str, GivenValue] = {}
     for key, value in document.items():
         if key in knobs():
             if knobs()[key].metavar == "OCTAL" and isinstance(value, int):
                 raise UsageError(f"{path}: {key} = {value}", f'write it as text, in octal: {key} = "022"')
-            found[key] = Written(f"{path}: {key} = ", value)
+            found[key] = GivenValue(f"{path}: {key} = ", value)
         elif key in RENAMED:
             _warn_of_old_name(key, f"{path}: {key}")
-            found.setdefault(RENAMED[key], Written(f"{path}: {key} = ", value))
+            found.setdefault(RENAMED[key], GivenValue(f"{path}: {key} = ", value))
         else:
             in_table = isinstance(value, dict) and any(name in knobs() for name in value)
             hint = f"write its keys without [{key}]" if in_table else did_you_mean(key.lower(), knobs())

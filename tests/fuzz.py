@@ -30,7 +30,7 @@ with atheris.instrument_imports(include=["obsfs"]):
     from obsfs.fuse.kernel.wire import Opcode
     from obsfs.library import manifest
     from obsfs.library.hub import parse_hub_name
-    from obsfs.library.names import nearest, parse_model
+    from obsfs.library.names import parse_model, suggest_names
     from obsfs.library.snapshot import parse_time
     from obsfs.service.supervisor_client import SupervisorClient
     from obsfs.settings import Settings, config_path, knobs, parse_seconds
@@ -180,7 +180,7 @@ def text() -> Callable[[bytes], None]:
             refused(lambda parse=parse: parse(said))
         with suppress(ValueError):
             assert parse_seconds(said) >= 0
-        nearest(said, [said, "v2", "v10"])
+        suggest_names(said, [said, "v2", "v10"])
         refused(lambda: Settings.load(**{name: said}))
         config_path().write_bytes(f"{name} = {said}\n".encode(errors="surrogatepass"))
         refused(Settings.load)
@@ -211,7 +211,7 @@ def formats() -> Callable[[bytes], None]:
             body = (len(some).to_bytes(8, "little") + some) if take.ConsumeBool() else some
             found = safetensors.extents(len(body) + 1000, lambda at, size, body=body: body[at : at + size])
             safetensors.load_order({"file": found or []}, BLOCK)
-            manifest.describe(some, some, {"w": {name: tensor}})
+            manifest.summarize(some, some, {"w": {name: tensor}})
             try:
                 manifest.parse_manifest(some, "here")
             except ObsfsError as error:

@@ -11,7 +11,7 @@ import pytest
 
 from obsfs.cli.options import parse_mount_options
 from obsfs.errors import ObsfsError, SettingWarning, UsageError
-from obsfs.settings import Settings, Written, config_path, keywords, knobs, parse_seconds, parse_size
+from obsfs.settings import GivenValue, Settings, config_path, keywords, knobs, parse_seconds, parse_size
 
 
 def test_flags_beat_variables_beat_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +220,7 @@ def test_a_directory_may_have_any_name() -> None:
 @pytest.mark.parametrize("blank", ["", " ", "\n"])
 def test_no_setting_is_empty(name: str, blank: str) -> None:
     with pytest.raises(UsageError, match=rf"^-o {name} is empty"):
-        Settings.load(**{name: Written(f"-o {name}=", blank)})
+        Settings.load(**{name: GivenValue(f"-o {name}=", blank)})
 
 
 def test_a_variable_that_is_empty_is_not_set_and_one_of_blanks_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +254,7 @@ def test_a_program_is_told_its_own_spelling(name: str, text: str, said: str) -> 
 def test_where_a_value_stands_is_known_later_and_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     _write_config('profile = "from-file"\n')
     monkeypatch.setenv("OBSFS_REGION", "here")
-    chosen = Settings.load(endpoint_url=Written("-o endpoint-url=", "http://a"), library="obs://models")
+    chosen = Settings.load(endpoint_url=GivenValue("-o endpoint-url=", "http://a"), library="obs://models")
     assert [chosen.place(name) for name in ("profile", "region", "endpoint_url", "library")] == [
         f"{config_path()}: profile = ",
         "OBSFS_REGION=",

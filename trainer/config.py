@@ -18,7 +18,7 @@ import yaml
 from obsfs import ObsfsError, Settings
 from obsfs.cli.options import BUCKET, CACHE
 from obsfs.errors import UsageError, first_line
-from obsfs.settings import Written, knobs
+from obsfs.settings import GivenValue, knobs
 from obsfs.text import visible
 from trainer import config_keys, optional_packages
 from trainer.other_trainers import refuse_other_trainers
@@ -200,7 +200,7 @@ def load_config(
 ) -> TrainConfig:
     """A run from a mapping (or a config that is changed by `overrides`). Raises UsageError; imports nothing large.
 
-    A setting of obsfs may be :class:`obsfs.settings.Written`: an error says where it stands, else by what keyword it
+    A setting of obsfs may be :class:`obsfs.settings.GivenValue`: an error says where it stands, else by what keyword it
     was given.
     """
     if isinstance(source, TrainConfig):
@@ -213,7 +213,7 @@ def load_config(
     spelled = {**_named([*given.items(), *nested.items()]), **_named((overrides or {}).items())}
     places = dict[str, str]()
     for name, (spelling, value) in spelled.items():
-        if isinstance(value, Written):
+        if isinstance(value, GivenValue):
             places[name], spelled[name] = value.place, (spelling, value.value)
     known = known_keys(str(spelled.get("task", ("", "sft"))[1]))
     for name, (spelling, value) in spelled.items():
@@ -231,7 +231,7 @@ def load_config(
     own = {name: merged.pop(name) for name in _fields(TrainConfig) if name in merged}
     config = TrainConfig(**own, options=merged)
     _check(config)
-    Settings.load(**{name: Written(places.get(name, f"{name}="), value) for name, value in config.settings.items()})
+    Settings.load(**{name: GivenValue(places.get(name, f"{name}="), value) for name, value in config.settings.items()})
     return config
 
 
@@ -334,7 +334,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _placed(given: Mapping[str, Any], before: str, after: str) -> dict[str, Any]:
     """What was given, each setting of obsfs with what stands before it: its name, between two texts."""
-    return {name: Written(f"{before}{name}{after}", one) if name in _SETTINGS else one for name, one in given.items()}
+    return {
+        name: GivenValue(f"{before}{name}{after}", one) if name in _SETTINGS else one for name, one in given.items()
+    }
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:

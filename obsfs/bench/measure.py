@@ -161,7 +161,7 @@ def _walk(place: Path) -> Iterator[os.DirEntry[str]]:
             continue
 
 
-def look(place: Path, file: str | None) -> Sample:
+def choose_sample(place: Path, file: str | None) -> Sample:
     """Find what to read: `file` (relative to the place), or the largest file among the first 10,000 names.
 
     Raises UsageError when there is no file of 4 MiB or more.
@@ -299,7 +299,7 @@ def _run(
 ) -> tuple[Sample, list[Figure]]:
     on_step("looking for a file")
     with place.cold() as path:
-        sample = look(path, file)
+        sample = choose_sample(path, file)
     figures = []
     for case, (title, unit, measure) in CASES.items():
         on_step(title)

@@ -54,7 +54,7 @@ def import_(
     model = parse_model(name or wanted.repository.rpartition("/")[2], settings.library)
     Bucket(model.address, settings)  # so that missing keys are told before the hub is asked
     with spinner(f"looking at {wanted}", quiet=as_json):
-        found = hub.find(wanted).chosen(include, exclude)
+        found = hub.open_repository(wanted).chosen(include, exclude)
         details = found.details()
         problems = [] if no_check else found.problems()
     for problem in problems[:_SHOWN]:

@@ -50,7 +50,7 @@ def list_(library: str | None, *, fresh: bool, as_json: bool, **given: Any) -> N
     A model is published, has no manifest, or is damaged: its manifest cannot be read. What is shown comes from
     manifests, or, for models without one, from their configuration and the headers of their weights.
     """
-    from obsfs.library import shelf
+    from obsfs.library import catalog_cache
     from obsfs.store.address import parse_address
 
     settings = Settings.load(**given)
@@ -58,11 +58,11 @@ def list_(library: str | None, *, fresh: bool, as_json: bool, **given: Any) -> N
     if not chosen:
         raise UsageError("no library is given", "write obs://BUCKET/PREFIX, or set OBSFS_LIBRARY")
     parse_address(chosen)
-    document = None if fresh else shelf.load(settings, chosen)
+    document = None if fresh else catalog_cache.load(settings, chosen)
     if document is None:
         with spinner(f"looking at {chosen}", quiet=as_json):
-            document = _look(chosen, settings)
-        shelf.keep(settings, chosen, document)
+            document = _list_models(chosen, settings)
+        catalog_cache.save(settings, chosen, document)
     for model in document["models"]:  # of an older version's notes
         model.setdefault("state", "published" if model["published"] else _NO_MANIFEST)
     _add_cached(document, settings)
@@ -76,7 +76,7 @@ def list_(library: str | None, *, fresh: bool, as_json: bool, **given: Any) -> N
         _print(chosen, document)
 
 
-def _look(library: str, settings: Settings) -> dict[str, Any]:
+def _list_models(library: str, settings: Settings) -> dict[str, Any]:
     from obsfs.access.safetensors import natural_sort_key
     from obsfs.errors import NotFoundError
     from obsfs.library import catalog
@@ -88,7 +88,7 @@ def _look(library: str, settings: Settings) -> dict[str, Any]:
     page = bucket.check()
     if address.prefix and page.is_last and not (page.objects or page.prefixes):
         raise NotFoundError(f"there is nothing in {address}", catalog.nearest_directory(bucket, address))
-    found, damaged = catalog.models(bucket, address)
+    found, damaged = catalog.list_models(bucket, address)
     documents = [_document(model, address.prefix) for model in found]
     documents += [_damaged(one, address.prefix) for one in damaged]
     return {
@@ -120,7 +120,7 @@ def _document(model: Any, prefix: str) -> dict[str, Any]:
     }
 
 
-def _damaged(found: catalog.Damaged, prefix: str) -> dict[str, Any]:
+def _damaged(found: catalog.UnreadableModel, prefix: str) -> dict[str, Any]:
     """The same of a model of which only the place is known."""
     name = found.name
     state = "damaged" if isinstance(found.error, UsageError) else "not readable"

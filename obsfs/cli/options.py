@@ -10,7 +10,7 @@ import click
 
 from obsfs.cli.output import fold, human
 from obsfs.errors import UsageError
-from obsfs.settings import RENAMED, Knob, Written, did_you_mean, knobs, parse_seconds, parse_size
+from obsfs.settings import RENAMED, GivenValue, Knob, did_you_mean, knobs, parse_seconds, parse_size
 from obsfs.text import visible
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
@@ -173,7 +173,7 @@ def byte_size(flag: str, value: str) -> int:
         raise UsageError(f"{flag} {value}", str(error)) from None
 
 
-def parse_mount_options(text: str) -> dict[str, Written]:
+def parse_mount_options(text: str) -> dict[str, GivenValue]:
     """Return the settings in the options of mount(8): ``NAME=VALUE``, or ``NAME`` for a switch that is turned on.
 
     Options that concern mount(8) alone, such as ``_netdev``, are accepted; a name may be written with hyphens. A
@@ -185,7 +185,7 @@ def parse_mount_options(text: str) -> dict[str, Written]:
     Raises:
         UsageError: An option is neither a setting nor one of mount(8).
     """
-    found: dict[str, Written] = {}
+    found: dict[str, GivenValue] = {}
     for option in filter(None, (part.strip() for part in text.split(","))):
         written, is_given, value = option.partition("=")
         name = written.replace("-", "_")
@@ -201,10 +201,10 @@ def parse_mount_options(text: str) -> dict[str, Written]:
         if is_off or not is_given:
             if knob.type is not bool:
                 raise UsageError(f"-o {written} needs a value", f"write {written}={knob.metavar}")
-            found[knob.name] = Written(f"-o {written}=", not is_off)
+            found[knob.name] = GivenValue(f"-o {written}=", not is_off)
         elif knob.name in _SEVERAL:
             before = found[knob.name].value if knob.name in found else []
-            found[knob.name] = Written(f"-o {written}=", [*before, value])
+            found[knob.name] = GivenValue(f"-o {written}=", [*before, value])
         else:
-            found[name if name in RENAMED else knob.name] = Written(f"-o {written}=", value)
+            found[name if name in RENAMED else knob.name] = GivenValue(f"-o {written}=", value)
     return found

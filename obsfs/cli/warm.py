@@ -82,7 +82,7 @@ def _warm(
         model = catalog.resolve(bucket, parse_model(url, settings.library))
         wanted = warming.read_profile(bucket, model, profile)
     else:
-        wanted = [warming.whole(version) for version in warming.find(bucket, address)]
+        wanted = [warming.whole(version) for version in warming.versions_at(bucket, address)]
     if most is not None:
         wanted = warming.at_most(wanted, most)
     size = sum(one.size for one in wanted)

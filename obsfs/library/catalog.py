@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,8 +18,17 @@ from typing import NamedTuple
 from obsfs.access import safetensors
 from obsfs.errors import ForbiddenError, NotFoundError, ObsfsError, UnavailableError, UsageError, VersionChangedError
 from obsfs.library import manifest as manifests
-from obsfs.library.manifest import About, File, Manifest
-from obsfs.library.names import CLAIM, MANIFEST, OWN, ModelName, by_age, is_safe_path, nearest, split_label
+from obsfs.library.manifest import File, Manifest, ModelInfo
+from obsfs.library.names import (
+    LEASE,
+    MANIFEST,
+    METADATA_DIRECTORY,
+    ModelName,
+    is_safe_path,
+    oldest_first,
+    split_label,
+    suggest_names,
+)
 from obsfs.store.address import Address
 from obsfs.store.s3.client import Bucket
 from obsfs.store.types import ObjectInfo, ObjectVersion, Page
@@ -46,14 +55,14 @@ class Model:
         return ObjectVersion(endpoint, self.name.bucket, key, file.etag, file.size, file.version_id)
 
 
-class Damaged(NamedTuple):
+class UnreadableModel(NamedTuple):
     """A model that cannot be shown, and why."""
 
     name: ModelName
     error: ObsfsError
 
 
-def read(bucket: Bucket, name: ModelName) -> Model | None:
+def read_model(bucket: Bucket, name: ModelName) -> Model | None:
     """The model of exactly this name and version, if it has a manifest. Raises UsageError for one that is damaged."""
     try:
         content = bucket.get(name.manifest_key)
@@ -68,9 +77,9 @@ def resolve(bucket: Bucket, name: ModelName) -> Model:
     One that was published comes before those without a manifest. Raises NotFoundError, with the nearest names that
     there are, and UsageError for a file, with the model that it is in.
     """
-    found = read(bucket, name) or _listed(bucket, name)
+    found = read_model(bucket, name) or _listed(bucket, name)
     if found is None and name.version is None:
-        found = next(iter(reversed(versions(bucket, name) or unpublished(bucket, name))), None)
+        found = next(iter(reversed(versions(bucket, name) or versions_without_manifest(bucket, name))), None)
     if found is not None:
         return found
     _refuse_file(bucket, name)
@@ -112,11 +121,13 @@ def _near(bucket: Bucket, name: ModelName) -> str:
             known += [one for one in inner if label in close or one.startswith(f"{label}/{name.name}")]
     if labels and not known:
         return f"see `obsfs models {Address(name.scheme, name.bucket, name.library)}`"
-    return nearest(name.label, known)
+    return suggest_names(name.label, known)
 
 
 def _is_model(page: Page, prefix: str) -> bool:
-    return f"{prefix}{OWN}" in page.prefixes or manifests.is_model(info.key[len(prefix) :] for info in page.objects)
+    return f"{prefix}{METADATA_DIRECTORY}" in page.prefixes or manifests.is_model(
+        info.key[len(prefix) :] for info in page.objects
+    )
 
 
 def versions(bucket: Bucket, name: ModelName) -> list[Model]:
@@ -125,48 +136,52 @@ def versions(bucket: Bucket, name: ModelName) -> list[Model]:
     damaged: UsageError | None = None
     for label in _version_labels(bucket, name):
         try:
-            if model := read(bucket, name.at(label)):
+            if model := read_model(bucket, name.at(label)):
                 found[label] = model
         except UsageError as error:
             log.warning("%s", error)
             damaged = error
     if damaged and not found:
         raise damaged
-    order = by_age((model.manifest.created.timestamp(), version) for version, model in found.items())
-    return [found[version] for version in order]
+    return _by_age(found.values())
 
 
-def unpublished(bucket: Bucket, name: ModelName) -> list[Model]:
+def versions_without_manifest(bucket: Bucket, name: ModelName) -> list[Model]:
     """The versions of a name that lie there without a manifest, the oldest first."""
     found: dict[str, Model] = {}
     for version in _version_labels(bucket, name):
         there = name.at(version)
         page = next(bucket.list(there.prefix))
-        if f"{there.prefix}{OWN}" not in page.prefixes and (model := _listed(bucket, there)):
+        if f"{there.prefix}{METADATA_DIRECTORY}" not in page.prefixes and (model := _listed(bucket, there)):
             found[version] = model
-    order = by_age((model.manifest.created.timestamp(), version) for version, model in found.items())
-    return [found[version] for version in order]
+    return _by_age(found.values())
 
 
 def all_versions(bucket: Bucket, name: ModelName) -> list[Model]:
-    """The versions of a name with a manifest and without, the oldest first."""
-    found = {model.name.version or "": model for model in [*unpublished(bucket, name), *versions(bucket, name)]}
-    order = by_age((model.manifest.created.timestamp(), version) for version, model in found.items())
-    return [found[version] for version in order]
+    """Return the versions of a name with a manifest and without, the oldest first."""
+    found = [*versions_without_manifest(bucket, name), *versions(bucket, name)]
+    return _by_age({model.name.version: model for model in found}.values())
+
+
+def _by_age(models: Iterable[Model]) -> list[Model]:
+    """Return versions of one name, the oldest first."""
+    by_version = {str(model.name.version): model for model in models}
+    order = oldest_first((model.manifest.created.timestamp(), version) for version, model in by_version.items())
+    return [by_version[version] for version in order]
 
 
 def nearest_directory(bucket: Bucket, place: Address) -> str:
     """The directories most like one that is not there, as text for an error."""
     above, slash, name = place.prefix.rstrip("/").rpartition("/")
-    return nearest(name, _labels(bucket, f"{above}{slash}"))
+    return suggest_names(name, _labels(bucket, f"{above}{slash}"))
 
 
-def relatives(bucket: Bucket, name: ModelName) -> list[Model]:
+def published_under(bucket: Bucket, name: ModelName) -> list[Model]:
     """What is published under a name, at all versions and without, as far as it can be read."""
     found = []
     for version in (None, *_version_labels(bucket, name)):
         with suppress(UsageError):
-            if model := read(bucket, name.at(version)):
+            if model := read_model(bucket, name.at(version)):
                 found.append(model)
     return found
 
@@ -178,19 +193,19 @@ def _version_labels(bucket: Bucket, name: ModelName) -> Iterator[str]:
             yield parts[1]
 
 
-def models(bucket: Bucket, library: Address) -> tuple[list[Model], list[Damaged]]:
+def list_models(bucket: Bucket, library: Address) -> tuple[list[Model], list[UnreadableModel]]:
     """Every model and version of a library, by name; and those that cannot be shown.
 
     Directories that are no models (those of an organisation, say) are looked into, one level deep.
     """
     found: list[Model] = []
-    damaged: list[Damaged] = []
+    damaged: list[UnreadableModel] = []
     places = list(_places(bucket, library.prefix))
     with ThreadPoolExecutor(_WORKERS) as pool:
         while places:
-            looks = list(pool.map(lambda place: _look(bucket, library, *place), places))
+            looks = list(pool.map(lambda place: _inspect_directory(bucket, library, *place), places))
             found += [look for look in looks if isinstance(look, Model)]
-            wrong = [look for look in looks if isinstance(look, Damaged)]
+            wrong = [look for look in looks if isinstance(look, UnreadableModel)]
             if wrong and len(wrong) == len(looks) and all(isinstance(one.error, UnavailableError) for one in wrong):
                 raise wrong[0].error  # it is the server that is damaged
             damaged += wrong
@@ -210,19 +225,21 @@ def _places(bucket: Bucket, library: str) -> Iterator[tuple[str, str]]:
     return ((library, label) for label in _labels(bucket, library) if split_label(label))
 
 
-def _look(bucket: Bucket, library: Address, prefix: str, label: str) -> Model | Damaged | list[tuple[str, str]] | None:
+def _inspect_directory(
+    bucket: Bucket, library: Address, prefix: str, label: str
+) -> Model | UnreadableModel | list[tuple[str, str]] | None:
     """The model there; or what is wrong with it; or the directories in what is no model."""
     parts = split_label(label)
     assert parts is not None
     name = ModelName(library.scheme, library.bucket, prefix, *parts)
     try:
-        if model := read(bucket, name):
+        if model := read_model(bucket, name):
             return model
         pages = list(bucket.list(name.prefix))
         if manifests.is_model(info.key[len(name.prefix) :] for page in pages for info in page.objects):
             return _listed(bucket, name)
     except ObsfsError as error:
-        return Damaged(name, error)
+        return UnreadableModel(name, error)
     labels = (below[len(name.prefix) :].rstrip("/") for page in pages for below in page.prefixes)
     return [(name.prefix, inner) for inner in labels if split_label(inner)]
 
@@ -231,20 +248,20 @@ def _listed(bucket: Bucket, name: ModelName) -> Model | None:
     """A model without a manifest, from the bucket's listing."""
     found = list(bucket.walk(name.prefix))
     infos = [info for info in found if is_safe_path(info.key[len(name.prefix) :])]
-    if not infos or any(info.key == f"{name.prefix}{CLAIM}" for info in found):
+    if not infos or any(info.key == f"{name.prefix}{LEASE}" for info in found):
         return None  # of one that is being published, or whose publisher was killed, some files may be there
     files = tuple(File(path=info.key[len(name.prefix) :], size=info.size, etag=info.etag) for info in infos)
     newest = datetime.fromtimestamp(int(max(info.mtime for info in infos)), UTC)
-    about = _about(bucket, {info.key[len(name.prefix) :]: info for info in infos})
+    about = _model_info(bucket, {info.key[len(name.prefix) :]: info for info in infos})
     return Model(name, Manifest(name=name.name, version=name.version, created=newest, model=about, files=files))
 
 
-def _about(bucket: Bucket, infos: dict[str, ObjectInfo]) -> About:
+def _model_info(bucket: Bucket, infos: dict[str, ObjectInfo]) -> ModelInfo:
     """What a model is, read from its configuration and the headers of its weights."""
     try:
-        return manifests.look({path: (info.size, _reading(bucket, info)) for path, info in infos.items()})
+        return manifests.inspect_model({path: (info.size, _reading(bucket, info)) for path, info in infos.items()})
     except (NotFoundError, VersionChangedError):
-        return About()
+        return ModelInfo()
 
 
 def _reading(bucket: Bucket, info: ObjectInfo) -> safetensors.Read:

@@ -14,12 +14,12 @@ from typing import Any, Literal, overload
 from obsfs.errors import UsageError
 from obsfs.library import catalog
 from obsfs.library.catalog import Model
-from obsfs.library.inside import inside, write_whole
 from obsfs.library.manifest import File
-from obsfs.library.names import ModelName, is_chosen, parse_model
-from obsfs.library.pull import SNAPSHOTS, Pull, Pulled, read_local
+from obsfs.library.names import ModelName, matches_patterns, parse_model
+from obsfs.library.pull import SNAPSHOTS, Pull, PullResult, read_local
+from obsfs.library.safe_paths import path_below, write_whole
 from obsfs.library.transfer import Advance
-from obsfs.settings import Settings, Written, keywords
+from obsfs.settings import GivenValue, Settings, keywords
 from obsfs.store.s3.client import Bucket
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -33,7 +33,7 @@ MODEL_SCOPE = "ms"
 def default_directory(settings: Settings, name: ModelName) -> Path:
     """Where a model is pulled to when no place is given: beside the block cache."""
     below = f"{SNAPSHOTS}/{name.bucket}/{name.library}{name.label}"
-    return inside(settings.cache_dir, f"{below}/x").parent
+    return path_below(settings.cache_dir, f"{below}/x").parent
 
 
 def repository_of(model: Model, settings: Settings, given: str | None) -> str:
@@ -57,10 +57,10 @@ def hub_directory(model: Model, repository: str, hub: str) -> Path:
     """The directory in a hub's cache that a model's files go to."""
     if hub == HUGGING_FACE:
         home = _hf_repository(repository)
-        return inside(home.parent, f"{home.name}/{_REVISIONS}/{_commit(model)}/x").parent
+        return path_below(home.parent, f"{home.name}/{_REVISIONS}/{_commit(model)}/x").parent
     # As modelscope_hub has it: {cache}/models/{owner}--{name}/snapshots/{revision}
     cache = Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser()
-    return inside(cache, f"models/{repository.replace('/', '--')}/{_REVISIONS}/master/x").parent
+    return path_below(cache, f"models/{repository.replace('/', '--')}/{_REVISIONS}/master/x").parent
 
 
 def finish_hub(model: Model, repository: str, hub: str, directory: Path, files: Sequence[File]) -> None:
@@ -69,10 +69,10 @@ def finish_hub(model: Model, repository: str, hub: str, directory: Path, files: 
         return
     # As huggingface_hub has it: blobs by their hashes, links to them in snapshots, and what a branch stands for.
     home = _hf_repository(repository)
-    blobs, refs = (inside(home, f"{name}/x").parent for name in ("blobs", "refs"))
+    blobs, refs = (path_below(home, f"{name}/x").parent for name in ("blobs", "refs"))
     blobs.mkdir(parents=True, exist_ok=True)
     for file in files:
-        path = inside(directory, file.path)
+        path = path_below(directory, file.path)
         if path.is_symlink() or not file.sha256:
             continue
         blob = blobs / file.sha256
@@ -104,7 +104,7 @@ def pull(
     files: Sequence[File],
     force: bool = False,
     advance: Advance = lambda size: None,
-) -> list[Pulled]:
+) -> list[PullResult]:
     """Pull files of a model to a directory, or into the caches of hubs; what was done, of each place."""
     model = pulling.model
     done = []
@@ -206,8 +206,8 @@ def snapshot_download(
         raise UsageError("headers cannot be added: what is sent to a bucket is signed as a whole", "leave them out")
     if etag_timeout is not None and not etag_timeout > 0:
         raise UsageError(f"etag_timeout is {etag_timeout}", "give seconds, more than 0")
-    own = {"cache_dir": Written("cache_dir=", cache_dir), "connections": Written("max_workers=", max_workers)}
-    own["endpoint_url"] = Written("endpoint=", endpoint)
+    own = {"cache_dir": GivenValue("cache_dir=", cache_dir), "connections": GivenValue("max_workers=", max_workers)}
+    own["endpoint_url"] = GivenValue("endpoint=", endpoint)
     chosen = Settings.load(**{**own, **keywords(settings, snapshot_download)})
     name = parse_model(repo_id, chosen.library)
     if revision not in (None, "main"):
@@ -216,7 +216,7 @@ def snapshot_download(
     if local_files_only:
         directory = Path(local_dir) if local_dir is not None else default_directory(chosen, name)
         manifest = read_local(directory)
-        files = [file for file in manifest.files if is_chosen(file.path, *patterns)]
+        files = [file for file in manifest.files if matches_patterns(file.path, *patterns)]
         return [_info(Model(name, manifest), file, directory, True) for file in files] if dry_run else str(directory)
     pulling = Pull(name, chosen, patience=etag_timeout)
     files = pulling.files(*patterns)
@@ -232,7 +232,7 @@ _KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give profile="
 
 
 def _info(model: Model, file: File, directory: Path, is_here: bool) -> DryRunFileInfo:
-    path = str(inside(directory, file.path))
+    path = str(path_below(directory, file.path))
     return DryRunFileInfo(_commit(model), file.size, file.path, path, is_here, not is_here)
 
 

@@ -16,9 +16,9 @@ import urllib3
 
 from obsfs.errors import ForbiddenError, NotFoundError, ObsfsError, UnavailableError, UsageError
 from obsfs.extras import remedy
+from obsfs.library import completeness
 from obsfs.library import manifest as manifests
-from obsfs.library import whole
-from obsfs.library.names import is_chosen, is_safe_path
+from obsfs.library.names import is_safe_path, matches_patterns
 from obsfs.library.publish import Details
 from obsfs.library.push import author
 
@@ -43,7 +43,7 @@ class HubName(NamedTuple):
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a repository; a :class:`~obsfs.library.publish.Source`."""
+    """A file of a repository; a :class:`~obsfs.library.publish.PublishSource`."""
 
     path: str
     size: int
@@ -84,7 +84,7 @@ class Repository:
 
     def chosen(self, include: Sequence[str], exclude: Sequence[str]) -> Repository:
         """Only files like these. Raises UsageError when there are none, or one that no model can have."""
-        files = [file for file in self.files if is_chosen(file.path, include, exclude)]
+        files = [file for file in self.files if matches_patterns(file.path, include, exclude)]
         for file in files:
             if not is_safe_path(file.path):
                 raise UsageError(f"{self.name} has a file {file.path!r}, which no model can have", "--exclude it")
@@ -94,12 +94,14 @@ class Repository:
 
     def details(self) -> Details:
         """For the manifest. Reads the configuration, and the headers of the weights."""
-        model = manifests.look({file.path: (file.size, file.read) for file in self.files})
+        model = manifests.inspect_model({file.path: (file.size, file.read) for file in self.files})
         return Details(author(), str(self.name), self.revision, model)
 
     def problems(self) -> list[str]:
         """What is wrong with the files as the hub has them: one that is cut off, damaged, or named and not there."""
-        found = whole.look({file.path: (file.size, file.read) for file in self.files}, max_json=_MAX_JSON)
+        found = completeness.inspect_files(
+            {file.path: (file.size, file.read) for file in self.files}, max_json=_MAX_JSON
+        )
         return [f"{self.name}/{path} {reason}" for path, reason in found.problems]
 
 
@@ -114,7 +116,7 @@ def parse_hub_name(text: str) -> HubName:
     return HubName(hub, repository, revision or None)
 
 
-def find(name: HubName) -> Repository:
+def open_repository(name: HubName) -> Repository:
     """The files of a repository. Raises ObsfsError."""
     pool = urllib3.PoolManager(
         maxsize=_CONNECTIONS, timeout=_TIMEOUT, retries=urllib3.Retry(5, connect=0, read=0, status=0, other=0)

@@ -46,7 +46,7 @@ class File(Struct, frozen=True, kw_only=True):
             raise ValueError(f"{self.path!r} is no path inside a model")
 
 
-class About(Struct, frozen=True, kw_only=True):
+class ModelInfo(Struct, frozen=True, kw_only=True):
     """What a model is, as its configuration and the headers of its weights tell."""
 
     architecture: str = ""
@@ -66,7 +66,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     """Where it came from: a directory's name, or a hub's repository (``hf:org/name``)."""
     revision: str = ""
     """The commit of the source, where it has one."""
-    model: About = About()
+    model: ModelInfo = ModelInfo()
     files: Annotated[tuple[File, ...], Meta(min_length=1)]
 
     @property
@@ -114,7 +114,7 @@ def is_model(paths: Iterator[str]) -> bool:
     return any(path in (CONFIG, ADAPTER) or path.endswith(WEIGHTS) for path in paths)
 
 
-def look(files: Mapping[str, tuple[int, safetensors.Read]]) -> About:
+def inspect_model(files: Mapping[str, tuple[int, safetensors.Read]]) -> ModelInfo:
     """What a model is, of files by their paths: the size of each in bytes, and what gives its bytes."""
 
     def small(path: str) -> bytes | None:
@@ -126,10 +126,10 @@ def look(files: Mapping[str, tuple[int, safetensors.Read]]) -> About:
         if path.endswith(safetensors.SUFFIX) and size >= safetensors.MIN_BYTES:
             found = safetensors.header(size, read)
             headers[path] = found[1] if found else {}
-    return describe(small(CONFIG), small(ADAPTER), headers)
+    return summarize(small(CONFIG), small(ADAPTER), headers)
 
 
-def describe(config: bytes | None, adapter: bytes | None, headers: Mapping[str, Mapping[str, Any]]) -> About:
+def summarize(config: bytes | None, adapter: bytes | None, headers: Mapping[str, Mapping[str, Any]]) -> ModelInfo:
     """What a model is, from its ``config.json``, its ``adapter_config.json`` and the headers of its weights files."""
     settings, tuned = _object(config), _object(adapter)
     architectures = settings.get("architectures")
@@ -148,7 +148,7 @@ def describe(config: bytes | None, adapter: bytes | None, headers: Mapping[str, 
     most = max(dtypes, key=lambda dtype: dtypes[dtype], default="")
     dtype = _DTYPES.get(most, most.lower())
     parameters = min(total, safetensors.MAX_PARAMETERS)
-    return About(architecture=architecture[:_MAX_TEXT], parameters=parameters, dtype=dtype[:_MAX_TEXT])
+    return ModelInfo(architecture=architecture[:_MAX_TEXT], parameters=parameters, dtype=dtype[:_MAX_TEXT])
 
 
 def _object(data: bytes | None) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from obsfs.access.safetensors import natural_sort_key
 from obsfs.errors import UsageError
 from obsfs.store.address import SCHEMES, Address, check_text, is_valid_name, parse_address
 
-OWN = ".obsfs/"
+METADATA_DIRECTORY = ".obsfs/"
 """The directory, in that of a model, for what is not the model's."""
-MANIFEST = f"{OWN}manifest.json"
-CLAIM = f"{OWN}claim.json"
+MANIFEST = f"{METADATA_DIRECTORY}manifest.json"
+LEASE = f"{METADATA_DIRECTORY}claim.json"
 """What a publisher holds while the files of a model appear."""
 
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
@@ -98,17 +98,17 @@ def is_url(text: str) -> bool:
 def split_label(label: str) -> tuple[str, str | None] | None:
     """Name and version of a directory's name; None when it is no model's."""
     name, at, version = label.partition("@")
-    if not is_valid_name(name) or f"{name}/" == OWN or (at and not _VERSION.fullmatch(version)):
+    if not is_valid_name(name) or f"{name}/" == METADATA_DIRECTORY or (at and not _VERSION.fullmatch(version)):
         return None
     return name, version or None
 
 
 def is_safe_path(path: str) -> bool:
     """Whether a file of a model may be called so, relative to its directory: it stays inside, and is not obsfs's."""
-    return all(map(is_valid_name, path.split("/"))) and not f"{path}/".startswith(OWN)
+    return all(map(is_valid_name, path.split("/"))) and not f"{path}/".startswith(METADATA_DIRECTORY)
 
 
-def is_chosen(path: str, allow: Sequence[str], ignore: Sequence[str]) -> bool:
+def matches_patterns(path: str, allow: Sequence[str], ignore: Sequence[str]) -> bool:
     """As in huggingface_hub: patterns of fnmatch; one that ends in ``/`` means everything below."""
     patterns = [[f"{pattern}*" if pattern.endswith("/") else pattern for pattern in some] for some in (allow, ignore)]
     allowed, ignored = patterns
@@ -117,12 +117,12 @@ def is_chosen(path: str, allow: Sequence[str], ignore: Sequence[str]) -> bool:
     return not any(fnmatch(path, pattern) for pattern in ignored)
 
 
-def by_age(versions: Iterable[tuple[float, str]]) -> list[str]:
+def oldest_first(versions: Iterable[tuple[float, str]]) -> list[str]:
     """Versions, each with when it was made, the oldest first; of two at the same time, ``v2`` before ``v10``."""
     return [version for _, version in sorted(versions, key=lambda one: (one[0], natural_sort_key(one[1])))]
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggest_names(name: str, known: Iterable[str]) -> str:
     """The known names most like `name`, as text for an error."""
     found = sorted(set(known), key=natural_sort_key)
     if not found:

@@ -41,9 +41,9 @@ from obsfs.errors import (
 )
 from obsfs.library import catalog
 from obsfs.library.catalog import Model
-from obsfs.library.manifest import About, File, Manifest, now, parse_manifest
-from obsfs.library.names import CLAIM, ModelName
-from obsfs.library.transfer import Advance, Crew, OrderedHash, each
+from obsfs.library.manifest import File, Manifest, ModelInfo, now, parse_manifest
+from obsfs.library.names import LEASE, ModelName
+from obsfs.library.transfer import Advance, OrderedHash, WorkerPool, tasks_for
 from obsfs.store.s3.writer import COPY_PART, MAX_PUT, PART, Part, PutResult, Writer, part_size, parts_etag
 from obsfs.store.types import ObjectInfo, ObjectVersion
 
@@ -62,7 +62,7 @@ _T = TypeVar("_T")
 log = logging.getLogger(__name__)
 
 
-class Source(Protocol):
+class PublishSource(Protocol):
     """A file to publish. `sha256` is what it is said to have (hex), or empty."""
 
     @property
@@ -83,10 +83,10 @@ class Details:
     author: str
     source: str
     revision: str
-    model: About
+    model: ModelInfo
 
 
-class Notes:
+class UploadResumeState:
     """The uploads that are under way, by their keys, in a file: what a later run goes on with.
 
     `path` is locked by its owner already. What another version of obsfs has left there in a later format is not gone on
@@ -129,10 +129,10 @@ class Notes:
 
 
 @dataclass
-class _Item:
+class FileUpload:
     """A file on its way. `done` is set once its object is there; then `etag` and `version_id` are the object's."""
 
-    source: Source
+    source: PublishSource
     key: str
     sha256: str = ""
     upload: str = ""
@@ -163,7 +163,7 @@ class _Item:
 
 
 class Publication:
-    """One model being published. `notes` is the file of :class:`Notes`.
+    """One model being published. `notes` is the file of :class:`UploadResumeState`.
 
     Raises UsageError and ExistsError for what cannot be published, and what the server says; then nothing is
     published, and what was staged stays for the next try.
@@ -173,7 +173,7 @@ class Publication:
         self,
         writer: Writer,
         name: ModelName,
-        sources: Sequence[Source],
+        sources: Sequence[PublishSource],
         details: Details,
         notes: Path,
         *,
@@ -184,11 +184,13 @@ class Publication:
         self._writer = writer
         self._name = name
         self._details = details
-        self._notes = Notes(notes)
+        self._notes = UploadResumeState(notes)
         self._connections = connections
         self._retry_timeout = retry_timeout
         self._advance = advance
-        self._items = [_Item(source, f"{name.prefix}{source.path}", part=part_size(source.size)) for source in sources]
+        self._items = [
+            FileUpload(source, f"{name.prefix}{source.path}", part=part_size(source.size)) for source in sources
+        ]
         self.sent_bytes = 0
         self._guard = threading.Lock()
         self._parts_refused: bool | None = None
@@ -197,10 +199,10 @@ class Publication:
     def run(self) -> Manifest:
         """Publish. Returns the manifest: the one that is there, if it says the same files already."""
         self._notes.save()
-        before, there = self._look()
+        before, there = self._snapshot_remote()
         if before and self._name.version and not self._may_be(before.manifest):
             self._refuse()
-        self._compare(catalog.relatives(self._writer.bucket, self._name), there)
+        self._compare(catalog.published_under(self._writer.bucket, self._name), there)
         if before and self._is_same(before.manifest):
             self._abort()
             return before.manifest
@@ -208,14 +210,14 @@ class Publication:
             self._refuse()
         try:
             self._stage()
-            with _Claim(self._writer, self._name, self._details.author, self._notes.nonce) as claim:
+            with PublishLease(self._writer, self._name, self._details.author, self._notes.nonce) as claim:
                 return self._publish(claim, before, there)
         except ExistsError:
             self._abort()
             raise
 
-    def _crew(self) -> Crew:
-        return Crew(self._connections, self._retry_timeout)
+    def _pool(self) -> WorkerPool:
+        return WorkerPool(self._connections, self._retry_timeout)
 
     def _refuse(self) -> None:
         self._abort()
@@ -223,10 +225,10 @@ class Publication:
             f"{self._name} is published already, with other files", "a version never changes: choose another"
         )
 
-    def _look(self) -> tuple[Model | None, dict[str, ObjectInfo]]:
+    def _snapshot_remote(self) -> tuple[Model | None, dict[str, ObjectInfo]]:
         """What is published under the name now, and the objects that are there, by their keys."""
         bucket = self._writer.bucket
-        return catalog.read(bucket, self._name), {info.key: info for info in bucket.walk(self._name.prefix)}
+        return catalog.read_model(bucket, self._name), {info.key: info for info in bucket.walk(self._name.prefix)}
 
     def _may_be(self, manifest: Manifest) -> bool:
         wanted = {(item.path, item.size) for item in self._items}
@@ -244,19 +246,19 @@ class Publication:
             for file in model.manifest.files:
                 of_size.setdefault(file.size, []).append((model, file))
 
-        def compare(item: _Item) -> None:
+        def compare(item: FileUpload) -> None:
             found = there.get(item.key)
             candidates = [(model, file) for model, file in of_size.get(item.size, ()) if file.sha256]
             if not candidates and (found is None or found.size != item.size):
                 return
-            hashes = _hashes(item, crew)
+            hashes = _hashes(item, pool)
             item.sha256, etag = hashes.sha256, hashes.etag
             if found and found.size == item.size and found.etag.strip('"') == etag:
                 item.kept = PutResult(found.etag, "")
             for model, file in candidates:
                 if file.sha256 == item.sha256:
                     key = f"{model.name.prefix}{file.path}"
-                    if found and key == item.key and self._is_there(crew, found, file):
+                    if found and key == item.key and self._is_there(pool, found, file):
                         item.kept = PutResult(file.etag, file.version_id)
                     else:
                         item.copied = item.copied or (model, file)
@@ -266,24 +268,24 @@ class Publication:
                 item.part, item.copy_md5s = hashes.copy_part, hashes.copy_md5s
                 item.has_md5_etag = item.copied[1].etag.strip('"') == etag
 
-        crew = Crew(_HASHERS, self._retry_timeout)
-        crew.run(each(self._items, compare))
+        pool = WorkerPool(_HASHERS, self._retry_timeout)
+        pool.run(tasks_for(self._items, compare))
 
-    def _is_there(self, crew: Crew, found: ObjectInfo, file: File) -> bool:
+    def _is_there(self, pool: WorkerPool, found: ObjectInfo, file: File) -> bool:
         """Whether an object in a listing is the one of a manifest; a server that lists no ETags is asked for it."""
-        return found.etag == file.etag or crew.retried(lambda: self._writer.bucket.head(found.key)).etag == file.etag
+        return found.etag == file.etag or pool.retried(lambda: self._writer.bucket.head(found.key)).etag == file.etag
 
     # staging
 
     def _stage(self) -> None:
-        crew = self._crew()
+        pool = self._pool()
         large = [item for item in self._items if item.size > PART and not item.kept]
 
-        def begin(item: _Item) -> None:
+        def begin(item: FileUpload) -> None:
             upload = self._notes.uploads.get(item.key, "")
             if upload:
                 try:
-                    item.had = crew.retried(lambda: self._writer.parts(item.key, upload))
+                    item.had = pool.retried(lambda: self._writer.parts(item.key, upload))
                 except NotFoundError:
                     upload = ""
             if upload:
@@ -291,16 +293,16 @@ class Publication:
             else:
                 begin_anew(item)
 
-        def begin_anew(item: _Item) -> None:
+        def begin_anew(item: FileUpload) -> None:
             if item.upload:
                 with suppress(ObsfsError):
                     self._writer.abort(item.key, item.upload)
-            item.upload = crew.retried(lambda: self._writer.begin(item.key))
+            item.upload = pool.retried(lambda: self._writer.begin(item.key))
             item.had = {}
             self._notes.note(item.key, item.upload)
 
         try:
-            crew.run(each(large, begin))
+            pool.run(tasks_for(large, begin))
         except UnsupportedError:
             # Without uploads in parts: they are sent whole, when all appear.
             for item in large:
@@ -309,25 +311,25 @@ class Publication:
                     raise
             return
 
-        def tasks(items: list[_Item], bring: Callable[..., None]) -> Iterator[Callable[[], None]]:
+        def tasks(items: list[FileUpload], bring: Callable[..., None]) -> Iterator[Callable[[], None]]:
             for item in items:
                 for index, offset, size in item.pieces():
-                    yield partial(bring, crew, item, index, offset, size)
+                    yield partial(bring, pool, item, index, offset, size)
 
         copied = [item for item in large if item.copied]
-        crew.run(tasks(copied, self._copy))
+        pool.run(tasks(copied, self._copy))
         # Not in the same upload: rclone takes no part twice.
-        crew.run(each([item for item in copied if not item.copied], begin_anew))
+        pool.run(tasks_for([item for item in copied if not item.copied], begin_anew))
         sent = [item for item in large if not item.copied]
         for item in sent:
-            item.digest = OrderedHash(crew)
-        crew.run(tasks(sent, self._send))
+            item.digest = OrderedHash(pool)
+        pool.run(tasks(sent, self._send))
         for item in sent:
             assert item.digest is not None
             self._check(item, item.digest.hexdigest())
 
-    def _send(self, crew: Crew, item: _Item, index: int, offset: int, size: int) -> None:
-        data = crew.retried(lambda: item.source.read(offset, size))
+    def _send(self, pool: WorkerPool, item: FileUpload, index: int, offset: int, size: int) -> None:
+        data = pool.retried(lambda: item.source.read(offset, size))
         assert item.digest is not None
         item.digest.update(index, data)
         had = item.had.get(index + 1)
@@ -335,52 +337,52 @@ class Publication:
             item.etags[index + 1] = had.etag
         else:
             with self._gone(item):
-                etag = crew.retried(lambda: self._writer.put_part(item.key, item.upload, index + 1, data))
+                etag = pool.retried(lambda: self._writer.put_part(item.key, item.upload, index + 1, data))
             item.etags[index + 1] = etag
             self._count(size)
         self._advance(size)
 
-    def _copy(self, crew: Crew, item: _Item, index: int, offset: int, size: int) -> None:
+    def _copy(self, pool: WorkerPool, item: FileUpload, index: int, offset: int, size: int) -> None:
         if not item.copied:
             return  # another part of it could not be copied
         version = self._original(item)
         number, span = index + 1, range(offset, offset + size)
         with _replaced(version), self._gone(item):
             etag = _unless_refused(
-                lambda: crew.retried(lambda: self._writer.copy_part(item.key, item.upload, number, version, span))
+                lambda: pool.retried(lambda: self._writer.copy_part(item.key, item.upload, number, version, span))
             )
         with self._guard:
             if not item.copied:
                 return
-            if self._is_copy(item, etag or "", item.copy_md5s[index], partial(self._refuses_parts, crew, item)):
+            if self._is_copy(item, etag or "", item.copy_md5s[index], partial(self._refuses_parts, pool, item)):
                 item.etags[number] = etag or ""
                 self._advance(size)
             else:
                 self._send_instead(item)
 
-    def _is_copy(self, item: _Item, etag: str, md5: str, refuses: Callable[[], bool]) -> bool:
+    def _is_copy(self, item: FileUpload, etag: str, md5: str, refuses: Callable[[], bool]) -> bool:
         """Whether what was copied is what it should be: by its MD5, or, where ETags are no MD5, since the server
         `refuses` other versions."""
         if etag.strip('"') == md5:
             return True
-        return bool(etag) and not (item.has_md5_etag and _kind(etag) == "md5") and refuses()
+        return bool(etag) and not (item.has_md5_etag and _digest_kind(etag) == "md5") and refuses()
 
-    def _refuses_parts(self, crew: Crew, item: _Item) -> bool:
+    def _refuses_parts(self, pool: WorkerPool, item: FileUpload) -> bool:
         """Whether the server looks at the version that it is to copy a part of: asked once, with a wrong one."""
         if self._parts_refused is None:
             wrong = replace(self._original(item), etag=_NOBODYS)
             call = partial(self._writer.copy_part, item.key, item.upload, _PROBE_PART, wrong, range(1))
-            self._parts_refused = _is_refused(crew, call)
+            self._parts_refused = _is_refused(pool, call)
         return self._parts_refused
 
-    def _refuses_copies(self, crew: Crew, item: _Item) -> bool:
+    def _refuses_copies(self, pool: WorkerPool, item: FileUpload) -> bool:
         """As `_refuses_parts`, of whole objects. What is copied all the same is overwritten by what is sent then."""
         if self._copies_refused is None:
             wrong = replace(self._original(item), etag=_NOBODYS)
-            self._copies_refused = _is_refused(crew, partial(self._writer.copy, wrong, item.key))
+            self._copies_refused = _is_refused(pool, partial(self._writer.copy, wrong, item.key))
         return self._copies_refused
 
-    def _send_instead(self, item: _Item) -> None:
+    def _send_instead(self, item: FileUpload) -> None:
         """Forget the parts of an item that were copied: it is sent instead."""
         log.info("%s: the server does not copy %s as it should: it is sent instead", self._name, item.path)
         undone = sum(size for index, _, size in item.pieces() if index + 1 in item.etags)
@@ -390,14 +392,14 @@ class Publication:
         item.etags.clear()
         item.part = part_size(item.size)
 
-    def _original(self, item: _Item) -> ObjectVersion:
+    def _original(self, item: FileUpload) -> ObjectVersion:
         """What an item is to be a copy of."""
         assert item.copied is not None
         model, file = item.copied
         return model.version_of(file, self._writer.bucket.endpoint)
 
     @contextmanager
-    def _gone(self, item: _Item) -> Iterator[None]:
+    def _gone(self, item: FileUpload) -> Iterator[None]:
         # An ExistsError, after which nothing stays staged: who was first has seen some uploads of ours, and ended them
         # before its manifest is there; of those that it has not seen, nobody would ever be told.
         try:
@@ -409,7 +411,7 @@ class Publication:
                 "push again",
             ) from None
 
-    def _check(self, item: _Item, sha256: str) -> None:
+    def _check(self, item: FileUpload, sha256: str) -> None:
         said = item.sha256 or item.source.sha256
         if said and said != sha256:
             raise UsageError(f"{item.path} changed while it was read", "publish it again")
@@ -428,7 +430,7 @@ class Publication:
 
     # publishing
 
-    def _publish(self, claim: _Claim, before: Model | None, there: dict[str, ObjectInfo]) -> Manifest:
+    def _publish(self, claim: PublishLease, before: Model | None, there: dict[str, ObjectInfo]) -> Manifest:
         try:
             return self._make_appear(claim, before, there)
         except RefusedError:
@@ -438,34 +440,34 @@ class Publication:
                     self._writer.delete(*(item.key for item in self._items))
             raise
 
-    def _make_appear(self, claim: _Claim, before: Model | None, there: dict[str, ObjectInfo]) -> Manifest:
-        after, again = self._look()
+    def _make_appear(self, claim: PublishLease, before: Model | None, there: dict[str, ObjectInfo]) -> Manifest:
+        after, again = self._snapshot_remote()
         if (after.etag if after else "") != (before.etag if before else ""):
             raise ExistsError(f"{self._name} was published by somebody else just now", "look at it, then push again")
         for item in self._items:
             if item.kept and (item.key not in again or again[item.key].etag != there[item.key].etag):
                 raise ExistsError(f"{item.path} of {self._name} was replaced just now", "push again")
 
-        crew = self._crew()
+        pool = self._pool()
 
-        def appear(item: _Item) -> None:
+        def appear(item: FileUpload) -> None:
             claim.check()
-            item.written = self._appear(crew, item)
+            item.written = self._finalize_object(pool, item)
 
-        crew.run(each(self._items, appear))
+        pool.run(tasks_for(self._items, appear))
         claim.check()
-        crew.run(each([item for item in self._items if not item.kept], partial(self._confirm, crew)))
+        pool.run(tasks_for([item for item in self._items if not item.kept], partial(self._confirm, pool)))
         claim.check()
-        self._sweep()
+        self._abort_stale_uploads()
         manifest = self._manifest()
-        self._put_manifest(crew, manifest)
+        self._put_manifest(pool, manifest)
         if before:
             gone = {file.path for file in before.manifest.files} - {file.path for file in manifest.files}
-            crew.run(each(sorted(gone), lambda path: self._writer.delete(f"{self._name.prefix}{path}")))
+            pool.run(tasks_for(sorted(gone), lambda path: self._writer.delete(f"{self._name.prefix}{path}")))
         self._abort()
         return manifest
 
-    def _sweep(self) -> None:
+    def _abort_stale_uploads(self) -> None:
         """Drop the uploads of others, and of runs that were killed before they could note them: who staged before this
         manifest is refused after it. Where the server does not let us look, they stay."""
         with suppress(ObsfsError):
@@ -474,83 +476,83 @@ class Publication:
                 if key in wanted:
                     self._writer.abort(key, upload)
 
-    def _put_manifest(self, crew: Crew, manifest: Manifest) -> None:
+    def _put_manifest(self, pool: WorkerPool, manifest: Manifest) -> None:
         text, is_new = manifest.to_json(), bool(self._name.version)
         try:
             try:
-                crew.retried(lambda: self._writer.put(self._name.manifest_key, text, new=is_new))
+                pool.retried(lambda: self._writer.put(self._name.manifest_key, text, new=is_new))
             except UnsupportedError:
-                if not is_new or catalog.read(self._writer.bucket, self._name):
+                if not is_new or catalog.read_model(self._writer.bucket, self._name):
                     raise
-                crew.retried(lambda: self._writer.put(self._name.manifest_key, text))
+                pool.retried(lambda: self._writer.put(self._name.manifest_key, text))
         except ExistsError:
             # It may be our own, the answer to which was lost.
             if self._writer.bucket.get(self._name.manifest_key).data != text:
                 raise
 
-    def _appear(self, crew: Crew, item: _Item) -> PutResult:
+    def _finalize_object(self, pool: WorkerPool, item: FileUpload) -> PutResult:
         if item.kept:
             return item.kept
         if item.upload:
-            return self._complete(crew, item)
+            return self._complete(pool, item)
         if item.size > PART:
-            return self._send_whole(crew, item)
-        if item.copied and (written := self._copy_small(crew, item)):
+            return self._send_whole(pool, item)
+        if item.copied and (written := self._copy_small(pool, item)):
             self._advance(item.size)
             return written
-        data = crew.retried(lambda: item.source.read(0, item.size))
+        data = pool.retried(lambda: item.source.read(0, item.size))
         self._check(item, hashlib.sha256(data).hexdigest())
-        written = crew.retried(lambda: self._writer.put(item.key, data))
+        written = pool.retried(lambda: self._writer.put(item.key, data))
         self._count(item.size)
         self._advance(item.size)
         return written
 
-    def _send_whole(self, crew: Crew, item: _Item) -> PutResult:
+    def _send_whole(self, pool: WorkerPool, item: FileUpload) -> PutResult:
         """Send a large file in one request, to a server without uploads in parts. It is read twice."""
         sha, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
         for _, offset, size in item.pieces():
-            data = crew.retried(lambda offset=offset, size=size: item.source.read(offset, size))  # type: ignore[misc]
+            data = pool.retried(lambda offset=offset, size=size: item.source.read(offset, size))  # type: ignore[misc]
             sha.update(data)
             md5.update(data)
         self._check(item, sha.hexdigest())
-        written = crew.retried(lambda: self._writer.put_file(item.key, item.size, item.source.read, md5.digest()))
+        written = pool.retried(lambda: self._writer.put_file(item.key, item.size, item.source.read, md5.digest()))
         self._count(item.size)
         self._advance(item.size)
         return written
 
-    def _copy_small(self, crew: Crew, item: _Item) -> PutResult | None:
+    def _copy_small(self, pool: WorkerPool, item: FileUpload) -> PutResult | None:
         """A copy inside the server, if it is what it should be."""
         version = self._original(item)
         with _replaced(version):
-            written = _unless_refused(lambda: crew.retried(lambda: self._writer.copy(version, item.key)))
+            written = _unless_refused(lambda: pool.retried(lambda: self._writer.copy(version, item.key)))
         if written is None:
             return None
-        etag = written.etag or self._head(crew, item).etag
+        etag = written.etag or self._head(pool, item).etag
         with self._guard:
-            is_right = self._is_copy(item, etag, item.copy_md5s[0], partial(self._refuses_copies, crew, item))
+            is_right = self._is_copy(item, etag, item.copy_md5s[0], partial(self._refuses_copies, pool, item))
         return written if is_right else None
 
-    def _head(self, crew: Crew, item: _Item) -> ObjectInfo:
-        return crew.retried(lambda: self._writer.bucket.head(item.key))
+    def _head(self, pool: WorkerPool, item: FileUpload) -> ObjectInfo:
+        return pool.retried(lambda: self._writer.bucket.head(item.key))
 
-    def _confirm(self, crew: Crew, item: _Item) -> None:
+    def _confirm(self, pool: WorkerPool, item: FileUpload) -> None:
         """Look at an object that has appeared: the manifest says of it what the server does, to whom pulls it."""
         assert item.written is not None
-        found, said = self._head(crew, item), item.written.etag
+        found, said = self._head(pool, item), item.written.etag
         if found.size != item.size:
             raise RefusedError(
                 f"the server has {found.size} bytes of {item.path} of {self._name}, and was sent {item.size}",
                 "nothing was published; see the server's own log",
             )
         # Servers have one ETag for what was just completed, and another later; of one kind, they are comparable.
-        if _kind(said) and _kind(said) == _kind(found.etag) and said != found.etag:
+        if _digest_kind(said) and _digest_kind(said) == _digest_kind(found.etag) and said != found.etag:
             raise ExistsError(f"{item.path} of {self._name} was replaced just now", "push again")
         item.written = item.written._replace(etag=found.etag)
 
-    def _complete(self, crew: Crew, item: _Item) -> PutResult:
+    def _complete(self, pool: WorkerPool, item: FileUpload) -> PutResult:
         with self._gone(item):
             try:
-                written = crew.retried(lambda: self._writer.complete(item.key, item.upload, item.etags))
+                written = pool.retried(lambda: self._writer.complete(item.key, item.upload, item.etags))
             except NotFoundError:
                 # Done already, if the answer to it was lost.
                 written = PutResult(self._writer.bucket.head(item.key).etag, "")
@@ -599,9 +601,9 @@ def _unless_refused(call: Callable[[], _T]) -> _T | None:
         return None
 
 
-def _is_refused(crew: Crew, call: Callable[[], object]) -> bool:
+def _is_refused(pool: WorkerPool, call: Callable[[], object]) -> bool:
     try:
-        crew.retried(call)
+        pool.retried(call)
     except VersionChangedError:
         return True
     except ObsfsError:
@@ -609,7 +611,7 @@ def _is_refused(crew: Crew, call: Callable[[], object]) -> bool:
     return False
 
 
-def _kind(etag: str) -> str:
+def _digest_kind(etag: str) -> str:
     """Which kind of digest an ETag is: of one piece, or of so many parts; empty for others."""
     found = _DIGEST.fullmatch(etag)
     return f"md5{found[1] or ''}" if found else ""
@@ -625,13 +627,13 @@ class _Hashes(NamedTuple):
     """Of each of those parts."""
 
 
-def _hashes(item: _Item, crew: Crew) -> _Hashes:
+def _hashes(item: FileUpload, pool: WorkerPool) -> _Hashes:
     sha, copied = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     parts, copies = [], []
     size = item.part if item.size > PART else max(item.size, 1)
     copy_part = size * max(1, COPY_PART // size)
     for offset in range(0, max(item.size, 1), size):
-        data = crew.retried(lambda offset=offset: item.source.read(offset, min(size, item.size - offset)))  # type: ignore[misc]
+        data = pool.retried(lambda offset=offset: item.source.read(offset, min(size, item.size - offset)))  # type: ignore[misc]
         sha.update(data)
         parts.append(hashlib.md5(data, usedforsecurity=False).digest())
         copied.update(data)
@@ -641,7 +643,7 @@ def _hashes(item: _Item, crew: Crew) -> _Hashes:
     return _Hashes(sha.hexdigest(), parts_etag(parts), copy_part, copies)
 
 
-class _Claim:
+class PublishLease:
     """The right to make a model's files appear; one publisher has it at a time, for a quarter of an hour at most.
 
     On servers that know conditional writes (Amazon, MinIO, SeaweedFS) the claim is exact. On others it is written,
@@ -651,12 +653,12 @@ class _Claim:
     def __init__(self, writer: Writer, name: ModelName, author: str, nonce: str) -> None:
         self._writer = writer
         self._name = name
-        self._key = f"{name.prefix}{CLAIM}"
+        self._key = f"{name.prefix}{LEASE}"
         self._nonce = nonce
         self._text = json.dumps({"author": author, "nonce": nonce}).encode()
         self._until = 0.0
 
-    def __enter__(self) -> _Claim:
+    def __enter__(self) -> PublishLease:
         for _ in range(2):
             if self._read() is None and self._take():
                 self._until = time.monotonic() + _CLAIM_SECONDS / 2

@@ -33,10 +33,10 @@ from obsfs.cache.object import CachedObject
 from obsfs.errors import CacheError, ObsfsError, UnavailableError, UsageError, VersionChangedError
 from obsfs.fetch.reader import Engine, Reader
 from obsfs.library import catalog
-from obsfs.library.inside import inside, open_file, read_small, state, write_whole
 from obsfs.library.manifest import File, Manifest, parse_manifest
-from obsfs.library.names import MANIFEST, OWN, ModelName, is_chosen, is_safe_path
-from obsfs.library.transfer import Advance, Crew, OrderedHash
+from obsfs.library.names import MANIFEST, METADATA_DIRECTORY, ModelName, is_safe_path, matches_patterns
+from obsfs.library.safe_paths import open_file, path_below, read_small, size_and_mtime, write_whole
+from obsfs.library.transfer import Advance, OrderedHash, WorkerPool
 from obsfs.settings import Settings
 from obsfs.store.checksums import Checksum
 from obsfs.store.s3.client import MAX_SMALL, Bucket
@@ -44,20 +44,20 @@ from obsfs.store.types import ObjectVersion
 
 _STEP = 8 << 20
 _WORKERS = 8
-_RECORD = f"{OWN}pulled.json"
-_FORMAT_AT = f"{OWN}format"
+_RECORD = f"{METADATA_DIRECTORY}pulled.json"
+_FORMAT_AT = f"{METADATA_DIRECTORY}format"
 """Under which name the record of what was pulled says its format: no model has a file of that name."""
 _FORMAT = 1
 """Without a number it is format 0, which is the same. Of a later one nothing is believed: files are hashed again."""
-_LOCK = f"{OWN}lock"
+_LOCK = f"{METADATA_DIRECTORY}lock"
 SNAPSHOTS = "snapshots"
 """Where models go, in the cache directory, when no place is given."""
-_INCOMPLETE = f"{OWN}incomplete"
+_INCOMPLETE = f"{METADATA_DIRECTORY}incomplete"
 _MARGIN = 64 << 20
 _of_thread = threading.local()
 
 
-class Pulled(NamedTuple):
+class PullResult(NamedTuple):
     """Where files were brought, and how many bytes of them came from the bucket."""
 
     directory: Path
@@ -82,15 +82,15 @@ class Pull:
 
     def files(self, allow: Sequence[str] = (), ignore: Sequence[str] = ()) -> list[File]:
         """The files of the model whose paths match one of `allow` (if any are given) and none of `ignore`."""
-        return [file for file in self.model.manifest.files if is_chosen(file.path, allow, ignore)]
+        return [file for file in self.model.manifest.files if matches_patterns(file.path, allow, ignore)]
 
     def has(self, directory: Path, file: File) -> bool:
         """Whether a directory has a file of the model as it was when it was verified."""
         return self._local(directory).has(file)
 
-    def _local(self, directory: Path) -> Local:
+    def _local(self, directory: Path) -> ModelDirectory:
         cache_dir = self._settings.cache_dir
-        return Local(directory, cache_dir if directory.is_relative_to(cache_dir / SNAPSHOTS) else None)
+        return ModelDirectory(directory, cache_dir if directory.is_relative_to(cache_dir / SNAPSHOTS) else None)
 
     def run(
         self,
@@ -99,7 +99,7 @@ class Pull:
         files: Sequence[File],
         force: bool = False,
         advance: Advance = lambda size: None,
-    ) -> Pulled:
+    ) -> PullResult:
         """Bring files of the model into `directory`, which is made.
 
         A file there that is something else, and that obsfs did not put there as it is now, is replaced only by
@@ -121,24 +121,24 @@ class Pull:
             local.finish(self.model.manifest)
         except OSError as error:
             raise _local_error(error, directory) from None
-        return Pulled(directory, fetched)
+        return PullResult(directory, fetched)
 
-    def _fetch(self, local: Local, files: Sequence[File], advance: Advance) -> int:
+    def _fetch(self, local: ModelDirectory, files: Sequence[File], advance: Advance) -> int:
         engine = Engine(self._bucket, self._settings, seals=False)
         shared = self._settings.cache_dir / SNAPSHOTS
         # There, large files need no second copy: they are what the cache has, by another name.
         largest = engine.cache.limit // 2 if local.directory.is_relative_to(shared) else 0
         # What is under way at the same time must fit into a part of the cache.
         width = max(1, engine.window * BLOCK // _STEP)
-        crew = Crew(min(_WORKERS, width))
-        arrivals: list[_Arrival] = []
+        pool = WorkerPool(min(_WORKERS, width))
+        downloads: list[FileDownload] = []
 
         def tasks() -> Iterator[Callable[[], None]]:
-            ahead = _pieces(arrivals)
-            for position, (arrival, index) in enumerate(_pieces(arrivals)):
+            ahead = _pieces(downloads)
+            for position, (download, index) in enumerate(_pieces(downloads)):
                 for coming, number in islice(ahead, 1 if position else width):
                     coming.expect(number)
-                yield arrival.task(index, advance)
+                yield download.task(index, advance)
 
         try:
             identical_versions = self._identical_versions(files)
@@ -146,19 +146,19 @@ class Pull:
                 version = self.model.version_of(file, self._bucket.endpoint)
                 is_linked = _STEP <= file.size <= largest
                 vouching = partial(self._bucket.checksum, version)
-                arrivals.append(
-                    _Arrival(
+                downloads.append(
+                    FileDownload(
                         file,
                         version,
                         engine,
                         local,
-                        crew,
+                        pool,
                         vouching=vouching,
                         identical_version=identical_versions.get(file.sha256),
                         is_linked=is_linked,
                     )
                 )
-            crew.run(tasks())
+            pool.run(tasks())
             return engine.fetcher.stats.bytes_fetched
         except VersionChangedError as error:
             raise VersionChangedError(
@@ -166,8 +166,8 @@ class Pull:
                 "it may be being pushed just now: try again",
             ) from None
         finally:
-            for arrival in arrivals:
-                arrival.close()
+            for download in downloads:
+                download.close()
             engine.close()
 
     def _identical_versions(self, files: Sequence[File]) -> dict[str, ObjectVersion]:
@@ -179,7 +179,7 @@ class Pull:
         if not any(key.startswith(family) and not key.startswith(name.prefix) for key, *_ in cached):
             return {}
         found: dict[str, tuple[int, ObjectVersion]] = {}
-        for model in catalog.relatives(self._bucket, name):
+        for model in catalog.published_under(self._bucket, name):
             for file in model.manifest.files if model.name != name else ():
                 version = model.version_of(file, endpoint)
                 size = cached.get((version.key, version.etag, version.size), 0)
@@ -188,11 +188,11 @@ class Pull:
         return {sha256: version for sha256, (_, version) in found.items()}
 
 
-def _pieces(arrivals: Sequence[_Arrival]) -> Iterator[tuple[_Arrival, int]]:
-    return ((arrival, index) for arrival in arrivals for index in range(arrival.pieces))
+def _pieces(downloads: Sequence[FileDownload]) -> Iterator[tuple[FileDownload, int]]:
+    return ((download, index) for download in downloads for index in range(download.pieces))
 
 
-class _Arrival:
+class FileDownload:
     """One file on its way: its pieces are read and written by several threads at the same time, and hashed in order."""
 
     def __init__(
@@ -200,8 +200,8 @@ class _Arrival:
         file: File,
         version: ObjectVersion,
         engine: Engine,
-        local: Local,
-        crew: Crew,
+        local: ModelDirectory,
+        pool: WorkerPool,
         *,
         vouching: Callable[[], Checksum | None],
         identical_version: ObjectVersion | None,
@@ -210,7 +210,7 @@ class _Arrival:
         self._vouching = vouching
         self._identical_version = identical_version
         self._copyable_blocks = frozenset(engine.cache.present_blocks(identical_version) if identical_version else ())
-        self._crew = crew
+        self._pool = pool
         self._is_linked = is_linked
         self._file = file
         self._version = version
@@ -284,7 +284,7 @@ class _Arrival:
         with self._guard:
             if self._opened is None:
                 self._checksum = Checksum("sha256", self._file.sha256) if self._file.sha256 else self._vouching()
-                self._digest = OrderedHash(self._crew, self._checksum.hasher()) if self._checksum else None
+                self._digest = OrderedHash(self._pool, self._checksum.hasher()) if self._checksum else None
                 reader = self._engine.open(self._version)
                 self._opened = (reader, -1, 0) if self._is_linked else (reader, *self._local.begin(self._file))
             return self._opened
@@ -334,7 +334,7 @@ class _Arrival:
             self._engine.release(reader)
 
 
-class Local:
+class ModelDirectory:
     """A directory that models are pulled into. Below the cache directory, if it is in `cache_dir`, all is private."""
 
     def __init__(self, directory: Path, cache_dir: Path | None = None) -> None:
@@ -371,11 +371,11 @@ class Local:
 
     def has(self, file: File) -> bool:
         """Whether the file is there, as it was when it was verified."""
-        found = state(self.directory, file.path)
+        found = size_and_mtime(self.directory, file.path)
         return found is not None and self._record.get(file.path) == [*found, _identity(file)]
 
     def _is_ours(self, path: str) -> bool:
-        found = state(self.directory, path)
+        found = size_and_mtime(self.directory, path)
         return found is not None and (self._record.get(path) or [])[:2] == list(found)
 
     def prepare(self, files: Sequence[File], *, force: bool) -> None:
@@ -384,9 +384,9 @@ class Local:
             self._mkdir(self.directory)
         except OSError as error:
             raise UsageError(f"{self.directory} cannot be made ({error.strerror})", "choose another place") from None
-        inside(self.directory, f"{_INCOMPLETE}/x")
+        path_below(self.directory, f"{_INCOMPLETE}/x")
         for file in files:
-            path = inside(self.directory, file.path)
+            path = path_below(self.directory, file.path)
             if (
                 not force
                 and os.path.lexists(path)
@@ -413,7 +413,7 @@ class Local:
 
     def _incomplete(self, file: File) -> Path:
         name = hashlib.sha256(f"{file.path}\0{_identity(file)}".encode()).hexdigest()[:32]
-        return inside(self.directory, f"{_INCOMPLETE}/{name}")
+        return path_below(self.directory, f"{_INCOMPLETE}/{name}")
 
     def drop(self, file: File) -> None:
         """What was written of it is wrong."""
@@ -430,20 +430,20 @@ class Local:
 
     def accept(self, file: File) -> None:
         """It is right: give it its name."""
-        path = inside(self.directory, file.path)
+        path = path_below(self.directory, file.path)
         self._mkdir(path.parent)
-        self._incomplete(file).replace(inside(self.directory, file.path))
+        self._incomplete(file).replace(path_below(self.directory, file.path))
         self._note(file)
 
     def _note(self, file: File) -> None:
-        found = state(self.directory, file.path)
+        found = size_and_mtime(self.directory, file.path)
         assert found is not None
         with self._guard:
             self._record[file.path] = [*found, _identity(file)]
             self._save()
 
     def _save(self) -> None:
-        self._write(inside(self.directory, _RECORD), json.dumps({_FORMAT_AT: _FORMAT, **self._record}).encode())
+        self._write(path_below(self.directory, _RECORD), json.dumps({_FORMAT_AT: _FORMAT, **self._record}).encode())
 
     def finish(self, manifest: Manifest) -> None:
         """What was wanted is there: files of an earlier version that are not in this one go, and the manifest comes.
@@ -454,12 +454,12 @@ class Local:
         stale = [path for path in self._record if path not in wanted]
         here = tuple(file for file in manifest.files if self.has(file))
         text = msgspec.structs.replace(manifest, files=here).to_json()
-        path = inside(self.directory, MANIFEST)
+        path = path_below(self.directory, MANIFEST)
         if not here or (not stale and path.is_file() and path.read_bytes() == text):
             return
         for gone in stale:
             if self._is_ours(gone):
-                inside(self.directory, gone).unlink(missing_ok=True)
+                path_below(self.directory, gone).unlink(missing_ok=True)
             del self._record[gone]
         self._mkdir(path.parent)
         self._save()
@@ -471,7 +471,7 @@ class Local:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """No other process pulls into the directory meanwhile. Raises UsageError when one does."""
-        path = inside(self.directory, _LOCK)
+        path = path_below(self.directory, _LOCK)
         self._mkdir(path.parent)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, self._mode)
         try:
@@ -528,7 +528,7 @@ def _identity(file: File) -> str:
 
 def _holds(directory: Path, file: File) -> bool:
     """Whether a file that is there has the right bytes: by the manifest, or an ETag that is their MD5."""
-    found = state(directory, file.path)
+    found = size_and_mtime(directory, file.path)
     if found is None or found[0] != file.size:
         return False
     with os.fdopen(open_file(directory, file.path), "rb") as source:

@@ -17,11 +17,11 @@ from typing import Any
 
 from obsfs import private
 from obsfs.errors import UsageError
+from obsfs.library import catalog_cache, completeness
 from obsfs.library import manifest as manifests
-from obsfs.library import shelf, whole
 from obsfs.library.manifest import ADAPTER, CONFIG, Manifest
 from obsfs.library.names import ModelName, is_safe_path, parse_model
-from obsfs.library.publish import Details, Publication, Source
+from obsfs.library.publish import Details, Publication, PublishSource
 from obsfs.library.transfer import Advance
 from obsfs.settings import Settings, keywords, state_dir
 from obsfs.store.s3.client import Bucket
@@ -113,12 +113,12 @@ def push(
     """
     found = {file.path: (file.size, file.read) for file in files}
     if check:
-        whole.check(whole.look(found), str(directory), _NOT_WHOLE)
+        completeness.require_complete(completeness.inspect_files(found), str(directory), _NOT_WHOLE)
     details = Details(
         author=author(),
         source=source or visible(directory.resolve().name),
         revision=revision or revision_of(directory),
-        model=manifests.look(found),
+        model=manifests.inspect_model(found),
     )
     return publish(name, files, details, settings, origin=str(directory.resolve()), advance=advance)
 
@@ -165,14 +165,16 @@ def check_model(directory: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         }
     except OSError as error:
         raise UsageError(f"{directory} cannot be read ({error.strerror})", _DIRECTORY) from None
-    found = whole.look({name: (file.size, file.read) for name, file in files.items()}, every_loader=False)
-    whole.check(found, str(directory), "the model is not whole: push or pull it again")
+    found = completeness.inspect_files(
+        {name: (file.size, file.read) for name, file in files.items()}, every_loader=False
+    )
+    completeness.require_complete(found, str(directory), "the model is not whole: push or pull it again")
     return found.headers
 
 
 def publish(
     name: ModelName,
-    sources: Sequence[Source],
+    sources: Sequence[PublishSource],
     details: Details,
     settings: Settings,
     *,
@@ -181,7 +183,7 @@ def publish(
 ) -> tuple[Manifest, int]:
     """Publish files from anywhere. `origin` tells one try from another: the next of the same goes on with it."""
     bucket = Bucket(name.address, settings.at_first_endpoint())
-    with notes_file(f"{bucket.endpoint} {name} {origin}", str(name)) as notes:
+    with resume_state_file(f"{bucket.endpoint} {name} {origin}", str(name)) as notes:
         publication = Publication(
             Writer(bucket),
             name,
@@ -193,12 +195,12 @@ def publish(
             advance=advance,
         )
         manifest = publication.run()
-        shelf.clear(settings)
+        catalog_cache.clear(settings)
         return manifest, publication.sent_bytes
 
 
 @contextmanager
-def notes_file(what: str, shown: str) -> Iterator[Path]:
+def resume_state_file(what: str, shown: str) -> Iterator[Path]:
     """The file in which one publication keeps its notes. Raises UsageError when another one has it."""
     directory = state_dir() / "push"
     private.make_level(directory)

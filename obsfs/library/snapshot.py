@@ -19,7 +19,7 @@ from obsfs.errors import NotFoundError, UsageError
 from obsfs.library import catalog
 from obsfs.library.catalog import Model
 from obsfs.library.manifest import parse_manifest
-from obsfs.library.names import MANIFEST, ModelName, by_age, nearest, split_label
+from obsfs.library.names import MANIFEST, ModelName, oldest_first, split_label, suggest_names
 from obsfs.store.address import Address
 from obsfs.store.s3.client import Bucket
 from obsfs.store.types import ObjectInfo, ObjectVersion, Page, epoch
@@ -133,13 +133,13 @@ def _models(bucket: Bucket, address: Address) -> list[Model]:
     """The published models of a library; of a model's own address, it and its versions."""
     own = _own_name(address)
     if own is not None:
-        plain = catalog.read(bucket, own)
+        plain = catalog.read_model(bucket, own)
         if own.version:
             return [plain] if plain else []
         found = [*([plain] if plain else []), *catalog.versions(bucket, own)]
         if found:
             return found
-    return [model for model in catalog.models(bucket, address)[0] if model.etag]
+    return [model for model in catalog.list_models(bucket, address)[0] if model.etag]
 
 
 def _own_name(address: Address) -> ModelName | None:
@@ -169,7 +169,7 @@ def _of_version(
     chosen = [model for model in models if model.name.version == wanted]
     if not chosen:
         known = [model.name.version for model in models if model.name.version]
-        raise UsageError(f"no model of {address} has a version {wanted!r}", nearest(wanted, known))
+        raise UsageError(f"no model of {address} has a version {wanted!r}", suggest_names(wanted, known))
     for model in chosen:
         yield from _files(bucket, address, model, model.name.at(None))
 
@@ -182,7 +182,9 @@ def _of_time(bucket: Bucket, address: Address, models: list[Model]) -> Iterator[
         for model in versions.values():
             yield from _files(bucket, address, model, model.name)
         if None not in versions:
-            order = by_age((model.manifest.created.timestamp(), str(version)) for version, model in versions.items())
+            order = oldest_first(
+                (model.manifest.created.timestamp(), str(version)) for version, model in versions.items()
+            )
             yield from _files(bucket, address, versions[order[-1]], name)
 
 

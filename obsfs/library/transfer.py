@@ -19,11 +19,11 @@ Advance = Callable[[int], None]
 """Is told of so many more bytes done, from any thread."""
 
 
-class Stopped(Exception):
+class Cancelled(Exception):
     """Somebody else has failed, and what this one does is of no use any more."""
 
 
-class Crew:
+class WorkerPool:
     """Threads that take on tasks in order; the first failure stops them all."""
 
     def __init__(self, workers: int, retry_timeout: float = 0.0) -> None:
@@ -60,7 +60,7 @@ class Crew:
                 if task is None:
                     return
                 task()
-        except Stopped:
+        except Cancelled:
             pass
         except BaseException as error:
             with self._guard:
@@ -83,26 +83,26 @@ class Crew:
                 self._stop.wait(pause)
 
     def check(self) -> None:
-        """Raises Stopped when it is of no use to go on."""
+        """Raises Cancelled when it is of no use to go on."""
         if self._stop.is_set():
-            raise Stopped
+            raise Cancelled
 
 
 class OrderedHash:
     """The hash (SHA-256, or another) of pieces that are read by several threads: each waits until it is its turn."""
 
-    def __init__(self, crew: Crew, hasher: Hasher | None = None) -> None:
-        self._crew = crew
+    def __init__(self, pool: WorkerPool, hasher: Hasher | None = None) -> None:
+        self._pool = pool
         self._hash = hasher or hashlib.sha256()
         self._next = 0
         self._turn = threading.Condition()
 
     def update(self, index: int, data: bytes | memoryview) -> None:
-        """Take piece number `index`, from 0. Raises Stopped when an earlier one will not come."""
+        """Take piece number `index`, from 0. Raises Cancelled when an earlier one will not come."""
         with self._turn:
             while self._next != index:
                 self._turn.wait(_WAIT_SECONDS)
-                self._crew.check()
+                self._pool.check()
             self._hash.update(data)
             self._next += 1
             self._turn.notify_all()
@@ -112,7 +112,7 @@ class OrderedHash:
         return self._hash.hexdigest()
 
 
-def each(items: Iterable[_T], work: Callable[[_T], None]) -> Iterator[Callable[[], None]]:
+def tasks_for(items: Iterable[_T], work: Callable[[_T], None]) -> Iterator[Callable[[], None]]:
     """Tasks that do this work on each item."""
     for item in items:
         yield lambda item=item: work(item)  # type: ignore[misc]

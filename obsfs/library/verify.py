@@ -11,10 +11,10 @@ from obsfs.cache.directory import Cache
 from obsfs.cache.layout import BLOCK
 from obsfs.errors import CorruptError, NotFoundError, UsageError, VersionChangedError
 from obsfs.library.catalog import Model
-from obsfs.library.inside import open_file
 from obsfs.library.manifest import File, Manifest
 from obsfs.library.names import is_safe_path
-from obsfs.library.transfer import Advance, Crew, OrderedHash, each
+from obsfs.library.safe_paths import open_file
+from obsfs.library.transfer import Advance, OrderedHash, WorkerPool, tasks_for
 from obsfs.store.s3.client import Bucket
 
 _STEP = 8 << 20
@@ -46,9 +46,9 @@ class Verified(NamedTuple):
 
 def in_bucket(bucket: Bucket, model: Model, advance: Advance) -> Verified:
     """Read every file from the bucket, past the cache. Raises ObsfsError when it cannot be read at all."""
-    crew = Crew(_WORKERS)
+    pool = WorkerPool(_WORKERS)
     files = model.manifest.files
-    digests = {file.path: OrderedHash(crew) for file in files}
+    digests = {file.path: OrderedHash(pool) for file in files}
     broken: dict[str, str] = {}
 
     def read(file: File, index: int, offset: int, size: int) -> None:
@@ -71,7 +71,7 @@ def in_bucket(bucket: Bucket, model: Model, advance: Advance) -> Verified:
                 size = min(_STEP, file.size - offset)
                 yield lambda f=file, i=index, o=offset, s=size: read(f, i, o, s)  # type: ignore[misc]
 
-    crew.run(tasks())
+    pool.run(tasks())
     there = {info.key[len(model.name.prefix) :]: info for info in bucket.walk(model.name.prefix)}
     for file in files:
         if file.path not in there:
@@ -113,7 +113,7 @@ def in_cache(cache: Cache, model: Model, endpoint: str, advance: Advance) -> Ver
                 cache.drop(version)
                 broken[file.path] = "its bytes in the cache have another SHA-256; dropped"
 
-    Crew(_HASHERS).run(each(model.manifest.files, check))
+    WorkerPool(_HASHERS).run(tasks_for(model.manifest.files, check))
     result = _compared(checked, found, broken)
     partial = [file for file in checked if file.path in lacking]
     return result._replace(
@@ -126,12 +126,12 @@ def in_cache(cache: Cache, model: Model, endpoint: str, advance: Advance) -> Ver
 
 def in_directory(directory: Path, manifest: Manifest, advance: Advance) -> Verified:
     """Hash the files of a directory."""
-    crew = Crew(_HASHERS)
+    pool = WorkerPool(_HASHERS)
     found: dict[str, str] = {}
     broken: dict[str, str] = {}
 
     def check(file: File) -> None:
-        digest = OrderedHash(crew)
+        digest = OrderedHash(pool)
         try:
             with os.fdopen(open_file(directory, file.path), "rb", buffering=0) as source:
                 if os.fstat(source.fileno()).st_size != file.size:
@@ -150,7 +150,7 @@ def in_directory(directory: Path, manifest: Manifest, advance: Advance) -> Verif
             broken[file.path] = f"it cannot be read ({error.message})"
         found[file.path] = digest.hexdigest()
 
-    crew.run(each(manifest.files, check))
+    pool.run(tasks_for(manifest.files, check))
     return _compared(manifest.files, found, broken)
 
 

@@ -21,14 +21,14 @@ from obsfs.errors import NotFoundError, UsageError
 from obsfs.fetch.reader import Engine
 from obsfs.library import catalog
 from obsfs.library.catalog import Model
-from obsfs.library.names import OWN, nearest, parse_model, split_label
-from obsfs.library.transfer import Advance, Crew, each
+from obsfs.library.names import METADATA_DIRECTORY, parse_model, split_label, suggest_names
+from obsfs.library.transfer import Advance, WorkerPool, tasks_for
 from obsfs.store.address import Address
 from obsfs.store.s3.client import Bucket
 from obsfs.store.s3.writer import Writer
 from obsfs.store.types import ObjectVersion
 
-_PROFILES = f"{OWN}profiles/"
+_PROFILES = f"{METADATA_DIRECTORY}profiles/"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _FILES = 4
 _Profile = dict[str, list[tuple[int, int]]]
@@ -48,7 +48,7 @@ class Wanted(NamedTuple):
         return len(self.blocks) * BLOCK - (spare if is_last_in else 0)
 
 
-def find(bucket: Bucket, address: Address) -> list[ObjectVersion]:
+def versions_at(bucket: Bucket, address: Address) -> list[ObjectVersion]:
     """What is at an address now: the files of a model, all objects under a prefix, or one object.
 
     Raises NotFoundError.
@@ -57,9 +57,9 @@ def find(bucket: Bucket, address: Address) -> list[ObjectVersion]:
     label = prefix.rstrip("/").rpartition("/")[2]
     if split_label(label):
         name = parse_model(str(address))
-        if model := catalog.read(bucket, name):
+        if model := catalog.read_model(bucket, name):
             return [model.version_of(file, bucket.endpoint) for file in model.manifest.files]
-    infos = [info for info in bucket.walk(prefix) if info.size and f"/{OWN}" not in f"/{info.key}"]
+    infos = [info for info in bucket.walk(prefix) if info.size and f"/{METADATA_DIRECTORY}" not in f"/{info.key}"]
     if infos:
         return [bucket.version(info) for info in infos]
     if label:
@@ -91,8 +91,8 @@ def at_most(wanted: Sequence[Wanted], size: int) -> list[Wanted]:
 
 def warm(engine: Engine, wanted: Sequence[Wanted], advance: Advance) -> None:
     """Have these blocks in the cache; `advance` is told of those that were there, too. Raises ObsfsError."""
-    crew = Crew(_FILES)
-    crew.run(each(wanted, lambda one: engine.fill(one.version, one.blocks, advance, crew.check)))
+    pool = WorkerPool(_FILES)
+    pool.run(tasks_for(wanted, lambda one: engine.fill(one.version, one.blocks, advance, pool.check)))
 
 
 def read_profile(bucket: Bucket, model: Model, profile: str) -> list[Wanted]:
@@ -103,7 +103,7 @@ def read_profile(bucket: Bucket, model: Model, profile: str) -> list[Wanted]:
     except NotFoundError:
         keys = [info.key for page in bucket.list(prefix) for info in page.objects]
         known = [key[len(prefix) :].removesuffix(".json") for key in keys]
-        raise NotFoundError(f"{model.name} has no profile {profile!r}", nearest(profile, known)) from None
+        raise NotFoundError(f"{model.name} has no profile {profile!r}", suggest_names(profile, known)) from None
     try:
         ranges = msgspec.json.decode(data, type=_Profile)
     except (msgspec.MsgspecError, ValueError, RecursionError):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obsfs.errors import UsageError
-from obsfs.library.manifest import File, Manifest, describe, is_model, now, parse_manifest
+from obsfs.library.manifest import File, Manifest, is_model, now, parse_manifest, summarize
 
 FILE = {"path": "config.json", "size": 3, "etag": '"e"', "sha256": "0" * 64}
 
@@ -83,10 +83,10 @@ def test_content_is_the_same_whoever_published_it() -> None:
 
 def test_what_a_model_is() -> None:
     header = {"a": {"dtype": "BF16", "shape": [10, 20]}, "b": {"dtype": "F32", "shape": [5]}}
-    about = describe(b'{"architectures": ["Qwen2ForCausalLM"]}', None, {"x": header})
+    about = summarize(b'{"architectures": ["Qwen2ForCausalLM"]}', None, {"x": header})
     assert (about.architecture, about.parameters, about.dtype) == ("Qwen2ForCausalLM", 205, "bfloat16")
-    assert describe(None, b'{"peft_type": "LORA", "base_model_name_or_path": "q"}', {}).architecture == "LORA for q"
-    assert describe(b"no json", b"[]", {"x": {"a": {"shape": "?"}}}).architecture == ""
+    assert summarize(None, b'{"peft_type": "LORA", "base_model_name_or_path": "q"}', {}).architecture == "LORA for q"
+    assert summarize(b"no json", b"[]", {"x": {"a": {"shape": "?"}}}).architecture == ""
     assert is_model(iter(["x/model.safetensors"])) and not is_model(iter(["notes.txt"]))
 
 
@@ -109,6 +109,6 @@ def test_a_date_that_is_none_is_refused(created: str) -> None:
 @pytest.mark.parametrize("shape", [[10**400], [1 << 61, 1 << 61], [2] * 5000, [-1], [1e300], ["9" * 5000], [[1]], None])
 def test_a_shape_that_no_tensor_has_counts_nothing(shape: object) -> None:
     header = {"a": {"dtype": "BF16", "shape": [3]}, "b": {"dtype": "x" * 10_000, "shape": shape}}
-    about = describe(None, None, {"w": header})
+    about = summarize(None, None, {"w": header})
     assert about.parameters == 3
     assert len(about.dtype) <= 200

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obsfs.errors import UsageError
-from obsfs.library.names import by_age, is_chosen, is_safe_path, nearest, parse_model
+from obsfs.library.names import is_safe_path, matches_patterns, oldest_first, parse_model, suggest_names
 
 
 def test_a_model_has_a_library_a_name_and_perhaps_a_version() -> None:
@@ -48,18 +48,18 @@ def test_a_safe_path_stays_inside_and_is_not_ours(path: str) -> None:
 
 
 def test_patterns_are_the_hubs() -> None:
-    assert is_chosen("a/b.json", (), ())
-    assert is_chosen("a/b.json", ("*.json",), ())
-    assert not is_chosen("a/b.bin", ("*.json",), ())
-    assert not is_chosen("a/b.json", ("*.json",), ("a/",))
+    assert matches_patterns("a/b.json", (), ())
+    assert matches_patterns("a/b.json", ("*.json",), ())
+    assert not matches_patterns("a/b.bin", ("*.json",), ())
+    assert not matches_patterns("a/b.json", ("*.json",), ("a/",))
 
 
 def test_versions_in_order_and_the_nearest() -> None:
-    assert by_age([(2.0, "a"), (1.0, "v10"), (1.0, "v2")]) == ["v2", "v10", "a"]
-    assert "Qwen2-7B" in nearest("Qwen2-7b", ["Qwen2-7B", "Llama"])
-    assert nearest("x", []) == "there is none yet"
-    assert nearest("unlike", ["Qwen2", "Llama"]) == "there is Qwen2, and 1 other"
-    assert nearest("unlike", ["Qwen2"]) == "there is only Qwen2"
+    assert oldest_first([(2.0, "a"), (1.0, "v10"), (1.0, "v2")]) == ["v2", "v10", "a"]
+    assert "Qwen2-7B" in suggest_names("Qwen2-7b", ["Qwen2-7B", "Llama"])
+    assert suggest_names("x", []) == "there is none yet"
+    assert suggest_names("unlike", ["Qwen2", "Llama"]) == "there is Qwen2, and 1 other"
+    assert suggest_names("unlike", ["Qwen2"]) == "there is only Qwen2"
 
 
 @pytest.mark.parametrize("text", ["x@v/1", "org/x@v1/2", "x@/y"])

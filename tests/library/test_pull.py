@@ -100,7 +100,7 @@ def test_what_another_version_has_is_not_taken_for_this_one_before_it_is_hashed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(pull_module._Arrival, "_finish", killed)
+        patched.setattr(pull_module.FileDownload, "_finish", killed)
         pull = pull_module.Pull(parse_model(f"{bucket}/m@v2"), settings)
         pull.run(tmp_path / "b", files=pull.files())
     assert cached_bytes() == 0

@@ -33,7 +33,7 @@ from obsfs.errors import (
 from obsfs.library import catalog, publish
 from obsfs.library.download import snapshot_download
 from obsfs.library.names import parse_model
-from obsfs.library.push import find_files, notes_file, push
+from obsfs.library.push import find_files, push, resume_state_file
 from obsfs.settings import Settings
 from obsfs.store.s3.client import Bucket
 from obsfs.store.s3.writer import PART, PutResult, Writer
@@ -401,7 +401,9 @@ def test_a_file_that_changes_meanwhile_is_noticed(bucket: Store, tmp_path: Path)
     with pytest.raises(UsageError, match="changed while it was pushed"):
         push(model, parse_model(f"{bucket}/m@v1"), Settings.load(retry_timeout=2), files=files)
     assert (
-        catalog.read(Bucket(parse_model(f"{bucket}/m@v1").address, Settings.load()), parse_model(f"{bucket}/m@v1"))
+        catalog.read_model(
+            Bucket(parse_model(f"{bucket}/m@v1").address, Settings.load()), parse_model(f"{bucket}/m@v1")
+        )
         is None
     )
 
@@ -472,8 +474,8 @@ def test_uploads_that_nobody_goes_on_with_are_dropped(bucket: Store, tmp_path: P
     uploads = {key: bucket.client.create_multipart_upload(Bucket=bucket.name, Key=key)["UploadId"]
                for key in (killed, noted, other)}  # fmt: skip
     model, name, settings = write_model(tmp_path / "m", mib=20), parse_model(f"{bucket}/m@v1"), Settings.load()
-    with notes_file(f"{Bucket(name.address, settings).endpoint} {name} {model}", str(name)) as notes:
-        publish.Notes(notes).note(noted, uploads[noted])
+    with resume_state_file(f"{Bucket(name.address, settings).endpoint} {name} {model}", str(name)) as notes:
+        publish.UploadResumeState(notes).note(noted, uploads[noted])
     push(model, name, settings, files=find_files(model))
     assert [upload["Key"] for upload in uploads_of(bucket)] == [other]
 
@@ -534,8 +536,8 @@ def test_a_server_that_knows_no_conditional_writes(bucket: Store, monkeypatch: p
     put = Writer.put
     monkeypatch.setattr(Writer, "put", lambda self, key, data, new=False: put(self, key, data))
     monkeypatch.setattr(publish, "_SETTLE_SECONDS", 0.1)
-    with publish._Claim(writer, name, "me", "mine"):
-        with pytest.raises(ExistsError), publish._Claim(writer, name, "you", "yours"):
+    with publish.PublishLease(writer, name, "me", "mine"):
+        with pytest.raises(ExistsError), publish.PublishLease(writer, name, "you", "yours"):
             pass
         assert "m@v1/.obsfs/claim.json" in keys(bucket)
     assert not keys(bucket)
@@ -574,11 +576,11 @@ def test_a_server_that_is_away_for_a_moment_costs_nothing(bucket: Store, tmp_pat
 
 def test_a_push_leaves_no_lock_and_removes_those_of_killed_ones(tmp_path: Path) -> None:
     directory = tmp_path / "state" / "obsfs" / "push"
-    with notes_file("what", "a name") as notes:
-        with pytest.raises(UsageError, match="by another process"), notes_file("what", "a name"):
+    with resume_state_file("what", "a name") as notes:
+        with pytest.raises(UsageError, match="by another process"), resume_state_file("what", "a name"):
             raise AssertionError
         (directory / "killed.lock").touch(mode=0o600)
-        with notes_file("another", "another name"):
+        with resume_state_file("another", "another name"):
             assert sorted(path.name for path in directory.iterdir())[-1] != "killed.lock"
             assert len(list(directory.iterdir())) == 2
         notes.touch(mode=0o600)
@@ -590,7 +592,7 @@ def test_a_lock_is_of_one_process_at_a_time(tmp_path: Path) -> None:
     inside, most, done = [0], [0], list[int]()
 
     def take(_: int) -> None:
-        with suppress(UsageError), notes_file("what", "a name"):
+        with suppress(UsageError), resume_state_file("what", "a name"):
             inside[0] += 1
             most[0] = max(most[0], inside[0])
             done.append(1)

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from obsfs.library.transfer import Crew
+from obsfs.library.transfer import WorkerPool
 
 
 @pytest.mark.parametrize("started", [0, 1, 3])
@@ -22,5 +22,5 @@ def test_interrupted_while_its_threads_start(monkeypatch: pytest.MonkeyPatch, st
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     done = threading.Event()
     with pytest.raises(KeyboardInterrupt):
-        Crew(8).run(iter([done.set] * 100))
+        WorkerPool(8).run(iter([done.set] * 100))
     assert done.wait(5) == bool(started)

@@ -24,10 +24,10 @@ import obsfs
 from obsfs.cache.directory import Cache
 from obsfs.errors import UsageError
 from obsfs.fuse.kernel import channel, notify_helper
-from obsfs.library import shelf
+from obsfs.library import catalog_cache
 from obsfs.library.manifest import parse_manifest
-from obsfs.library.publish import Notes
-from obsfs.library.pull import Local
+from obsfs.library.publish import UploadResumeState
+from obsfs.library.pull import ModelDirectory
 from obsfs.service import mounts, state, takeover_log
 from obsfs.service.daemon import Takeover
 from obsfs.service.takeover_log import TakeoverLog
@@ -107,15 +107,15 @@ def test_an_old_cache_is_read(tmp_path: Path) -> None:
 
 def test_old_notes_a_shelf_and_a_manifest_are_read(tmp_path: Path) -> None:
     shutil.copy(V0 / "notes.json", tmp_path / "notes.json")
-    notes = Notes(tmp_path / "notes.json")
+    notes = UploadResumeState(tmp_path / "notes.json")
     assert notes.uploads == {"m@v1/weights.bin": "upload-1", "m@v1/other.bin": "upload-2"}
     notes.save()
-    assert Notes(tmp_path / "notes.json").uploads == notes.uploads
+    assert UploadResumeState(tmp_path / "notes.json").uploads == notes.uploads
     settings = Settings.load(cache_dir=tmp_path / "c")
-    shelf.keep(settings, "obs://models", {"library": "", "endpoint": "", "models": [], "problems": []})
+    catalog_cache.save(settings, "obs://models", {"library": "", "endpoint": "", "models": [], "problems": []})
     (kept,) = (tmp_path / "c" / "library").glob("*.json")
     kept.write_bytes((V0 / "shelf.json").read_bytes())
-    found = shelf.load(settings, "obs://models")
+    found = catalog_cache.load(settings, "obs://models")
     assert found and found["models"][0]["name"] == "m"
     assert parse_manifest((V0 / "manifest.json").read_bytes(), "m").files[0].path
 
@@ -131,7 +131,7 @@ def test_what_an_earlier_version_has_pulled_is_not_hashed_again(tmp_path: Path, 
     for file in manifest.files:
         (tmp_path / file.path).write_bytes(bytes(file.size))
         os.utime(tmp_path / file.path, ns=(record[file.path][1],) * 2)
-    assert [Local(tmp_path).has(file) for file in manifest.files] == [number in {None, 1}] * 2
+    assert [ModelDirectory(tmp_path).has(file) for file in manifest.files] == [number in {None, 1}] * 2
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_what_an_earlier_version_has_pulled_is_not_hashed_again(tmp_path: Path, 
 )
 def test_notes_that_cannot_be_read_are_not_gone_on_with(tmp_path: Path, text: str) -> None:
     (tmp_path / "notes.json").write_text(text)
-    assert Notes(tmp_path / "notes.json").uploads == {}
+    assert UploadResumeState(tmp_path / "notes.json").uploads == {}
 
 
 @pytest.mark.slow

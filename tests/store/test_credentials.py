@@ -18,7 +18,7 @@ import pytest
 
 from obsfs.errors import ForbiddenError, ObsfsError, UsageError, WaitWarning
 from obsfs.filesystem import OBSFileSystem
-from obsfs.settings import Settings, Written, config_path
+from obsfs.settings import GivenValue, Settings, config_path
 from obsfs.store import credentials
 from obsfs.store.address import parse_address
 from obsfs.store.credentials import Keys, explicit_keys
@@ -144,7 +144,7 @@ def test_an_endpoint_that_cannot_be_used_is_named_with_where_it_stands(
         monkeypatch.setenv("AWS_PROFILE", "work")
         place = f"profile work in {tmp_path / 'aws-config'}: endpoint_url = "
     elif place.startswith("-o"):
-        given["endpoint_url"] = Written(place, value)
+        given["endpoint_url"] = GivenValue(place, value)
     else:
         monkeypatch.setenv(place.rstrip("="), value)
     with pytest.raises(UsageError) as caught:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from obsfs.errors import UsageError
-from obsfs.library.inside import inside, open_file, state, target, write_whole
+from obsfs.library.safe_paths import open_file, path_below, real_path, size_and_mtime, write_whole
 from tests.conftest import Store, contents
 from tests.library.test_push import Run
 
@@ -34,8 +34,8 @@ def test_no_parent_is_a_link(tmp_path: Path, depth: str) -> None:
     (outside / "file").write_text("theirs")
     (place / depth).symlink_to(outside)
     with pytest.raises(UsageError, match="symbolic link"):
-        inside(place, f"{depth}/file")
-    assert state(place, f"{depth}/file") is None
+        path_below(place, f"{depth}/file")
+    assert size_and_mtime(place, f"{depth}/file") is None
     with pytest.raises(UsageError):
         open_file(place, f"{depth}/file")
 
@@ -48,13 +48,13 @@ def test_a_link_is_followed_to_a_blob_of_its_own_repository_only(tmp_path: Path)
     (home / "blobs" / "abc").write_text("blob")
     (home / "secret").write_text("secret")
     (place / "good").symlink_to("../../blobs/abc")
-    assert target(place, "good") == home / "blobs" / "abc"
+    assert real_path(place, "good") == home / "blobs" / "abc"
     for number, lead in enumerate(
         ("../../secret", "/etc/passwd", "../../blobs/../secret", "../../blobs/x/../../secret")
     ):
         (place / f"bad{number}").symlink_to(lead)
         with pytest.raises(UsageError, match="symbolic link"):
-            target(place, f"bad{number}")
+            real_path(place, f"bad{number}")
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ _FORMAT = 1
 
 
 def _path(settings: Settings, library: str) -> Path:
-    # Who may see what is the bucket's to say: another key pair or endpoint has a shelf of its own.
+    # Who may see what is the bucket's to say: another key pair or endpoint has a file of its own.
     names = sorted(name for name in os.environ if name.startswith(("AWS_", "HUAWEICLOUD_", "OBSFS_")))
     parts = [library, *(f"{name}={os.environ[name]}" for name in names)]
     parts += [str(settings.endpoint_url), str(settings.region), str(settings.profile), str(settings.no_sign_request)]
@@ -44,7 +44,7 @@ def load(settings: Settings, library: str) -> dict[str, Any] | None:
     return found if set(found) >= {"library", "endpoint", "models", "problems"} else None
 
 
-def keep(settings: Settings, library: str, document: dict[str, Any]) -> None:
+def save(settings: Settings, library: str, document: dict[str, Any]) -> None:
     """Keep it; a disk that takes nothing is no reason to fail."""
     path = _path(settings, library)
     try:

@@ -17,7 +17,7 @@ _BLOBS = "blobs"
 _SNAPSHOTS = "snapshots"
 
 
-def inside(directory: Path, relative: str) -> Path:
+def path_below(directory: Path, relative: str) -> Path:
     """Return the path of a file below `directory`, of which no parent is a symbolic link.
 
     Raises:
@@ -39,13 +39,13 @@ def inside(directory: Path, relative: str) -> Path:
     return directory / relative
 
 
-def target(directory: Path, relative: str) -> Path:
+def real_path(directory: Path, relative: str) -> Path:
     """Return where the bytes of a file lie: at its own path, or, in a hub's cache, at that of its blob.
 
     Raises:
         UsageError: It, or a parent of it, is a link of another kind.
     """
-    path = inside(directory, relative)
+    path = path_below(directory, relative)
     if not path.is_symlink():
         return path
     if directory.parent.name == _SNAPSHOTS:
@@ -64,10 +64,10 @@ def open_file(directory: Path, relative: str) -> int:
     """Return a descriptor to read a regular file by.
 
     Raises:
-        UsageError: As `target`.
+        UsageError: As `real_path`.
         OSError: It is not there, or is no regular file.
     """
-    path = target(directory, relative)
+    path = real_path(directory, relative)
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -79,7 +79,7 @@ def read_small(directory: Path, relative: str, most: int) -> bytes:
     """Return a small file of obsfs's own.
 
     Raises:
-        UsageError: As `target`.
+        UsageError: As `real_path`.
         OSError: As `open_file`, or it has more than `most` bytes.
     """
     with os.fdopen(open_file(directory, relative), "rb") as file:
@@ -89,10 +89,10 @@ def read_small(directory: Path, relative: str, most: int) -> bytes:
     return data
 
 
-def state(directory: Path, relative: str) -> tuple[int, int] | None:
+def size_and_mtime(directory: Path, relative: str) -> tuple[int, int] | None:
     """Return size and mtime (nanoseconds) of a regular file; None where there is none to be reached."""
     try:
-        found = target(directory, relative).lstat()
+        found = real_path(directory, relative).lstat()
     except (OSError, UsageError):
         return None
     return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None

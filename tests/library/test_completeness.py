@@ -13,7 +13,7 @@ import torch
 
 from obsfs import check_model
 from obsfs.errors import UsageError
-from obsfs.library import whole
+from obsfs.library import completeness
 from tests.conftest import Result, Store, write_model
 
 Run = Callable[..., Result]
@@ -36,10 +36,12 @@ def archive() -> bytes:
 
 
 def problems(files: dict[str, bytes], *, every_loader: bool = True) -> list[str]:
-    def reader(data: bytes) -> whole.Read:
+    def reader(data: bytes) -> completeness.Read:
         return lambda offset, size: data[offset : offset + size]
 
-    found = whole.look({path: (len(data), reader(data)) for path, data in files.items()}, every_loader=every_loader)
+    found = completeness.inspect_files(
+        {path: (len(data), reader(data)) for path, data in files.items()}, every_loader=every_loader
+    )
     return [f"{path} {reason}" for path, reason in found.problems]
 
 

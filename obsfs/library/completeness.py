@@ -44,7 +44,7 @@ class Problem(NamedTuple):
     reason: str
 
 
-class Look(NamedTuple):
+class Inspection(NamedTuple):
     """What was seen. `headers` has that of each safetensors file that is right, by its path: ``{name: {dtype, shape,
     data_offsets}}``."""
 
@@ -52,7 +52,9 @@ class Look(NamedTuple):
     headers: dict[str, dict[str, Any]]
 
 
-def look(files: Mapping[str, tuple[int, Read]], *, max_json: int = MAX_JSON, every_loader: bool = True) -> Look:
+def inspect_files(
+    files: Mapping[str, tuple[int, Read]], *, max_json: int = MAX_JSON, every_loader: bool = True
+) -> Inspection:
     """See whether a model is whole.
 
     Args:
@@ -85,10 +87,10 @@ def look(files: Mapping[str, tuple[int, Read]], *, max_json: int = MAX_JSON, eve
             problems.append(Problem(path, str(error)))
     for path, index in indexes.items():
         problems += _index_faults(path, index, files, headers, every_loader=every_loader)
-    return Look(problems + list(_series_faults(files, indexes)), headers)
+    return Inspection(problems + list(_series_faults(files, indexes)), headers)
 
 
-def check(found: Look, where: str, remedy: str) -> None:
+def require_complete(found: Inspection, where: str, remedy: str) -> None:
     """Raise UsageError, which names the first file that is wrong, when a model is not whole.
 
     Args:
