@@ -218,11 +218,12 @@ def work(mount: Mount, bucket: Store, disk: Path, names: list[str]) -> None:
         versions = [mount.source.version(mount.source.head(name)) for name in names]
 
         def fill_all() -> bool:
+            cache.clean()
             for one in versions:
                 mount.engine.fill(one, range(block_count(one.size)))
             return cache.evicted_bytes > 0
 
-        # Again: where all was in use a moment ago, the next second stores nothing.
+        # Again: where all was in use a moment ago, the next second evicts nothing, and blocks stay in memory.
         wait_for(fill_all)
         cache.clean()
         fill_up(filler)
