@@ -126,7 +126,7 @@ def cache() -> Callable[[bytes], None]:
     store = Cache(home, 1 << 30)
     whole = store.open(version)
     for block in range(whole.blocks):
-        whole.put(block, memoryview(content)[block * BLOCK :][: whole.length_of(block)])
+        whole.store_block(block, memoryview(content)[block * BLOCK :][: whole.length_of(block)])
     map_file = map_path(store.directory / FORMAT, version)
     data_path = map_file.with_suffix(".data")
     good_map = map_file.read_bytes()
@@ -148,7 +148,7 @@ def cache() -> Callable[[bytes], None]:
         opened = store.open(version)
         for block in range(opened.blocks):
             size = opened.length_of(block)
-            if opened.has(block):
+            if opened.ensure_verified(block):
                 assert opened.read(block * BLOCK, size) == content[block * BLOCK :][:size], "a wrong byte"
         opened.close()
         store.trim()

@@ -52,12 +52,12 @@ def test_an_open_object_has_one_descriptor(tmp_path: Path, monkeypatch: pytest.M
     before = to_cache()
     opened = [cache.open(ObjectVersion("http://here", "bucket", f"k{n}", '"e"', 3 << 20)) for n in range(10)]
     assert to_cache() == before + 10 + 3
-    assert all(cached.lock(range(2)) for cached in opened)
+    assert all(cached.claim(range(2)) for cached in opened)
     assert to_cache() == before + 20
     for cached in opened:
-        cached.put(1, memoryview(bytes(1 << 20)))
-        cached.unlock(range(2))
-    assert all(cached.has(1) and not cached.has(0) for cached in reversed(opened))
+        cached.store_block(1, memoryview(bytes(1 << 20)))
+        cached.release_claim(range(2))
+    assert all(cached.ensure_verified(1) and not cached.ensure_verified(0) for cached in reversed(opened))
     cache.open(ObjectVersion("http://here", "bucket", "k", '"e"', 3 << 20)).close()
     assert to_cache() <= before + 10 + 3
     for cached in opened:

@@ -36,7 +36,7 @@ ALLOWED = {
     ("Server._opening", "time.sleep"),
     ("CachedObject._guard", "time.sleep"),
     ("CachedObject._writing", "time.sleep"),
-    ("HeldBlocks._relieving", "time.sleep"),
+    ("OverflowBuffer._draining", "time.sleep"),
 }
 
 # the tracer
@@ -192,7 +192,7 @@ def keep_house(mount: Mount, bucket: Store) -> None:
         (cache.root / "scrub.json").unlink(missing_ok=True)
         scrub.Scrubber(cache, 1 << 40, on_damage=engine._fetch_again).run_pass()
         cache.pins.remove(lambda version: True)
-        cache.clean(is_meant=lambda version: version.key == "2.bin")
+        cache.clean(selects=lambda version: version.key == "2.bin")
         cache.check(pinned, lambda size: None)
         engine.prefault(pinned, MIB)
 
@@ -228,11 +228,11 @@ def work(mount: Mount, bucket: Store, disk: Path, names: list[str]) -> None:
         cache.clean()
         fill_up(filler)
         assert all(one.result() for one in read(4))
-        assert cache.held.count, "the disk was not full"
+        assert cache.overflow.count, "the disk was not full"
         filler.unlink()
         # What is new is stored, and what is held with it.
         with mount.engine.reader_for(versions[0]) as first:
-            cache.held.add(first.cached, 0, random_bytes(3 * MIB + 100)[:BLOCK])
+            cache.overflow.add(first.cached, 0, random_bytes(3 * MIB + 100)[:BLOCK])
             assert mount.read("new.bin", random.Random(0))
         assert all(one.result() for one in read(4))
         for path in cache.root.rglob("*.data"):
@@ -264,7 +264,7 @@ def test_no_order_of_locks_can_hang(bucket: Store, disk: Path, tmp_path: Path, m
         assert tracer.report() == []
         for two in (
             ("DirectoryLock.evicting", "DirectoryLock.lock"),
-            ("HeldBlocks._relieving", "CachedObject._writing"),
+            ("OverflowBuffer._draining", "CachedObject._writing"),
             ("Server._opening", "Tree._guard"),
             ("Tree._guard", "TakeoverLog._guard"),
         ):

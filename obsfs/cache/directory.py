@@ -23,14 +23,14 @@ from obsfs.cache.layout import (
     BLOCK,
     FORMAT,
     HEADER,
-    LOCK_USED,
+    IN_USE_LOCK,
     CacheEntry,
     DirectoryLock,
     StoredBlock,
     evict_blocks,
     header,
     identity_bytes,
-    is_at,
+    is_file_at,
     is_linked,
     is_pinned,
     lock_range,
@@ -41,11 +41,11 @@ from obsfs.cache.layout import (
     read_entry,
     read_map,
     remove_empty,
-    takes_holes,
+    supports_holes,
     unlink,
 )
 from obsfs.cache.object import CachedObject, MapDescriptors
-from obsfs.cache.overflow import HeldBlocks
+from obsfs.cache.overflow import OverflowBuffer
 from obsfs.cache.pins import Pins
 from obsfs.errors import CacheError, TooManyFilesError
 from obsfs.limits import open_files_limit
@@ -57,13 +57,13 @@ log = logging.getLogger(__name__)
 
 _MIN_FREE_SHARE = 0.05
 _MIN_FREE = 1 << 30
-_MOST_SLACK = 8 << 30
+_MAX_SLACK = 8 << 30
 """Bytes that one eviction frees, at most, beyond what is needed now."""
-_MOST_ESTIMATED = 20_000
+_MAX_ESTIMATED = 20_000
 """Objects whose files are looked at when a process starts: 0.1 s."""
 _OPEN_ATTEMPTS = 2000
 _COMPLAINT_SECONDS = 60.0
-_TAKES_NOTHING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+_DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """What a disk says that is full, read-only or broken. What is there already may still be readable."""
 _NOT_OURS = (errno.ELOOP, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 
@@ -86,7 +86,7 @@ class Cache:
         self.directory = directory
         self.corrupt_blocks = 0
         self.evicted_bytes = 0
-        self.held = HeldBlocks(self.store)
+        self.overflow = OverflowBuffer(self.store)
         self.map_descriptors = MapDescriptors()
         self.root = directory / FORMAT
         self._fixed_limit = limit
@@ -100,7 +100,7 @@ class Cache:
         self._next_scan = 0.0
         self._next_complaint = 0.0
         self._was_made = False
-        self.exclusive = DirectoryLock(self.root / "lock", self._make)
+        self.directory_lock = DirectoryLock(self.root / "lock", self._make)
         """Held for a moment by who makes, removes or pins a file: every open waits for it."""
         self._evicting = DirectoryLock(self.root / "evicting", self._make)
         """Held by who makes room, which takes as long as it takes to read all maps: one process at a time."""
@@ -108,21 +108,21 @@ class Cache:
         """Has somebody call :meth:`trim` soon. Without it, whoever stores a block has to."""
         self.on_removed: Callable[[], None] = lambda: None
         """Called when files were evicted whole: they keep their room for as long as somebody has them open."""
-        self.pins = Pins(self.root, lambda: self.limit, lambda: self.more, self.exclusive)
+        self.pins = Pins(self.root, lambda: self.limit, lambda: self.how_to_enlarge, self.directory_lock)
         try:
             self._make()
-            self.exclusive.open()
-            if not self._takes_holes():
+            self.directory_lock.open()
+            if not self._supports_holes():
                 raise CacheError(
                     f"cache directory {directory} lies on a file system that takes no holes in files",
                     "choose a --cache-dir on ext4, xfs, btrfs or tmpfs",
                 )
         except OSError as error:
-            if error.errno not in _TAKES_NOTHING:
+            if error.errno not in _DISK_REFUSES:
                 raise CacheError(
                     f"cache directory {directory} cannot be used ({error.strerror})", "choose another --cache-dir"
                 ) from None
-            self.note_fault(error)
+            self.log_disk_error(error)
         self._used, self._room_of_maps = self._estimate()
 
     @classmethod
@@ -138,19 +138,19 @@ class Cache:
         private.make_level(self.root)
         self._was_made = True
 
-    def _takes_holes(self) -> bool:
+    def _supports_holes(self) -> bool:
         try:
-            os.pwrite(self.exclusive.fd, b"\n", 0)
+            os.pwrite(self.directory_lock.fd, b"\n", 0)
         except OSError as error:
-            if error.errno in _TAKES_NOTHING:
+            if error.errno in _DISK_REFUSES:
                 return True
             raise
-        return takes_holes(self.exclusive.fd)
+        return supports_holes(self.directory_lock.fd)
 
     @property
-    def is_strained(self) -> bool:
+    def is_overflowing(self) -> bool:
         """Whether blocks stay in memory at present, because the disk or the limit takes no more."""
-        return len(self.held) > 0
+        return len(self.overflow) > 0
 
     @property
     def used_bytes(self) -> int:
@@ -160,17 +160,17 @@ class Cache:
     @property
     def limit(self) -> int:
         """The most bytes that the cache may hold at present: the setting, or less if the disk cannot give it."""
-        able = self._able()
+        able = self._disk_capacity()
         return able if self._fixed_limit is None else min(self._fixed_limit, able)
 
     @property
-    def more(self) -> str:
+    def how_to_enlarge(self) -> str:
         """What to do so that the cache may hold more: whatever it is that limits it."""
-        if self._fixed_limit is not None and self._fixed_limit < self._able():
+        if self._fixed_limit is not None and self._fixed_limit < self._disk_capacity():
             return "raise --cache-size"
         return f"make room on the disk of {self.directory}, or choose another --cache-dir"
 
-    def _able(self) -> int:
+    def _disk_capacity(self) -> int:
         """The most bytes that the disk can give."""
         return self._used + self._room_of_maps + max(0, self._free_bytes() - self.min_free)
 
@@ -192,7 +192,7 @@ class Cache:
         least = max(int(size * _MIN_FREE_SHARE), min(_MIN_FREE, size // 2))
         return disk.f_bavail * disk.f_frsize, least if self._fixed_min_free is None else self._fixed_min_free
 
-    def note_fault(self, error: OSError) -> None:
+    def log_disk_error(self, error: OSError) -> None:
         """The directory did not take or give something. The log says so, once in a while."""
         now = time.monotonic()
         if now >= self._next_complaint:
@@ -218,7 +218,7 @@ class Cache:
                     os.close(map_fd)
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     raise
-                self.note_fault(error)
+                self.log_disk_error(error)
                 return CachedObject(self, version, path, self.memory_file(), -1)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -234,8 +234,8 @@ class Cache:
         for _ in range(_OPEN_ATTEMPTS):
             data_fd, map_fd = self._open_files(path, version)
             # Whoever evicts takes this lock alone before it unlinks; then the files are no longer at their names.
-            is_ours = lock_range(data_fd, LOCK_USED, 1, fcntl.F_RDLCK) and is_at(map_fd, path)
-            if is_ours and is_at(data_fd, path.with_suffix(".data")):
+            is_ours = lock_range(data_fd, IN_USE_LOCK, 1, fcntl.F_RDLCK) and is_file_at(map_fd, path)
+            if is_ours and is_file_at(data_fd, path.with_suffix(".data")):
                 return data_fd, map_fd
             os.close(data_fd)
             os.close(map_fd)
@@ -247,7 +247,7 @@ class Cache:
         return os.memfd_create("obsfs-data", os.MFD_CLOEXEC)
 
     def _open_files(self, path: Path, version: ObjectVersion) -> tuple[int, int]:
-        with self.exclusive:
+        with self.directory_lock:
             # Somebody may have put a link in its place.
             private.make_level(self.root)
             try:
@@ -302,7 +302,7 @@ class Cache:
 
     # counting
 
-    def count_corrupt(self) -> None:
+    def count_corrupt_block(self) -> None:
         """A block did not match its checksum."""
         with self._guard:
             self.corrupt_blocks += 1
@@ -325,17 +325,17 @@ class Cache:
         try:
             is_stored = write()
         finally:
-            self._settle(size, is_stored)
+            self._finish_reservation(size, is_stored)
         return is_stored
 
-    def _settle(self, size: int, is_stored: bool) -> None:
+    def _finish_reservation(self, size: int, is_stored: bool) -> None:
         with self._guard:
             self._reserved -= size
             if is_stored:
                 self._used += size
                 self._stored += size
 
-    def discount(self, size: int) -> None:
+    def uncount(self, size: int) -> None:
         """So many bytes of the cache are somebody else's now."""
         with self._guard:
             self._used = max(0, self._used - size)
@@ -353,30 +353,30 @@ class Cache:
             else:
                 with self._evicting:
                     is_removed = self._is_scan_due() and self._evict(0)
-                self._tell(is_removed)
-        if self._take(size):
+                self._notify_removed(is_removed)
+        if self._try_reserve(size):
             return True
         with self._evicting:
-            if self._take(size):
+            if self._try_reserve(size):
                 return True
             # What is in use stays in use for a while: a scan that freed too little is not repeated at once.
             if time.monotonic() < self._next_scan:
                 return False
             is_removed = self._evict(size)
-            is_taken = self._take(size)
+            is_taken = self._try_reserve(size)
             if not is_taken:
                 self._next_scan = time.monotonic() + 1.0
-        self._tell(is_removed)
-        return is_taken or (is_removed and self._take(size))
+        self._notify_removed(is_removed)
+        return is_taken or (is_removed and self._try_reserve(size))
 
     @property
-    def _bound(self) -> int:
+    def _hard_limit(self) -> int:
         return sys.maxsize if self._fixed_limit is None else self._fixed_limit
 
-    def _take(self, size: int) -> bool:
+    def _try_reserve(self, size: int) -> bool:
         shortfall = self._shortfall(size)
         with self._guard:
-            fits = shortfall <= 0 and self._used + self._room_of_maps + self._reserved + size <= self._bound
+            fits = shortfall <= 0 and self._used + self._room_of_maps + self._reserved + size <= self._hard_limit
             if fits:
                 self._reserved += size
             return fits
@@ -387,25 +387,25 @@ class Cache:
         return least + self._reserved + size - free
 
     def _is_scan_due(self) -> bool:
-        limit = min(self._bound, self.limit)
+        limit = min(self._hard_limit, self.limit)
         stored = self._stored - self._stored_at_scan
         if stored >= max(limit // 16, 64 * BLOCK):
             return True
         # In time, so that nobody has to wait for room; but not over and over where nothing can be evicted.
-        ahead = self._ahead(limit)
+        ahead = self._headroom(limit)
         return self.trim_soon is not None and stored >= ahead // 2 and limit - self._used - self._room_of_maps < ahead
 
-    def _ahead(self, limit: int) -> int:
+    def _headroom(self, limit: int) -> int:
         """Bytes of room to have at hand before they are needed: what arrives while all maps are read."""
-        return min(limit // 32, _MOST_SLACK) if self.trim_soon is not None else 0
+        return min(limit // 32, _MAX_SLACK) if self.trim_soon is not None else 0
 
     def trim(self) -> None:
         """Bring the cache to its limit, and give the disk back what it is to have free; oldest blocks go first."""
         with self._evicting:
-            is_removed = self._evict(self._ahead(min(self._bound, self.limit)))
-        self._tell(is_removed)
+            is_removed = self._evict(self._headroom(min(self._hard_limit, self.limit)))
+        self._notify_removed(is_removed)
 
-    def _tell(self, is_removed: bool) -> None:
+    def _notify_removed(self, is_removed: bool) -> None:
         """Called with no lock held: who closes files waits for those who write to them, and these may wait for room."""
         if is_removed:
             self.on_removed()
@@ -423,7 +423,7 @@ class Cache:
         for path in map_paths(self.root):
             found = read_map(path)
             if not found.is_readable:
-                with suppress(OSError), self.exclusive:
+                with suppress(OSError), self.directory_lock:
                     remove_empty(path)
             rooms[path] = found.room
             shares[path] = found.room // max(1, len(found.blocks))
@@ -431,15 +431,15 @@ class Cache:
                 blocks += found.blocks
         blocks.sort()
         total = sum(block.size for block in blocks) + self.pins.cached_bytes()
-        target = self._bound - self._reserved - size
+        target = self._hard_limit - self._reserved - size
         excess = max(total + sum(rooms.values()) - target, self._shortfall(size))
         if excess > 0:
-            excess += min(max(0, total - excess) // 20, _MOST_SLACK)
+            excess += min(max(0, total - excess) // 20, _MAX_SLACK)
         oldest, freed, is_removed = iter(blocks), 0, False
         # In rounds: what is in use by passthrough frees nothing, so that more must be chosen.
         while freed < excess and (victims := _take_bytes(oldest, excess - freed, shares)):
             for path, of_file in victims.items():
-                with self.exclusive:
+                with self.directory_lock:
                     size_freed = evict_blocks(path, of_file)
                 self.evicted_bytes += size_freed
                 total -= size_freed
@@ -457,14 +457,14 @@ class Cache:
     def _estimate(self) -> tuple[int, int]:
         """About how many bytes the data files and the map files take, before all of them have been read."""
         data = maps = 0
-        for path in islice(map_paths(self.root), _MOST_ESTIMATED):
+        for path in islice(map_paths(self.root), _MAX_ESTIMATED):
             with suppress(OSError):
                 maps += path.lstat().st_blocks * 512
                 found = path.with_suffix(".data").lstat()
                 data += found.st_blocks * 512 if found.st_nlink == 1 else 0
         return data, maps
 
-    def clean(self, *, older_than: float = 0.0, is_meant: Callable[[ObjectVersion], bool] | None = None) -> int:
+    def clean(self, *, older_than: float = 0.0, selects: Callable[[ObjectVersion], bool] | None = None) -> int:
         """Drop what was not used for `older_than` seconds, of the objects that are meant (by default all); no pins.
 
         Returns the bytes freed. What another process has open loses its blocks and keeps its files.
@@ -473,18 +473,18 @@ class Cache:
         freed = 0
         for path in map_paths(self.root):
             # One by one: every open waits for this lock.
-            with self.exclusive:
+            with self.directory_lock:
                 entry = read_entry(path)
                 if entry is None:
                     unlink(path)
                 elif not (
                     is_pinned(path)
                     or is_linked(path)
-                    or (is_meant is not None and not is_meant(entry.version))
+                    or (selects is not None and not selects(entry.version))
                     or entry.last_used * 1e9 > horizon
                 ):
                     freed += evict_blocks(path, read_blocks(path))
-        self.discount(freed)
+        self.uncount(freed)
         return freed
 
     def check(self, version: ObjectVersion, advance: Callable[[int], None]) -> tuple[str, list[int]]:
@@ -498,7 +498,7 @@ class Cache:
             digest, bad, is_whole = hashlib.sha256(), [], True
             for block in range(cached.blocks):
                 was_present = cached.is_present(block)
-                data = cached.read_checked(block)
+                data = cached.read_verified(block)
                 if was_present and data is None:
                     bad.append(block * BLOCK)
                 is_whole = is_whole and data is not None
@@ -511,7 +511,7 @@ class Cache:
     def drop(self, version: ObjectVersion) -> None:
         """Forget all that is cached of a version."""
         path = map_path(self.root, version)
-        with self.exclusive:
+        with self.directory_lock:
             if is_linked(path):
                 unlink(path)
             else:
@@ -529,12 +529,12 @@ class Cache:
 
     def close(self) -> None:
         """Close the directory's lock files."""
-        self.exclusive.close()
+        self.directory_lock.close()
         self._evicting.close()
 
     def abandon(self) -> None:
         """As :meth:`CachedObject.abandon`."""
-        self.exclusive.abandon()
+        self.directory_lock.abandon()
         self._evicting.abandon()
 
 

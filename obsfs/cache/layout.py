@@ -66,20 +66,20 @@ _MAGIC = b"OBSFSMAP"
 _HEAD = struct.Struct("<8sQQ4QQ")
 SEAL = struct.Struct("<4Q")
 SEAL_AT = 24
-GIVEN_AT = HEADER - 1
+HANDED_TO_KERNEL_AT = HEADER - 1
 """Where in the header the byte is that is not 0 once the kernel was given the data file."""
-USED_AT = 8
+LAST_USED_AT = 8
 """Where in an entry its last use is."""
 STATE_AT = 16
 """Where in an entry its state word is."""
 WORD = struct.Struct("<Q")
 
-LOCK_OPEN = 0
+TAKEOVER_LOCK = 0
 """The byte of a map file that is locked for a file which the kernel reads, by who outlives its server; earlier versions
 locked it for every open object."""
-LOCK_WHOLE = 0
+PASSTHROUGH_LOCK = 0
 """The byte of a data file that is locked while the kernel reads it by itself."""
-LOCK_USED = 1
+IN_USE_LOCK = 1
 """The byte of a data file that whoever has the object open has locked. A map file has no descriptor all the time."""
 PRESENT = 1
 
@@ -148,7 +148,7 @@ def map_size(size: int) -> int:
     return HEADER + ENTRY * block_count(size)
 
 
-def seal_of(fd: int) -> tuple[int, int, int, int] | None:
+def current_seal(fd: int) -> tuple[int, int, int, int] | None:
     """What a seal notes of a data file; None where it cannot be known whether its file system was mounted anew.
 
     It was when its disk may have been elsewhere, or the machine was off: then every file is verified as it is read.
@@ -206,9 +206,9 @@ def header(old: bytes, size: int, identity: bytes) -> bytes:
     old = old.ljust(HEADER, b"\0")
     seal = old[SEAL_AT : SEAL_AT + SEAL.size]
     head = struct.pack("<8sQQ", _MAGIC, BLOCK, size) + seal + struct.pack("<Q", len(identity)) + identity
-    if len(head) > GIVEN_AT:
+    if len(head) > HANDED_TO_KERNEL_AT:
         raise OSError(errno.ENAMETOOLONG, "object identity too long")
-    return head.ljust(GIVEN_AT, b"\0") + old[GIVEN_AT:]
+    return head.ljust(HANDED_TO_KERNEL_AT, b"\0") + old[HANDED_TO_KERNEL_AT:]
 
 
 class DirectoryLock:
@@ -228,7 +228,7 @@ class DirectoryLock:
     def open(self) -> None:
         """See that the file is open and at its name. Raises OSError or what `prepare` raises."""
         with self._threads:
-            if self._fd >= 0 and is_at(self._fd, self.path):
+            if self._fd >= 0 and is_file_at(self._fd, self.path):
                 return
             if self.path.parent.is_symlink():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self.path.parent))
@@ -322,7 +322,7 @@ def read_map(path: Path) -> MapFile:
     try:
         head = os.pread(fd, HEADER, 0)
         blocks = list(stored_blocks(fd, path))
-        if blocks and any(head[GIVEN_AT:]):
+        if blocks and any(head[HANDED_TO_KERNEL_AT:]):
             used = max(block.used for block in blocks)
             blocks = [block._replace(used=used) for block in blocks]
         return MapFile(blocks, os.fstat(fd).st_blocks * 512, head[: len(_MAGIC)] == _MAGIC)
@@ -385,8 +385,8 @@ def evict_blocks(path: Path, victims: list[StoredBlock]) -> int:
         data_fd = private.open_file(path.with_suffix(".data"))
         try:
             # From here on nobody hands the file to the kernel, who has not done so before.
-            is_free = lock_range(data_fd, LOCK_WHOLE, 1, fcntl.F_WRLCK)
-            only_whole = any(os.pread(map_fd, 1, GIVEN_AT))
+            is_free = lock_range(data_fd, PASSTHROUGH_LOCK, 1, fcntl.F_WRLCK)
+            only_whole = any(os.pread(map_fd, 1, HANDED_TO_KERNEL_AT))
             present = list(read_blocks(path))
             is_alone = len(present) == len(victims) and _is_unused(map_fd, data_fd)
             # Who has it open reads on in it, and what he writes to it goes with it.
@@ -410,11 +410,11 @@ def _punch(map_fd: int, data_fd: int, block: StoredBlock) -> int:
     if os.pread(map_fd, 8, state_at) != struct.pack("<Q", block.word):
         return 0
     os.pwrite(map_fd, struct.pack("<Q", block.word + 1), state_at)
-    give_back(data_fd, block.number)
+    punch_block(data_fd, block.number)
     return block.size
 
 
-def give_back(data_fd: int, block: int) -> None:
+def punch_block(data_fd: int, block: int) -> None:
     """Give the disk the room of a block back, which must be absent. Raises OSError."""
     # Whole pages, also at the end of the file: a partial page would be zeroed in place, under a reply in a pipe.
     if _libc.fallocate(data_fd, _FALLOC_PUNCH, block * BLOCK, BLOCK) != 0:
@@ -430,7 +430,7 @@ def has_lost_writes(fd: int) -> bool:
     return bool(_libc.sync_file_range(fd, _FAR_AWAY, 1, _WAIT_BEFORE) and ctypes.get_errno() in _LOST)
 
 
-def takes_holes(fd: int) -> bool:
+def supports_holes(fd: int) -> bool:
     """Whether the file system of an open file can give room back inside of files, as eviction does."""
     return bool(_libc.fallocate(fd, _FALLOC_PUNCH, 0, HEADER) == 0 or ctypes.get_errno() != errno.EOPNOTSUPP)
 
@@ -475,7 +475,7 @@ def remove_empty(path: Path) -> None:
 
 def _is_unused(map_fd: int, data_fd: int) -> bool:
     """Whether nobody has the object open; nobody opens it then before these descriptors are closed."""
-    return lock_range(map_fd, LOCK_OPEN, 1, fcntl.F_WRLCK) and lock_range(data_fd, LOCK_USED, 1, fcntl.F_WRLCK)
+    return lock_range(map_fd, TAKEOVER_LOCK, 1, fcntl.F_WRLCK) and lock_range(data_fd, IN_USE_LOCK, 1, fcntl.F_WRLCK)
 
 
 def map_paths(root: Path) -> Iterator[Path]:
@@ -487,7 +487,7 @@ def map_paths(root: Path) -> Iterator[Path]:
                     yield from [Path(file.path) for file in files if file.name.endswith(".map")]
 
 
-def is_at(fd: int, path: Path) -> bool:
+def is_file_at(fd: int, path: Path) -> bool:
     """Whether the open file is still the one at this path."""
     try:
         return os.path.samestat(os.fstat(fd), path.lstat())

@@ -25,26 +25,26 @@ from obsfs import private
 from obsfs.cache.layout import (
     BLOCK,
     ENTRY,
-    GIVEN_AT,
-    LOCK_OPEN,
-    LOCK_WHOLE,
+    HANDED_TO_KERNEL_AT,
+    LAST_USED_AT,
+    PASSTHROUGH_LOCK,
     PRESENT,
     SEAL,
     SEAL_AT,
     STATE_AT,
-    USED_AT,
+    TAKEOVER_LOCK,
     WORD,
     StoredBlock,
     block_count,
     checksum,
+    current_seal,
     entry_at,
-    give_back,
     has_lost_writes,
-    is_at,
+    is_file_at,
     lock_range,
     map_size,
+    punch_block,
     remove_empty,
-    seal_of,
     stored_blocks,
     unlink,
 )
@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 
 _CHUNK = 4096
 """Blocks whose trust is noted together: 32 KiB of memory for each 4 GiB of an object that are touched."""
-_MOST_MAPS = 256
+_MAX_MAPS = 256
 """Map files that have a descriptor at the same time; an eighth of the limit of open files, if that is less."""
 _RETRY_SECONDS = 5.0
 """How often it is tried again to make files where none could be made."""
@@ -100,7 +100,7 @@ class MapDescriptors:
 
     def add(self, owner: CachedObject) -> None:
         """Note that an object has opened its map file, and have others close theirs if there are too many."""
-        limit = max(1, min(_MOST_MAPS, open_files_limit() // 8))
+        limit = max(1, min(_MAX_MAPS, open_files_limit() // 8))
         with self._guard:
             self._open[owner] = None
             self._close(len(self._open) - limit, owner)
@@ -145,9 +145,9 @@ class CachedObject:
         self._in_memory = map_fd < 0
         self._is_lost = False
         """Whether the disk has lost some of what was written to the file: nothing in it is believed any more."""
-        self._is_left = False
-        self._looking = threading.Lock()
-        self._is_told = False
+        self._is_unlinked = False
+        self._error_guard = threading.Lock()
+        self._is_reported = False
         self._map_fd = -1
         self._map_inode: os.stat_result | None = None
         self._map_guard = threading.RLock()
@@ -155,7 +155,7 @@ class CachedObject:
         self._next_try = time.monotonic() + _RETRY_SECONDS
         self._trusted = _Trust(self.blocks)
         self._touched: tuple[range, float] = range(0), 0.0
-        self._whole_users = 0
+        self._passthrough_users = 0
         self._guard = threading.Lock()
         # Else whoever has to wait for the kernel's lock of the file spins: a twentieth of the CPU time was measured.
         self._writing = threading.Lock()
@@ -182,7 +182,7 @@ class CachedObject:
             return -1
         # The number of an inode that is gone may be another file's; ours of the data file is not gone.
         is_ours = self._map_inode is not None and os.path.samestat(os.fstat(fd), self._map_inode)
-        if is_ours and is_at(self.data_fd, self._path.with_suffix(".data")):
+        if is_ours and is_file_at(self.data_fd, self._path.with_suffix(".data")):
             return fd
         os.close(fd)
         return -1
@@ -265,7 +265,7 @@ class CachedObject:
 
     def _is_sealed(self) -> bool:
         seal = SEAL.unpack(self._map_bytes(SEAL_AT, SEAL.size))
-        return any(seal) and seal == seal_of(self.data_fd)
+        return any(seal) and seal == current_seal(self.data_fd)
 
     def _write_seal(self, seal: tuple[int, int, int, int]) -> None:
         self._write_map(SEAL.pack(*seal), SEAL_AT)
@@ -281,14 +281,14 @@ class CachedObject:
         """Whether the block is in the file and was verified by this process, or sealed."""
         return 0 != self._trusted[block] == self._word(block) and not self._is_lost
 
-    def witness(self, block: int) -> tuple[int, int, int] | None:
+    def state_word_ref(self, block: int) -> tuple[int, int, int] | None:
         """By what another process sees that bytes of a block are right, which it has taken from the file.
 
         A descriptor, without our locks, which the caller closes; an offset; and the 64 bits to be found there, which
         are others once the block is evicted. None for a block that is not trusted, or no longer in the cache.
         """
         word = self._trusted[block]
-        if not word or self._has_lost():
+        if not word or self._lost_writes():
             return None
         try:
             fd = self._open_map(os.O_RDONLY)
@@ -296,28 +296,28 @@ class CachedObject:
             return None
         return (fd, entry_at(block) + STATE_AT, word) if fd >= 0 else None
 
-    def has(self, block: int) -> bool:
+    def ensure_verified(self, block: int) -> bool:
         """Whether the block can be served now; a present block not yet verified is verified first (reads it)."""
-        return self.is_trusted(block) or self._cache.held.get(self, block) is not None or self.verify(block)
+        return self.is_trusted(block) or self._cache.overflow.get(self, block) is not None or self.verify(block)
 
     def verify(self, block: int) -> bool:
         """Whether the block is in the file and right; one not yet verified is verified (reads it)."""
-        return self.is_trusted(block) or self.read_checked(block) is not None
+        return self.is_trusted(block) or self.read_verified(block) is not None
 
-    def read_checked(self, block: int) -> bytes | None:
+    def read_verified(self, block: int) -> bytes | None:
         """A block that is in the file, if it matches its checksum; one that does not is gone afterwards."""
         word = self.present_word(block)
         if not word or self._is_lost:
             return None
         trusted = self._trusted
         data = self._data(block * BLOCK, self.length_of(block))
-        if not self.matches(block, data):
+        if not self.matches_checksum(block, data):
             self.drop_damaged(block, word)
             return None
         trusted[block] = word
         return data
 
-    def matches(self, block: int, data: bytes | memoryview) -> bool:
+    def matches_checksum(self, block: int, data: bytes | memoryview) -> bool:
         """Whether these are the bytes of a block, by its checksum."""
         (digest,) = WORD.unpack(self._map_bytes(entry_at(block), WORD.size))
         return len(data) == self.length_of(block) and checksum(data) == digest
@@ -327,7 +327,7 @@ class CachedObject:
         was read, so that nothing can be said of it."""
         if not self._drop_word(block, word):
             return False
-        self._cache.count_corrupt()
+        self._cache.count_corrupt_block()
         log.warning("block %d of %s is damaged in the cache: it will be fetched again", block, self._name)
         return True
 
@@ -336,7 +336,7 @@ class CachedObject:
         damaged: they are gone then, and will be fetched again."""
         damaged = 0
         for block in self._stored():
-            damaged += self.read_checked(block.number) is None and not self.is_present(block.number)
+            damaged += self.read_verified(block.number) is None and not self.is_present(block.number)
             advance(block.size)
         return damaged
 
@@ -351,26 +351,26 @@ class CachedObject:
     def read(self, offset: int, size: int) -> bytes | None:
         """Bytes ``[offset, offset + size)``, which lie in the file, or None when a block of them is not there."""
         blocks = range(offset // BLOCK, block_count(offset + size))
-        if self.in_file(blocks):
+        if self.are_verified(blocks):
             data = self._data(offset, size)
-            if self.in_file(blocks):
+            if self.are_verified(blocks):
                 if len(data) == size:
                     return data
-                self.lose(blocks)
+                self.mark_lost(blocks)
                 return None
         parts = []
         for block in blocks:
-            held = self._cache.held.get(self, block)
+            held = self._cache.overflow.get(self, block)
             start = max(offset - block * BLOCK, 0)
             stop = min(offset + size - block * BLOCK, BLOCK)
             if held is not None:
                 parts.append(held[start:stop])
-            elif self.has(block):
+            elif self.ensure_verified(block):
                 part = self._data(block * BLOCK + start, stop - start)
-                if self._has_lost() or not self.is_trusted(block):
+                if self._lost_writes() or not self.is_trusted(block):
                     return None
                 if len(part) != stop - start:
-                    self.lose(range(block, block + 1))
+                    self.mark_lost(range(block, block + 1))
                     return None
                 parts.append(part)
             else:
@@ -382,41 +382,41 @@ class CachedObject:
         try:
             return os.pread(self.data_fd, size, offset)
         except OSError as error:
-            self._cache.note_fault(error)
+            self._cache.log_disk_error(error)
             return b""
 
     def readinto(self, offset: int, buffer: memoryview) -> bool:
         """Fill `buffer` with the bytes from `offset` on, if their blocks are all in the file."""
         blocks = range(offset // BLOCK, block_count(offset + len(buffer)))
-        if not self.in_file(blocks):
+        if not self.are_verified(blocks):
             return False
         try:
-            return os.preadv(self.data_fd, [buffer], offset) == len(buffer) and self.in_file(blocks)
+            return os.preadv(self.data_fd, [buffer], offset) == len(buffer) and self.are_verified(blocks)
         except OSError:
             return False
 
-    def in_file(self, blocks: range) -> bool:
+    def are_verified(self, blocks: range) -> bool:
         """Whether all these blocks lie verified in the data file. Ask again after the bytes were taken."""
         trusted = self._trusted
         if len(blocks) == 1:
-            return 0 != trusted[blocks.start] == self._word(blocks.start) and not self._has_lost()
+            return 0 != trusted[blocks.start] == self._word(blocks.start) and not self._lost_writes()
         for part in _chunks(blocks):
             words = trusted.part(part)
             if words is None or 0 in words or words != self._words(part):
                 return False
-        return not self._has_lost()
+        return not self._lost_writes()
 
-    def _has_lost(self) -> bool:
+    def _lost_writes(self) -> bool:
         """Whether the disk has lost some of what was written to the file. Waits for nothing.
 
         Ask after bytes were taken: the kernel notes the error before it gives up the page that the disk did not take.
         """
         if not self._in_memory:
-            with self._looking:  # the kernel says it once
+            with self._error_guard:  # the kernel says it once
                 self._is_lost = self._is_lost or has_lost_writes(self.data_fd)
         return self._is_lost
 
-    def lose(self, blocks: range) -> None:
+    def mark_lost(self, blocks: range) -> None:
         """The file does not have the bytes of verified blocks: it was cut off, or the disk fails. They are absent from
         now on, and will be fetched again."""
         lost = {block: word for block in blocks if (word := self._trusted[block])}
@@ -437,14 +437,14 @@ class CachedObject:
             # Others have no entry yet, which would take room.
             if self._trusted[block]:
                 with suppress(OSError):
-                    self._write_map(used, entry_at(block) + USED_AT)
+                    self._write_map(used, entry_at(block) + LAST_USED_AT)
 
     # writing
 
-    def lock(self, blocks: range) -> bool:
+    def claim(self, blocks: range) -> bool:
         """Claim blocks for fetching, among processes; False when another process fetches one of them."""
         if not self._has_files():
-            self._renew()
+            self._replace_files()
         try:
             with self._map_guard:
                 if not lock_range(self._map(), entry_at(blocks.start), ENTRY * len(blocks), fcntl.F_WRLCK):
@@ -454,27 +454,27 @@ class CachedObject:
             pass  # without a map there is nothing that other processes could share
         return True
 
-    def unlock(self, blocks: range) -> None:
+    def release_claim(self, blocks: range) -> None:
         """Give up a claim."""
         with self._map_guard:
             self._claimed.difference_update(blocks)
             if self._map_fd >= 0:
                 lock_range(self._map_fd, entry_at(blocks.start), ENTRY * len(blocks), fcntl.F_UNLCK)
 
-    def put(self, block: int, data: memoryview) -> None:
+    def store_block(self, block: int, data: memoryview) -> None:
         """Store a block that was fetched under a claim. A disk that takes no more makes it stay in memory."""
-        if not self._in_memory and self._cache.store(len(data), partial(self.write, block, data)):
-            self._cache.held.relieve()
+        if not self._in_memory and self._cache.store(len(data), partial(self.write_block, block, data)):
+            self._cache.overflow.drain_one()
         else:
-            self._cache.held.add(self, block, bytes(data))
+            self._cache.overflow.add(self, block, bytes(data))
 
-    def write(self, block: int, data: memoryview) -> bool:
+    def write_block(self, block: int, data: memoryview) -> bool:
         """Write a block that was claimed, and for which there is room, to the file; False when it takes no more."""
         digest = checksum(data)
         with self._writing:
-            return self._write(block, data, digest)
+            return self._write_claimed(block, data, digest)
 
-    def _write(self, block: int, data: memoryview, digest: int) -> bool:
+    def _write_claimed(self, block: int, data: memoryview, digest: int) -> bool:
         """Bytes, then checksum, then state. The caller keeps the files from being swapped."""
         if self._in_memory or not self._has_files():
             return False
@@ -491,10 +491,10 @@ class CachedObject:
             word = (word | PRESENT) + 2
             self._set_word(block, word)
         except OSError as error:
-            self._cache.note_fault(error)
-            if not word & PRESENT and self._map_bytes(GIVEN_AT, 1) == b"\0":
+            self._cache.log_disk_error(error)
+            if not word & PRESENT and self._map_bytes(HANDED_TO_KERNEL_AT, 1) == b"\0":
                 with suppress(OSError):
-                    give_back(self.data_fd, block)
+                    punch_block(self.data_fd, block)
             return False
         trusted[block] = word
         self._was_sealed = False
@@ -516,13 +516,13 @@ class CachedObject:
             return False
         return sizes == (self.size, map_size(self.size))
 
-    def _renew(self) -> None:
+    def _replace_files(self) -> None:
         """Go on with other files, as these were cut off, or are memory. What was in them will be fetched again."""
         with self._writing, self._guard:
-            if self._has_files() or self._whole_users:
+            if self._has_files() or self._passthrough_users:
                 return
             if self._is_lost:
-                self._leave()
+                self._abandon_files()
             if not self._in_memory:
                 if not self._is_lost:
                     log.warning("the cache file of %s has another length: it is fetched again", self._name)
@@ -533,7 +533,7 @@ class CachedObject:
             try:
                 data_fd, map_fd = self._cache.open_files(self.version)
             except OSError as error:
-                self._cache.note_fault(error)
+                self._cache.log_disk_error(error)
                 if self._in_memory:
                     return
                 try:
@@ -541,7 +541,7 @@ class CachedObject:
                 except OSError:  # no descriptor is left: blocks are held in memory until one is
                     return
             self._in_memory = map_fd < 0
-            self._is_lost = self._is_left = False
+            self._is_lost = self._is_unlinked = False
             self._trusted = _Trust(self.blocks)
             self._was_sealed = False
             os.dup2(data_fd, self.data_fd, inheritable=False)
@@ -551,73 +551,73 @@ class CachedObject:
                 self.close_map()
             self._take_map(map_fd)
 
-    def look(self) -> None:
+    def recover_if_damaged(self) -> None:
         """See whether the data file was cut off, or its disk has lost what was written to it, before a reader does."""
         if self._in_memory:
             return
-        if self._has_lost():
-            self._leave()
+        if self._lost_writes():
+            self._abandon_files()
         if not self._is_lost and os.fstat(self.data_fd).st_size == self.size:
             return
-        if self._whole_users and not self._is_told:
-            self._is_told = True
+        if self._passthrough_users and not self._is_reported:
+            self._is_reported = True
             log.error(
                 "the cache file of %s is spoiled, and the kernel reads it for who has it open: they may see an early "
                 "end or damaged bytes until they open it again; who opens it now gets another one",
                 self._name,
             )
-        self._renew()
+        self._replace_files()
 
-    def _leave(self) -> None:
+    def _abandon_files(self) -> None:
         """The disk has lost something of the file, and nobody can tell what: it is nobody's any more. Once."""
         self._is_lost = True
-        if self._is_left:
+        if self._is_unlinked:
             return
-        self._is_left = True
+        self._is_unlinked = True
         log.error("the disk has lost what was written to the cache file of %s: it is fetched again", self._name)
-        with suppress(OSError), self._cache.exclusive:
+        with suppress(OSError), self._cache.directory_lock:
             if self.is_in_cache:
                 unlink(self._path)
 
     def seal(self) -> None:
         """If every block is verified, sync the data and note it, so that a later process need not verify again."""
-        if not self.is_complete() or self._is_sealed() or seal_of(self.data_fd) is None:
+        if not self.is_fully_verified() or self._is_sealed() or current_seal(self.data_fd) is None:
             return
         try:
             os.fsync(self.data_fd)
         except OSError as error:
-            self._cache.note_fault(error)
-            self._leave()
-            self.look()
+            self._cache.log_disk_error(error)
+            self._abandon_files()
+            self.recover_if_damaged()
             return
-        seal = seal_of(self.data_fd)
-        if seal is not None and self.is_complete():
+        seal = current_seal(self.data_fd)
+        if seal is not None and self.is_fully_verified():
             try:
                 self._write_seal(seal)
             except OSError as error:
-                self._cache.note_fault(error)
+                self._cache.log_disk_error(error)
 
     def link(self, path: Path) -> bool:
         """Give the data file a second name, if every block is verified and in it; says whether it has one.
 
         From then on it is kept, and no longer counted. Raises OSError when the name cannot be given.
         """
-        with self._cache.exclusive:
-            if not self.is_complete() or not self.is_in_cache:
+        with self._cache.directory_lock:
+            if not self.is_fully_verified() or not self.is_in_cache:
                 return False
             was_sealed = self._is_sealed()
             os.link(self._path.with_suffix(".data"), path)
-            if was_sealed and (seal := seal_of(self.data_fd)):
+            if was_sealed and (seal := current_seal(self.data_fd)):
                 # The link has changed the inode's ctime, and nothing else.
                 self._write_seal(seal)
-        self._cache.discount(self.size)
+        self._cache.uncount(self.size)
         return True
 
-    def is_complete(self) -> bool:
+    def is_fully_verified(self) -> bool:
         """Whether all blocks are verified and in the file."""
-        return self.in_file(range(self.blocks))
+        return self.are_verified(range(self.blocks))
 
-    def is_full(self) -> bool:
+    def is_fully_present(self) -> bool:
         """Whether all blocks are in the file, verified or not."""
         return all(word & PRESENT for part in _chunks(range(self.blocks)) for word in self._words(part))
 
@@ -626,26 +626,26 @@ class CachedObject:
         """Bytes of this version that are in the file."""
         return sum(block.size for block in self._stored())
 
-    def hold_whole(self, *, again: bool = False) -> bool:
+    def acquire_passthrough(self, *, is_reopen: bool = False) -> bool:
         """Keep the data file as it is while the kernel reads it by itself; False when it is not complete.
 
-        `again`: somebody holds it already, maybe for a process that has died. Then its blocks were verified, and only
-        those that were found damaged since are none.
+        `is_reopen`: somebody holds it already, maybe for a process that has died. Then its blocks were verified, and
+        only those that were found damaged since are absent.
         """
-        self.look()
+        self.recover_if_damaged()
         with self._guard:
-            if not self._whole_users and not lock_range(self.data_fd, LOCK_WHOLE, 1, fcntl.F_RDLCK):
+            if not self._passthrough_users and not lock_range(self.data_fd, PASSTHROUGH_LOCK, 1, fcntl.F_RDLCK):
                 return False
-            self._whole_users += 1
-        if (self.is_full() if again else self.is_complete()) and self._is_untouched():
+            self._passthrough_users += 1
+        if (self.is_fully_present() if is_reopen else self.is_fully_verified()) and self._is_untouched():
             with suppress(OSError):
-                self._write_map(b"\1", GIVEN_AT)
+                self._write_map(b"\1", HANDED_TO_KERNEL_AT)
                 # It is evicted whole: one block stands for all.
                 self.touch(range(1))
                 return True
-        self.release_whole()
+        self.release_passthrough()
         if not self._has_files():
-            self._renew()
+            self._replace_files()
         return False
 
     def _is_untouched(self) -> bool:
@@ -666,7 +666,7 @@ class CachedObject:
     @property
     def is_beyond_repair(self) -> bool:
         """Whether the files were cut off while the kernel reads them by itself, so that they cannot be swapped."""
-        return self._whole_users > 0 and self.is_cut_off
+        return self._passthrough_users > 0 and self.is_cut_off
 
     @property
     def is_in_cache(self) -> bool:
@@ -675,9 +675,9 @@ class CachedObject:
             is_there = self._map_inode is not None and os.path.samestat(self._map_inode, self._path.lstat())
         except OSError:
             return False
-        return is_there and is_at(self.data_fd, self._path.with_suffix(".data"))
+        return is_there and is_file_at(self.data_fd, self._path.with_suffix(".data"))
 
-    def open_lock(self) -> int:
+    def open_takeover_lock(self) -> int:
         """A descriptor that says that this object is open, for as long as anybody has it.
 
         The caller closes it. -1 for a file that is no longer in the cache, and when no more can be opened.
@@ -686,28 +686,28 @@ class CachedObject:
             fd = self._open_map()
         except OSError:
             return -1
-        if fd >= 0 and not lock_range(fd, LOCK_OPEN, 1, fcntl.F_RDLCK):
+        if fd >= 0 and not lock_range(fd, TAKEOVER_LOCK, 1, fcntl.F_RDLCK):
             os.close(fd)
             return -1
         return fd
 
-    def warm(self, blocks: range) -> None:
+    def prefault(self, blocks: range) -> None:
         """Have the kernel read these blocks of the data file into its page cache; waits only to ask."""
         for block in blocks:
             # Block by block: a longer piece would be cut to the disk's own read-ahead.
             os.posix_fadvise(self.data_fd, block * BLOCK, BLOCK, os.POSIX_FADV_WILLNEED)
 
-    def release_whole(self) -> None:
-        """The end of one :meth:`hold_whole`."""
+    def release_passthrough(self) -> None:
+        """The end of one :meth:`acquire_passthrough`."""
         with self._guard:
-            self._whole_users -= 1
-            if not self._whole_users:
+            self._passthrough_users -= 1
+            if not self._passthrough_users:
                 self.touch(range(1))
-                lock_range(self.data_fd, LOCK_WHOLE, 1, fcntl.F_UNLCK)
+                lock_range(self.data_fd, PASSTHROUGH_LOCK, 1, fcntl.F_UNLCK)
 
     def close(self) -> None:
         """Close the files, and remove them if nothing is in them; the object must not be used afterwards."""
-        self._cache.held.forget(self)
+        self._cache.overflow.forget(self)
         is_empty = not self._in_memory and not self._stored()
         with self._map_guard:
             self._claimed.clear()
@@ -718,7 +718,7 @@ class CachedObject:
         os.close(fd)
         if is_empty:
             # Litter on a disk that takes no changes is no reason to fail.
-            with suppress(OSError), self._cache.exclusive:
+            with suppress(OSError), self._cache.directory_lock:
                 remove_empty(self._path)
 
     def abandon(self) -> None:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from obsfs.cache.object import CachedObject
 
-_MOST_BYTES = 64 << 20
+_MAX_BYTES = 64 << 20
 
 
-class HeldBlocks:
+class OverflowBuffer:
     """64 MiB of them at most; the oldest go first. Safe to use from many threads.
 
     `store` is :meth:`~obsfs.cache.directory.Cache.store`.
@@ -25,7 +25,7 @@ class HeldBlocks:
         self.count = 0
         """How many blocks the disk did not take so far."""
         self._guard = threading.Lock()
-        self._relieving = threading.Lock()
+        self._draining = threading.Lock()
         self._blocks: OrderedDict[tuple[CachedObject, int], bytes] = OrderedDict()
         self._bytes = 0
 
@@ -43,35 +43,37 @@ class HeldBlocks:
             self._drop(owner, block)
             self._blocks[owner, block] = data
             self._bytes += len(data)
-            while self._bytes > _MOST_BYTES:
+            while self._bytes > _MAX_BYTES:
                 self._drop(*next(iter(self._blocks)))
 
-    def relieve(self) -> None:
+    def drain_one(self) -> None:
         """The disk takes blocks again: write one to it. Called for each that it takes, it ends with none held."""
-        while self._blocks and not self._relieve_oldest():
+        while self._blocks and not self._drain_oldest():
             pass
 
-    def _relieve_oldest(self) -> bool:
+    def _drain_oldest(self) -> bool:
         """Try to write the oldest block. Returns False when it is no longer held and was not written here."""
         with self._guard:
             (owner, block), data = next(iter(self._blocks.items()), ((None, 0), b""))
         if owner is None:
             return True
         # No lock is held here: making room may close files, this owner's among them.
-        return self._store(len(data), partial(self._write, owner, block, data)) or self.get(owner, block) is data
+        return (
+            self._store(len(data), partial(self._write_claimed, owner, block, data)) or self.get(owner, block) is data
+        )
 
-    def _write(self, owner: CachedObject, block: int, data: bytes) -> bool:
+    def _write_claimed(self, owner: CachedObject, block: int, data: bytes) -> bool:
         """Write a block that is still held. Returns False also when another process has written it."""
         claim = range(block, block + 1)
-        with self._relieving:
-            if self.get(owner, block) is not data or not owner.lock(claim):
+        with self._draining:
+            if self.get(owner, block) is not data or not owner.claim(claim):
                 return False
             try:
                 # A block that is written twice would be counted twice.
                 is_there = owner.verify(block)
-                is_stored = not is_there and owner.write(block, memoryview(data))
+                is_stored = not is_there and owner.write_block(block, memoryview(data))
             finally:
-                owner.unlock(claim)
+                owner.release_claim(claim)
             if is_there or is_stored:
                 with self._guard:
                     self._drop(owner, block)
@@ -79,7 +81,7 @@ class HeldBlocks:
 
     def forget(self, owner: CachedObject) -> None:
         """Drop what is held for an object that is closed. Nobody writes to its file any more when this returns."""
-        with self._relieving, self._guard:
+        with self._draining, self._guard:
             for one, block in list(self._blocks):
                 if one is owner:
                     self._drop(one, block)

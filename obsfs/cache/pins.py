@@ -11,7 +11,7 @@ from obsfs.cache.layout import DirectoryLock, identity, is_linked, is_pinned, ma
 from obsfs.errors import CacheError
 from obsfs.store.types import ObjectVersion
 
-_MOST = 0.9
+_MAX_SHARE = 0.9
 
 
 class Pins:
@@ -20,8 +20,10 @@ class Pins:
     `limit` says what the cache may hold (bytes), and `more` what to do so that it may hold more.
     """
 
-    def __init__(self, root: Path, limit: Callable[[], int], more: Callable[[], str], exclusive: DirectoryLock) -> None:
-        self._root, self._limit, self._more, self._exclusive = root, limit, more, exclusive
+    def __init__(
+        self, root: Path, limit: Callable[[], int], more: Callable[[], str], directory_lock: DirectoryLock
+    ) -> None:
+        self._root, self._limit, self._how_to_enlarge, self._directory_lock = root, limit, more, directory_lock
 
     def add(self, version: ObjectVersion) -> None:
         """Keep what is cached of a version, now and later, until it is unpinned.
@@ -29,10 +31,11 @@ class Pins:
         Raises CacheError, also for pins that would leave no room for anything else.
         """
         path = map_path(self._root, version)
-        with self._exclusive:
-            if not is_pinned(path) and self.size() + version.size > self._limit() * _MOST:
+        with self._directory_lock:
+            if not is_pinned(path) and self.size() + version.size > self._limit() * _MAX_SHARE:
                 raise CacheError(
-                    f"pins would fill more than {_MOST:.0%} of the cache", f"unpin others, or {self._more()}"
+                    f"pins would fill more than {_MAX_SHARE:.0%} of the cache",
+                    f"unpin others, or {self._how_to_enlarge()}",
                 )
             try:
                 private.make_level(path.parent)
@@ -40,12 +43,12 @@ class Pins:
             except OSError as error:
                 raise CacheError(f"{pin_path(path)} cannot be written ({error.strerror})", "make room") from None
 
-    def remove(self, is_meant: Callable[[ObjectVersion], bool]) -> int:
+    def remove(self, selects: Callable[[ObjectVersion], bool]) -> int:
         """Undo the pins of these objects; how many there were."""
         count = 0
-        with self._exclusive:
+        with self._directory_lock:
             for version, path in self._all():
-                if is_meant(version):
+                if selects(version):
                     path.unlink(missing_ok=True)
                     count += 1
         return count

@@ -32,11 +32,11 @@ log = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 7 * 86400.0
 """Between the beginnings of two passes."""
-_LOOK_SECONDS = 30.0
+_POLL_SECONDS = 30.0
 _BUSY_SECONDS = 1.0
 _SAVE_SECONDS = 10.0
 _JOIN_SECONDS = 5.0
-_MOST_PRESSURE = 10.0
+_MAX_PRESSURE = 10.0
 """Per cent of the last ten seconds in which something waited for a disk (/proc/pressure/io); beyond, it is busy."""
 _FORMAT = 1
 
@@ -83,7 +83,7 @@ class Scrubber:
         return float(self._load()["finished"]) or None
 
     def _run(self) -> None:
-        while not self._stopping.wait(_LOOK_SECONDS):
+        while not self._stopping.wait(_POLL_SECONDS):
             try:
                 self.run_pass()
             except (OSError, ObsfsError) as error:
@@ -150,7 +150,7 @@ class Scrubber:
         """Keep to the pace, and wait for idle times; False when it is to stop."""
         if self._stopping.wait(size / self._pace):
             return False
-        while not self._is_idle() or _pressure() > _MOST_PRESSURE:
+        while not self._is_idle() or _pressure() > _MAX_PRESSURE:
             if self._stopping.wait(_BUSY_SECONDS):
                 return False
         return True
@@ -162,7 +162,7 @@ class Scrubber:
             return True
         data = medium.read(block * BLOCK, cached.length_of(block))
         self.bytes += len(data)
-        return cached.matches(block, data) or not cached.drop_damaged(block, word)
+        return cached.matches_checksum(block, data) or not cached.drop_damaged(block, word)
 
     def _load(self) -> dict[str, Any]:
         try:

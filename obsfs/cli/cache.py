@@ -132,7 +132,7 @@ def clean(path: str | None, older_than: str | None, **given: Any) -> None:
         hint = did_you_mean(url.replace("s3://", "obs://", 1), cached) or "see `obsfs cache info`"
         tell(f"nothing of {url} is cached in {store.directory}: {hint}")
         return
-    freed = store.clean(older_than=age(older_than), is_meant=is_meant)
+    freed = store.clean(older_than=age(older_than), selects=is_meant)
     pinned = store.pins.size()
     kept = f"; pins stay ({human(pinned)}, see `obsfs unpin`)" if pinned else ""
     tell(f"{human(freed)} freed in {store.directory}{kept}")

@@ -90,7 +90,8 @@ def _warm(
     try:
         if size > (limit := engine.cache.limit):
             raise UsageError(
-                f"{url} needs {human(size)} of a cache of {human(limit)}", f"{engine.cache.more}; or give --max-bytes"
+                f"{url} needs {human(size)} of a cache of {human(limit)}",
+                f"{engine.cache.how_to_enlarge}; or give --max-bytes",
             )
         if pin:
             for one in wanted:

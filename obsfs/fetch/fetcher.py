@@ -393,12 +393,12 @@ class Fetcher:
 
     def _fetch(self, flight: InFlightRange, buffer: memoryview) -> None:
         target, blocks, cached = flight.target, flight.blocks, flight.target.cached
-        if not cached.lock(blocks):
+        if not cached.claim(blocks):
             self._pause(flight, blocks, _FOREIGN_FETCH_POLL_SECONDS)
             return
         try:
             # Another process may have fetched some of them.
-            missing = [block for block in blocks if not cached.has(block)]
+            missing = [block for block in blocks if not cached.ensure_verified(block)]
             for block in blocks:
                 if block not in missing:
                     self._landed(target, block, 0)
@@ -411,7 +411,7 @@ class Fetcher:
                 wants = [(block, target.wants.get(block)) for block in blocks]
             # A lock is the process's: it stays while another flight is at the block.
             for run in runs(block for block, want in wants if want is None or want.flight in (None, flight)):
-                cached.unlock(run)
+                cached.release_claim(run)
 
     def _fetch_range(self, flight: InFlightRange, blocks: range, buffer: memoryview) -> None:
         target, cached = flight.target, flight.target.cached
@@ -432,7 +432,7 @@ class Fetcher:
                 if block > blocks.start and not target.is_whole:
                     self._trip.on_block(time.monotonic() - began)
                 if self._arrived(flight, block):
-                    cached.put(block, view)
+                    cached.store_block(block, view)
                     self._landed(target, block, len(view))
                 elif flight.is_given_up:
                     return

@@ -80,17 +80,17 @@ class Reader:
         fences = (0,) if self._has_tensors else ()
         self._policy = ReadAhead(cached.blocks, engine.window, self.load.credit, fences)
         self._is_verifying = False
-        self._is_complete = cached.is_complete()
+        self._is_complete = cached.is_fully_verified()
 
     def begin(self) -> None:
         """Look at what an earlier process has left, now that the engine knows this reader."""
-        if not self._is_complete and self.cached.is_full():
+        if not self._is_complete and self.cached.is_fully_present():
             self._verify_in_steps()
 
     @property
     def is_complete(self) -> bool:
         """Whether every byte is verified and in the cache file now."""
-        return self.cached.is_complete()
+        return self.cached.is_fully_verified()
 
     def ready(self, offset: int, size: int, done: Callable[[ObsfsError | None], None], *, again: bool = False) -> bool:
         """Whether bytes ``[offset, offset + size)`` can be taken from the cache now.
@@ -103,8 +103,8 @@ class Reader:
         cached = self.cached
         blocks = range(first, last + 1)
         missing: list[int] = []
-        if not (self._is_complete and cached.in_file(blocks)):
-            missing = [block for block in blocks if not cached.has(block)]
+        if not (self._is_complete and cached.are_verified(blocks)):
+            missing = [block for block in blocks if not cached.ensure_verified(block)]
         if missing:
             self._is_complete = False
             # Demand first: a worker that wakes must find it before the read-ahead.
@@ -204,7 +204,7 @@ class Reader:
             if not alive or self._is_complete:
                 return
             if not self.is_complete:
-                if self.cached.is_full():
+                if self.cached.is_fully_present():
                     self._verify_in_steps()
                 return
             self._is_complete = True
@@ -455,7 +455,7 @@ class Engine:
                 reader.users += 1
         for reader in open_now:
             try:
-                reader.cached.look()
+                reader.cached.recover_if_damaged()
             finally:
                 self._let_go(reader)
 
@@ -473,7 +473,7 @@ class Engine:
 
     def prefetch(self, wanted: list[tuple[int, ObjectVersion, int]]) -> None:
         """Have blocks at hand, ``(urgency, version, block)``, whether anybody has those files open or not."""
-        if self.cache.is_strained:
+        if self.cache.is_overflowing:
             wanted = wanted[:_STRAINED_WINDOW]
         by_version: dict[ObjectVersion, list[tuple[int, int]]] = {}
         for urgency, version, block in wanted:
@@ -530,7 +530,7 @@ class Engine:
     def peek(self, version: ObjectVersion, block: int) -> bytes | None:
         """A block, if the cache has it and it matches its checksum. Raises CacheError."""
         with self.reader_for(version) as reader:
-            return reader.cached.read_checked(block)
+            return reader.cached.read_verified(block)
 
     def copy_identical(self, version: ObjectVersion, blocks: Iterable[int], identical_version: ObjectVersion) -> None:
         """Take blocks from another version that was found to have the same bytes, as far as they are in the cache.
@@ -540,12 +540,12 @@ class Engine:
         with self.reader_for(version) as reader, self.reader_for(identical_version) as other:
             for block in blocks:
                 one = range(block, block + 1)
-                if not reader.cached.is_present(block) and reader.cached.lock(one):
+                if not reader.cached.is_present(block) and reader.cached.claim(one):
                     try:
-                        if (data := other.cached.read_checked(block)) is not None:
-                            reader.cached.put(block, memoryview(data))
+                        if (data := other.cached.read_verified(block)) is not None:
+                            reader.cached.store_block(block, memoryview(data))
                     finally:
-                        reader.cached.unlock(one)
+                        reader.cached.release_claim(one)
 
     def fill(
         self,
@@ -566,7 +566,7 @@ class Engine:
                 check()
                 if piece is not None and len(waiting) < self.fetcher.connections:
                     landed: Future[ObsfsError | None] = Future()
-                    missing = [block for block in piece if not cached.has(block)]
+                    missing = [block for block in piece if not cached.ensure_verified(block)]
                     if missing:
                         self.fetcher.demand(reader.target, missing, CountdownCallback(len(missing), landed.set_result))
                     else:
@@ -588,7 +588,7 @@ class Engine:
             with self.reader_for(version) as reader:
                 step = next(steps, None) if reader.load.users else None
                 if step is not None:
-                    reader.cached.warm(step)
+                    reader.cached.prefault(step)
                     self.background.run_in_background(go_on)
 
         self.background.run_in_background(go_on)
@@ -620,7 +620,7 @@ class Engine:
             "cache_limit": cache.limit,
             "evicted_bytes": cache.evicted_bytes,
             "corrupt_blocks": cache.corrupt_blocks,
-            "cache_write_errors": cache.held.count,
+            "cache_write_errors": cache.overflow.count,
             "cache_min_free": cache.min_free,
             "scrubbed_bytes": self._scrubber.bytes if self._scrubber else 0,
             "scrub_errors": self._scrubber.errors if self._scrubber else 0,

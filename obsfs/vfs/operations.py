@@ -192,7 +192,7 @@ class Operations:
         if not self.can_be_direct or reader is None:
             return False
         if node.direct_opens:
-            return reader.cached.is_cut_off or not reader.cached.is_full()
+            return reader.cached.is_cut_off or not reader.cached.is_fully_present()
         return node.opens > 0 and reader.is_complete
 
     def forget(self, lookups: Iterable[tuple[int, int]]) -> None:
@@ -270,7 +270,7 @@ class Operations:
             raise WouldBlockError
         with self.engine.reader_for(version) as reader:
             # Here, where nobody waits for it: files that were cut off are replaced.
-            reader.cached.look()
+            reader.cached.recover_if_damaged()
             yield
 
     def open(self, number: int, flags: int, unique: int = 0) -> Opened:
@@ -285,7 +285,7 @@ class Operations:
         reader = self.engine.open(node.version)
         self._loads.on_open(node.parent, node.name)
         # An inode is in one mode at a time: what is open through us stays so, what is direct stays direct.
-        direct = self.can_be_direct and not node.opens and reader.cached.hold_whole(again=node.backing > 0)
+        direct = self.can_be_direct and not node.opens and reader.cached.acquire_passthrough(is_reopen=node.backing > 0)
         if node.backing and not direct:
             self.engine.release(reader)
             raise _LookAgainError(f"{node.key} was found damaged in the cache")
@@ -316,7 +316,7 @@ class Operations:
             return Opened(number << 1 | direct, None)
         # Nobody kept the file as it was, nor was the kernel told how it is open.
         cached = self.reader(number << 1).cached
-        if self.tree.node(number).opens or not cached.hold_whole():
+        if self.tree.node(number).opens or not cached.acquire_passthrough():
             return self.reopen_indirect(number << 1 | 1, unique)
         self._inherited[number] -= 1
         return Opened(number << 1 | 1, cached.data_fd)
@@ -324,7 +324,7 @@ class Operations:
     def open_lock(self, number: int) -> int:
         """A descriptor that says that a file which is open directly is open in the cache. The caller closes it; -1 when
         the file is no longer there."""
-        return self._readers[number].cached.open_lock()
+        return self._readers[number].cached.open_takeover_lock()
 
     def reopen_indirect(self, handle: int, unique: int = 0) -> Opened:
         """The engine could not serve an open directly: the same open, through us."""
@@ -370,7 +370,7 @@ class Operations:
         if self._inherited.get(number):
             self._inherited[number] -= 1
         else:
-            self._readers[number].cached.release_whole()
+            self._readers[number].cached.release_passthrough()
 
     # the whole
 

@@ -39,9 +39,9 @@ def version(size: int, key: str = "key", etag: str = '"e"') -> ObjectVersion:
 def put(cached: CachedObject, block: int, seed: int = 0) -> bytes:
     data = random_bytes(cached.length_of(block), seed * 1000 + block)
     blocks = range(block, block + 1)
-    assert cached.lock(blocks)
-    cached.put(block, memoryview(bytearray(data)))
-    cached.unlock(blocks)
+    assert cached.claim(blocks)
+    cached.store_block(block, memoryview(bytearray(data)))
+    cached.release_claim(blocks)
     return data
 
 
@@ -73,7 +73,7 @@ def test_blocks_come_back(tmp_path: Path) -> None:
     cached = Cache(tmp_path / "c", GIB).open(version(3 * BLOCK + 5))
     assert cached.read(0, 10) is None
     parts = [put(cached, block) for block in range(4)]
-    assert cached.is_complete()
+    assert cached.is_fully_verified()
     whole = b"".join(parts)
     assert cached.read(0, cached.size) == whole
     assert cached.read(BLOCK - 3, 7) == whole[BLOCK - 3 : BLOCK + 4]
@@ -83,7 +83,7 @@ def test_another_version_shares_nothing(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "c", GIB)
     put(cache.open(version(BLOCK)), 0)
     for other in (version(BLOCK, etag='"f"'), version(BLOCK, key="other"), version(BLOCK + 1)):
-        assert not cache.open(other).has(0)
+        assert not cache.open(other).ensure_verified(0)
 
 
 @pytest.mark.parametrize("sealed", [True, False])
@@ -94,7 +94,7 @@ def test_it_is_there_after_a_restart(tmp_path: Path, sealed: bool) -> None:
         cached.seal()
     again = Cache(tmp_path / "c", GIB).open(version(2 * BLOCK))
     assert again.is_trusted(0) is sealed
-    assert again.has(0) and again.has(1)
+    assert again.ensure_verified(0) and again.ensure_verified(1)
     assert again.read(0, again.size) == b"".join(parts)
 
 
@@ -112,8 +112,8 @@ def test_rot_is_noticed(tmp_path: Path, sealed: bool) -> None:
         file.write(b"rot")
     later = Cache(tmp_path / "c", GIB)
     again = later.open(version(2 * BLOCK))
-    assert not again.has(0)
-    assert again.has(1)
+    assert not again.ensure_verified(0)
+    assert again.ensure_verified(1)
     assert later.corrupt_blocks == 1
 
 
@@ -124,16 +124,18 @@ def test_damage_that_many_readers_find_at_once_is_counted_once(tmp_path: Path, m
         file.write(b"rot")
     later = Cache(tmp_path / "c", GIB)
     again = later.open(version(BLOCK))
-    together, matches, count = threading.Barrier(4), again.matches, later.count_corrupt
+    together, matches_checksum, count = threading.Barrier(4), again.matches_checksum, later.count_corrupt_block
 
     def count_slowly() -> None:
         time.sleep(0.05)
         count()
 
-    monkeypatch.setattr(again, "matches", lambda *given: matches(*given) or bool(together.wait(10) < 0))
-    monkeypatch.setattr(later, "count_corrupt", count_slowly)
+    monkeypatch.setattr(
+        again, "matches_checksum", lambda *given: matches_checksum(*given) or bool(together.wait(10) < 0)
+    )
+    monkeypatch.setattr(later, "count_corrupt_block", count_slowly)
     with ThreadPoolExecutor(4) as readers:
-        assert not any(readers.map(again.has, [0] * 4))
+        assert not any(readers.map(again.ensure_verified, [0] * 4))
     assert later.corrupt_blocks == 1
 
 
@@ -151,7 +153,7 @@ def test_no_damage_to_the_map_gives_wrong_bytes(tmp_path: Path, cut: int, junk: 
     again = Cache(place, GIB).open(version(2 * BLOCK))
     for block in range(2):
         # A seal that was itself damaged is no seal; a flag set by damage meets a checksum.
-        if again.has(block):
+        if again.ensure_verified(block):
             assert again.read(block * BLOCK, BLOCK) == parts[block]
 
 
@@ -173,12 +175,12 @@ def test_a_file_in_passthrough_is_not_punched(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "c", 8 * BLOCK)
     held = cache.open(version(4 * BLOCK))
     whole = b"".join(put(held, block) for block in range(4))
-    assert held.hold_whole()
+    assert held.acquire_passthrough()
     other = cache.open(version(16 * BLOCK, key="other"))
     for block in range(16):
         put(other, block)
     assert os.pread(held.data_fd, 4 * BLOCK, 0) == whole
-    held.release_whole()
+    held.release_passthrough()
 
 
 @pytest.mark.parametrize("damaged", [True, False])
@@ -187,8 +189,8 @@ def test_a_file_that_was_in_passthrough_is_evicted_whole(tmp_path: Path, damaged
     cache = Cache(tmp_path / "c", GIB)
     held = cache.open(version(4 * BLOCK))
     put_bytes = b"".join(put(held, block) for block in range(4))
-    assert held.hold_whole()
-    held.release_whole()
+    assert held.acquire_passthrough()
+    held.release_passthrough()
     if damaged:
         os.pwrite(held.data_fd, b"rot", 0)
         assert cache.check(held.version, lambda size: None)[1] == [0]
@@ -287,16 +289,16 @@ def test_room_is_given_back_when_writing_fails(tmp_path: Path) -> None:
         assert not cache.store(BLOCK, lambda: False)
     assert cache.used_bytes == 0
     put(cache.open(version(15 * BLOCK)), 3)
-    assert (cache.used_bytes, cache.held.count) == (BLOCK, 0)
+    assert (cache.used_bytes, cache.overflow.count) == (BLOCK, 0)
 
 
 def test_a_block_that_another_process_has_stored_is_not_counted_as_ours(tmp_path: Path) -> None:
     cache, other = Cache(tmp_path / "c", GIB), Cache(tmp_path / "c", GIB)
     cached = cache.open(version(2 * BLOCK))
-    cache.held.add(cached, 1, random_bytes(BLOCK, 1))
+    cache.overflow.add(cached, 1, random_bytes(BLOCK, 1))
     put(other.open(version(2 * BLOCK)), 1)
     put(cached, 0)
-    assert (cache.used_bytes, len(cache.held)) == (BLOCK, 0)
+    assert (cache.used_bytes, len(cache.overflow)) == (BLOCK, 0)
     assert cached.read(BLOCK, BLOCK) == random_bytes(BLOCK, 1)
 
 
@@ -309,7 +311,7 @@ def test_who_is_interrupted_while_he_waits_for_the_cache_holds_up_nobody(tmp_pat
 
     before = signal.signal(signal.SIGUSR1, interrupt)
     try:
-        with other.exclusive:
+        with other.directory_lock:
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
             with pytest.raises(KeyboardInterrupt):
                 cache.open(version(BLOCK))
@@ -317,7 +319,7 @@ def test_who_is_interrupted_while_he_waits_for_the_cache_holds_up_nobody(tmp_pat
         signal.signal(signal.SIGUSR1, before)
     with ThreadPoolExecutor() as pool:
         assert pool.submit(cache.open, version(BLOCK)).result(5)
-    with cache.exclusive, (tmp_path / "c" / "v1" / "lock").open() as file, pytest.raises(BlockingIOError):
+    with cache.directory_lock, (tmp_path / "c" / "v1" / "lock").open() as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -338,13 +340,13 @@ def test_a_file_system_without_locks_is_used_all_the_same(tmp_path: Path, monkey
 def test_two_processes_do_not_fetch_the_same_block(tmp_path: Path) -> None:
     one = Cache(tmp_path / "c", GIB).open(version(4 * BLOCK))
     other = Cache(tmp_path / "c", GIB).open(version(4 * BLOCK))
-    assert one.lock(range(0, 2))
-    assert not other.lock(range(1, 3))
-    assert other.lock(range(2, 4))
-    one.unlock(range(0, 2))
-    assert other.lock(range(1, 2))
+    assert one.claim(range(0, 2))
+    assert not other.claim(range(1, 3))
+    assert other.claim(range(2, 4))
+    one.release_claim(range(0, 2))
+    assert other.claim(range(1, 2))
     data = put(other, 3)
-    assert one.has(3)
+    assert one.ensure_verified(3)
     assert one.read(3 * BLOCK, BLOCK) == data
 
 
@@ -365,7 +367,7 @@ def test_cleaning(tmp_path: Path) -> None:
         put(cached, 0)
         cached.close()
     assert cache.clean(older_than=3600) == 0
-    assert cache.clean(is_meant=lambda version: version.key.startswith("models/a/")) == BLOCK
+    assert cache.clean(selects=lambda version: version.key.startswith("models/a/")) == BLOCK
     assert sorted(entry.version.key for entry in cache.entries()) == ["data", "models/ab/w"]
     assert cache.clean() == 2 * BLOCK
     assert list((tmp_path / "c").rglob("*.data")) == []
@@ -425,7 +427,7 @@ def test_files_that_took_the_place_of_an_empty_one_stay(tmp_path: Path) -> None:
     new.close()
     old.close()
     again = cache.open(version(BLOCK))
-    assert again.has(0)
+    assert again.ensure_verified(0)
     assert again.read(0, BLOCK) == data
 
 
@@ -457,7 +459,7 @@ def test_power_may_fail_at_any_write(tmp_path: Path, data: st.DataObject) -> Non
     cached.close()
     with closing(store.open(version(3 * BLOCK))) as again:
         for block in range(3):
-            found = again.read(block * BLOCK, BLOCK) if again.has(block) else None
+            found = again.read(block * BLOCK, BLOCK) if again.ensure_verified(block) else None
             assert found in (None, random_bytes(BLOCK, block))
     store.close()
     shutil.rmtree(home)
@@ -475,12 +477,12 @@ def test_what_the_disk_did_not_take_is_written_later(tmp_path: Path) -> None:
     cached = cache.open(version(16 * BLOCK))
     held = {block: random_bytes(BLOCK, block) for block in range(8)}
     for block, data in held.items():
-        cache.held.add(cached, block, data)
-    assert cache.is_strained
+        cache.overflow.add(cached, block, data)
+    assert cache.is_overflowing
     with ThreadPoolExecutor(8) as threads:
         put_bytes = list(threads.map(lambda block: put(cached, block), range(8, 16)))
-    assert not cache.is_strained
-    assert cached.in_file(range(16))
+    assert not cache.is_overflowing
+    assert cached.are_verified(range(16))
     assert cached.read(0, 16 * BLOCK) == b"".join([*held.values(), *put_bytes])
 
 
@@ -503,7 +505,7 @@ def test_checking_finds_every_damaged_block(tmp_path: Path, sealed: bool) -> Non
     assert sum(seen) == (4 if sealed else 3) * BLOCK
     again = store.open(version(4 * BLOCK))
     assert again.check() == 0
-    assert [again.has(block) for block in range(4)] == [True, False, sealed, False]
+    assert [again.ensure_verified(block) for block in range(4)] == [True, False, sealed, False]
 
 
 @pytest.mark.parametrize(("limit", "advice"), [(16 << 20, "raise --cache-size"), (None, "make room on the disk of ")])
@@ -513,6 +515,6 @@ def test_what_makes_a_cache_larger_is_what_limits_it(
     cache = Cache(tmp_path / "c", limit)
     if limit is None:
         monkeypatch.setattr(Cache, "_disk", lambda self: (GIB, GIB))  # nothing more than is to stay free
-    assert cache.more.startswith(advice)
+    assert cache.how_to_enlarge.startswith(advice)
     with pytest.raises(CacheError, match=f"unpin others, or {advice}"):
         cache.pins.add(version(GIB))

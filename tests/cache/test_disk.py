@@ -73,7 +73,7 @@ def test_a_disk_without_room_takes_the_first_open_of_a_file(
     cached = cache.open(version(size))
     parts = b"".join(put(cached, block) for block in range(cached.blocks))
     assert whole(cached) == parts
-    assert cache.is_strained
+    assert cache.is_overflowing
     assert caplog.text.count("No space left") == 1
     # Once there is room, the same object goes to the disk.
     for path in disk.glob("other*"):
@@ -82,11 +82,11 @@ def test_a_disk_without_room_takes_the_first_open_of_a_file(
     if kind == "inodes":
         put(cached, 0)
     else:
-        cache.held.relieve()
+        cache.overflow.drain_one()
     for _ in range(cached.blocks):
-        cache.held.relieve()
-    assert not cache.is_strained
-    assert cached.is_complete()
+        cache.overflow.drain_one()
+    assert not cache.is_overflowing
+    assert cached.is_fully_verified()
     assert whole(cached) == parts
     assert sum(path.stat().st_size for path in files(disk, "data")) == size
 
@@ -98,18 +98,18 @@ def test_room_for_a_held_block_is_made_by_closing_other_files(disk: Path, monkey
     idle, cached = cache.open(version(4 * BLOCK, key="idle")), cache.open(version(BLOCK))
     for block in range(4):
         put(idle, block)
-    assert idle.hold_whole()
+    assert idle.acquire_passthrough()
     fill_up(disk, "bytes")
     data = put(cached, 0)
     assert not cached.is_present(0)
-    idle.release_whole()
+    idle.release_passthrough()
     cache.on_removed = idle.close
     monkeypatch.setattr(time, "monotonic", lambda: 1e12)
-    cache.held.relieve()
+    cache.overflow.drain_one()
     assert cached.is_present(0)
     assert not idle.is_in_cache
     assert whole(cached) == data
-    assert not cache.is_strained
+    assert not cache.is_overflowing
 
 
 def test_a_full_disk_does_not_fail_what_is_written_to_an_open_map(disk: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_cache_begins_on_a_disk_that_is_full(disk: Path) -> None:
     cache.close()
     fill_up(disk, "bytes")
     again = Cache(disk / "c", min_free=0)
-    assert again.open(version(BLOCK)).has(0)
+    assert again.open(version(BLOCK)).ensure_verified(0)
     fill_up(disk, "inodes")
     assert put(again.open(version(BLOCK, key="other")), 0)
     nowhere = Cache(disk / "d", min_free=0)
@@ -213,7 +213,7 @@ def test_the_map_grows_with_what_is_cached(tmp_path: Path) -> None:
     assert cache.present_blocks(version(size)) == at
     cached.close()
     again = Cache(tmp_path / "c", GIB).open(version(size))
-    assert all(again.has(block) and again.read(block * BLOCK, 9) == parts[block][:9] for block in at)
+    assert all(again.ensure_verified(block) and again.read(block * BLOCK, 9) == parts[block][:9] for block in at)
     assert again.check() == 0
     evict(tmp_path / "c", 0)
     assert [*map(again.is_present, at)] == [False] * len(at)
@@ -260,20 +260,20 @@ def test_a_file_that_is_cut_off_costs_a_fetch(
     parts = [put(cached, block) for block in range(4)]
     (path,) = files(tmp_path, suffix)
     os.truncate(path, size if suffix == "data" else size // BLOCK * 30)
-    assert not cached.hold_whole()
+    assert not cached.acquire_passthrough()
     found = b""
     for block in range(4):
-        data = cached.read(block * BLOCK, BLOCK) if cached.has(block) else None
+        data = cached.read(block * BLOCK, BLOCK) if cached.ensure_verified(block) else None
         if data is None:
-            assert not cached.has(block)
+            assert not cached.ensure_verified(block)
             data = put(cached, block)
         assert data == parts[block]
         found += data
     for block in range(4):
-        if not cached.has(block):
+        if not cached.ensure_verified(block):
             put(cached, block)
     assert whole(cached) == found
-    assert cached.hold_whole()
+    assert cached.acquire_passthrough()
     assert os.pread(cached.data_fd, 4 * BLOCK, 0) == found
     assert caplog.text.count("has another length") <= 1
     assert caplog.text
@@ -284,14 +284,14 @@ def test_a_file_is_not_swapped_under_the_kernel(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "c", GIB)
     cached = cache.open(version(3 * BLOCK))
     parts = [put(cached, block) for block in range(3)]
-    assert cached.hold_whole()
+    assert cached.acquire_passthrough()
     inode = os.fstat(cached.data_fd).st_ino
     os.truncate(files(tmp_path, "data")[0], 5)
     assert cached.read(BLOCK, 10) is None
     assert put(cached, 1) == parts[1]
     assert cached.read(BLOCK, 10) == parts[1][:10]
     assert os.fstat(cached.data_fd).st_ino == inode
-    cached.release_whole()
+    cached.release_passthrough()
     put(cached, 0)
     assert os.fstat(cached.data_fd).st_ino != inode
 
@@ -305,8 +305,8 @@ def test_another_file_in_its_place(tmp_path: Path) -> None:
     (tmp_path / "other").replace(path)
     assert whole(cached) == b"".join(parts)
     again = cache.open(version(2 * BLOCK))
-    assert not again.has(0)
-    assert not again.has(1)
+    assert not again.ensure_verified(0)
+    assert not again.ensure_verified(1)
     assert not cached.is_in_cache
 
 
@@ -385,7 +385,7 @@ def test_a_disk_that_fails_to_read_costs_a_fetch(tmp_path: Path, monkeypatch: py
     with monkeypatch.context() as patched:
         patched.setattr(os, "pread", failing)
         assert cached.read(0, 10) is None
-        assert not cached.has(0)
+        assert not cached.ensure_verified(0)
     data = put(cached, 0)
     assert cached.read(0, BLOCK) == data
 
@@ -422,14 +422,14 @@ def test_what_the_disk_has_lost_is_not_read(thin: Path, how: str, caplog: pytest
     cached = cache.open(version(12 * BLOCK))
     parts = [put(cached, block) for block in range(12)]
     if how == "read by the kernel":
-        assert cached.hold_whole()
+        assert cached.acquire_passthrough()
     if how != "sealed":
         write_back(thin)
     if how == "sealed":
         cached.seal()
         write_back(thin)
     elif how == "opened by the kernel":
-        assert not cached.hold_whole()
+        assert not cached.acquire_passthrough()
     else:
         if how == "read":
             # At once: nobody has looked since. In parts, as a reader takes them, and whole, as a loader does.
@@ -437,19 +437,19 @@ def test_what_the_disk_has_lost_is_not_read(thin: Path, how: str, caplog: pytest
             assert [cached.read(block * BLOCK, BLOCK) for block in range(12)] == [None] * 12
             assert [cached.read(block * BLOCK - 10, 20) for block in range(1, 12)] == [None] * 11
             assert not cached.readinto(0, buffer)
-            assert [cached.witness(block) for block in range(12)] == [None] * 12
-        cached.look()
+            assert [cached.state_word_ref(block) for block in range(12)] == [None] * 12
+        cached.recover_if_damaged()
     assert caplog.text.count("the disk has lost") == 1
     again = cached
     if how == "read by the kernel":
         assert cached.is_beyond_repair
         assert "the kernel reads it" in caplog.text
         again = cache.open(version(12 * BLOCK))
-    assert not any(map(again.has, range(12)))
+    assert not any(map(again.ensure_verified, range(12)))
     assert again.read(5 * BLOCK, 10) is None
     assert put(again, 5) == parts[5]
     assert again.read(5 * BLOCK, BLOCK) == parts[5]
-    cached.look()
+    cached.recover_if_damaged()
     assert caplog.text.count("the disk has lost") == 1
 
 
@@ -460,11 +460,11 @@ def test_what_the_disk_has_lost_is_fetched_without_anybody_looking(thin: Path) -
     parts = [put(cached, block) for block in range(12)]
     write_back(thin)
     assert cached.read(5 * BLOCK, 10) is None
-    assert not any(map(cached.has, range(12)))
+    assert not any(map(cached.ensure_verified, range(12)))
     for block in (5, 6):
         assert put(cached, block) == parts[block]
         assert cached.read(block * BLOCK, BLOCK) == parts[block]
-    assert not any(cached.has(block) for block in range(12) if block not in (5, 6))
+    assert not any(cached.ensure_verified(block) for block in range(12) if block not in (5, 6))
 
 
 # seals
@@ -476,13 +476,13 @@ def test_a_seal_is_over_when_the_disk_was_mounted_anew(tmp_path: Path, monkeypat
     for block in range(2):
         put(cached, block)
     cached.seal()
-    assert Cache(tmp_path / "c", GIB).open(where).is_complete()
+    assert Cache(tmp_path / "c", GIB).open(where).is_fully_verified()
     for changed in (12345, None):
         monkeypatch.setattr(layout, "_session", lambda fd, changed=changed: changed)
         again = Cache(tmp_path / "c", GIB).open(where)
         assert not again.is_trusted(0)
-        assert again.has(0)
-        assert again.has(1)
+        assert again.ensure_verified(0)
+        assert again.ensure_verified(1)
 
 
 def test_a_sealed_file_that_was_touched_is_verified_before_the_kernel_has_it(tmp_path: Path) -> None:
@@ -490,14 +490,14 @@ def test_a_sealed_file_that_was_touched_is_verified_before_the_kernel_has_it(tmp
     for block in range(2):
         put(cached, block)
     cached.seal()
-    assert cached.hold_whole()
-    cached.release_whole()
+    assert cached.acquire_passthrough()
+    cached.release_passthrough()
     (path,) = files(tmp_path, "data")
     with path.open("r+b") as file:
         file.write(b"rot")
-    assert not cached.hold_whole()
-    assert not cached.has(0)
-    assert cached.has(1)
+    assert not cached.acquire_passthrough()
+    assert not cached.ensure_verified(0)
+    assert cached.ensure_verified(1)
 
 
 def test_a_cache_of_an_earlier_version_is_used(tmp_path: Path) -> None:
@@ -531,6 +531,6 @@ def test_a_cache_of_an_earlier_version_is_used(tmp_path: Path) -> None:
     assert (entry.version, entry.cached_bytes) == (where, 3 * BLOCK + 9)
     cached = cache.open(where)
     assert not cached.is_trusted(0)
-    assert {block: cached.read_checked(block) for block in parts} == parts
+    assert {block: cached.read_verified(block) for block in parts} == parts
     put(cached, 5)
     assert cached.cached_bytes == 4 * BLOCK + 9

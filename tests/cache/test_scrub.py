@@ -56,7 +56,7 @@ def test_what_has_rotted_is_dropped_and_told(cache: Cache, at: list[int]) -> Non
     cached = cache.open(where)
     parts = [put(cached, block) for block in range(4)]
     cached.seal()
-    assert cached.hold_whole()
+    assert cached.acquire_passthrough()
     for offset in at:
         rot(cache, where, offset)
     told: list[tuple[ObjectVersion, list[int]]] = []
@@ -66,7 +66,7 @@ def test_what_has_rotted_is_dropped_and_told(cache: Cache, at: list[int]) -> Non
     assert told == [(where, bad)]
     assert (scrubber.bytes, scrubber.errors) == (where.size, len(bad))
     # Who has it open sees so at once, and what is fetched again goes to where it was, for the kernel's readers too.
-    assert [block for block in range(4) if not cached.has(block)] == bad
+    assert [block for block in range(4) if not cached.ensure_verified(block)] == bad
     for block in bad:
         put(cached, block)
     assert os.pread(cached.data_fd, where.size, 0) == b"".join(parts)
@@ -114,7 +114,7 @@ def test_the_medium_is_read_and_not_the_page_cache(tmp_path: Path) -> None:
         scrubber = Scrubber(cache, FAST)
         assert scrubber.run_pass()
         assert scrubber.errors == 1
-        assert not cached.has(1)
+        assert not cached.ensure_verified(1)
         cached.close()
         cache.close()
     finally:
@@ -190,7 +190,7 @@ def test_a_mount_heals_what_has_rotted(bucket: Store, tmp_path: Path) -> None:
     pid = os.fork()
     if not pid:
         try:
-            scrub._LOOK_SECONDS = scrub._BUSY_SECONDS = 0.05
+            scrub._POLL_SECONDS = scrub._BUSY_SECONDS = 0.05
             settings = Settings.load(cache_dir=tmp_path / "cache", scrub="1GiB")
             daemon.serve(str(bucket), mountpoint, settings, lambda: None, daemon.Stop())
         finally:

@@ -100,7 +100,7 @@ def test_an_old_cache_is_read(tmp_path: Path) -> None:
         "m/gone.txt": 1,
     }
     cached = cache.open(found["m/weights.bin"])
-    assert cached.has(0)
+    assert cached.ensure_verified(0)
     assert cached.read(0, 2048) == bytes(range(256)) * 8
     assert cache.pins.size() == 39
 

@@ -80,7 +80,7 @@ class Notifier:
         if number := ANSWER.unpack(answer)[0]:
             raise OSError(number, os.strerror(number))
 
-    def store(self, node: int, fd: int, start: int, size: int, witness: tuple[int, int, int]) -> bool:
+    def store(self, node: int, fd: int, start: int, size: int, state_word_ref: tuple[int, int, int]) -> bool:
         """Put bytes ``[start, start + size)`` of the file `fd` into the page cache of a node, soon. From any thread.
 
         Args:
@@ -88,13 +88,13 @@ class Notifier:
             fd: the file; the offset in it is the offset in the node.
             start: bytes.
             size: bytes.
-            witness: descriptor of another file, an offset in it, and the 64-bit number expected there. The helper drops
+            state_word_ref: descriptor of another file, an offset in it, and the 64-bit number expected there. The helper drops
                 the bytes unless the number is there after it took them.
 
         Returns:
             False, without waiting, when too many are in the queue already.
         """
-        map_fd, word_offset, word = witness
+        map_fd, word_offset, word = state_word_ref
         stop = start + size
         try:
             control = self._start()

@@ -189,7 +189,9 @@ class Server:
     def _try_passthrough(self) -> bool:
         """Whether a file of the cache can be registered: privileges and the cache's file system decide."""
         try:
-            channel.close_backing(self._fd, channel.open_backing(self._fd, self._operations.engine.cache.exclusive.fd))
+            channel.close_backing(
+                self._fd, channel.open_backing(self._fd, self._operations.engine.cache.directory_lock.fd)
+            )
         except OSError as error:
             log.info("no passthrough: %s", error.strerror)
             return False
@@ -375,7 +377,7 @@ class Server:
         cached = reader.cached
         header = wire.OUT_HEADER.pack(wire.OUT_HEADER.size + size, 0, unique)
         blocks = range(offset // BLOCK, block_count(offset + size))
-        if size < _SPLICE_FROM or not cached.in_file(blocks):
+        if size < _SPLICE_FROM or not cached.are_verified(blocks):
             data = cached.read(offset, size)
             if data is None:
                 return False
@@ -386,10 +388,10 @@ class Server:
         is_empty = False
         try:
             is_filled = pipe.fill(header, cached.data_fd, offset, size)
-            if not cached.in_file(blocks):
+            if not cached.are_verified(blocks):
                 return False
             if not is_filled:
-                cached.lose(blocks)
+                cached.mark_lost(blocks)
                 return False
             is_empty = self._claim(unique) and pipe.send(fd, len(header) + size)
             return True
@@ -564,15 +566,15 @@ class Server:
         they cost a tenth.
         """
         cached = reader.cached
-        witness = cached.witness(block)
-        if witness is None:
+        state_word_ref = cached.state_word_ref(block)
+        if state_word_ref is None:
             return
         try:
             for node in self._operations.open_nodes(reader):
-                if not self._pages.store(node, cached.data_fd, block * BLOCK, cached.length_of(block), witness):
+                if not self._pages.store(node, cached.data_fd, block * BLOCK, cached.length_of(block), state_word_ref):
                     log.debug("block %d of %s is not stored: too many are waiting", block, reader.version.key)
         finally:
-            os.close(witness[0])
+            os.close(state_word_ref[0])
 
     def _tell(self) -> None:
         """Send what is to be told. On its own thread: the kernel may wait for whoever looks up a name beside it.
