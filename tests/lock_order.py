@@ -40,7 +40,7 @@ FREE: tuple[tuple[type, str], ...] = (
     (Cache, "reserve"),
     (Cache, "trim"),
     (CachedObject, "close"),
-    (CachedObject, "put"),
+    (CachedObject, "store_block"),
     (CountdownCallback, "failed"),
     (CountdownCallback, "landed"),
     (fetcher.Fetcher, "close"),

@@ -88,8 +88,8 @@ class Notifier:
             fd: the file; the offset in it is the offset in the node.
             start: bytes.
             size: bytes.
-            state_word_ref: descriptor of another file, an offset in it, and the 64-bit number expected there. The helper drops
-                the bytes unless the number is there after it took them.
+            state_word_ref: descriptor of another file, an offset in it, and the 64-bit number expected there. The
+                helper drops the bytes unless the number is there after it took them.
 
         Returns:
             False, without waiting, when too many are in the queue already.
