@@ -7,8 +7,6 @@ the mount: what one of them has fetched, the other finds.
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import inspect
 import os
 import threading
@@ -22,10 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from aiobotocore.credentials import AioCredentials
-from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import AioSession
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import ClientError
 from fsspec.asyn import get_loop, sync_wrapper
 from fsspec.caching import AllBytes
 from fsspec.callbacks import DEFAULT_CALLBACK
@@ -33,14 +29,13 @@ from s3fs import S3FileSystem
 from s3fs.core import S3File
 from s3fs.utils import FileExpired
 
-from obsfs.errors import ExpiredError, ObsfsError, UsageError, VersionChangedError
+from obsfs.errors import ObsfsError, UsageError, VersionChangedError
 from obsfs.fetch.reader import Engine, Reader
 from obsfs.settings import Settings, did_you_mean, is_setting, keywords, knobs
-from obsfs.store import address as addresses
+from obsfs.store import open_store
 from obsfs.store.address import Address
+from obsfs.store.aio import Connection, is_expired
 from obsfs.store.credentials import Keys
-from obsfs.store.s3.client import Bucket, Connection, connect, stay
-from obsfs.store.s3.failures import map_errors, no_credentials
 from obsfs.store.types import ObjectVersion, tag
 
 _T = TypeVar("_T")
@@ -99,65 +94,6 @@ def _check_options(options: Mapping[str, Any]) -> None:
             raise UsageError(f"OBSFileSystem has no option {name!r}", hint)
 
 
-class _Direct:
-    """An HTTP session of aiohttp that follows no redirect."""
-
-    def __init__(self, session: Any) -> None:
-        self._session = session
-
-    def request(self, *arguments: Any, **options: Any) -> Any:
-        return self._session.request(*arguments, **{**options, "allow_redirects": False})
-
-
-class _HTTPSession(AIOHTTPSession):
-    """aiobotocore's HTTP session, to which a redirect is an answer, as it is to botocore.
-
-    aiohttp goes wherever a server sends it, and sends the session token and what is written along.
-    """
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        # aiobotocore has no public setting for it, and nothing else that its session calls in aiohttp stops a redirect.
-        if not hasattr(AIOHTTPSession, "_get_session"):
-            raise UsageError("this aiobotocore would follow redirects, with keys", "pip install 'aiobotocore<4'")
-        super().__init__(*arguments, **options)
-
-    async def _get_session(self, proxy_url: str | None) -> _Direct:
-        return _Direct(await super()._get_session(proxy_url))
-
-
-class _Credentials(AioCredentials):
-    """botocore's credentials, as aiobotocore asks for them: they are found once, and refreshed in a thread."""
-
-    def __init__(self, found: Any) -> None:
-        super().__init__("", "", method=found.method)
-        self._found = found
-
-    async def get_frozen_credentials(self) -> Any:
-        """What a request is signed with."""
-        needs_refresh = getattr(self._found, "refresh_needed", None)
-        if needs_refresh is not None and needs_refresh():
-            return await asyncio.to_thread(self._found.get_frozen_credentials)
-        return self._found.get_frozen_credentials()
-
-
-class _Chain:
-    """In place of aiobotocore's chain of providers, which would wait for each of them once more."""
-
-    def __init__(self, found: Any) -> None:
-        self._found = found
-
-    async def load_credentials(self) -> _Credentials | None:
-        return _Credentials(self._found) if self._found is not None else None
-
-
-def _session_with(connection: Connection, options: Mapping[str, Any]) -> AioSession:
-    """A session of aiobotocore with the credentials of a connection."""
-    session = AioSession(**options)
-    if connection.keys is None:
-        session.register_component("credential_provider", _Chain(connection.session.get_credentials()))
-    return session
-
-
 class _KeyGivenTwiceError(UsageError, KeyError):
     """A key is given by two names, with two values: s3fs raises a KeyError for some of these."""
 
@@ -206,9 +142,8 @@ class OBSFileSystem(S3FileSystem):
         given["no_sign_request"] = given.get("no_sign_request") or options.pop("anon", None)
         self.settings = Settings.load(**keywords(given))
         self._keys = _keys_of(options, client_kwargs)
-        connection = connect(self.settings, keys=self._keys)
+        connection = Connection(self.settings, self._keys)
         keys = connection.keys
-        config = {name: value for name, value in connection.config.items() if name != "signature_version"}
         options.setdefault("listings_expiry_time", self.settings.metadata_ttl)
         if self.settings.profile:
             options["profile"] = self.settings.profile
@@ -229,11 +164,10 @@ class OBSFileSystem(S3FileSystem):
             token=keys.token if keys else None,
             client_kwargs={**({"verify": False} if self.settings.insecure_tls else {}), **client_kwargs},
             config_kwargs={
-                # Not in client_kwargs: s3fs would send it as the place of every new bucket, also where it is refused.
-                "region_name": connection.region,
                 "max_pool_connections": _WAITING,
-                "http_session_cls": _HTTPSession,
-                **config,
+                # Not in client_kwargs: s3fs would send the region as the place of every new bucket, also where it is
+                # refused.
+                **connection.client_options,
                 **(options.pop("config_kwargs", None) or {}),
             },
             **options,
@@ -245,8 +179,8 @@ class OBSFileSystem(S3FileSystem):
         """The engine of this process; made when first needed."""
         with self._engine_guard:
             if self._engine is None:
-                bucket = Bucket(Address("obs", ""), self.settings, keys=self._keys)
-                self._engine = Engine(bucket, self.settings)
+                store = open_store(Address("obs", ""), self.settings, keys=self._keys)
+                self._engine = Engine(store, self.settings)
             return self._engine
 
     def after_fork(self) -> None:
@@ -281,22 +215,19 @@ class OBSFileSystem(S3FileSystem):
             self._begin_anew()
         if self._is_own_session and not self.anon:
             # s3fs would look for credentials by itself, for many seconds, and keep those that it was made with.
-            if self._keys is None and (refresh or not self._connection.has_keys):
+            if self._keys is None and (refresh or not self._connection.has_credentials):
                 await asyncio.to_thread(self._find_keys)
             if refresh or self.session is None:
-                self.session: AioSession | None = _session_with(self._connection, self.kwargs)
+                self.session: AioSession | None = self._connection.new_session(self.kwargs)
         client = await super().set_session(refresh=refresh)
-        if not addresses.is_aws(self.endpoint_url):
-            client.meta.events.register("before-sign.s3.DeleteObjects", _use_md5, unique_id="obsfs-content-md5")
-            client.meta.events.register_last("before-parameter-build.s3", stay, unique_id="obsfs-stay")
+        self._connection.adapt(client)
         return client
 
     def _find_keys(self) -> None:
         """Sign with the credentials that there are now. Raises PermissionError if there are none."""
         with _as_oserror():
-            connection = connect(self.settings)
-            if not connection.has_keys:
-                raise no_credentials(connection.looked)
+            connection = Connection(self.settings)
+            connection.require_credentials()
         keys, self._connection = connection.keys, connection
         self.key = keys.access_key if keys else None
         self.secret = keys.secret_key if keys else None
@@ -306,7 +237,7 @@ class OBSFileSystem(S3FileSystem):
         try:
             return await super()._call_s3(method, *arguments, **options)
         except (OSError, ClientError) as error:
-            if self._keys is not None or self.anon or not _is_expired(error):
+            if self._keys is not None or self.anon or not is_expired(error):
                 raise
         if time.monotonic() - self._renewed >= _RENEW_SECONDS:
             self._renewed = time.monotonic()
@@ -440,33 +371,6 @@ class OBSFileSystem(S3FileSystem):
                 data = reader.read(start, _COPY)
                 file.write(data)
                 callback.relative_update(len(data))
-
-
-def _use_md5(request: Any, **_: Any) -> None:
-    """Send the checksum that a bulk delete must carry as Content-MD5, which OBS and others ask for, and not as CRC32.
-
-    botocore calls it just before it signs the request.
-    """
-    for name in [
-        name for name in request.headers if name.lower().startswith(("x-amz-checksum-", "x-amz-sdk-checksum"))
-    ]:
-        del request.headers[name]
-    body = request.body if isinstance(request.body, bytes) else request.body.encode()
-    request.headers["Content-MD5"] = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
-
-
-def _is_expired(error: OSError | ClientError) -> bool:
-    """Whether the server refused the token because its time is over."""
-    cause = error if isinstance(error, ClientError) else error.__cause__
-    if not isinstance(cause, ClientError | BotoCoreError):
-        return False
-    try:
-        with map_errors("the bucket"):
-            raise cause
-    except ExpiredError:
-        return True
-    except ObsfsError:
-        return False
 
 
 class OBSFile(S3File):

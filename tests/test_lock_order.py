@@ -21,7 +21,7 @@ from obsfs.fetch.reader import Engine
 from obsfs.service.takeover_log import TakeoverLog
 from obsfs.settings import Settings
 from obsfs.store.address import Address
-from obsfs.store.s3.client import Bucket
+from obsfs.store.s3.store import S3Store
 from obsfs.vfs.operations import ROOT, Operations
 from obsfs.vfs.tree import Tree
 from tests.conftest import MIB, Store, random_bytes, small_disk, wait_for, write_model
@@ -137,7 +137,7 @@ class Mount:
             cache_dir=disk / "cache", cache_size="16MiB", cache_min_free=0, endpoint_url=bucket.server.endpoint,
             metadata_ttl="0.2s",
         )  # fmt: skip
-        self.source = Bucket(Address("obs", bucket.name), settings)
+        self.source = S3Store(Address("obs", bucket.name), settings)
         self.engine = Engine(self.source, settings)
         self.journal = TakeoverLog(home / "journal")
         self.tree = Tree(self.source, "", 0.2, self.journal.record, max_entries=4)
@@ -255,7 +255,7 @@ def test_no_order_of_locks_can_hang(bucket: Store, disk: Path, tmp_path: Path, m
     for number in range(4):
         bucket.put(f"{number}.bin", random_bytes((number + 3) * MIB + 100))
     names = [
-        info.key for page in Bucket(Address("obs", bucket.name), Settings.load()).list("") for info in page.objects
+        info.key for page in S3Store(Address("obs", bucket.name), Settings.load()).list("") for info in page.objects
     ]
     bucket.put("new.bin", random_bytes(2 * BLOCK))
     with traced(ALLOWED) as tracer:

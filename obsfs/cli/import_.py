@@ -47,12 +47,12 @@ def import_(
     from obsfs.library import hub
     from obsfs.library.names import parse_model
     from obsfs.library.push import publish
-    from obsfs.store.s3.client import Bucket
+    from obsfs.store import open_store
 
     settings = Settings.load(**given)
     wanted = hub.parse_hub_name(repository)
     model = parse_model(name or wanted.repository.rpartition("/")[2], settings.library)
-    Bucket(model.address, settings)  # so that missing keys are told before the hub is asked
+    open_store(model.address, settings)  # so that missing keys are told before the hub is asked
     with spinner(f"looking at {wanted}", quiet=as_json):
         found = hub.open_repository(wanted).chosen(include, exclude)
         details = found.details()

@@ -80,11 +80,11 @@ def _list_models(library: str, settings: Settings) -> dict[str, Any]:
     from obsfs.access.safetensors import natural_sort_key
     from obsfs.errors import NotFoundError
     from obsfs.library import catalog
+    from obsfs.store import open_store
     from obsfs.store.address import parse_address
-    from obsfs.store.s3.client import Bucket
 
     address = parse_address(library)
-    bucket = Bucket(address, settings)
+    bucket = open_store(address, settings)
     page = bucket.check()
     if address.prefix and page.is_last and not (page.objects or page.prefixes):
         raise NotFoundError(f"there is nothing in {address}", catalog.nearest_directory(bucket, address))
@@ -203,11 +203,11 @@ def show(name: str, *, as_json: bool, **given: Any) -> None:
     """Show one model: what its manifest says, its versions, and its files."""
     from obsfs.library import catalog
     from obsfs.library.names import parse_model
-    from obsfs.store.s3.client import Bucket
+    from obsfs.store import open_store
 
     settings = Settings.load(**given)
     wanted = parse_model(name, settings.library)
-    bucket = Bucket(wanted.address, settings)
+    bucket = open_store(wanted.address, settings)
     with spinner(f"looking at {wanted.label}", quiet=as_json):
         model = catalog.resolve(bucket, wanted)
         versions = [one.name.version for one in catalog.all_versions(bucket, wanted)]

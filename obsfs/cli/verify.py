@@ -58,10 +58,10 @@ def _verify_model(url: str, settings: Settings, where: str, as_json: bool) -> No
     from obsfs.cache.directory import Cache
     from obsfs.library import catalog
     from obsfs.library import verify as verifying
-    from obsfs.store.s3.client import Bucket
+    from obsfs.store import open_store
 
     name = parse_model(url, settings.library)
-    bucket = Bucket(name.address, settings.at_first_endpoint())
+    bucket = open_store(name.address, settings.at_first_endpoint())
     model = catalog.resolve(bucket, name)
     if not model.etag:
         raise UsageError(f"{model.name} has no manifest", "it was not published by obsfs push")

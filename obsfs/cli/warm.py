@@ -74,10 +74,10 @@ def _warm(
     from obsfs.library import catalog
     from obsfs.library import warm as warming
     from obsfs.library.names import parse_model
-    from obsfs.store.s3.client import Bucket
+    from obsfs.store import open_store
 
     address = parse_address(url)
-    bucket = Bucket(address, settings)
+    bucket = open_store(address, settings)
     if profile:
         model = catalog.resolve(bucket, parse_model(url, settings.library))
         wanted = warming.read_profile(bucket, model, profile)
@@ -108,10 +108,10 @@ def _record(url: str, settings: Settings, profile: str) -> dict[str, Any]:
     from obsfs.library import catalog
     from obsfs.library import warm as warming
     from obsfs.library.names import parse_model
-    from obsfs.store.s3.client import Bucket
+    from obsfs.store import open_store
 
     name = parse_model(url, settings.library)
-    bucket = Bucket(name.address, settings)
+    bucket = open_store(name.address, settings)
     cache = Cache.of(settings)
     size = warming.record_profile(bucket, cache, catalog.resolve(bucket, name), profile)
     return {"url": url, "profile": profile, "bytes": size}

@@ -23,7 +23,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from obsfs.demo import lifeline
 from obsfs.errors import UnavailableError, UsageError
 from obsfs.extras import remedy
-from obsfs.store.s3.session import new_session
+from obsfs.store.session import new_session
 
 _START_SECONDS = 60.0
 _END_SECONDS = 10.0

@@ -23,7 +23,7 @@ from obsfs.errors import CacheError, ObsfsError, TooManyFilesError, UnavailableE
 from obsfs.fetch.fetcher import CountdownCallback, Fetcher, ObjectFetch
 from obsfs.limits import allow_open_files
 from obsfs.settings import Settings
-from obsfs.store.s3.client import Bucket
+from obsfs.store.base import ObjectStore
 from obsfs.store.types import ObjectVersion
 
 log = logging.getLogger(__name__)
@@ -262,7 +262,7 @@ class Engine:
     the next one. `scrubs`: whether the cache is read again in the background, which is for processes that live long.
     """
 
-    def __init__(self, bucket: Bucket, settings: Settings, *, seals: bool = True, scrubs: bool = False) -> None:
+    def __init__(self, bucket: ObjectStore, settings: Settings, *, seals: bool = True, scrubs: bool = False) -> None:
         self.seals = seals
         self._bucket = bucket
         self.cache = Cache.of(settings)
@@ -611,7 +611,7 @@ class Engine:
             "requests": stats.requests,
             "requests_in_flight": stats.requests_in_flight,
             "connections": self.fetcher.connections,
-            "retries": stats.retries + self._bucket.retries.count,
+            "retries": stats.retries + self._bucket.stats().retries,
             "hedges": stats.hedges,
             "errors": stats.errors,
             "last_error": stats.last_error,

@@ -30,7 +30,7 @@ from obsfs.library.names import (
     suggest_names,
 )
 from obsfs.store.address import Address
-from obsfs.store.s3.client import Bucket
+from obsfs.store.base import ObjectStore
 from obsfs.store.types import ObjectInfo, ObjectVersion, Page
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class UnreadableModel(NamedTuple):
     error: ObsfsError
 
 
-def read_model(bucket: Bucket, name: ModelName) -> Model | None:
+def read_model(bucket: ObjectStore, name: ModelName) -> Model | None:
     """The model of exactly this name and version, if it has a manifest. Raises UsageError for one that is damaged."""
     try:
         content = bucket.get(name.manifest_key)
@@ -71,7 +71,7 @@ def read_model(bucket: Bucket, name: ModelName) -> Model | None:
     return Model(name, manifests.parse_manifest(content.data, f"{name}/{MANIFEST}"), content.etag)
 
 
-def resolve(bucket: Bucket, name: ModelName) -> Model:
+def resolve(bucket: ObjectStore, name: ModelName) -> Model:
     """What a name stands for: ``NAME`` is what lies there, or else the newest of its versions.
 
     One that was published comes before those without a manifest. Raises NotFoundError, with the nearest names that
@@ -86,7 +86,7 @@ def resolve(bucket: Bucket, name: ModelName) -> Model:
     raise NotFoundError(f"there is no model {name}", _near(bucket, name))
 
 
-def _refuse_file(bucket: Bucket, name: ModelName) -> None:
+def _refuse_file(bucket: ObjectStore, name: ModelName) -> None:
     """Raise UsageError when an object has just this name, with what to give instead."""
     try:
         bucket.head(name.prefix.rstrip("/"))
@@ -103,7 +103,7 @@ def _refuse_file(bucket: Bucket, name: ModelName) -> None:
     raise UsageError(f"{name} is a file, and in no model", "give a model, or read the file through a mount or fsspec")
 
 
-def _near(bucket: Bucket, name: ModelName) -> str:
+def _near(bucket: ObjectStore, name: ModelName) -> str:
     """The models whose names are most like one that is not there, as text for an error."""
     labels = list(_labels(bucket, name.library))
     close = [label for label in labels if (parts := split_label(label)) and parts[0] == name.name]
@@ -130,7 +130,7 @@ def _is_model(page: Page, prefix: str) -> bool:
     )
 
 
-def versions(bucket: Bucket, name: ModelName) -> list[Model]:
+def versions(bucket: ObjectStore, name: ModelName) -> list[Model]:
     """All published versions of a name that can be read, the oldest first. Raises UsageError when none can."""
     found: dict[str, Model] = {}
     damaged: UsageError | None = None
@@ -146,7 +146,7 @@ def versions(bucket: Bucket, name: ModelName) -> list[Model]:
     return _by_age(found.values())
 
 
-def versions_without_manifest(bucket: Bucket, name: ModelName) -> list[Model]:
+def versions_without_manifest(bucket: ObjectStore, name: ModelName) -> list[Model]:
     """The versions of a name that lie there without a manifest, the oldest first."""
     found: dict[str, Model] = {}
     for version in _version_labels(bucket, name):
@@ -157,7 +157,7 @@ def versions_without_manifest(bucket: Bucket, name: ModelName) -> list[Model]:
     return _by_age(found.values())
 
 
-def all_versions(bucket: Bucket, name: ModelName) -> list[Model]:
+def all_versions(bucket: ObjectStore, name: ModelName) -> list[Model]:
     """Return the versions of a name with a manifest and without, the oldest first."""
     found = [*versions_without_manifest(bucket, name), *versions(bucket, name)]
     return _by_age({model.name.version: model for model in found}.values())
@@ -170,13 +170,13 @@ def _by_age(models: Iterable[Model]) -> list[Model]:
     return [by_version[version] for version in order]
 
 
-def nearest_directory(bucket: Bucket, place: Address) -> str:
+def nearest_directory(bucket: ObjectStore, place: Address) -> str:
     """The directories most like one that is not there, as text for an error."""
     above, slash, name = place.prefix.rstrip("/").rpartition("/")
     return suggest_names(name, _labels(bucket, f"{above}{slash}"))
 
 
-def published_under(bucket: Bucket, name: ModelName) -> list[Model]:
+def published_under(bucket: ObjectStore, name: ModelName) -> list[Model]:
     """What is published under a name, at all versions and without, as far as it can be read."""
     found = []
     for version in (None, *_version_labels(bucket, name)):
@@ -186,14 +186,14 @@ def published_under(bucket: Bucket, name: ModelName) -> list[Model]:
     return found
 
 
-def _version_labels(bucket: Bucket, name: ModelName) -> Iterator[str]:
+def _version_labels(bucket: ObjectStore, name: ModelName) -> Iterator[str]:
     for label in _labels(bucket, name.library, f"{name.name}@"):
         parts = split_label(label)
         if parts and parts[0] == name.name and parts[1]:
             yield parts[1]
 
 
-def list_models(bucket: Bucket, library: Address) -> tuple[list[Model], list[UnreadableModel]]:
+def list_models(bucket: ObjectStore, library: Address) -> tuple[list[Model], list[UnreadableModel]]:
     """Every model and version of a library, by name; and those that cannot be shown.
 
     Directories that are no models (those of an organisation, say) are looked into, one level deep.
@@ -214,19 +214,19 @@ def list_models(bucket: Bucket, library: Address) -> tuple[list[Model], list[Unr
     return sorted(found, key=lambda model: safetensors.natural_sort_key(str(model.name))), damaged
 
 
-def _labels(bucket: Bucket, library: str, start: str = "") -> Iterator[str]:
+def _labels(bucket: ObjectStore, library: str, start: str = "") -> Iterator[str]:
     """The names of directories in a library that begin with `start`."""
     for page in bucket.list(f"{library}{start}"):
         for prefix in page.prefixes:
             yield prefix[len(library) :].rstrip("/")
 
 
-def _places(bucket: Bucket, library: str) -> Iterator[tuple[str, str]]:
+def _places(bucket: ObjectStore, library: str) -> Iterator[tuple[str, str]]:
     return ((library, label) for label in _labels(bucket, library) if split_label(label))
 
 
 def _inspect_directory(
-    bucket: Bucket, library: Address, prefix: str, label: str
+    bucket: ObjectStore, library: Address, prefix: str, label: str
 ) -> Model | UnreadableModel | list[tuple[str, str]] | None:
     """The model there; or what is wrong with it; or the directories in what is no model."""
     parts = split_label(label)
@@ -244,7 +244,7 @@ def _inspect_directory(
     return [(name.prefix, inner) for inner in labels if split_label(inner)]
 
 
-def _listed(bucket: Bucket, name: ModelName) -> Model | None:
+def _listed(bucket: ObjectStore, name: ModelName) -> Model | None:
     """A model without a manifest, from the bucket's listing."""
     found = list(bucket.walk(name.prefix))
     infos = [info for info in found if is_safe_path(info.key[len(name.prefix) :])]
@@ -256,7 +256,7 @@ def _listed(bucket: Bucket, name: ModelName) -> Model | None:
     return Model(name, Manifest(name=name.name, version=name.version, created=newest, model=about, files=files))
 
 
-def _model_info(bucket: Bucket, infos: dict[str, ObjectInfo]) -> ModelInfo:
+def _model_info(bucket: ObjectStore, infos: dict[str, ObjectInfo]) -> ModelInfo:
     """What a model is, read from its configuration and the headers of its weights."""
     try:
         return manifests.inspect_model({path: (info.size, _reading(bucket, info)) for path, info in infos.items()})
@@ -264,7 +264,7 @@ def _model_info(bucket: Bucket, infos: dict[str, ObjectInfo]) -> ModelInfo:
         return ModelInfo()
 
 
-def _reading(bucket: Bucket, info: ObjectInfo) -> safetensors.Read:
+def _reading(bucket: ObjectStore, info: ObjectInfo) -> safetensors.Read:
     """Bytes of an object; its start is fetched in one go, as most headers need no more."""
     version = bucket.version(info)
     start: list[bytes] = []

@@ -20,7 +20,7 @@ from obsfs.library.pull import SNAPSHOTS, Pull, PullResult, read_local
 from obsfs.library.safe_paths import path_below, write_whole
 from obsfs.library.transfer import Advance
 from obsfs.settings import GivenValue, Settings, keywords
-from obsfs.store.s3.client import Bucket
+from obsfs.store import open_store
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -126,7 +126,7 @@ def resolve(name: str, **settings: Any) -> str:
     """
     chosen = Settings.load(**keywords(settings, resolve))
     model = parse_model(name, chosen.library)
-    return str(catalog.resolve(Bucket(model.address, chosen), model).name)
+    return str(catalog.resolve(open_store(model.address, chosen), model).name)
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,9 @@ from obsfs.library.catalog import Model
 from obsfs.library.manifest import File, Manifest, ModelInfo, now, parse_manifest
 from obsfs.library.names import LEASE, ModelName
 from obsfs.library.transfer import Advance, OrderedHash, WorkerPool, tasks_for
-from obsfs.store.s3.writer import COPY_PART, MAX_PUT, PART, Part, PutResult, Writer, part_size, parts_etag
-from obsfs.store.types import ObjectInfo, ObjectVersion
+from obsfs.store.base import ObjectStore
+from obsfs.store.parts import COPY_PART, MAX_PUT, PART, part_size, parts_etag
+from obsfs.store.types import ObjectInfo, ObjectVersion, Part, PutResult
 
 _NOTES_FORMAT = 1
 """Of what is noted of uploads under way; without a number it is format 0, which is the same."""
@@ -171,7 +172,7 @@ class Publication:
 
     def __init__(
         self,
-        writer: Writer,
+        store: ObjectStore,
         name: ModelName,
         sources: Sequence[PublishSource],
         details: Details,
@@ -181,7 +182,7 @@ class Publication:
         retry_timeout: float,
         advance: Advance = lambda size: None,
     ) -> None:
-        self._writer = writer
+        self._store = store
         self._name = name
         self._details = details
         self._notes = UploadResumeState(notes)
@@ -202,7 +203,7 @@ class Publication:
         before, there = self._snapshot_remote()
         if before and self._name.version and not self._may_be(before.manifest):
             self._refuse()
-        self._compare(catalog.published_under(self._writer.bucket, self._name), there)
+        self._compare(catalog.published_under(self._store, self._name), there)
         if before and self._is_same(before.manifest):
             self._abort()
             return before.manifest
@@ -210,7 +211,7 @@ class Publication:
             self._refuse()
         try:
             self._stage()
-            with PublishLease(self._writer, self._name, self._details.author, self._notes.nonce) as claim:
+            with PublishLease(self._store, self._name, self._details.author, self._notes.nonce) as claim:
                 return self._publish(claim, before, there)
         except ExistsError:
             self._abort()
@@ -227,7 +228,7 @@ class Publication:
 
     def _snapshot_remote(self) -> tuple[Model | None, dict[str, ObjectInfo]]:
         """What is published under the name now, and the objects that are there, by their keys."""
-        bucket = self._writer.bucket
+        bucket = self._store
         return catalog.read_model(bucket, self._name), {info.key: info for info in bucket.walk(self._name.prefix)}
 
     def _may_be(self, manifest: Manifest) -> bool:
@@ -273,7 +274,7 @@ class Publication:
 
     def _is_there(self, pool: WorkerPool, found: ObjectInfo, file: File) -> bool:
         """Whether an object in a listing is the one of a manifest; a server that lists no ETags is asked for it."""
-        return found.etag == file.etag or pool.retried(lambda: self._writer.bucket.head(found.key)).etag == file.etag
+        return found.etag == file.etag or pool.retried(lambda: self._store.head(found.key)).etag == file.etag
 
     # staging
 
@@ -285,7 +286,7 @@ class Publication:
             upload = self._notes.uploads.get(item.key, "")
             if upload:
                 try:
-                    item.had = pool.retried(lambda: self._writer.parts(item.key, upload))
+                    item.had = pool.retried(lambda: self._store.list_parts(item.key, upload))
                 except NotFoundError:
                     upload = ""
             if upload:
@@ -296,8 +297,8 @@ class Publication:
         def begin_anew(item: FileUpload) -> None:
             if item.upload:
                 with suppress(ObsfsError):
-                    self._writer.abort(item.key, item.upload)
-            item.upload = pool.retried(lambda: self._writer.begin(item.key))
+                    self._store.abort_upload(item.key, item.upload)
+            item.upload = pool.retried(lambda: self._store.create_upload(item.key))
             item.had = {}
             self._notes.note(item.key, item.upload)
 
@@ -337,7 +338,7 @@ class Publication:
             item.etags[index + 1] = had.etag
         else:
             with self._gone(item):
-                etag = pool.retried(lambda: self._writer.put_part(item.key, item.upload, index + 1, data))
+                etag = pool.retried(lambda: self._store.upload_part(item.key, item.upload, index + 1, data))
             item.etags[index + 1] = etag
             self._count(size)
         self._advance(size)
@@ -349,7 +350,7 @@ class Publication:
         number, span = index + 1, range(offset, offset + size)
         with _replaced(version), self._gone(item):
             etag = _unless_refused(
-                lambda: pool.retried(lambda: self._writer.copy_part(item.key, item.upload, number, version, span))
+                lambda: pool.retried(lambda: self._store.upload_part_copy(item.key, item.upload, number, version, span))
             )
         with self._guard:
             if not item.copied:
@@ -371,7 +372,7 @@ class Publication:
         """Whether the server looks at the version that it is to copy a part of: asked once, with a wrong one."""
         if self._parts_refused is None:
             wrong = replace(self._original(item), etag=_NOBODYS)
-            call = partial(self._writer.copy_part, item.key, item.upload, _PROBE_PART, wrong, range(1))
+            call = partial(self._store.upload_part_copy, item.key, item.upload, _PROBE_PART, wrong, range(1))
             self._parts_refused = _is_refused(pool, call)
         return self._parts_refused
 
@@ -379,7 +380,7 @@ class Publication:
         """As `_refuses_parts`, of whole objects. What is copied all the same is overwritten by what is sent then."""
         if self._copies_refused is None:
             wrong = replace(self._original(item), etag=_NOBODYS)
-            self._copies_refused = _is_refused(pool, partial(self._writer.copy, wrong, item.key))
+            self._copies_refused = _is_refused(pool, partial(self._store.copy, wrong, item.key))
         return self._copies_refused
 
     def _send_instead(self, item: FileUpload) -> None:
@@ -396,7 +397,7 @@ class Publication:
         """What an item is to be a copy of."""
         assert item.copied is not None
         model, file = item.copied
-        return model.version_of(file, self._writer.bucket.endpoint)
+        return model.version_of(file, self._store.endpoint)
 
     @contextmanager
     def _gone(self, item: FileUpload) -> Iterator[None]:
@@ -425,7 +426,7 @@ class Publication:
         """Drop what is still noted, and forget about it."""
         for key, upload in list(self._notes.uploads.items()):
             with suppress(ObsfsError):
-                self._writer.abort(key, upload)
+                self._store.abort_upload(key, upload)
         self._notes.clear()
 
     # publishing
@@ -437,7 +438,7 @@ class Publication:
             if not there:
                 # Another push would meet the same refusal; until then they would look like a model without a manifest.
                 with suppress(ObsfsError):
-                    self._writer.delete(*(item.key for item in self._items))
+                    self._store.delete(*(item.key for item in self._items))
             raise
 
     def _make_appear(self, claim: PublishLease, before: Model | None, there: dict[str, ObjectInfo]) -> Manifest:
@@ -463,7 +464,7 @@ class Publication:
         self._put_manifest(pool, manifest)
         if before:
             gone = {file.path for file in before.manifest.files} - {file.path for file in manifest.files}
-            pool.run(tasks_for(sorted(gone), lambda path: self._writer.delete(f"{self._name.prefix}{path}")))
+            pool.run(tasks_for(sorted(gone), lambda path: self._store.delete(f"{self._name.prefix}{path}")))
         self._abort()
         return manifest
 
@@ -472,22 +473,22 @@ class Publication:
         manifest is refused after it. Where the server does not let us look, they stay."""
         with suppress(ObsfsError):
             wanted = {item.key for item in self._items}
-            for key, upload in self._writer.uploads(self._name.prefix):
+            for key, upload in self._store.list_uploads(self._name.prefix):
                 if key in wanted:
-                    self._writer.abort(key, upload)
+                    self._store.abort_upload(key, upload)
 
     def _put_manifest(self, pool: WorkerPool, manifest: Manifest) -> None:
         text, is_new = manifest.to_json(), bool(self._name.version)
         try:
             try:
-                pool.retried(lambda: self._writer.put(self._name.manifest_key, text, new=is_new))
+                pool.retried(lambda: self._store.put(self._name.manifest_key, text, new=is_new))
             except UnsupportedError:
-                if not is_new or catalog.read_model(self._writer.bucket, self._name):
+                if not is_new or catalog.read_model(self._store, self._name):
                     raise
-                pool.retried(lambda: self._writer.put(self._name.manifest_key, text))
+                pool.retried(lambda: self._store.put(self._name.manifest_key, text))
         except ExistsError:
             # It may be our own, the answer to which was lost.
-            if self._writer.bucket.get(self._name.manifest_key).data != text:
+            if self._store.get(self._name.manifest_key).data != text:
                 raise
 
     def _finalize_object(self, pool: WorkerPool, item: FileUpload) -> PutResult:
@@ -502,7 +503,7 @@ class Publication:
             return written
         data = pool.retried(lambda: item.source.read(0, item.size))
         self._check(item, hashlib.sha256(data).hexdigest())
-        written = pool.retried(lambda: self._writer.put(item.key, data))
+        written = pool.retried(lambda: self._store.put(item.key, data))
         self._count(item.size)
         self._advance(item.size)
         return written
@@ -515,7 +516,7 @@ class Publication:
             sha.update(data)
             md5.update(data)
         self._check(item, sha.hexdigest())
-        written = pool.retried(lambda: self._writer.put_file(item.key, item.size, item.source.read, md5.digest()))
+        written = pool.retried(lambda: self._store.put_file(item.key, item.size, item.source.read, md5.digest()))
         self._count(item.size)
         self._advance(item.size)
         return written
@@ -524,7 +525,7 @@ class Publication:
         """A copy inside the server, if it is what it should be."""
         version = self._original(item)
         with _replaced(version):
-            written = _unless_refused(lambda: pool.retried(lambda: self._writer.copy(version, item.key)))
+            written = _unless_refused(lambda: pool.retried(lambda: self._store.copy(version, item.key)))
         if written is None:
             return None
         etag = written.etag or self._head(pool, item).etag
@@ -533,7 +534,7 @@ class Publication:
         return written if is_right else None
 
     def _head(self, pool: WorkerPool, item: FileUpload) -> ObjectInfo:
-        return pool.retried(lambda: self._writer.bucket.head(item.key))
+        return pool.retried(lambda: self._store.head(item.key))
 
     def _confirm(self, pool: WorkerPool, item: FileUpload) -> None:
         """Look at an object that has appeared: the manifest says of it what the server does, to whom pulls it."""
@@ -552,10 +553,10 @@ class Publication:
     def _complete(self, pool: WorkerPool, item: FileUpload) -> PutResult:
         with self._gone(item):
             try:
-                written = pool.retried(lambda: self._writer.complete(item.key, item.upload, item.etags))
+                written = pool.retried(lambda: self._store.complete_upload(item.key, item.upload, item.etags))
             except NotFoundError:
                 # Done already, if the answer to it was lost.
-                written = PutResult(self._writer.bucket.head(item.key).etag, "")
+                written = PutResult(self._store.head(item.key).etag, "")
                 digests = (bytes.fromhex(item.etags[n].strip('"')) for n in sorted(item.etags))
                 if written.etag.strip('"') != parts_etag(digests):
                     raise
@@ -650,8 +651,8 @@ class PublishLease:
     and looked at again after two seconds.
     """
 
-    def __init__(self, writer: Writer, name: ModelName, author: str, nonce: str) -> None:
-        self._writer = writer
+    def __init__(self, store: ObjectStore, name: ModelName, author: str, nonce: str) -> None:
+        self._store = store
         self._name = name
         self._key = f"{name.prefix}{LEASE}"
         self._nonce = nonce
@@ -669,7 +670,7 @@ class PublishLease:
             said, age = found
             if not said or said.get("nonce") == self._nonce or age > _CLAIM_SECONDS:
                 # Torn; ours, from a run that was killed; or of one that was killed long ago.
-                self._writer.delete(self._key)
+                self._store.delete(self._key)
                 continue
             raise ExistsError(
                 f"{self._name} is being published by {said.get('author') or 'somebody else'} since {age:.0f} s",
@@ -679,14 +680,14 @@ class PublishLease:
 
     def _take(self) -> bool:
         try:
-            self._writer.put(self._key, self._text, new=True)
+            self._store.put(self._key, self._text, new=True)
         except ExistsError:
             return False
         except UnsupportedError:
-            self._writer.put(self._key, self._text)
+            self._store.put(self._key, self._text)
         else:
             try:
-                self._writer.put(self._key, self._text, new=True)
+                self._store.put(self._key, self._text, new=True)
             except ExistsError:
                 return True
         time.sleep(_SETTLE_SECONDS)
@@ -695,7 +696,7 @@ class PublishLease:
 
     def _read(self) -> tuple[dict[str, Any], float] | None:
         try:
-            content = self._writer.bucket.get(self._key)
+            content = self._store.get(self._key)
         except NotFoundError:
             return None
         try:
@@ -715,4 +716,4 @@ class PublishLease:
         with suppress(ObsfsError):
             found = self._read()
             if found and found[0].get("nonce") == self._nonce:
-                self._writer.delete(self._key)
+                self._store.delete(self._key)

@@ -38,8 +38,9 @@ from obsfs.library.names import MANIFEST, METADATA_DIRECTORY, ModelName, is_safe
 from obsfs.library.safe_paths import open_file, path_below, read_small, size_and_mtime, write_whole
 from obsfs.library.transfer import Advance, OrderedHash, WorkerPool
 from obsfs.settings import Settings
+from obsfs.store import open_store
+from obsfs.store.base import MAX_SMALL
 from obsfs.store.checksums import Checksum
-from obsfs.store.s3.client import MAX_SMALL, Bucket
 from obsfs.store.types import ObjectVersion
 
 _STEP = 8 << 20
@@ -73,11 +74,11 @@ class Pull:
     def __init__(self, name: ModelName, settings: Settings, *, patience: float | None = None) -> None:
         """With `patience`, the bucket is asked for the model for so many seconds at most."""
         self._settings = settings
-        self._bucket = Bucket(name.address, settings)
+        self._bucket = open_store(name.address, settings)
         asked = self._bucket
         if patience is not None:
             timeout = min(patience, settings.request_timeout)
-            asked = Bucket(name.address, replace(settings, request_timeout=timeout, retry_timeout=patience))
+            asked = open_store(name.address, replace(settings, request_timeout=timeout, retry_timeout=patience))
         self.model = catalog.resolve(asked, name)
 
     def files(self, allow: Sequence[str] = (), ignore: Sequence[str] = ()) -> list[File]:

@@ -24,8 +24,7 @@ from obsfs.library.names import ModelName, is_safe_path, parse_model
 from obsfs.library.publish import Details, Publication, PublishSource
 from obsfs.library.transfer import Advance
 from obsfs.settings import Settings, keywords, state_dir
-from obsfs.store.s3.client import Bucket
-from obsfs.store.s3.writer import Writer
+from obsfs.store import open_store
 from obsfs.text import visible
 
 _CONNECTIONS = 16
@@ -182,10 +181,10 @@ def publish(
     advance: Advance = lambda size: None,
 ) -> tuple[Manifest, int]:
     """Publish files from anywhere. `origin` tells one try from another: the next of the same goes on with it."""
-    bucket = Bucket(name.address, settings.at_first_endpoint())
+    bucket = open_store(name.address, settings.at_first_endpoint())
     with resume_state_file(f"{bucket.endpoint} {name} {origin}", str(name)) as notes:
         publication = Publication(
-            Writer(bucket),
+            bucket,
             name,
             sources,
             details,

@@ -21,7 +21,7 @@ from obsfs.library.catalog import Model
 from obsfs.library.manifest import parse_manifest
 from obsfs.library.names import MANIFEST, ModelName, oldest_first, split_label, suggest_names
 from obsfs.store.address import Address
-from obsfs.store.s3.client import Bucket
+from obsfs.store.base import ObjectStore
 from obsfs.store.types import ObjectInfo, ObjectVersion, Page, epoch
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Snapshot:
         return json.dumps({"format": FORMAT, "files": files}).encode()
 
 
-def take(bucket: Bucket, address: Address, wanted: str) -> Snapshot:
+def take(bucket: ObjectStore, address: Address, wanted: str) -> Snapshot:
     """The state of a library, or of one model, that `wanted` names: a time (ISO 8601, or ``now``), or a version.
 
     Raises UsageError when there is nothing of that time or version.
@@ -105,7 +105,7 @@ def _read(data: bytes) -> dict[str, Any]:
     return found
 
 
-def restore(data: bytes, bucket: Bucket) -> Snapshot:
+def restore(data: bytes, bucket: ObjectStore) -> Snapshot:
     """What :meth:`Snapshot.to_json` has written. Raises ValueError for anything else, also of a later format."""
     try:
         found = _read(data)
@@ -129,7 +129,7 @@ def parse_time(text: str) -> datetime | None:
     return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
-def _models(bucket: Bucket, address: Address) -> list[Model]:
+def _models(bucket: ObjectStore, address: Address) -> list[Model]:
     """The published models of a library; of a model's own address, it and its versions."""
     own = _own_name(address)
     if own is not None:
@@ -148,7 +148,7 @@ def _own_name(address: Address) -> ModelName | None:
     return ModelName(address.scheme, address.bucket, f"{parent}/" if parent else "", *parts) if parts else None
 
 
-def _as_of(bucket: Bucket, model: Model, moment: datetime) -> Model | None:
+def _as_of(bucket: ObjectStore, model: Model, moment: datetime) -> Model | None:
     """A model as it was then: as it is, or, in a bucket that keeps versions, by an older manifest."""
     if model.manifest.created <= moment:
         return model
@@ -164,7 +164,7 @@ def _as_of(bucket: Bucket, model: Model, moment: datetime) -> Model | None:
 
 
 def _of_version(
-    bucket: Bucket, address: Address, models: list[Model], wanted: str
+    bucket: ObjectStore, address: Address, models: list[Model], wanted: str
 ) -> Iterator[tuple[str, ObjectVersion, float]]:
     chosen = [model for model in models if model.name.version == wanted]
     if not chosen:
@@ -174,7 +174,7 @@ def _of_version(
         yield from _files(bucket, address, model, model.name.at(None))
 
 
-def _of_time(bucket: Bucket, address: Address, models: list[Model]) -> Iterator[tuple[str, ObjectVersion, float]]:
+def _of_time(bucket: ObjectStore, address: Address, models: list[Model]) -> Iterator[tuple[str, ObjectVersion, float]]:
     by_name: dict[ModelName, dict[str | None, Model]] = {}
     for model in models:
         by_name.setdefault(model.name.at(None), {})[model.name.version] = model
@@ -189,7 +189,7 @@ def _of_time(bucket: Bucket, address: Address, models: list[Model]) -> Iterator[
 
 
 def _files(
-    bucket: Bucket, address: Address, model: Model, shown: ModelName
+    bucket: ObjectStore, address: Address, model: Model, shown: ModelName
 ) -> Iterator[tuple[str, ObjectVersion, float]]:
     """A model's files under the name that it is shown by."""
     # Where one model is mounted, other versions of it lie outside.

@@ -15,7 +15,7 @@ from obsfs.library.manifest import File, Manifest
 from obsfs.library.names import is_safe_path
 from obsfs.library.safe_paths import open_file
 from obsfs.library.transfer import Advance, OrderedHash, WorkerPool, tasks_for
-from obsfs.store.s3.client import Bucket
+from obsfs.store.base import ObjectStore
 
 _STEP = 8 << 20
 _WORKERS = 16
@@ -44,7 +44,7 @@ class Verified(NamedTuple):
     absent: int = 0
 
 
-def in_bucket(bucket: Bucket, model: Model, advance: Advance) -> Verified:
+def in_bucket(bucket: ObjectStore, model: Model, advance: Advance) -> Verified:
     """Read every file from the bucket, past the cache. Raises ObsfsError when it cannot be read at all."""
     pool = WorkerPool(_WORKERS)
     files = model.manifest.files

@@ -24,8 +24,7 @@ from obsfs.library.catalog import Model
 from obsfs.library.names import METADATA_DIRECTORY, parse_model, split_label, suggest_names
 from obsfs.library.transfer import Advance, WorkerPool, tasks_for
 from obsfs.store.address import Address
-from obsfs.store.s3.client import Bucket
-from obsfs.store.s3.writer import Writer
+from obsfs.store.base import ObjectStore
 from obsfs.store.types import ObjectVersion
 
 _PROFILES = f"{METADATA_DIRECTORY}profiles/"
@@ -48,7 +47,7 @@ class Wanted(NamedTuple):
         return len(self.blocks) * BLOCK - (spare if is_last_in else 0)
 
 
-def versions_at(bucket: Bucket, address: Address) -> list[ObjectVersion]:
+def versions_at(bucket: ObjectStore, address: Address) -> list[ObjectVersion]:
     """What is at an address now: the files of a model, all objects under a prefix, or one object.
 
     Raises NotFoundError.
@@ -95,7 +94,7 @@ def warm(engine: Engine, wanted: Sequence[Wanted], advance: Advance) -> None:
     pool.run(tasks_for(wanted, lambda one: engine.fill(one.version, one.blocks, advance, pool.check)))
 
 
-def read_profile(bucket: Bucket, model: Model, profile: str) -> list[Wanted]:
+def read_profile(bucket: ObjectStore, model: Model, profile: str) -> list[Wanted]:
     """What a profile of the model says. Raises NotFoundError, with those that there are, and UsageError."""
     prefix = f"{model.name.prefix}{_PROFILES}"
     try:
@@ -120,7 +119,7 @@ def read_profile(bucket: Bucket, model: Model, profile: str) -> list[Wanted]:
     return [one for one in wanted if one.blocks]
 
 
-def record_profile(bucket: Bucket, cache: Cache, model: Model, profile: str) -> int:
+def record_profile(bucket: ObjectStore, cache: Cache, model: Model, profile: str) -> int:
     """Write down what the cache has of the model now, as a profile in the bucket; its size in bytes."""
     ranges: dict[str, list[tuple[int, int]]] = {}
     total = 0
@@ -134,7 +133,7 @@ def record_profile(bucket: Bucket, cache: Cache, model: Model, profile: str) -> 
     if not ranges:
         raise UsageError(f"nothing of {model.name} is in the cache", "load it through a mount, then record")
     key = f"{model.name.prefix}{_PROFILES}{_checked(profile)}.json"
-    Writer(bucket).put(key, json.dumps(ranges).encode())
+    bucket.put(key, json.dumps(ranges).encode())
     return total
 
 

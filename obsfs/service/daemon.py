@@ -36,8 +36,9 @@ from obsfs.service.supervisor import FORMAT, RETRY
 from obsfs.service.supervisor_client import SupervisorClient, appoint
 from obsfs.service.takeover_log import TakeoverLog
 from obsfs.settings import Settings
+from obsfs.store import open_store
 from obsfs.store.address import Address, parse_address
-from obsfs.store.s3.client import Bucket
+from obsfs.store.base import ObjectStore
 from obsfs.store.types import Page
 from obsfs.version import __version__
 from obsfs.vfs.operations import Operations
@@ -156,7 +157,7 @@ def serve(
         ends_with = supervisor.pid or os.getpid()
         lock = takeover.lock if takeover else state.acquire_lock(mountpoint, ends_with)
         cleanup.callback(os.close, lock)
-        bucket = Bucket(address, settings, is_known=takeover is not None)
+        bucket = open_store(address, settings, is_known=takeover is not None)
         names: Source = bucket
         page: Page | None = None
         if settings.snapshot:
@@ -201,7 +202,7 @@ def serve(
             "can_be_followed": takeover is not None,
             "ends_with_program": bool(request and request.get("lifeline")),
         }
-        operations = Operations(tree, engine, settings, identity, lambda: bucket.sites)
+        operations = Operations(tree, engine, settings, identity, lambda: bucket.stats().endpoints)
         stop.on_signals()
         if settings.fuse_backend == "native":
             native = _Native(
@@ -227,7 +228,7 @@ def serve(
 
 
 def _snapshot(
-    bucket: Bucket, address: Address, wanted: str, mountpoint: Path, *, is_successor: bool
+    bucket: ObjectStore, address: Address, wanted: str, mountpoint: Path, *, is_successor: bool
 ) -> tuple[snapshot.Snapshot, Path]:
     """What the mount shows, and the file in which it is kept for successors. Raises ObsfsError."""
     file = state.file_path(mountpoint, "snapshot")
@@ -254,7 +255,7 @@ def _snapshot(
     return taken, file
 
 
-def _restore(tree: Tree, place: Path, bucket: Bucket, takeover: Takeover) -> None:
+def _restore(tree: Tree, place: Path, bucket: ObjectStore, takeover: Takeover) -> None:
     """Take over what the journal tells. What it does not costs the files that it is about, never the mount."""
     try:
         found = takeover_log.read(place)
@@ -432,7 +433,7 @@ class _Native:
             log.info("the kernel's read-ahead stays as it is: root may raise it")
 
 
-def _check(bucket: Bucket, address: Address) -> Page:
+def _check(bucket: ObjectStore, address: Address) -> Page:
     page = bucket.check()
     if address.prefix and not page.objects and not page.prefixes:
         raise UsageError(f"there is nothing under {address}", f"see what is in {address.scheme}://{address.bucket}")

@@ -1,31 +1,30 @@
-"""Where keys and tokens come from.
+"""Where credentials come from, and how they are refreshed.
 
-``OBSFS_ACCESS_KEY_ID``, ``OBSFS_SECRET_ACCESS_KEY`` and ``OBSFS_SESSION_TOKEN`` come first; then botocore's own
-chain (environment, profile, container, instance role), which refreshes what expires; and Huawei's SDK names
-``HUAWEICLOUD_SDK_AK``, ``HUAWEICLOUD_SDK_SK`` and ``HUAWEICLOUD_SDK_SECURITY_TOKEN``, before botocore's where the
-endpoint is OBS and after it elsewhere. A profile that was asked for by name beats them all.
+The order: a profile that was asked for by name; ``OBSFS_ACCESS_KEY_ID``, ``OBSFS_SECRET_ACCESS_KEY`` and
+``OBSFS_SESSION_TOKEN``; botocore's own chain (environment, profile, container, instance role), which refreshes what
+expires. The names of Huawei's SDK (``HUAWEICLOUD_SDK_AK``, ``HUAWEICLOUD_SDK_SK`` and
+``HUAWEICLOUD_SDK_SECURITY_TOKEN``) come before botocore's chain on OBS, and after it elsewhere.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 from botocore.exceptions import CredentialRetrievalError
 
 from obsfs.errors import ForbiddenError, UsageError, WaitWarning
+from obsfs.store.deadline import call_within
 from obsfs.text import visible
 
 
 class Keys(NamedTuple):
-    """A key pair with its token, if it has one."""
+    """A key pair with its session token, if it has one. Never shown."""
 
     access_key: str
     secret_key: str
@@ -33,6 +32,50 @@ class Keys(NamedTuple):
 
     def __repr__(self) -> str:
         return "Keys(...)"
+
+
+class SigningKeys(Protocol):
+    """What a signer of botocore reads: :class:`Keys`, and botocore's own frozen credentials."""
+
+    @property
+    def access_key(self) -> str: ...
+
+    @property
+    def secret_key(self) -> str: ...
+
+    @property
+    def token(self) -> str | None: ...
+
+
+class CredentialProvider(Protocol):
+    """A source of credentials that refreshes those that expire."""
+
+    def current(self) -> SigningKeys:
+        """Return the keys to sign a request with now. May wait for a service; raises botocore's exceptions."""
+
+
+class StaticCredentials:
+    """Keys that never change."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+
+    def current(self) -> Keys:
+        """Return the keys."""
+        return self._keys
+
+
+class SessionCredentials:
+    """What botocore's chain found, which refreshes itself."""
+
+    def __init__(self, credentials: Any) -> None:
+        """Take ``botocore.credentials.Credentials``."""
+        self._credentials = credentials
+
+    def current(self) -> SigningKeys:
+        """Return the keys of now; asks the service that gave them out when they expire soon."""
+        keys: SigningKeys = self._credentials.get_frozen_credentials()
+        return keys
 
 
 _OBSFS = ("OBSFS_ACCESS_KEY_ID", "OBSFS_SECRET_ACCESS_KEY", "OBSFS_SESSION_TOKEN")
@@ -50,9 +93,16 @@ def _keys(names: tuple[str, str, str], environ: Mapping[str, str]) -> Keys | Non
 def explicit_keys(
     *, profile: str | None, on_obs: bool, chain_has_keys: bool, environ: Mapping[str, str] = os.environ
 ) -> Keys | None:
-    """The keys to hand to botocore, or None to leave it to botocore's own chain.
+    """Return the keys to hand to botocore, or None to leave it to botocore's own chain.
 
-    Raises UsageError when one half of a pair is missing.
+    Args:
+        profile: A profile that was asked for by name.
+        on_obs: The endpoint is OBS.
+        chain_has_keys: botocore's chain has credentials.
+        environ: The variables to read.
+
+    Raises:
+        UsageError: One half of a pair is missing.
     """
     if profile:
         return None
@@ -72,13 +122,13 @@ _CONTAINER = "http://169.254.170.2"
 """https://docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html."""
 _CONTAINER_PROVIDER = "container-role"
 _LOOK_SECONDS = 1.75
-"""For all places together: each answers within a second, if at all. Who starts a command is told within three."""
+"""For all sources together: each answers within a second, if at all. A command reports an error within three."""
 _ASSISTED_SECONDS = 58.0
-"""Where a program of the user's is run, or a code is asked for: these may need a person."""
+"""Where a program of the user's runs, or a code is asked for: a person may have to act."""
 _ASSISTED = ("credential_process", "mfa_serial")
 _SILENT_SECONDS = 5.0
 _silent: dict[tuple[str, int], float] = {}
-"""When (monotonic seconds) which service did not answer: it is not waited for again soon."""
+"""Services that did not answer, and when (monotonic seconds): they are not waited for again soon."""
 _NAMES = {
     "env": "environment",
     "assume-role": "the role of profile {}",
@@ -89,11 +139,11 @@ _NAMES = {
     "container-role": "container's agent",
     "iam-role": "instance's metadata service",
 }
-"""What botocore's providers are called in an error; the others read files."""
+"""Names of botocore's providers for an error; the others read files."""
 
 
 def _is_silent(endpoint: str) -> bool:
-    """Whether nobody accepts a connection there within half a second."""
+    """Return whether nothing accepts a connection there within half a second."""
     try:
         parts = urlsplit(endpoint)
         address = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
@@ -119,8 +169,8 @@ class _Chain:
         self.asking = ""
         self._metadata = "off"
 
-    def places(self) -> str:
-        """Where credentials are looked for, in words."""
+    def searched(self) -> str:
+        """Return where credentials are looked for, in words."""
         profile = visible(self._profile, 60)
         return f"environment, profile {profile}, container's agent, instance's metadata service ({self._metadata})"
 
@@ -169,24 +219,24 @@ def _check_agent() -> None:
         raise CredentialRetrievalError(provider="container", error_msg=f"{parts.hostname} does not answer")
 
 
-class Look(NamedTuple):
-    """Whether there are credentials, and where they were looked for, in words."""
+class ChainResult(NamedTuple):
+    """Whether botocore's chain has credentials, and where it looked for them, in words."""
 
-    has_keys: bool
-    places: str
+    has_credentials: bool
+    searched: str
 
 
-def look(session: Any, *, fetch: bool = True) -> Look:
+def load_chain(session: Any, *, fetch: bool = True) -> ChainResult:
     """Find credentials by botocore's own chain, within two seconds for all of it.
 
-    A program of the user's (``credential_process``), or a code that is asked for, gets a minute, and that is told.
+    A program of the user's (``credential_process``), or a code that is asked for, gets a minute, and a warning says so.
 
     Args:
         session: A ``botocore.session.Session``. It keeps what was found, and refreshes it.
-        fetch: Have a role's keys handed out now, and not when the first request is signed.
+        fetch: Fetch a role's keys now, and not when the first request is signed.
 
     Raises:
-        ForbiddenError: What the configuration names as their source is broken, or does not answer in time.
+        ForbiddenError: A source that the configuration names is broken, or does not answer in time.
     """
     chain = _Chain(session)
     session.register_component("credential_provider", chain)
@@ -197,8 +247,14 @@ def look(session: Any, *, fetch: bool = True) -> Look:
             credentials.get_frozen_credentials()
         return credentials is not None
 
+    def extend() -> float:
+        if not chain.needs_a_person():
+            return 0.0
+        warnings.warn(f"waiting for credentials ({chain.asking}), for a minute at most", WaitWarning, stacklevel=4)
+        return _ASSISTED_SECONDS
+
     try:
-        found = _within_bounds(ask, chain)
+        has_credentials = call_within(ask, _LOOK_SECONDS, name="obsfs-keys", extend=extend)
     except TimeoutError:
         raise ForbiddenError(
             f"no credentials in time: {chain.asking} does not answer",
@@ -210,21 +266,4 @@ def look(session: Any, *, fetch: bool = True) -> Look:
             f"no credentials: {chain.asking} cannot be used ({reason})",
             "see to credential_process or the token file of the profile",
         ) from None
-    return Look(found, chain.places())
-
-
-def _within_bounds(ask: Callable[[], bool], chain: _Chain) -> bool:
-    """What `ask` returns or raises; TimeoutError when it takes too long: it goes on in a thread of its own."""
-    answer: Future[bool] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(ask())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=run, name="obsfs-keys", daemon=True).start()
-    if not wait([answer], _LOOK_SECONDS).done and chain.needs_a_person():
-        warnings.warn(f"waiting for credentials ({chain.asking}), for a minute at most", WaitWarning, stacklevel=3)
-        wait([answer], _ASSISTED_SECONDS)
-    return answer.result(timeout=0)
+    return ChainResult(has_credentials, chain.searched())

@@ -69,6 +69,23 @@ class ObjectBody(NamedTuple):
             return 0.0
 
 
+class PutResult(NamedTuple):
+    """An object that was written."""
+
+    etag: str
+    """As HTTP has it, in quotes; empty where the server does not send it."""
+    version_id: str
+    """Empty where the bucket keeps no versions."""
+
+
+class Part(NamedTuple):
+    """A part of an upload that the server has."""
+
+    size: int
+    """In bytes."""
+    etag: str
+
+
 _MODIFIED = "last-modified:"
 """Begins the tag of an object that has no ETag. The rest is its Last-Modified, in whole seconds as HTTP has it."""
 

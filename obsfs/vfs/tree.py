@@ -51,7 +51,7 @@ _SERVER_BITS = 40
 
 
 class Source(Protocol):
-    """The part of :class:`~obsfs.store.s3.client.Bucket` that a tree asks."""
+    """The part of :class:`~obsfs.store.base.ObjectStore` that a tree asks."""
 
     def list(self, prefix: str) -> Iterator[Page]: ...
     def head(self, key: str) -> ObjectInfo: ...

@@ -22,7 +22,7 @@ from obsfs.fuse.kernel import channel, server  # noqa: F401
 from obsfs.service import daemon, mounts
 from obsfs.settings import Settings
 from obsfs.store.address import parse_address
-from obsfs.store.s3.client import Bucket
+from obsfs.store.s3.store import S3Store
 from tests.conftest import MIB, Mounter, Result, Store, random_bytes, wait_for
 from tests.faulty import FaultyLink
 
@@ -379,7 +379,7 @@ def test_a_user_without_rights(
     mode = channel.DEVICE.stat().st_mode
     channel.DEVICE.chmod(mode | 0o666)
     # Forked rather than started: the interpreter may lie where only root may look. So all is imported before.
-    Bucket(parse_address(str(bucket)), Settings.load()).check()
+    S3Store(parse_address(str(bucket)), Settings.load()).check()
     pid = os.fork()
     if not pid:
         try:

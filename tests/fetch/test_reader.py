@@ -18,12 +18,12 @@ from obsfs.errors import CacheError
 from obsfs.fetch.reader import Engine
 from obsfs.settings import Settings
 from obsfs.store.address import Address
-from obsfs.store.s3.client import Bucket
+from obsfs.store.s3.store import S3Store
 from obsfs.store.types import ObjectVersion
 from tests.cache.test_cache import evict
 from tests.conftest import MIB, Store, random_bytes, wait_for
 
-Start = Callable[[], tuple[Bucket, Engine]]
+Start = Callable[[], tuple[S3Store, Engine]]
 
 
 @pytest.fixture
@@ -31,11 +31,11 @@ def start(bucket: Store, tmp_path: Path) -> Iterator[Start]:
     """A new engine on the same cache, when the one before has ended."""
     engines: list[Engine] = []
 
-    def make() -> tuple[Bucket, Engine]:
+    def make() -> tuple[S3Store, Engine]:
         while engines:
             engines.pop().close()
         settings = Settings.load(cache_dir=tmp_path / "blocks", endpoint_url=bucket.server.endpoint)
-        source = Bucket(Address("obs", bucket.name), settings)
+        source = S3Store(Address("obs", bucket.name), settings)
         engines.append(Engine(source, settings, seals=False))
         return source, engines[-1]
 
@@ -207,7 +207,7 @@ def test_room_is_made_beside_those_who_fetch(bucket: Store, tmp_path: Path, monk
     """Who waits for a block does not wait until all maps have been read."""
     bucket.put("big", random_bytes(70 * MIB))
     settings = Settings.load(cache_dir=tmp_path / "c", endpoint_url=bucket.server.endpoint, cache_size="1GiB")
-    source = Bucket(Address("obs", bucket.name), settings)
+    source = S3Store(Address("obs", bucket.name), settings)
     trim, threads = Cache.trim, []
 
     def noted(cache: Cache) -> None:

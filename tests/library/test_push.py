@@ -35,9 +35,9 @@ from obsfs.library.download import snapshot_download
 from obsfs.library.names import parse_model
 from obsfs.library.push import find_files, push, resume_state_file
 from obsfs.settings import Settings
-from obsfs.store.s3.client import Bucket
-from obsfs.store.s3.writer import PART, PutResult, Writer
-from obsfs.store.types import ObjectVersion
+from obsfs.store.parts import PART
+from obsfs.store.s3.store import S3Store
+from obsfs.store.types import ObjectVersion, PutResult
 from tests.conftest import MIB, Mounter, Result, Store, contents, rclone_server, stop_group, wait_for, write_model
 from tests.faulty import FaultyLink
 
@@ -138,14 +138,14 @@ def test_large_files_of_another_version_are_copied_in_parts(
 
     publish_as("v1")
     spans: list[range] = []
-    copied, visible = Writer.copy_part, set[str]()
+    copied, visible = S3Store.upload_part_copy, set[str]()
 
-    def watched(self: Writer, key: str, upload: str, number: int, source: ObjectVersion, span: range) -> str:
+    def watched(self: S3Store, key: str, upload: str, number: int, source: ObjectVersion, span: range) -> str:
         spans.append(span)
         visible.update(keys(bucket, "m@v2/"))
         return copied(self, key, upload, number, source, span)
 
-    monkeypatch.setattr(Writer, "copy_part", watched)
+    monkeypatch.setattr(S3Store, "upload_part_copy", watched)
     monkeypatch.setattr(publish, "COPY_PART", 5 * MIB)
     seen: list[int] = []
     assert publish_as("v2", seen.append) == 0
@@ -158,7 +158,7 @@ def test_large_files_of_another_version_are_copied_in_parts(
     for path, data in local.items():
         assert bucket.client.get_object(Bucket=bucket.name, Key=f"m@v2/{path}")["Body"].read() == data
     # What it is a copy of is replaced meanwhile: told, and nothing is published.
-    monkeypatch.setattr(Writer, "copy_part", lambda self, key, upload, number, source, span: copied(
+    monkeypatch.setattr(S3Store, "upload_part_copy", lambda self, key, upload, number, source, span: copied(
         self, key, upload, number, dataclasses.replace(source, etag='"other"'), span))  # fmt: skip
     with pytest.raises(UsageError, match="was replaced just now"):
         publish_as("v3")
@@ -200,11 +200,11 @@ def test_what_is_published_can_be_pulled_from_every_server(
         assert contents(target) == contents(model)
 
 
-def unsupported(self: Writer, *_: object) -> PutResult:
+def unsupported(self: S3Store, *_: object) -> PutResult:
     raise UnsupportedError("501 NotImplemented")
 
 
-def refused(self: Writer, *_: object) -> PutResult:
+def refused(self: S3Store, *_: object) -> PutResult:
     raise ForbiddenError("the source may not be read")
 
 
@@ -215,16 +215,16 @@ def test_what_the_server_does_not_copy_right_is_sent(
     model = write_model(tmp_path / "m", mib=9, shards=1)
     publish_as = partial(push, model, settings=Settings.load(retry_timeout="2s"), files=find_files(model))
     publish_as(name=parse_model(f"{bucket}/m@v1"))
-    copy, copy_part = Writer.copy, Writer.copy_part
+    copy, copy_part = S3Store.copy, S3Store.upload_part_copy
     shard = "m@v1/model-00001-of-00001.safetensors"
     other = bucket.client.put_object(Bucket=bucket.name, Key="other", Body=bytes(keys(bucket)[shard]))["ETag"]
     if kind in ("unsupported", "refused"):
-        monkeypatch.setattr(Writer, "copy", unsupported if kind == "unsupported" else refused)
-        monkeypatch.setattr(Writer, "copy_part", unsupported if kind == "unsupported" else refused)
+        monkeypatch.setattr(S3Store, "copy", unsupported if kind == "unsupported" else refused)
+        monkeypatch.setattr(S3Store, "upload_part_copy", unsupported if kind == "unsupported" else refused)
     elif kind == "silent":
         # As servers that take a request for another one, and do something.
-        monkeypatch.setattr(Writer, "copy", lambda self, source, key: self.put(key, b"")._replace(etag=""))
-        monkeypatch.setattr(Writer, "copy_part", lambda *_: "")
+        monkeypatch.setattr(S3Store, "copy", lambda self, source, key: self.put(key, b"")._replace(etag=""))
+        monkeypatch.setattr(S3Store, "upload_part_copy", lambda *_: "")
     else:
 
         def wrong(source: ObjectVersion) -> ObjectVersion:
@@ -234,10 +234,10 @@ def test_what_the_server_does_not_copy_right_is_sent(
                 source, etag=bucket.client.head_object(Bucket=bucket.name, Key=source.key)["ETag"]
             )
 
-        monkeypatch.setattr(Writer, "copy", lambda self, source, key: copy(self, wrong(source), key))
+        monkeypatch.setattr(S3Store, "copy", lambda self, source, key: copy(self, wrong(source), key))
         monkeypatch.setattr(
-            Writer,
-            "copy_part",
+            S3Store,
+            "upload_part_copy",
             lambda self, key, upload, number, source, span: copy_part(self, key, upload, number, wrong(source), span),
         )
         if kind == "whichever version":
@@ -256,12 +256,12 @@ def test_a_copy_with_another_md5_is_not_believed(
     model = write_model(tmp_path / "m", mib=1, shards=1)
     push(model, parse_model(f"{bucket}/m@v1"), Settings.load(), files=find_files(model))
 
-    def copy(self: Writer, source: ObjectVersion, key: str) -> PutResult:
+    def copy(self: S3Store, source: ObjectVersion, key: str) -> PutResult:
         if source.etag.strip('"') == "0" * 32:
             raise VersionChangedError("it is another")
         return self.put(key, bytes(source.size))
 
-    monkeypatch.setattr(Writer, "copy", copy)
+    monkeypatch.setattr(S3Store, "copy", copy)
     push(model, parse_model(f"{bucket}/m@v2"), Settings.load(), files=find_files(model))
     verify_whole(bucket, model, "m@v2")
 
@@ -270,12 +270,12 @@ def test_what_the_server_has_not_kept_whole_is_not_published(
     bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write_model(tmp_path / "m", mib=1, shards=1)
-    put = Writer.put
+    put = S3Store.put
 
-    def cut(self: Writer, key: str, data: bytes, *, new: bool = False) -> PutResult:
+    def cut(self: S3Store, key: str, data: bytes, *, new: bool = False) -> PutResult:
         return put(self, key, data[: 1 << 10] if key.endswith(".safetensors") else data, new=new)
 
-    monkeypatch.setattr(Writer, "put", cut)
+    monkeypatch.setattr(S3Store, "put", cut)
     with pytest.raises(RefusedError, match="1024 bytes of model-00001"):
         push(model, parse_model(f"{bucket}/m@v1"), Settings.load(), files=find_files(model))
     assert keys(bucket) == {}  # nor does it look like a model without a manifest
@@ -285,7 +285,7 @@ def test_a_server_without_uploads_in_parts_is_sent_whole_files(
     bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write_model(tmp_path / "m", mib=9, shards=1)
-    monkeypatch.setattr(Writer, "begin", unsupported)
+    monkeypatch.setattr(S3Store, "create_upload", unsupported)
     seen: list[int] = []
     name = parse_model(f"{bucket}/m@v1")
     push(model, name, Settings.load(), files=find_files(model), advance=seen.append)
@@ -304,15 +304,15 @@ def test_a_server_that_lists_no_etags_is_asked_for_them(
         push, model, parse_model(f"{bucket}/m@v1"), Settings.load(), files=find_files(model), check=False
     )
     publish_again()
-    walk = Bucket.walk
-    monkeypatch.setattr(Bucket, "walk", lambda self, prefix: (info._replace(etag="") for info in walk(self, prefix)))
+    walk = S3Store.walk
+    monkeypatch.setattr(S3Store, "walk", lambda self, prefix: (info._replace(etag="") for info in walk(self, prefix)))
     _, sent = publish_again()
     assert sent == 0
 
 
 def test_what_a_killed_publisher_left_is_no_model(bucket: Store) -> None:
     bucket.put("m@v1/config.json", b"{}")
-    found = Bucket(parse_model(f"{bucket}/m@v1").address, Settings.load())
+    found = S3Store(parse_model(f"{bucket}/m@v1").address, Settings.load())
     assert catalog.resolve(found, parse_model(f"{bucket}/m")).name.version == "v1"
     bucket.put("m@v1/.obsfs/claim.json", b"{}")
     for name in ("m@v1", "m"):
@@ -323,14 +323,14 @@ def test_what_a_killed_publisher_left_is_no_model(bucket: Store) -> None:
 def test_a_server_without_conditional_writes(bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_model(tmp_path / "m", mib=1, shards=1)
     monkeypatch.setattr(publish, "_SETTLE_SECONDS", 0.0)
-    put = Writer.put
+    put = S3Store.put
 
-    def unconditional(self: Writer, key: str, data: bytes, *, new: bool = False) -> PutResult:
+    def unconditional(self: S3Store, key: str, data: bytes, *, new: bool = False) -> PutResult:
         if new:
             raise UnsupportedError("501 NotImplemented")
         return put(self, key, data)
 
-    monkeypatch.setattr(Writer, "put", unconditional)
+    monkeypatch.setattr(S3Store, "put", unconditional)
     push(model, parse_model(f"{bucket}/m@v1"), Settings.load(), files=find_files(model))
     verify_whole(bucket, model, "m@v1")
     assert "m@v1/.obsfs/claim.json" not in keys(bucket)
@@ -402,7 +402,7 @@ def test_a_file_that_changes_meanwhile_is_noticed(bucket: Store, tmp_path: Path)
         push(model, parse_model(f"{bucket}/m@v1"), Settings.load(retry_timeout=2), files=files)
     assert (
         catalog.read_model(
-            Bucket(parse_model(f"{bucket}/m@v1").address, Settings.load()), parse_model(f"{bucket}/m@v1")
+            S3Store(parse_model(f"{bucket}/m@v1").address, Settings.load()), parse_model(f"{bucket}/m@v1")
         )
         is None
     )
@@ -474,7 +474,7 @@ def test_uploads_that_nobody_goes_on_with_are_dropped(bucket: Store, tmp_path: P
     uploads = {key: bucket.client.create_multipart_upload(Bucket=bucket.name, Key=key)["UploadId"]
                for key in (killed, noted, other)}  # fmt: skip
     model, name, settings = write_model(tmp_path / "m", mib=20), parse_model(f"{bucket}/m@v1"), Settings.load()
-    with resume_state_file(f"{Bucket(name.address, settings).endpoint} {name} {model}", str(name)) as notes:
+    with resume_state_file(f"{S3Store(name.address, settings).endpoint} {name} {model}", str(name)) as notes:
         publish.UploadResumeState(notes).note(noted, uploads[noted])
     push(model, name, settings, files=find_files(model))
     assert [upload["Key"] for upload in uploads_of(bucket)] == [other]
@@ -532,9 +532,9 @@ def test_a_torn_claim_is_nobodys(bucket: Store, tmp_path: Path) -> None:
 def test_a_server_that_knows_no_conditional_writes(bucket: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """As OBS: then the claim is written and looked at again."""
     name = parse_model(f"{bucket}/m@v1")
-    writer = Writer(Bucket(name.address, Settings.load()))
-    put = Writer.put
-    monkeypatch.setattr(Writer, "put", lambda self, key, data, new=False: put(self, key, data))
+    writer = S3Store(name.address, Settings.load())
+    put = S3Store.put
+    monkeypatch.setattr(S3Store, "put", lambda self, key, data, new=False: put(self, key, data))
     monkeypatch.setattr(publish, "_SETTLE_SECONDS", 0.1)
     with publish.PublishLease(writer, name, "me", "mine"):
         with pytest.raises(ExistsError), publish.PublishLease(writer, name, "you", "yours"):

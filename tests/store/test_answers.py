@@ -11,9 +11,9 @@ import pytest
 from obsfs.errors import NotFoundError, ObsfsError, UnavailableError, UsageError
 from obsfs.settings import Settings
 from obsfs.store.address import parse_address
+from obsfs.store.base import MAX_SMALL
 from obsfs.store.bounds import MAX_ANSWER, MAX_ERROR
-from obsfs.store.s3.client import MAX_SMALL, Bucket
-from obsfs.store.s3.writer import Writer
+from obsfs.store.s3.store import S3Store
 from obsfs.store.types import ObjectInfo
 from tests.conftest import Mounter, status
 from tests.store.hostile import Answer, HostileServer, endless, entry, listing
@@ -25,8 +25,8 @@ def _keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
 
 
-def _bucket(server: HostileServer) -> Bucket:
-    return Bucket(parse_address("s3://bucket"), Settings.load(endpoint_url=server.endpoint, retry_timeout=0))
+def _bucket(server: HostileServer) -> S3Store:
+    return S3Store(parse_address("s3://bucket"), Settings.load(endpoint_url=server.endpoint, retry_timeout=0))
 
 
 def test_one_bad_entry_costs_that_entry() -> None:
@@ -98,7 +98,7 @@ def test_entities_are_refused_at_once() -> None:
     )
     began = time.monotonic()
     with HostileServer(lambda *_: Answer(200, body)) as server, pytest.raises(ObsfsError, match="entities"):
-        Bucket(parse_address("s3://bucket"), Settings.load(endpoint_url=server.endpoint, retry_timeout=60)).check()
+        S3Store(parse_address("s3://bucket"), Settings.load(endpoint_url=server.endpoint, retry_timeout=60)).check()
     assert time.monotonic() - began < 30  # it is not tried again for a minute
 
 
@@ -136,7 +136,7 @@ def test_a_part_that_cannot_be_read_is_no_part() -> None:
     bad = "<Part><PartNumber>1</PartNumber><Size>-1</Size><ETag>a</ETag></Part>"
     body = f"<ListPartsResult><IsTruncated>false</IsTruncated>{bad}{good}</ListPartsResult>".encode()
     with HostileServer(lambda *_: Answer(200, body)) as server:
-        assert list(Writer(_bucket(server)).parts("k", "upload")) == [2]
+        assert list(_bucket(server).list_parts("k", "upload")) == [2]
 
 
 def test_a_404_of_any_length_is_not_there() -> None:

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from obsfs.errors import CorruptError, ForbiddenError, NotFoundError, UnavailableError, VersionChangedError
 from obsfs.settings import Settings
 from obsfs.store.address import parse_address
-from obsfs.store.s3.client import Bucket
 from obsfs.store.s3.ranges import RangeSender
+from obsfs.store.s3.store import S3Store
 from obsfs.store.types import ObjectVersion, parse_timestamp
 from tests.conftest import MIB, Mounter, Store, random_bytes, rclone_server
 from tests.faulty import FaultyServer
@@ -29,11 +29,11 @@ from tests.odd import Answer, OddServer, Request, refusal
 
 
 @pytest.fixture
-def ours(bucket: Store) -> Bucket:
-    return Bucket(parse_address(str(bucket)), Settings.load())
+def ours(bucket: Store) -> S3Store:
+    return S3Store(parse_address(str(bucket)), Settings.load())
 
 
-def read(bucket: Bucket, key: str, start: int, stop: int) -> bytes:
+def read(bucket: S3Store, key: str, start: int, stop: int) -> bytes:
     buffer = bytearray(stop - start)
     body = bucket.open_range(bucket.version(bucket.head(key)), start, stop)
     body.readinto(memoryview(buffer))
@@ -41,14 +41,14 @@ def read(bucket: Bucket, key: str, start: int, stop: int) -> bytes:
     return bytes(buffer)
 
 
-def test_ranges(bucket: Store, ours: Bucket) -> None:
+def test_ranges(bucket: Store, ours: S3Store) -> None:
     data = random_bytes(3 * MIB + 1)
     bucket.put("key", data)
     for start, stop in ((0, 1), (0, len(data)), (MIB, 2 * MIB), (len(data) - 1, len(data))):
         assert read(ours, "key", start, stop) == data[start:stop]
 
 
-def test_a_connection_is_used_again_after_a_whole_body(bucket: Store, ours: Bucket) -> None:
+def test_a_connection_is_used_again_after_a_whole_body(bucket: Store, ours: S3Store) -> None:
     bucket.put("key", random_bytes(2 * MIB))
     for _ in range(30):
         assert len(read(ours, "key", 0, 2 * MIB)) == 2 * MIB
@@ -60,7 +60,7 @@ def test_a_whole_object_has_the_checksum_that_the_server_keeps(bucket: Store, al
     given = {"ChecksumAlgorithm": algorithm} if algorithm else {}
     bucket.client.put_object(Bucket=bucket.name, Key="key", Body=data, **given)
     with FaultyServer(bucket.server.port, lambda number, _: "flipped" if number == 0 else None) as faulty:
-        ours = Bucket(parse_address(str(bucket)), Settings.load(endpoint_url=faulty.endpoint, retry_timeout=0))
+        ours = S3Store(parse_address(str(bucket)), Settings.load(endpoint_url=faulty.endpoint, retry_timeout=0))
         version = ours.version(ours.head("key"))
         with pytest.raises(CorruptError, match=algorithm.lower() or "crc32"):
             ours.read_range(version, 0, len(data))
@@ -76,19 +76,19 @@ def test_a_small_object_has_its_checksum(bucket: Store) -> None:
     with FaultyServer(bucket.server.port, lambda number, _: "flipped" if number == 0 else None) as faulty:
         place, endpoint = parse_address(str(bucket)), faulty.endpoint
         with pytest.raises(CorruptError):
-            Bucket(place, Settings.load(endpoint_url=endpoint, retry_timeout=0)).get("key")
-        assert Bucket(place, Settings.load(endpoint_url=endpoint)).get("key").data == b"a manifest, say"
+            S3Store(place, Settings.load(endpoint_url=endpoint, retry_timeout=0)).get("key")
+        assert S3Store(place, Settings.load(endpoint_url=endpoint)).get("key").data == b"a manifest, say"
 
 
 def test_bytes_that_are_wrong_are_asked_for_again(bucket: Store) -> None:
     bucket.put("key", b"a manifest, say")
     with FaultyServer(bucket.server.port, lambda number, _: "flipped" if number < 2 else None) as faulty:
-        ours = Bucket(parse_address(str(bucket)), Settings.load(endpoint_url=faulty.endpoint))
+        ours = S3Store(parse_address(str(bucket)), Settings.load(endpoint_url=faulty.endpoint))
         assert ours.get("key").data == b"a manifest, say"
-        assert ours.retries.count == 2
+        assert ours.stats().retries == 2
 
 
-def test_a_replaced_object_is_not_read(bucket: Store, ours: Bucket) -> None:
+def test_a_replaced_object_is_not_read(bucket: Store, ours: S3Store) -> None:
     bucket.put("key", b"old data")
     version = ours.version(ours.head("key"))
     bucket.put("key", b"new data")
@@ -99,19 +99,19 @@ def test_a_replaced_object_is_not_read(bucket: Store, ours: Bucket) -> None:
         ours.open_range(version, 0, 8)
 
 
-def test_what_is_not_there(bucket: Store, ours: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_there(bucket: Store, ours: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotFoundError):
         ours.head("nothing")
     with pytest.raises(NotFoundError):
-        Bucket(parse_address("obs://no-such-bucket"), Settings.load()).check()
+        S3Store(parse_address("obs://no-such-bucket"), Settings.load()).check()
     with pytest.raises(UnavailableError):
-        Bucket(parse_address(str(bucket)), Settings.load(endpoint_url="http://127.0.0.1:1")).check()
+        S3Store(parse_address(str(bucket)), Settings.load(endpoint_url="http://127.0.0.1:1")).check()
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(ForbiddenError):
-        Bucket(parse_address(str(bucket)), Settings.load()).check()
+        S3Store(parse_address(str(bucket)), Settings.load()).check()
 
 
-def test_listings_come_in_pages(bucket: Store, ours: Bucket) -> None:
+def test_listings_come_in_pages(bucket: Store, ours: S3Store) -> None:
     for n in range(5):
         bucket.put(f"dir/{n}", b"x" * n)
     bucket.put("dir/sub/below", b"")
@@ -147,7 +147,7 @@ def test_a_server_that_answers_ranges_with_200(
 
 
 @pytest.mark.parametrize("key", ["a b/c+d&e=f.bin", "100%25 sure?#x.bin", "模型/權重~(1).bin", "üñ'\".bin", "a//b.bin"])
-def test_keys_reach_the_server_as_they_are(bucket: Store, ours: Bucket, key: str) -> None:
+def test_keys_reach_the_server_as_they_are(bucket: Store, ours: S3Store, key: str) -> None:
     data = random_bytes(5000)
     client = bucket.client
     client.put_object(Bucket=bucket.name, Key=key, Body=data)
@@ -181,12 +181,12 @@ class Rotating:
     def __init__(self) -> None:
         self.count = 0
 
-    def get_frozen_credentials(self) -> ReadOnlyCredentials:
+    def current(self) -> ReadOnlyCredentials:
         self.count += 1
         return ReadOnlyCredentials("AK", "SK", f"token-{self.count}")
 
 
-def test_a_range_is_signed_with_the_credentials_of_now(ours: Bucket) -> None:
+def test_a_range_is_signed_with_the_credentials_of_now(ours: S3Store) -> None:
     client = botocore.session.Session().create_client("s3", "us-east-1", endpoint_url="http://127.0.0.1:1")
     recorder = Recorder()
     sender = RangeSender(client, Rotating(), recorder)
@@ -217,7 +217,7 @@ def test_a_key_is_asked_for_where_the_client_would(asking: Any, key: str) -> Non
     assert recorder.sent[0].url == signed.partition("?")[0]
 
 
-def test_what_is_not_there_costs_one_request(bucket: Store, ours: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_there_costs_one_request(bucket: Store, ours: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.put("gone", b"soon")
     version = ours.version(ours.head("gone"))
     bucket.client.delete_object(Bucket=bucket.name, Key="gone")
@@ -231,7 +231,7 @@ def test_what_is_not_there_costs_one_request(bucket: Store, ours: Bucket, monkey
     with pytest.raises(VersionChangedError):
         ours.read_range(version, 0, 4)
     assert len(sent) == 2
-    nowhere = Bucket(parse_address("obs://no-such-bucket-at-all"), Settings.load())
+    nowhere = S3Store(parse_address("obs://no-such-bucket-at-all"), Settings.load())
     with pytest.raises(NotFoundError, match="bucket of"):
         nowhere.get("key")
 
@@ -267,7 +267,7 @@ def test_a_bucket_that_is_not_there_is_named_with_its_nearest(may_list: bool, mo
         return Answer(200, body) if may_list else refusal(403, "AccessDenied")
 
     with OddServer({}, choose) as server:
-        bucket = Bucket(parse_address("obs://modles"), Settings.load(endpoint_url=server.endpoint))
+        bucket = S3Store(parse_address("obs://modles"), Settings.load(endpoint_url=server.endpoint))
         for _ in range(2):
             with pytest.raises(NotFoundError) as caught:
                 bucket.check()

@@ -22,8 +22,10 @@ from obsfs.settings import GivenValue, Settings, config_path
 from obsfs.store import credentials
 from obsfs.store.address import parse_address
 from obsfs.store.credentials import Keys, explicit_keys
-from obsfs.store.s3.client import Bucket, connect
-from obsfs.store.s3.session import new_session
+from obsfs.store.s3.config import load_config
+from obsfs.store.s3.endpoint import Endpoint
+from obsfs.store.s3.store import S3Store
+from obsfs.store.session import new_session
 from tests.conftest import Mounter, Store
 
 OURS = {"OBSFS_ACCESS_KEY_ID": "o", "OBSFS_SECRET_ACCESS_KEY": "os"}
@@ -58,26 +60,26 @@ def test_keys_do_not_show_themselves() -> None:
 def test_a_region_alone_means_obs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HUAWEICLOUD_SDK_AK", "h")
     monkeypatch.setenv("HUAWEICLOUD_SDK_SK", "hs")
-    connection = connect(Settings.load(region="cn-south-1"))
-    assert connection.endpoint == "https://obs.cn-south-1.myhuaweicloud.com"
-    assert connection.config["s3"] == {"addressing_style": "virtual"}
-    assert connection.config["request_checksum_calculation"] == "when_required"
-    assert connection.config["response_checksum_validation"] == "when_required"
-    assert connection.keys == Keys("h", "hs", None)
+    config = load_config(Settings.load(region="cn-south-1"))
+    assert config.url == "https://obs.cn-south-1.myhuaweicloud.com"
+    assert config.options["s3"] == {"addressing_style": "virtual"}
+    assert config.options["request_checksum_calculation"] == "when_required"
+    assert config.options["response_checksum_validation"] == "when_required"
+    assert config.keys == Keys("h", "hs", None)
 
 
 def test_amazon_keeps_its_checksums(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_REGION", "eu-west-1")
-    connection = connect(Settings.load(), "s3")
-    assert connection.endpoint.endswith(".amazonaws.com")
-    assert "request_checksum_calculation" not in connection.config
+    config = load_config(Settings.load(), "s3")
+    assert config.url.endswith(".amazonaws.com")
+    assert "request_checksum_calculation" not in config.options
 
 
 def test_botocores_endpoint_variable_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9000")
-    connection = connect(Settings.load())
-    assert connection.endpoint == "http://127.0.0.1:9000"
-    assert connection.config["s3"] == {"addressing_style": "path"}
+    config = load_config(Settings.load())
+    assert config.url == "http://127.0.0.1:9000"
+    assert config.options["s3"] == {"addressing_style": "path"}
 
 
 @pytest.mark.parametrize("ignored", ["", "true"])
@@ -101,24 +103,24 @@ def test_the_endpoint_is_the_one_that_a_client_of_botocore_has(
     if ignored:
         monkeypatch.setenv("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", ignored)
     client = botocore.session.Session().create_client("s3", region_name="eu-west-1")
-    assert connect(Settings.load(), "s3").endpoint == client.meta.endpoint_url
+    assert load_config(Settings.load(), "s3").url == client.meta.endpoint_url
 
 
 def test_no_endpoint_and_no_region_is_a_mistake() -> None:
     with pytest.raises(UsageError, match="--region"):
-        connect(Settings.load())
+        load_config(Settings.load())
 
 
 def test_a_profile_that_is_not_there() -> None:
     with pytest.raises(UsageError, match="nobody"):
-        connect(Settings.load(profile="nobody"))
+        load_config(Settings.load(profile="nobody"))
 
 
 def test_a_profile_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for profile, variable in (("none", ""), (None, "none")):
         monkeypatch.setenv("AWS_PROFILE", variable)
         with pytest.raises(UsageError, match=r"profile 'none' not found.*list-profiles"):
-            connect(Settings.load(profile=profile, region="cn-south-1"))
+            load_config(Settings.load(profile=profile, region="cn-south-1"))
 
 
 _BAD = "http://user:TheSecret@host/x?token=TheSecret"
@@ -148,7 +150,7 @@ def test_an_endpoint_that_cannot_be_used_is_named_with_where_it_stands(
     else:
         monkeypatch.setenv(place.rstrip("="), value)
     with pytest.raises(UsageError) as caught:
-        connect(Settings.load(**given))
+        load_config(Settings.load(**given))
     assert str(caught.value).startswith(f"{place}{said}")
     assert "TheSecret" not in str(caught.value)
 
@@ -166,7 +168,7 @@ def test_a_region_that_cannot_be_one_is_named_with_where_it_stands(
     else:
         monkeypatch.setenv(place.rstrip("="), "cn south")
     with pytest.raises(UsageError) as caught:
-        connect(Settings.load(**given))
+        load_config(Settings.load(**given))
     assert str(caught.value).startswith(f"{place}cn south: that is no region")
 
 
@@ -189,7 +191,7 @@ def test_a_profile_that_gives_no_keys_is_told_as_that(
     (tmp_path / "aws-config").write_text(f"[profile work]\n{profile}\n[profile other]\n[sso-session s]\n{start}\n")
     monkeypatch.setenv("AWS_PROFILE", "work")
     with pytest.raises(ForbiddenError, match=remedy) as caught:
-        Bucket(parse_address("obs://models"), Settings.load(endpoint_url="http://127.0.0.1:1")).check()
+        S3Store(parse_address("obs://models"), Settings.load(endpoint_url="http://127.0.0.1:1")).check()
     assert str(caught.value).startswith("no credentials for ")
 
 
@@ -205,7 +207,7 @@ def test_half_a_pair_of_botocores_is_named(
     else:
         (tmp_path / "aws-credentials").write_text(f"[default]\n{name} = a\n")
     with pytest.raises(ForbiddenError, match=f"missing: {missing}.*go together"):
-        connect(Settings.load(endpoint_url="http://127.0.0.1:1"))
+        load_config(Settings.load(endpoint_url="http://127.0.0.1:1"))
 
 
 def test_who_hands_out_keys_is_not_waited_for_as_long_as_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,8 +215,9 @@ def test_who_hands_out_keys_is_not_waited_for_as_long_as_a_bucket(monkeypatch: p
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
     config = new_session().create_client("sts", region_name="us-east-1").meta.config
     assert (config.connect_timeout, config.retries["total_max_attempts"]) == (2.0, 1)
-    ours = Bucket(parse_address("obs://models"), Settings.load(endpoint_url="http://h", request_timeout=7))
-    assert (ours.client.meta.config.connect_timeout, ours.client.meta.config.read_timeout) == (7, 7)
+    settings = Settings.load(endpoint_url="http://h", request_timeout=7)
+    ours = Endpoint(0, settings, load_config(settings)).client.meta.config
+    assert (ours.connect_timeout, ours.read_timeout) == (7, 7)
 
 
 def test_a_metadata_service_that_is_silent_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +231,7 @@ def test_a_metadata_service_that_is_silent_is_asked_once(monkeypatch: pytest.Mon
     monkeypatch.setattr(credentials, "_silent", {})
     monkeypatch.setattr(socket, "create_connection", refuse)
     for _ in range(2):
-        assert not connect(Settings.load(endpoint_url="http://127.0.0.1:1")).has_keys
+        assert not load_config(Settings.load(endpoint_url="http://127.0.0.1:1")).has_credentials
     assert asked == [("169.254.169.254", 80)]
 
 
@@ -238,7 +241,7 @@ def test_an_agent_of_a_container_that_is_not_there_is_named(monkeypatch: pytest.
     monkeypatch.setenv(name, "http://127.0.0.1:1/v1" if is_full else "/v1")
     monkeypatch.setattr(credentials, "_silent", {("169.254.170.2", 80): time.monotonic()})
     with pytest.raises(ForbiddenError, match="127.0.0.1 does not" if is_full else "169.254.170.2 does not"):
-        connect(Settings.load(endpoint_url="http://127.0.0.1:1"))
+        load_config(Settings.load(endpoint_url="http://127.0.0.1:1"))
 
 
 @pytest.mark.parametrize("program", ["/no/such/program", "echo", "echo {}"])
@@ -247,7 +250,7 @@ def test_a_program_that_gives_no_keys_is_not_the_servers_answer(
 ) -> None:
     (tmp_path / "aws-config").write_text(f"[profile work]\ncredential_process = {program}\n")
     with pytest.raises(ForbiddenError, match=r"^no credentials.*(credential_process|see to the profile)"):
-        connect(Settings.load(endpoint_url="http://127.0.0.1:1", profile="work"))
+        load_config(Settings.load(endpoint_url="http://127.0.0.1:1", profile="work"))
 
 
 @pytest.fixture
@@ -278,7 +281,7 @@ def test_a_place_of_keys_that_is_silent_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(credentials, "_LOOK_SECONDS", 0.5)
     with pytest.raises(ForbiddenError, match=r"no credentials in time: web identity \(STS\) does not answer: "):
-        Bucket(parse_address("obs://models"), Settings.load(endpoint_url="http://127.0.0.1:1"))
+        S3Store(parse_address("obs://models"), Settings.load(endpoint_url="http://127.0.0.1:1"))
     with pytest.raises((ForbiddenError, PermissionError), match="in time: web identity"):
         OBSFileSystem(endpoint_url="http://127.0.0.1:1", skip_instance_cache=True).ls("models")
     assert len(silent_sts) == 2
@@ -288,7 +291,7 @@ def test_a_bucket_that_was_reached_before_needs_no_keys_yet(
     silent_sts: list[socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(credentials, "_LOOK_SECONDS", 30.0)
-    Bucket(parse_address("obs://models"), Settings.load(endpoint_url="http://127.0.0.1:1"), is_known=True)
+    S3Store(parse_address("obs://models"), Settings.load(endpoint_url="http://127.0.0.1:1"), is_known=True)
     assert not silent_sts
 
 
@@ -322,12 +325,12 @@ def test_keys_that_are_given_ask_nobody(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("AWS_PROFILE", "work")
     monkeypatch.setenv("HUAWEICLOUD_SDK_AK", "h")
     monkeypatch.setenv("HUAWEICLOUD_SDK_SK", "hs")
-    assert connect(Settings.load(region="cn-south-1")).keys == Keys("h", "hs", None)
+    assert load_config(Settings.load(region="cn-south-1")).keys == Keys("h", "hs", None)
     with pytest.raises(ForbiddenError, match="see to the profile"):
-        connect(Settings.load(endpoint_url="http://127.0.0.1:1"))
+        load_config(Settings.load(endpoint_url="http://127.0.0.1:1"))
     monkeypatch.setenv("OBSFS_ACCESS_KEY_ID", "o")
     monkeypatch.setenv("OBSFS_SECRET_ACCESS_KEY", "os")
-    assert connect(Settings.load(endpoint_url="http://127.0.0.1:1")).keys == Keys("o", "os", None)
+    assert load_config(Settings.load(endpoint_url="http://127.0.0.1:1")).keys == Keys("o", "os", None)
 
 
 def _profile_by_program(home: Path, *lines: str, **keys: str) -> None:
@@ -363,10 +366,10 @@ def test_a_program_that_takes_its_time_is_waited_for_aloud(
         monkeypatch.setenv("AWS_ENDPOINT_URL_STS", "http://127.0.0.1:1")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         if profile == "work":
-            assert connect(settings).has_keys
+            assert load_config(settings).has_credentials
         else:
             with pytest.raises(ObsfsError, match="nothing listens"):
-                connect(settings)
+                load_config(settings)
     assert [text.partition(" (")[0] for text in warned] == ["waiting for credentials"]
     assert f"of profile {profile}" in warned[0]
 
@@ -380,7 +383,7 @@ def test_a_program_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_p
         pytest.warns(WaitWarning, match="credential_process of profile work"),
         pytest.raises(ForbiddenError, match="in time: credential_process of profile work does not answer"),
     ):
-        connect(Settings.load(endpoint_url="http://127.0.0.1:1", profile="work"))
+        load_config(Settings.load(endpoint_url="http://127.0.0.1:1", profile="work"))
     (tmp_path / "fifo").write_text("end\n")
 
 

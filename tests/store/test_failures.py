@@ -26,8 +26,8 @@ from obsfs.errors import (
 )
 from obsfs.settings import Settings
 from obsfs.store.address import endpoint_at, nearest_regions, parse_address, region_of
-from obsfs.store.s3 import client
-from obsfs.store.s3.client import Bucket
+from obsfs.store.s3 import endpoint as endpoints
+from obsfs.store.s3.store import S3Store
 from tests.conftest import Mounter, Result
 from tests.odd import Answer, OddServer, Request, Thing, refusal
 
@@ -41,11 +41,11 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_REGION", "us-east-1")
 
 
-def bucket(endpoint: str, **settings: object) -> Bucket:
-    return Bucket(parse_address("obs://models"), Settings.load(endpoint_url=endpoint, retry_timeout=0, **settings))
+def bucket(endpoint: str, **settings: object) -> S3Store:
+    return S3Store(parse_address("obs://models"), Settings.load(endpoint_url=endpoint, retry_timeout=0, **settings))
 
 
-def told(endpoint: str, call: Callable[[Bucket], object] = Bucket.check, **settings: object) -> ObsfsError:
+def told(endpoint: str, call: Callable[[S3Store], object] = S3Store.check, **settings: object) -> ObsfsError:
     with pytest.raises(ObsfsError) as caught:
         call(bucket(endpoint, **settings))
     assert "\n" not in str(caught.value)
@@ -102,7 +102,7 @@ def test_each_answer_has_its_own_sentence_on_every_way() -> None:
 
 
 @pytest.mark.parametrize("call", [lambda ours: ours.get("key").data, lambda ours: ours.check().objects[0].key])
-def test_a_first_answer_that_breaks_off_is_asked_for_again(call: Callable[[Bucket], object]) -> None:
+def test_a_first_answer_that_breaks_off_is_asked_for_again(call: Callable[[S3Store], object]) -> None:
     broken = iter([True, True])
 
     def choose(request: Request) -> Answer | None:
@@ -111,7 +111,7 @@ def test_a_first_answer_that_breaks_off_is_asked_for_again(call: Callable[[Bucke
 
     with OddServer({"key": Thing(b"data")}, choose) as server:
         settings = Settings.load(endpoint_url=server.endpoint, retry_timeout=30)
-        assert call(Bucket(parse_address("obs://models"), settings)) in (b"data", "key")
+        assert call(S3Store(parse_address("obs://models"), settings)) in (b"data", "key")
 
 
 @pytest.mark.parametrize("header", ["x-amz-error-code", "x-obs-error-code"])
@@ -405,7 +405,7 @@ def test_an_endpoint_with_a_path_is_suspected(path: str) -> None:
 def test_a_name_server_that_is_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     silence = threading.Event()
-    monkeypatch.setattr(client, "_RESOLVE_SECONDS", 0.1)
+    monkeypatch.setattr(endpoints, "_RESOLVE_SECONDS", 0.1)
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: asked.append(host) or silence.wait(20))
     error = str(told("https://storage.example"))
     silence.set()

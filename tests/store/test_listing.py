@@ -12,7 +12,7 @@ from obsfs.errors import RefusedError
 from obsfs.settings import Settings
 from obsfs.store.address import parse_address
 from obsfs.store.s3 import listing
-from obsfs.store.s3.client import Bucket
+from obsfs.store.s3.store import S3Store
 from tests.conftest import Mounter, wait_for
 from tests.odd import Answer, OddServer, Request, Thing
 
@@ -24,8 +24,8 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_REGION", "us-east-1")
 
 
-def bucket(server: OddServer) -> Bucket:
-    return Bucket(parse_address("obs://models"), Settings.load(endpoint_url=server.endpoint, retry_timeout=0))
+def bucket(server: OddServer) -> S3Store:
+    return S3Store(parse_address("obs://models"), Settings.load(endpoint_url=server.endpoint, retry_timeout=0))
 
 
 @pytest.mark.parametrize("page", [2, 3, 1000])

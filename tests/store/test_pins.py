@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from obsfs.errors import ObsfsError, RefusedError, UnavailableError, VersionChangedError
 from obsfs.settings import Settings
 from obsfs.store.address import parse_address
-from obsfs.store.s3.client import Bucket
 from obsfs.store.s3.pins import Pin
+from obsfs.store.s3.store import S3Store
 from obsfs.store.types import ObjectVersion, modified_of, tag
 from tests.conftest import MIB, Mounter, random_bytes
 from tests.odd import OLD, OddServer, Thing
@@ -27,8 +27,8 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_REGION", "us-east-1")
 
 
-def bucket(server: OddServer) -> Bucket:
-    return Bucket(parse_address("obs://models"), Settings.load(endpoint_url=server.endpoint, retry_timeout=0))
+def bucket(server: OddServer) -> S3Store:
+    return S3Store(parse_address("obs://models"), Settings.load(endpoint_url=server.endpoint, retry_timeout=0))
 
 
 SIZE = 6 * MIB

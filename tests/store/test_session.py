@@ -10,7 +10,8 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import DataNotFoundError, UnknownServiceError
 
-from obsfs.store.s3.session import new_http_session, new_session
+from obsfs.store.s3.http import new_http_session
+from obsfs.store.session import new_session
 
 
 @pytest.mark.parametrize("service", ["s3", "sts", "sso", "sso-oidc"])

@@ -26,6 +26,7 @@ from urllib3.exceptions import HTTPError
 
 from obsfs.errors import BrokenOffError, CorruptError, UnavailableError
 from obsfs.store.checksums import Checksum
+from obsfs.store.credentials import CredentialProvider
 from obsfs.store.s3.failures import map_errors
 
 _WAKE_BYTES = 768 << 10
@@ -147,10 +148,16 @@ class RangeAnswer(NamedTuple):
 
 
 class RangeSender:
-    """Sends range requests for an S3 client of botocore, by an HTTP session of botocore's. `credentials` are botocore's
-    too, or None to sign nothing."""
+    """Sends reads past a client of botocore: signed by botocore's signer, sent by its HTTP session."""
 
-    def __init__(self, client: Any, credentials: Any, session: Any) -> None:
+    def __init__(self, client: Any, credentials: CredentialProvider | None, session: Any) -> None:
+        """Take the parts.
+
+        Args:
+            client: botocore's client for S3, for its configuration.
+            credentials: Signs requests; None to sign nothing.
+            session: A ``botocore.httpsession.URLLib3Session``.
+        """
         self._client = client
         self._credentials = credentials
         config = client.meta.config
@@ -172,8 +179,7 @@ class RangeSender:
         sent = {**headers, "User-Agent": self._user_agent}
         request = AWSRequest("GET", self._url(bucket, key), sent, params=parameters, stream_output=True)
         if self._credentials is not None:
-            frozen = self._credentials.get_frozen_credentials()
-            S3SigV4Auth(frozen, "s3", self._client.meta.region_name).add_auth(request)
+            S3SigV4Auth(self._credentials.current(), "s3", self._client.meta.region_name).add_auth(request)
         answer = self._session.send(request.prepare())
         if answer.status_code in (200, 206):
             return RangeAnswer(answer.headers, answer.raw)

@@ -1,10 +1,8 @@
-"""botocore's session, which finds configuration and credentials and makes clients; ours makes them sooner."""
+"""botocore's session, which finds configuration and credentials and makes clients; this one starts faster."""
 
 from __future__ import annotations
 
 import os
-import socket
-import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -12,13 +10,9 @@ from typing import IO, Any
 import botocore.session
 import msgspec
 from botocore.config import Config
-from botocore.httpsession import URLLib3Session
 from botocore.loaders import JSONFileLoader, Loader
-from botocore.utils import get_environ_proxies
 
-from obsfs.errors import UsageError
 from obsfs.store.bounds import parse_date
-from obsfs.text import visible
 
 _KEYS_SECONDS = 2.0
 
@@ -52,45 +46,6 @@ def new_session(profile: str | None = None) -> Any:
     )
     session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse_date)
     return session
-
-
-def new_http_session(session: Any, endpoint: str, *, is_insecure: bool, timeout: float, connections: int) -> Any:
-    """Return a ``botocore.httpsession.URLLib3Session`` as a client of `session` makes one, which does not show its own.
-
-    Args:
-        session: From :func:`new_session`.
-        endpoint: The URL that proxies are chosen by.
-        is_insecure: Trust any certificate.
-        timeout: Seconds of silence of a connection.
-        connections: How many are kept open.
-
-    Raises:
-        UsageError: The file of certificates that is named by the environment or the profile is none.
-    """
-    trusted = session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE") or True
-    if isinstance(trusted, str) and endpoint.startswith("https:") and not is_insecure:
-        _check_certificates(trusted)
-    return URLLib3Session(
-        verify=not is_insecure and trusted,
-        proxies=get_environ_proxies(endpoint),
-        timeout=(timeout, timeout),
-        max_pool_connections=connections,
-        socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
-    )
-
-
-def _check_certificates(file: str) -> None:
-    names = [name for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE") if os.environ.get(name) == file]
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
-    except ssl.SSLError:
-        reason = "holds no certificates"
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-    else:
-        return
-    place = f"{names[0]}=" if names else "ca_bundle = "
-    raise UsageError(f"{place}{visible(file)}: {reason}", "name a file of certificates in PEM format")
 
 
 def _extra_paths(session: Any) -> list[str]:
