@@ -22,7 +22,8 @@ import yaml
 from transformers import TrainerCallback
 
 import obsfs
-from obsfs.plugin import UsageError, visible
+from obsfs.errors import UsageError
+from obsfs.text import visible
 from trainer import run_record
 from trainer.run_location import STEP, RunLocation
 

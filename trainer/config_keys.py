@@ -20,7 +20,8 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from obsfs.plugin import UsageError, visible
+from obsfs.errors import UsageError
+from obsfs.text import visible
 
 Hints = Mapping[str, Any]
 """Keys, each with its type; ``typing.Any`` where any value goes."""

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from obsfs.plugin import ObsfsError, UsageError, human
+from obsfs.cli.output import human
+from obsfs.errors import ObsfsError, UsageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TEXT = re.compile(

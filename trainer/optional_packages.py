@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from obsfs.plugin import UsageError, remedy
+from obsfs.errors import UsageError
+from obsfs.extras import remedy
 from trainer import config_keys
 
 _OPTIMISERS = {

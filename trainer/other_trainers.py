@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from obsfs.plugin import UsageError, visible
+from obsfs.errors import UsageError
+from obsfs.text import visible
 
 _TOOLS: Mapping[str, Mapping[str, str]] = {
     "axolotl": {

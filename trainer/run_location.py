@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from botocore.exceptions import BotoCoreError
 
 import obsfs
-from obsfs.plugin import UnavailableError, UsageError, first_line, visible
+from obsfs.errors import UnavailableError, UsageError, first_line
+from obsfs.text import visible
 
 _MANIFEST = ".obsfs/manifest.json"
 STEP = re.compile(r"checkpoint-(\d+)")
@@ -78,7 +79,7 @@ class RunLocation(NamedTuple):
         try:
             fs = obsfs.OBSFileSystem(**self.settings)
             fs.invalidate_cache()
-            yield fs, self.url.partition("://")[2]
+            yield fs, str(fs._strip_protocol(self.url))
         except (OSError, ValueError, BotoCoreError) as error:
             reason = first_line(error)
             raise UnavailableError(

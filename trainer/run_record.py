@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from obsfs.plugin import UsageError, visible
+from obsfs.errors import UsageError
+from obsfs.text import visible
 
 if TYPE_CHECKING:
     from trainer.base_model import AdapterPlan, BaseModel

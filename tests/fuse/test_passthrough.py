@@ -71,7 +71,7 @@ def test_a_file_that_is_cut_off_under_a_direct_reader_is_right_for_all_who_open_
         for _ in range(3):
             assert complete.read_bytes() == data
         assert status(complete.parent)["bytes_fetched"] - before == len(data)
-        # The kernel reads the old file for it: an early end, as the README says, and no other bytes.
+        # The kernel reads the old file for it: an early end, as promise C7 of docs/cache.md says, and no other bytes.
         assert os.pread(early.fileno(), 100, 8 * MIB) == b""
     assert complete.read_bytes() == data
     wait_for(lambda: is_direct(complete))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from obsfs.plugin import visible
+from obsfs.text import visible
 
 
 class NotJson(ValueError):

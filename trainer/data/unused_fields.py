@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
-from obsfs.plugin import tell, visible
+from obsfs.cli.output import tell
+from obsfs.text import visible
 from trainer.data import messages as chats
 from trainer.data.formats import Made, Record
 

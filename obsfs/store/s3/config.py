@@ -121,7 +121,7 @@ def capabilities_of(url: str) -> Capabilities:
 def _client_options(settings: Settings, url: str) -> dict[str, Any]:
     options: dict[str, Any] = {"signature_version": UNSIGNED} if settings.no_sign_request else {}
     if not addresses.is_aws(url):
-        # botocore's newer default checksums are refused by OBS and others (README, "Endpoints").
+        # botocore's newer default checksums are refused by OBS and others (docs/credentials.md).
         options["request_checksum_calculation"] = "when_required"
         options["response_checksum_validation"] = "when_required"
     style = settings.addressing_style

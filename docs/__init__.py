@@ -1,0 +1,1 @@
+"""The pages, built with mkdocs, and what generates parts of them."""
