@@ -165,6 +165,13 @@ def test_figures_of_the_benchmark_become_a_table(tmp_path: Path) -> None:
     assert list(hooks.figures(path))[-1] == "| cold_dd | obs | obsfs | seconds | 5.85 | 5.8, 5.9 |"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.name))
+def test_each_file_that_a_page_names_exists(page: Path) -> None:
+    named = [span for span in spans(page) if re.fullmatch(r"(obsfs|trainer|tests|docs|benchmarks)/[\w./-]*", span)]
+    generated = {"benchmarks/figures.json"}
+    assert [name for name in named if name not in generated and not (ROOT / name).exists()] == []
+
+
 def structure(page: Path) -> list[str]:
     """Of each line what both editions have: its kind, its code, its links, its numbers of columns."""
     shape: list[str] = []
