@@ -35,12 +35,12 @@ with atheris.instrument_imports(include=["obsfs"]):
     from obsfs.service.supervisor_client import SupervisorClient
     from obsfs.settings import Settings, config_path, knobs, parse_seconds
     from obsfs.store.address import check_endpoint, parse_address
+    from obsfs.store.memory import MemoryStore, Request
     from obsfs.store.types import ObjectVersion
     from obsfs.vfs.operations import Operations
     from obsfs.vfs.tree import Tree
 
 from tests.conftest import random_bytes
-from tests.vfs.test_tree import MemoryBucket
 
 _SILENT = {Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT}
 _FRAGMENTS = (
@@ -49,9 +49,16 @@ _FRAGMENTS = (
 )  # fmt: skip
 
 
-class _NoBucket:
-    def open_range(self, version: ObjectVersion, start: int, stop: int) -> Any:
-        raise UnavailableError("there is no bucket")
+def _store() -> MemoryStore:
+    """A bucket that lists, and does not give its bytes."""
+    store = MemoryStore({"a": b"1", "dir/b": b"22", "dir/sub/c": b"333", "m.safetensors": b"4444"})
+
+    def refuse(request: Request) -> None:
+        if request.operation == "open_range":
+            raise UnavailableError("there are no bytes")
+
+    store.before = refuse
+    return store
 
 
 class _Kernel:
@@ -59,9 +66,9 @@ class _Kernel:
 
     def __init__(self) -> None:
         settings = Settings.load(cache_dir=tempfile.mkdtemp(), retry_timeout="0")
-        bucket: Any = _NoBucket()
-        tree = Tree(MemoryBucket({"a": "1", "dir/b": "22", "dir/sub/c": "333", "m.safetensors": "4444"}), "", 60)
-        operations = Operations(tree, Engine(bucket, settings), settings, {})
+        store = _store()
+        tree = Tree(store, "", 60)
+        operations = Operations(tree, Engine(store, settings), settings, {})
         self._near, self._far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._near.setblocking(False)
         self._server = Server(

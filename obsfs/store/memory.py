@@ -117,7 +117,8 @@ class MemoryStore:
     Attributes:
         requests: Every request so far, in order.
         before: Called with each request before it is answered. It may raise an error in place of an answer, or wait.
-        after: Called when the answer is made and on its way. What it changes in the store, the answer does not show.
+        after: Called when an answer or a refusal is on its way: it does not show what the hook changes in the store.
+        page_size: Names in a page of a listing, at most.
         reading: Called before each piece of the body of a range is read. It may raise, or wait.
     """
 
@@ -150,7 +151,7 @@ class MemoryStore:
         self.before: Hook = _ignore
         self.after: Hook = _ignore
         self.reading: Hook = _ignore
-        self._page_size = page_size
+        self.page_size = page_size
         self._keeps_versions = keeps_versions
         self._now = now
         self._failover: Failover[_Server] = Failover(_Server(), retry_seconds)
@@ -183,10 +184,11 @@ class MemoryStore:
         with self._guard:
             self.requests.append(request)
         self.before(request)
-        with self._guard:
-            result = answer()
-        self.after(request)
-        return result
+        try:
+            with self._guard:
+                return answer()
+        finally:
+            self.after(request)
 
     def _ask(self, request: Request, answer: Callable[[], _T]) -> _T:
         """As `_once`, and again while it fails."""
@@ -236,7 +238,7 @@ class MemoryStore:
     def list(self, prefix: str, *, page_size: int = PAGE_SIZE, delimiter: str = "/") -> Iterator[Page]:
         """Yield pages of what lies under `prefix`."""
         last, is_last = "", False
-        size = min(page_size, self._page_size)
+        size = min(page_size, self.page_size)
         while not is_last:
             page = self._ask(Request("page", prefix), partial(self._page, prefix, last, size, delimiter))
             yield page

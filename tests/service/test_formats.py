@@ -32,7 +32,7 @@ from obsfs.service import mounts, state, takeover_log
 from obsfs.service.daemon import Takeover
 from obsfs.service.takeover_log import TakeoverLog
 from obsfs.settings import Settings
-from obsfs.store.types import ObjectInfo, ObjectVersion, Page
+from obsfs.store.memory import MemoryStore
 from obsfs.vfs.tree import ROOT, Tree
 from tests.conftest import MIB, Mounter, Result, Store, random_bytes, status, wait_for
 
@@ -40,21 +40,8 @@ V0 = Path(__file__).parents[1] / "fixtures" / "v0"
 Run = Callable[..., Result]
 
 
-class EmptyBucket:
-    """A bucket in which nothing is any more."""
-
-    def list(self, prefix: str) -> Any:
-        yield Page([], [])
-
-    def head(self, key: str) -> ObjectInfo:
-        raise AssertionError(key)
-
-    def version(self, info: ObjectInfo) -> ObjectVersion:
-        return ObjectVersion("http://here", "models", info.key, info.etag, info.size)
-
-
-def restored(records: list[list[object]], **options: Any) -> tuple[Tree, int]:
-    tree = Tree(EmptyBucket(), "", 60, **options)
+def restored(records: list[list[object]], store: MemoryStore | None = None, **options: Any) -> tuple[Tree, int]:
+    tree = Tree(store or MemoryStore(), "", 60, **options)
     return tree, tree.restore(records)
 
 
@@ -64,7 +51,7 @@ def restored(records: list[list[object]], **options: Any) -> tuple[Tree, int]:
 def test_an_old_journal_is_read_and_its_nodes_are_kept() -> None:
     found = takeover_log.read(V0 / "journal")
     assert (found.format, found.damaged) == (0, 0)
-    tree = Tree(EmptyBucket(), "", 60, max_entries=2)
+    tree = Tree(MemoryStore(), "", 60, max_entries=2)
     assert tree.restore(found.records, is_counted=False) == 0
     assert {node.id: (node.opens, node.direct_opens) for node in tree.opened()} == {3: (1, 0), 4: (0, 1), 5: (1, 0)}
     assert (tree.node(4).backing, tree.node(5).size, tree.node(2).is_dir) == (2, 39, True)
@@ -73,7 +60,7 @@ def test_an_old_journal_is_read_and_its_nodes_are_kept() -> None:
     tree.forget([(5, 1000)])
     assert tree.node(5).key == "m/config.json"
     assert not tree.over_limit
-    again = Tree(EmptyBucket(), "", 60)
+    again = Tree(MemoryStore(), "", 60)
     again.restore(list(tree.snapshot()))
     again.forget([(5, 1000)])
     assert again.node(5).version == tree.node(5).version
@@ -219,11 +206,13 @@ def test_settings_of_another_version_fall_back(values: dict[str, Any], left_out:
     assert [note.split()[1] for note in notes] == left_out
 
 
-def some_records() -> list[list[object]]:
+def some_objects() -> MemoryStore:
+    return MemoryStore({f"f{n}": bytes([n]) * 10 for n in range(3)})
+
+
+def some_records(store: MemoryStore | None = None) -> list[list[object]]:
     records: list[list[object]] = []
-    bucket = EmptyBucket()
-    tree = Tree(bucket, "", 60, lambda *changes: records.extend(changes))
-    bucket.list = lambda prefix: iter([Page([ObjectInfo(f"f{n}", 10, 1.0, f'"{n}"') for n in range(3)], [])])  # type: ignore[method-assign]
+    tree = Tree(store or some_objects(), "", 60, lambda *changes: records.extend(changes))
     for n in range(3):
         tree.count_open(tree.lookup(tree.node(ROOT), f"f{n}", unique=2 * n + 2), 1, direct=False)
     return records
@@ -260,15 +249,15 @@ def test_a_damaged_line_is_counted(tmp_path: Path, line: bytes) -> None:
 
 
 def test_ids_of_lost_nodes_are_not_given_again() -> None:
-    tree, _ = restored([record for record in some_records() if record[1] != 4], server=1)
-    tree._source.list = lambda prefix: iter([Page([ObjectInfo("new", 10, 1.0, '"n"')], [])])  # type: ignore[method-assign]
+    records = [record for record in some_records() if record[1] != 4]
+    tree, _ = restored(records, MemoryStore({"new": b"n"}), server=1)
     assert tree.lookup(tree.node(ROOT), "new").id > 1 << 40
 
 
 def test_a_lookup_that_was_not_answered_is_counted_once() -> None:
-    tree, _ = restored(some_records())
+    bucket = some_objects()
+    tree, _ = restored(some_records(bucket), bucket)
     tree.unanswered(4)  # the request that looked up f1: it is sent again
-    tree._source.list = lambda prefix: iter([Page([ObjectInfo("f1", 10, 1.0, '"1"')], [])])  # type: ignore[method-assign]
     node = tree.lookup(tree.node(ROOT), "f1", unique=4)
     assert (node.id, node.lookups) == (3, 1)
     tree.unanswered(4)

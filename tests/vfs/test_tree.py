@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 from hypothesis import given
@@ -13,44 +14,45 @@ from hypothesis import strategies as st
 
 from obsfs.errors import NotFoundError, VersionChangedError
 from obsfs.store.address import is_valid_name
-from obsfs.store.types import ObjectInfo, ObjectVersion, Page
+from obsfs.store.memory import MemoryStore, Request
+from obsfs.store.types import ObjectInfo, Page
 from obsfs.vfs import tree as trees
 from obsfs.vfs.tree import ROOT, Entry, InterruptedCallError, TooLongError, Tree, WouldBlockError, read_page
 
 
-class MemoryBucket:
-    def __init__(self, keys: dict[str, str], page: int = 1000) -> None:
-        self.keys = keys
-        self.page = page
-        self.requests = 0
+def bucket_of(texts: Mapping[str, str], page: int = 1000) -> MemoryStore:
+    """A bucket whose objects are these texts."""
+    return MemoryStore({key: text.encode() for key, text in texts.items()}, page_size=page, now=lambda: 1.0)
 
-    def list(self, prefix: str) -> Iterator[Page]:
-        entries: dict[str, ObjectInfo | None] = {}
-        for key in sorted(self.keys):
-            if key.startswith(prefix):
-                name, slash, _ = key[len(prefix) :].partition("/")
-                entries[prefix + name + slash] = None if slash else self._info(key)
-        names = sorted(entries)
-        for start in range(0, max(len(names), 1), self.page):
-            self.requests += 1
-            part = names[start : start + self.page]
-            yield Page(
-                [info for name in part if (info := entries[name]) is not None],
-                [name for name in part if entries[name] is None],
-                start + self.page >= len(names),
-            )
 
-    def head(self, key: str) -> ObjectInfo:
-        self.requests += 1
-        if key not in self.keys:
-            raise NotFoundError(key)
-        return self._info(key)
+def put(bucket: MemoryStore, text: str, *keys: str) -> None:
+    """Write the same text to each of the keys; to all that there are, where none is named."""
+    for key in keys or bucket.keys:
+        bucket.put(key, text.encode())
 
-    def _info(self, key: str) -> ObjectInfo:
-        return ObjectInfo(key, len(self.keys[key]), 1.0, f'"{self.keys[key]}"')
 
-    def version(self, info: ObjectInfo) -> ObjectVersion:
-        return ObjectVersion("e", "b", info.key, info.etag, info.size)
+def asked(bucket: MemoryStore) -> int:
+    """How often a tree has asked the bucket."""
+    return sum(request.operation in ("page", "head") for request in bucket.requests)
+
+
+def meanwhile(bucket: MemoryStore, act: Callable[[], object], *, answer: int = 1) -> None:
+    """Have something happen once, while an answer is on its way: the next one, or the one after so many."""
+    left = [answer]
+
+    def on_answer(request: Request) -> None:
+        if request.operation not in ("page", "head"):
+            return
+        left[0] -= 1
+        if left[0] == 0:
+            bucket.after = lambda request: None
+            act()
+
+    bucket.after = on_answer
+
+
+def tag_of(text: str) -> str:
+    return f'"{hashlib.md5(text.encode()).hexdigest()}"'
 
 
 class Clock:
@@ -65,7 +67,7 @@ names = st.text("ab./", min_size=1, max_size=6)
 
 @given(keys=st.dictionaries(names, st.sampled_from(["1", "2"]), max_size=12), page=st.integers(1, 5))
 def test_it_shows_what_the_rules_say(keys: dict[str, str], page: int) -> None:
-    tree = Tree(MemoryBucket(keys, page), "", 60, now=Clock())
+    tree = Tree(bucket_of(keys, page), "", 60, now=Clock())
     shown: dict[str, bool] = {}
     for key in keys:
         head, slash, _ = key.partition("/")
@@ -73,12 +75,12 @@ def test_it_shows_what_the_rules_say(keys: dict[str, str], page: int) -> None:
             shown[head] = shown.get(head, False) or bool(slash)
     listing = tree.listing(tree.node(ROOT))
     assert {name: entry.info is None for name, entry in listing.entries.items()} == shown
-    fresh = Tree(MemoryBucket(keys, page), "", 60, now=Clock())
+    fresh = Tree(bucket_of(keys, page), "", 60, now=Clock())
     for name in ("a", "b", "ab", "ba", "aa", ".a", "..."):
         if name in shown:
             node = fresh.lookup(fresh.node(ROOT), name)
             assert node.is_dir == shown[name]
-            assert node.is_dir or (node.version is not None and node.version.etag == f'"{keys[name]}"')
+            assert node.is_dir or (node.version is not None and node.version.etag == tag_of(keys[name]))
         else:
             with pytest.raises(NotFoundError):
                 fresh.lookup(fresh.node(ROOT), name)
@@ -99,7 +101,7 @@ def test_no_key_leads_out_of_the_mount(keys: list[str], prefixes: list[str], pre
 
 
 def test_beyond_the_bound_the_oldest_listings_go_and_the_kernel_is_to_forget_files() -> None:
-    bucket = MemoryBucket({f"d{n:02}/{m:03}": "1" for n in range(20) for m in range(100)})
+    bucket = bucket_of({f"d{n:02}/{m:03}": "1" for n in range(20) for m in range(100)})
     tree = Tree(bucket, "", 60, now=Clock(), max_entries=1000)
     root = tree.node(1)
     for n in range(20):
@@ -122,37 +124,37 @@ def test_beyond_the_bound_the_oldest_listings_go_and_the_kernel_is_to_forget_fil
 
 
 def test_a_directory_of_a_hundred_thousand_lists_and_looks_up() -> None:
-    bucket = MemoryBucket({f"many/file-{n:06}": "1" for n in range(100_000)})
+    bucket = bucket_of({f"many/file-{n:06}": "1" for n in range(100_000)})
     tree = Tree(bucket, "", 60, now=Clock())
     directory = tree.lookup(tree.node(ROOT), "many")
-    before = bucket.requests
+    before = asked(bucket)
     assert tree.lookup(directory, "file-099999").size == 1
-    assert bucket.requests - before <= 3, "one name needs no whole listing"
+    assert asked(bucket) - before <= 3, "one name needs no whole listing"
     assert len(tree.listing(directory).names) == 100_000
-    assert bucket.requests - before <= 103
+    assert asked(bucket) - before <= 103
     with pytest.raises(NotFoundError):
         tree.lookup(directory, "file-1")
-    assert bucket.requests - before <= 103
+    assert asked(bucket) - before <= 103
 
 
 def test_who_walks_through_a_long_directory_for_longer_than_names_are_believed_does_not_ask_for_each() -> None:
     """Of a directory that was listed before, some names are asked for one by one; then it is listed again."""
-    bucket, clock = MemoryBucket({f"{number:04}": "1" for number in range(500)}, page=10), Clock()
+    bucket, clock = bucket_of({f"{number:04}": "1" for number in range(500)}, page=10), Clock()
     tree = Tree(bucket, "", 60, now=clock)
     root = tree.node(ROOT)
     names_of = list(tree.listing(root).names)
     for _ in range(3):
         clock.now += 61
-        before = bucket.requests
+        before = asked(bucket)
         for name in reversed(names_of):
             assert tree.lookup(root, name).key == name
-        assert bucket.requests - before <= 1 + 3 * 50  # the first page, a list and a head for each of 50, 50 pages
+        assert asked(bucket) - before <= 1 + 3 * 50  # the first page, a list and a head for each of 50, 50 pages
     clock.now += 61
-    before = bucket.requests
+    before = asked(bucket)
     tree.lookup(root, "0400")
-    assert bucket.requests - before == 3  # one name does not cost a listing
-    bucket.keys["0401"] = "2"
-    del bucket.keys["0402"]
+    assert asked(bucket) - before == 3  # one name does not cost a listing
+    put(bucket, "2", "0401")
+    bucket.delete("0402")
     clock.now += 61
     for name in reversed(names_of):
         if name == "0402":
@@ -161,19 +163,19 @@ def test_who_walks_through_a_long_directory_for_longer_than_names_are_believed_d
         else:
             version = tree.lookup(root, name).version
             assert version is not None
-            assert version.etag == ('"2"' if name == "0401" else '"1"')
+            assert version.etag == tag_of("2" if name == "0401" else "1")
 
 
 def test_absence_is_remembered_until_the_lifetime_is_over() -> None:
-    bucket, clock = MemoryBucket({"a": "1"}), Clock()
+    bucket, clock = bucket_of({"a": "1"}), Clock()
     tree = Tree(bucket, "", 10, now=clock)
     root = tree.node(ROOT)
     for _ in range(3):
         with pytest.raises(NotFoundError):
             tree.lookup(root, "new")
-    assert bucket.requests == 1
+    assert asked(bucket) == 1
     assert tree.entry_ttl(root, "new", None) == 10
-    bucket.keys["new"] = "1"
+    put(bucket, "1", "new")
     clock.now += 9
     assert tree.entry_ttl(root, "new", None) == 1
     with pytest.raises(NotFoundError):
@@ -183,7 +185,7 @@ def test_absence_is_remembered_until_the_lifetime_is_over() -> None:
 
 
 def test_who_will_not_wait_is_told_so() -> None:
-    tree = Tree(MemoryBucket({"a/b": "1"}), "", 10, now=Clock())
+    tree = Tree(bucket_of({"a/b": "1"}), "", 10, now=Clock())
     with pytest.raises(WouldBlockError):
         tree.lookup(tree.node(ROOT), "a", wait=False)
     directory = tree.lookup(tree.node(ROOT), "a")
@@ -192,11 +194,11 @@ def test_who_will_not_wait_is_told_so() -> None:
 
 
 def test_a_new_version_is_a_new_node_with_the_same_inode_number() -> None:
-    bucket, clock = MemoryBucket({"a": "1"}), Clock()
+    bucket, clock = bucket_of({"a": "1"}), Clock()
     tree = Tree(bucket, "", 10, now=clock)
     old = tree.lookup(tree.node(ROOT), "a")
     assert tree.lookup(tree.node(ROOT), "a") is old
-    bucket.keys["a"] = "22"
+    put(bucket, "22", "a")
     clock.now += 11
     new = tree.lookup(tree.node(ROOT), "a")
     assert new.id != old.id
@@ -206,7 +208,7 @@ def test_a_new_version_is_a_new_node_with_the_same_inode_number() -> None:
 
 
 def test_forgotten_nodes_go_and_open_ones_stay() -> None:
-    tree = Tree(MemoryBucket({"a": "1"}), "", 10, now=Clock())
+    tree = Tree(bucket_of({"a": "1"}), "", 10, now=Clock())
     node = tree.lookup(tree.node(ROOT), "a")
     tree.count_open(node, 1, direct=False)
     tree.forget([(node.id, 1)])
@@ -221,7 +223,7 @@ def test_forgotten_nodes_go_and_open_ones_stay() -> None:
 def test_a_successor_knows_what_its_predecessor_told_the_kernel() -> None:
     records: list[list[object]] = []
     tree = Tree(
-        MemoryBucket({"a/x": "1", "b": "22", "c": "3"}), "", 10, lambda *changes: records.extend(changes), now=Clock()
+        bucket_of({"a/x": "1", "b": "22", "c": "3"}), "", 10, lambda *changes: records.extend(changes), now=Clock()
     )
     root = tree.node(ROOT)
     inner = tree.lookup(tree.lookup(root, "a"), "x")
@@ -230,7 +232,7 @@ def test_a_successor_knows_what_its_predecessor_told_the_kernel() -> None:
     gone = tree.lookup(root, "c")
     tree.forget([(gone.id, 1)])
     for source in (records, list(tree.snapshot())):
-        successor = Tree(MemoryBucket({}), "", 10, now=Clock())
+        successor = Tree(bucket_of({}), "", 10, now=Clock())
         successor.restore(source)
         assert successor.node(inner.id).version == inner.version
         assert successor.node(opened.id).direct_opens == 1
@@ -241,7 +243,7 @@ def test_a_successor_knows_what_its_predecessor_told_the_kernel() -> None:
 
 def test_a_successor_can_refresh_every_name_that_the_kernel_takes_to_be_absent() -> None:
     records: list[list[object]] = []
-    bucket, clock = MemoryBucket({"d/x": "1"}), Clock()
+    bucket, clock = bucket_of({"d/x": "1"}), Clock()
     tree = Tree(bucket, "", 60, lambda *changes: records.extend(changes), now=clock)
     directory = tree.lookup(tree.node(ROOT), "d")
     told = {(directory.id, "new"), (directory.id, "é"), (ROOT, "new")}
@@ -257,7 +259,7 @@ def test_a_successor_can_refresh_every_name_that_the_kernel_takes_to_be_absent()
 
 def test_a_successor_knows_which_versions_are_gone() -> None:
     records: list[list[object]] = []
-    bucket = MemoryBucket({"a": "1", "b": "1"})
+    bucket = bucket_of({"a": "1", "b": "1"})
     tree = Tree(bucket, "", 60, lambda *changes: records.extend(changes), now=Clock())
     gone, right = (tree.lookup(tree.node(ROOT), name) for name in "ab")
     tree.outdate(gone.id)
@@ -271,7 +273,7 @@ def test_a_successor_knows_which_versions_are_gone() -> None:
 def test_the_kernel_keeps_no_absent_name_that_a_refresh_would_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("obsfs.vfs.tree._MAX_ABSENT", 4)
     clock = Clock()
-    tree = Tree(MemoryBucket({}), "", 60, now=clock)
+    tree = Tree(bucket_of({}), "", 60, now=clock)
     root = tree.node(ROOT)
     tree.listing(root)
     kept = [name for name in "abcdefgh" if tree.negative_ttl(root, name) > 0]
@@ -286,26 +288,26 @@ def test_the_kernel_keeps_no_absent_name_that_a_refresh_would_not_know(monkeypat
 
 
 def test_what_came_with_the_mount_hides_nothing_that_came_since() -> None:
-    bucket = MemoryBucket({"old/a": "1"})
+    bucket = bucket_of({"old/a": "1"})
     tree = Tree(bucket, "", 60, now=Clock())
     tree.seed_root(next(bucket.list("")))
     root = tree.node(ROOT)
-    asked = bucket.requests
+    before = asked(bucket)
     assert tree.lookup(root, "old", wait=False).is_dir
-    bucket.keys["new/a"] = "1"
+    put(bucket, "1", "new/a")
     with pytest.raises(WouldBlockError):
         tree.lookup(root, "new", wait=False)
     assert tree.lookup(root, "new").is_dir
-    assert bucket.requests == asked + 1
+    assert asked(bucket) == before + 1
     with pytest.raises(NotFoundError):
         tree.lookup(root, "neither", wait=False)
     tree.seed_root(next(bucket.list("")))
-    bucket.keys["newer/a"] = "1"
+    put(bucket, "1", "newer/a")
     assert "newer" in tree.listing(root).names
 
 
 def test_after_a_refresh_the_bucket_is_asked_again() -> None:
-    bucket = MemoryBucket({"a/b/1": "x", "c": "x"})
+    bucket = bucket_of({"a/b/1": "x", "c": "x"})
     tree = Tree(bucket, "", 60, now=Clock())
     root = tree.node(ROOT)
     a = tree.lookup(root, "a")
@@ -315,52 +317,30 @@ def test_after_a_refresh_the_bucket_is_asked_again() -> None:
         with pytest.raises(NotFoundError):
             tree.lookup(parent, name)
         assert tree.negative_ttl(parent, name) == 60
-    bucket.keys |= {"d": "x", "a/b/1": "y", "a/b/2": "x"}
+    put(bucket, "x", "d", "a/b/2")
+    put(bucket, "y", "a/b/1")
     assert set(tree.refresh(a)) == {(a.id, "b"), (b.id, "1"), (b.id, "2")}
     tree.lookup(b, "2")
     found = tree.lookup(b, "1")
     assert found.version is not None
-    assert found.version.etag == '"y"'
+    assert found.version.etag == tag_of("y")
     with pytest.raises(NotFoundError):
         tree.lookup(root, "d")
     assert (ROOT, "d") in tree.refresh(root)
     tree.lookup(root, "d")
 
 
-class SlowBucket(MemoryBucket):
-    """What is put into `meanwhile` happens, once, while the answer to a request is on its way."""
-
-    def __init__(self, keys: dict[str, str], page: int = 1000) -> None:
-        super().__init__(keys, page)
-        self.meanwhile: Callable[[], object] = int
-
-    def _act(self) -> None:
-        act, self.meanwhile = self.meanwhile, int
-        act()
-
-    def list(self, prefix: str) -> Iterator[Page]:
-        for page in list(super().list(prefix)):
-            self._act()
-            yield page
-
-    def head(self, key: str) -> ObjectInfo:
-        try:
-            return super().head(key)
-        finally:
-            self._act()
-
-
 def test_a_listing_that_was_asked_for_before_a_refresh_is_not_kept() -> None:
-    bucket = SlowBucket({"a": "x"})
+    bucket = bucket_of({"a": "x"})
     tree = Tree(bucket, "", 60, now=Clock())
-    bucket.meanwhile = lambda: (bucket.keys.update(b="x"), tree.refresh(tree.node(ROOT)))
+    meanwhile(bucket, lambda: (put(bucket, "x", "b"), tree.refresh(tree.node(ROOT))))
     assert set(tree.listing(tree.node(ROOT)).entries) == {"a"}
     assert set(tree.listing(tree.node(ROOT)).entries) == {"a", "b"}
 
 
 def etag(node: trees.Node) -> str:
     assert node.version is not None
-    return node.version.etag.strip('"')
+    return next(text for text in ("1", "2", "3", "x", "y") if node.version.etag == tag_of(text))
 
 
 @pytest.mark.parametrize("page", [1000, 2])
@@ -368,7 +348,7 @@ def etag(node: trees.Node) -> str:
 def test_nothing_that_was_asked_before_is_an_answer_afterwards(page: int, how: str) -> None:
     """A lookup is on its way to the bucket while a reader learns that a version is gone, or somebody asks for a
     refresh: also in a directory that is too long for a page, where the bucket is asked for one name."""
-    bucket, clock = SlowBucket(dict.fromkeys(("d/a", "d/b", "d/c", "d/d"), "1"), page), Clock()
+    bucket, clock = bucket_of(dict.fromkeys(("d/a", "d/b", "d/c", "d/d"), "1"), page), Clock()
     tree = Tree(bucket, "", 60, now=clock)
     directory = tree.lookup(tree.node(ROOT), "d")
     old = tree.lookup(directory, "d")
@@ -378,13 +358,13 @@ def test_nothing_that_was_asked_before_is_an_answer_afterwards(page: int, how: s
         tree.lookup(directory, "a")  # so that what is on its way is about one name
 
     def replaced() -> None:
-        bucket.keys = dict.fromkeys(bucket.keys, "2")
+        put(bucket, "2")
         if how == "gone":
             tree.outdate(old.id)
         else:
             tree.refresh(tree.node(ROOT))
 
-    bucket.meanwhile = replaced
+    meanwhile(bucket, replaced)
     assert etag(tree.lookup(directory, "d")) == "2"
     new = tree.lookup(directory, "d")
     assert etag(new) == "2"
@@ -394,17 +374,17 @@ def test_nothing_that_was_asked_before_is_an_answer_afterwards(page: int, how: s
 
 
 def test_a_name_that_was_absent_before_a_refresh_is_not_said_to_be() -> None:
-    bucket = SlowBucket(dict.fromkeys(("d/a", "d/b", "d/c"), "1"), page=2)
+    bucket = bucket_of(dict.fromkeys(("d/a", "d/b", "d/c"), "1"), page=2)
     tree = Tree(bucket, "", 60, now=Clock())
     directory = tree.lookup(tree.node(ROOT), "d")
     tree.lookup(directory, "a")
 
     def made() -> None:
-        bucket.keys["d/new"] = "1"
+        put(bucket, "1", "d/new")
         tree.refresh(directory)
         tree.lookup(directory, "new")
 
-    bucket.meanwhile = lambda: setattr(bucket, "meanwhile", made)  # of two requests, the second
+    meanwhile(bucket, made, answer=2)
     with pytest.raises(NotFoundError):
         tree.lookup(directory, "new")
     # By now it is known to be there, and the kernel is not told that it is not.
@@ -413,28 +393,28 @@ def test_a_name_that_was_absent_before_a_refresh_is_not_said_to_be() -> None:
 
 
 def test_a_name_that_is_replaced_whenever_it_is_asked_for_ends() -> None:
-    bucket = SlowBucket({"a": "1"})
+    bucket = bucket_of({"a": "1"})
     tree = Tree(bucket, "", 60, now=Clock())
 
     def again() -> None:
-        bucket.meanwhile = again
+        meanwhile(bucket, again)
         tree.refresh(tree.node(ROOT))
 
-    bucket.meanwhile = again
+    meanwhile(bucket, again)
     with pytest.raises(VersionChangedError):
         tree.lookup(tree.node(ROOT), "a")
-    bucket.meanwhile = int
+    bucket.after = lambda request: None
     assert etag(tree.lookup(tree.node(ROOT), "a")) == "1"
 
 
 @pytest.mark.parametrize("how", ["gone", "refresh"])
 def test_what_an_open_directory_has_is_no_answer_once_it_is_outdated(how: str) -> None:
-    bucket = MemoryBucket({"a": "1", "b": "1"})
+    bucket = bucket_of({"a": "1", "b": "1"})
     tree = Tree(bucket, "", 60, now=Clock())
     root = tree.node(ROOT)
     shown = tree.listing(root)
     (old,) = tree.enter(root, shown, ["a"])
-    bucket.keys = {"a": "2", "b": "2"}
+    put(bucket, "2")
     if how == "gone":
         tree.outdate(old.id)
     else:
@@ -444,82 +424,82 @@ def test_what_an_open_directory_has_is_no_answer_once_it_is_outdated(how: str) -
 
 
 def test_who_polls_a_version_that_is_gone_makes_nobody_ask_again() -> None:
-    bucket = SlowBucket({"a": "1", "d/x": "1"})
+    bucket = bucket_of({"a": "1", "d/x": "1"})
     tree = Tree(bucket, "", 60, now=Clock())
     old = tree.lookup(tree.node(ROOT), "a")
-    bucket.keys["a"] = "2"
+    put(bucket, "2", "a")
     tree.outdate(old.id)
     directory = tree.lookup(tree.node(ROOT), "d")
-    bucket.meanwhile = lambda: tree.outdate(old.id)
+    meanwhile(bucket, lambda: tree.outdate(old.id))
     tree.lookup(directory, "x")
-    bucket.requests = 0
+    bucket.requests.clear()
     tree.lookup(directory, "x")
     tree.lookup(tree.node(ROOT), "a")
-    assert bucket.requests == 0
+    assert asked(bucket) == 0
 
 
 def test_a_listing_that_nobody_waits_for_is_given_up_between_pages() -> None:
-    bucket = MemoryBucket({f"d/{number}": "1" for number in range(9)}, page=2)
+    bucket = bucket_of({f"d/{number}": "1" for number in range(9)}, page=2)
     tree = Tree(bucket, "", 60, now=Clock())
     directory = tree.lookup(tree.node(ROOT), "d")
-    bucket.requests = 0
-    asked: list[int] = []
-    tree.is_awaited = lambda node: bool(asked.append(node)) or len(asked) < 3
+    bucket.requests.clear()
+    waited: list[int] = []
+    tree.is_awaited = lambda node: bool(waited.append(node)) or len(waited) < 3
     with pytest.raises(InterruptedCallError):
         tree.listing(directory)
-    assert (asked, bucket.requests) == ([directory.id] * 3, 3)
+    assert (waited, asked(bucket)) == ([directory.id] * 3, 3)
     tree.is_awaited = lambda node: False
-    bucket.page = 9
+    bucket.page_size = 9
     assert len(tree.listing(directory).names) == 9, "the last page is at hand, whoever waits"
 
 
 @pytest.mark.parametrize("page", [1000, 2])
 def test_a_version_that_is_gone_has_its_name_looked_up_again(page: int) -> None:
-    bucket = MemoryBucket(dict.fromkeys(("d/a", "d/b", "d/c", "d/d"), "1"), page)
+    bucket = bucket_of(dict.fromkeys(("d/a", "d/b", "d/c", "d/d"), "1"), page)
     tree = Tree(bucket, "", 60, now=Clock())
     directory = tree.lookup(tree.node(ROOT), "d")
     old = {name: tree.lookup(directory, name) for name in "abcd"}
-    bucket.keys = dict.fromkeys(bucket.keys, "2")
+    put(bucket, "2")
     assert tree.lookup(directory, "d") is old["d"]
     assert tree.outdate(old["d"].id) == (directory.id, "d")
     assert [tree.should_look_again(node) for node in old.values()] == [False, False, False, True]
     new = tree.lookup(directory, "d")
     assert new.version is not None
-    assert (new.version.etag, new.id == old["d"].id) == ('"2"', False)
+    assert (new.version.etag, new.id == old["d"].id) == (tag_of("2"), False)
     assert not tree.should_look_again(old["d"])
     # Of what was asked for since, nothing is asked again by who reads on.
     tree.lookup(directory, "a")
-    before = bucket.requests
+    before = asked(bucket)
     assert tree.outdate(old["d"].id) is None
     assert tree.lookup(directory, "a").version == tree.lookup(directory, "a").version
-    assert bucket.requests == before
+    assert asked(bucket) == before
 
 
 def test_after_a_version_is_gone_no_older_listing_is_believed() -> None:
     """Replaced twice: the listing that was loaded in between shows a version that is gone, too."""
-    bucket, clock = MemoryBucket({"d/a": "1"}), Clock()
+    bucket, clock = bucket_of({"d/a": "1"}), Clock()
     tree = Tree(bucket, "", 60, now=clock)
     directory = tree.lookup(tree.node(ROOT), "d")
     old = tree.lookup(directory, "a")
     clock.now += 61
-    bucket.keys = {"d/a": "2"}
+    put(bucket, "2")
     tree.listing(directory)
     clock.now += 0.1
-    bucket.keys = {"d/a": "3"}
+    put(bucket, "3")
     tree.outdate(old.id)
     new = tree.lookup(directory, "a")
     assert new.version is not None
-    assert new.version.etag == '"3"'
+    assert new.version.etag == tag_of("3")
     # Who reads on from the old version asks no more of the bucket.
-    before = bucket.requests
+    before = asked(bucket)
     clock.now += 2
     tree.outdate(old.id)
     assert tree.lookup(directory, "a") is new
-    assert bucket.requests == before
+    assert asked(bucket) == before
 
 
 def test_a_version_that_comes_back_can_be_opened() -> None:
-    bucket = MemoryBucket({"a": "1"})
+    bucket = bucket_of({"a": "1"})
     tree = Tree(bucket, "", 60, now=Clock())
     old = tree.lookup(tree.node(ROOT), "a")
     tree.outdate(old.id)
@@ -527,20 +507,20 @@ def test_a_version_that_comes_back_can_be_opened() -> None:
     assert (new.version, new.id == old.id, tree.should_look_again(new)) == (old.version, False, False)
 
 
-class Endless(MemoryBucket):
+class Endless(MemoryStore):
     """``long/`` has names without end: as many as asked for, all different, or the same again, or none to be shown."""
 
     def __init__(self, name: str = "{:09}") -> None:
-        super().__init__({"fine/a": "1", "long/z": "1"})
-        self.name = name
+        super().__init__({"fine/a": b"1", "long/z": b"1"})
+        self.pattern = name
 
-    def list(self, prefix: str) -> Iterator[Page]:
+    def list(self, prefix: str, *, page_size: int = 1000, delimiter: str = "/") -> Iterator[Page]:
         if prefix != "long/":
-            yield from super().list(prefix)
+            yield from super().list(prefix, page_size=page_size, delimiter=delimiter)
             return
         for start in itertools.count(0, 1000):
-            self.requests += 1
-            keys = [f"long/{self.name.format(number)}" for number in range(start, start + 1000)]
+            self.requests.append(Request("page", prefix))
+            keys = [f"long/{self.pattern.format(number)}" for number in range(start, start + 1000)]
             yield Page([ObjectInfo(key, 1, 1.0, '"e"') for key in keys], [], False)
 
 
@@ -569,7 +549,7 @@ def test_names_that_are_being_loaded_take_half_of_the_memory_together() -> None:
     for _ in range(3):
         with pytest.raises(TooLongError, match=r"long/ has [0-9]{4} names or more"):
             tree.listing(long)
-    tree = Tree(MemoryBucket({f"d/{number}": "1" for number in range(3000)}), "", 60, now=Clock(), room=lambda: left)
+    tree = Tree(bucket_of({f"d/{number}": "1" for number in range(3000)}), "", 60, now=Clock(), room=lambda: left)
     for _ in range(9):  # what is loaded counts no more
         assert len(tree.listing(tree.lookup(tree.node(ROOT), "d")).names) == 3000
         tree.refresh(tree.node(ROOT))
@@ -592,7 +572,7 @@ def test_what_a_name_takes_is_about_what_is_counted() -> None:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_name_is_found_where_the_whole_is_too_long(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    bucket = MemoryBucket({f"d/{number:04}": "1" for number in range(400)}, page=10)
+    bucket = bucket_of({f"d/{number:04}": "1" for number in range(400)}, page=10)
     clock = Clock()
     tree = Tree(bucket, "", 60, now=clock)
     directory = tree.lookup(tree.node(ROOT), "d")
@@ -602,6 +582,6 @@ def test_a_name_is_found_where_the_whole_is_too_long(first: bool, monkeypatch: p
     monkeypatch.setattr(trees, "MAX_NAMES", 100)
     for number in range(50, 150):
         assert tree.lookup(directory, f"{number:04}").size == 1
-    bucket.requests = 0
+    bucket.requests.clear()
     assert tree.lookup(directory, "0399").size == 1
-    assert bucket.requests <= 2
+    assert asked(bucket) <= 2
