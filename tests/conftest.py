@@ -89,7 +89,35 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.02)
 
 
+_STRESS = {"test_chaos.py", "test_fuzz.py", "test_s3fs_suite.py", "test_scale.py", "test_suites.py"}
+
+
+def _layer(item: pytest.Item) -> str:
+    """The layer of a test, by what it needs; see CONTRIBUTING.md."""
+    directory, *_ = item.path.relative_to(Path(__file__).parent).parts
+    fixtures = set(getattr(item, "fixturenames", ()))
+    if item.path.name in _STRESS:
+        return "stress"
+    if directory == "trainer":
+        return "train"
+    if directory == "library":
+        return "library"
+    if directory == "fuse" or fixtures & {"mount", "limited"}:
+        return "mount"
+    if fixtures & {"server", "obsfs"} or item.get_closest_marker("slow"):
+        return "store"
+    return "unit"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    # They import torch, which takes longer than all tests of some layers.
+    other_layers = {"unit", "store", "mount", "library"}
+    return (collection_path.name == "trainer" and config.getoption("markexpr") in other_layers) or None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(_layer(item))
     # Fast ones first: a mistake shows early. The longest of all comes before the other slow ones, not to be the last.
     items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, "s3fs_suite" not in item.nodeid))
 
