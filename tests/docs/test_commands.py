@@ -18,6 +18,7 @@ A file that a block begins with (``# run.yaml``, ``# config.toml``) is written, 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -28,6 +29,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pandas
@@ -89,6 +91,9 @@ class Session:
             self._shell(text, block)
         elif block.language == "python":
             exec(compile(text, str(block), "exec"), self._names)
+            # What was imported stays. A model goes, as with a reader's Python: its weights are maps of the mount.
+            self._names = {name: value for name, value in self._names.items() if isinstance(value, ModuleType)}
+            gc.collect()
         elif name := re.match(r"# (\w+\.(?:yaml|toml))\n", text):
             self._file(name[1], text)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -22,6 +23,7 @@ _FOREIGN |= {"Transport endpoint is not connected", "Too many open files in syst
 """Messages on the page that are not ours."""
 
 
+@cache
 def every_test() -> set[str]:
     found: set[str] = set()
     for path in (ROOT / "tests").rglob("test_*.py"):
@@ -49,6 +51,7 @@ def test_the_pages_promise_something() -> None:
     assert len(list(chain.from_iterable(map(promises, PAGES)))) > 90
 
 
+@cache
 def literals() -> list[str]:
     """All texts in the code, with ``\\0`` where something is filled in."""
     found: list[str] = []
