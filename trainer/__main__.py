@@ -10,6 +10,6 @@ if __name__ == "__main__":
     if not sys.flags.safe_path and sys.path[0] != os.path.dirname(os.path.dirname(__file__)):  # noqa: PTH120
         del sys.path[0]
 
-    from obsfs.cli import main
+    from obsfs.plugin import main
 
     sys.exit(main(["train", *sys.argv[1:]]))

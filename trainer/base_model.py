@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import obsfs
-from obsfs.errors import UsageError, first_line
-from obsfs.text import visible
+from obsfs.plugin import UsageError, first_line, visible
 
 _CHUNK = 8 << 20
 PROBE = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from obsfs.errors import UsageError
+from obsfs.plugin import UsageError
 
 _ROWS = 32
 """Rows that are packed together: ``block_n`` of bitsandbytes' ``_convert_weight_packed_for_cpu``."""

@@ -22,8 +22,7 @@ import yaml
 from transformers import TrainerCallback
 
 import obsfs
-from obsfs.errors import UsageError
-from obsfs.text import visible
+from obsfs.plugin import UsageError, visible
 from trainer import run_record
 from trainer.run_location import STEP, RunLocation
 

@@ -11,15 +11,28 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from obsfs.cli.options import BUCKET, CACHE, Command, settings_options
-from obsfs.cli.output import count, facts, human, spinner, tell, tell_json, tell_path, terminal_width
-from obsfs.errors import UsageError, first_line
-from obsfs.extras import remedy
+from obsfs.plugin import (
+    BUCKET_SETTINGS,
+    CACHE_SETTINGS,
+    Command,
+    UsageError,
+    count,
+    facts,
+    first_line,
+    human,
+    remedy,
+    settings_options,
+    spinner,
+    tell,
+    tell_json,
+    tell_path,
+    terminal_width,
+)
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
 
-_PLACES = (*BUCKET, "library", *CACHE)
+_PLACES = (*BUCKET_SETTINGS, "library", *CACHE_SETTINGS)
 _PASSED = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 

@@ -15,11 +15,17 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get
 
 import yaml
 
-from obsfs import ObsfsError, Settings
-from obsfs.cli.options import BUCKET, CACHE
-from obsfs.errors import UsageError, first_line
-from obsfs.settings import GivenValue, knobs
-from obsfs.text import visible
+from obsfs.plugin import (
+    BUCKET_SETTINGS,
+    CACHE_SETTINGS,
+    GivenValue,
+    ObsfsError,
+    Settings,
+    UsageError,
+    first_line,
+    knobs,
+    visible,
+)
 from trainer import config_keys, optional_packages
 from trainer.other_trainers import refuse_other_trainers
 
@@ -74,7 +80,7 @@ _ALIASES = {
     "use_bnb_nested_quant": "bnb_4bit_use_double_quant",
 }
 """TRL's names for what has a name here, or in PEFT, or in transformers."""
-_SETTINGS = (*BUCKET, *CACHE, "library", "connections", "cache_size", "retry_timeout")
+_SETTINGS = (*BUCKET_SETTINGS, *CACHE_SETTINGS, "library", "connections", "cache_size", "retry_timeout")
 """Of obsfs: how a bucket is reached, and where blocks are kept."""
 _CHOICES = {
     "dtype": Literal["float32", "bfloat16", "float16", "auto"] | None,
@@ -200,7 +206,7 @@ def load_config(
 ) -> TrainConfig:
     """A run from a mapping (or a config that is changed by `overrides`). Raises UsageError; imports nothing large.
 
-    A setting of obsfs may be :class:`obsfs.settings.GivenValue`: an error says where it stands, else by what keyword it
+    A setting of obsfs may be :class:`obsfs.plugin.GivenValue`: an error says where it stands, else by what keyword it
     was given.
     """
     if isinstance(source, TrainConfig):

@@ -20,8 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from obsfs.errors import UsageError
-from obsfs.text import visible
+from obsfs.plugin import UsageError, visible
 
 Hints = Mapping[str, Any]
 """Keys, each with its type; ``typing.Any`` where any value goes."""

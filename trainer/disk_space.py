@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from obsfs.cli.output import human
-from obsfs.errors import ObsfsError, UsageError
+from obsfs.plugin import ObsfsError, UsageError, human
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TEXT = re.compile(

@@ -14,9 +14,7 @@ import click
 import yaml
 
 import obsfs
-from obsfs.cli.output import ask, columns, confirm, count, human, tell, terminal_width
-from obsfs.service import mounts
-from obsfs.settings import knobs
+from obsfs.plugin import ask, columns, confirm, count, find_mounts, human, knobs, tell, terminal_width
 from trainer import base_model, data
 from trainer.config import METHODS, TASKS, load_config
 from trainer.memory_estimate import MemoryEstimate, estimate_run_memory
@@ -53,7 +51,7 @@ def found_models() -> list[str]:
     Each mount is searched by a process of its own, and one that takes longer than 5 seconds is left out: nobody who
     waits for a mount can be made to stop.
     """
-    usable = [one for one in mounts.find_mounts() if one.state == "mounted" and not one.status.get("ends_with_program")]
+    usable = [one for one in find_mounts() if one.state == "mounted" and not one.status.get("ends_with_program")]
     roots = [one.entry.mountpoint for one in usable]
     searches = [
         subprocess.Popen(

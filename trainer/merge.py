@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import obsfs
-from obsfs.errors import ObsfsError, UsageError, first_line
-from obsfs.text import visible
+from obsfs.plugin import ObsfsError, UsageError, first_line, visible
 from trainer import bitsandbytes_cpu
 from trainer.base_model import (
     PROBE,

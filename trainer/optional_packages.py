@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from obsfs.errors import UsageError
-from obsfs.extras import remedy
+from obsfs.plugin import UsageError, remedy
 from trainer import config_keys
 
 _OPTIMISERS = {

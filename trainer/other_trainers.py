@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from obsfs.errors import UsageError
-from obsfs.text import visible
+from obsfs.plugin import UsageError, visible
 
 _TOOLS: Mapping[str, Mapping[str, str]] = {
     "axolotl": {

@@ -13,7 +13,7 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
-from obsfs.cli.output import human, tell, tell_json
+from obsfs.plugin import human, tell, tell_json
 from trainer.base_model import BaseModel
 
 _LOOK_SECONDS = 0.2

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 
-from obsfs.logs import VisibleFormatter
+from obsfs.plugin import VisibleFormatter
 
 _TALKATIVE = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "kernels", "peft", "trl")
 """bitsandbytes warns at its import, on processors with AVX512-BF16, that it found no kernel of the hub for them."""

@@ -30,8 +30,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from obsfs.errors import UsageError, first_line
-from obsfs.text import visible
+from obsfs.plugin import UsageError, first_line, visible
 from trainer import disk_space
 from trainer.config import Parts, TrainConfig
 from trainer.temporary import temporary_directory

@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from obsfs.cli.output import human, spinner, tell
-from obsfs.errors import UsageError, first_line
-from obsfs.settings import state_dir
+from obsfs.plugin import UsageError, first_line, human, spinner, state_dir, tell
 from trainer import base_model, data, disk_space, run_record
 from trainer.config import TASKS, Parts, TrainConfig, load_config
 from trainer.memory_estimate import MemoryEstimate, estimate_run_memory

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from botocore.exceptions import BotoCoreError
 
 import obsfs
-from obsfs.errors import UnavailableError, UsageError, first_line
-from obsfs.text import visible
+from obsfs.plugin import UnavailableError, UsageError, first_line, visible
 
 _MANIFEST = ".obsfs/manifest.json"
 STEP = re.compile(r"checkpoint-(\d+)")
@@ -79,7 +78,7 @@ class RunLocation(NamedTuple):
         try:
             fs = obsfs.OBSFileSystem(**self.settings)
             fs.invalidate_cache()
-            yield fs, str(fs._strip_protocol(self.url))
+            yield fs, self.url.partition("://")[2]
         except (OSError, ValueError, BotoCoreError) as error:
             reason = first_line(error)
             raise UnavailableError(

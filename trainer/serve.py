@@ -16,10 +16,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from obsfs import processes
-from obsfs.cli.output import tell
-from obsfs.errors import UsageError, first_line
-from obsfs.settings import state_dir
+from obsfs.plugin import (
+    UsageError,
+    child_environment,
+    find_program,
+    first_line,
+    foreign_environment,
+    python_command,
+    state_dir,
+    tell,
+)
 from trainer import bitsandbytes_cpu
 from trainer.base_model import BaseModel, open_model, refuse_other_kinds
 from trainer.merge import ADAPTER, merge, open_adapter
@@ -61,14 +67,9 @@ def command_of(
         return ["vllm", "serve", str(model), *named, *lora, *extra]
     if backend == "sglang":
         lora = ["--lora-paths", f"{adapter.name}={adapter}"] if adapter else []
-        return [
-            *processes.python_command("-m", "sglang.launch_server", "--model-path", str(model)),
-            *named,
-            *lora,
-            *extra,
-        ]
+        return [*python_command("-m", "sglang.launch_server", "--model-path", str(model)), *named, *lora, *extra]
     # By way of a module of ours, which keeps the chatter of libraries from the terminal.
-    return [*processes.python_command("-m", "trainer.backend"), "serve", model.name, *where, *extra]
+    return [*python_command("-m", "trainer.backend"), "serve", model.name, *where, *extra]
 
 
 @contextmanager
@@ -108,9 +109,9 @@ def serve(
         home = stack.enter_context(temporary_directory("obsfs-serve-"))
         (home / path.name).symlink_to(path.absolute())
         process = subprocess.Popen(
-            [processes.find_program(command[0]), *command[1:]],
+            [find_program(command[0]), *command[1:]],
             cwd=home,
-            env=processes.child_environment() if command[0] == sys.executable else processes.foreign_environment(),
+            env=child_environment() if command[0] == sys.executable else foreign_environment(),
             stdout=silence,
             stderr=silence,
         )
@@ -208,7 +209,7 @@ def chat(server: Server, extra: Sequence[str]) -> int:
     """
     home = state_dir() / "chat"
     home.mkdir(mode=0o700, exist_ok=True)
-    command = [*processes.python_command("-m", "trainer.backend"), "chat", server.model, server.url, *extra]
+    command = [*python_command("-m", "trainer.backend"), "chat", server.model, server.url, *extra]
     # With HF_HUB_OFFLINE its client refuses to speak to any server, also to the one on this machine.
-    environment = {name: value for name, value in processes.child_environment().items() if name != "HF_HUB_OFFLINE"}
+    environment = {name: value for name, value in child_environment().items() if name != "HF_HUB_OFFLINE"}
     return subprocess.run(command, cwd=home, env=environment, check=False).returncode

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from obsfs.errors import UsageError
-from obsfs.text import visible
+from obsfs.plugin import UsageError, visible
 from trainer.data import messages as chats
 from trainer.data.formats import Record, is_conversation
 from trainer.data.loading import SAMPLE, Loaded, RecordOrigins

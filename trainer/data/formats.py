@@ -7,8 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from obsfs.errors import UsageError
-from obsfs.text import visible
+from obsfs.plugin import UsageError, visible
 from trainer.data import messages as chats
 
 Record = dict[str, Any]

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from obsfs.errors import UsageError, first_line
+from obsfs.plugin import UsageError, first_line
 from trainer.data import reading
 from trainer.data.formats import (
     Format,

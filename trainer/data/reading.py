@@ -20,8 +20,7 @@ from typing import IO, Any
 
 import fsspec
 
-from obsfs.errors import UsageError, first_line
-from obsfs.text import visible
+from obsfs.plugin import UsageError, first_line, visible
 from trainer.data.formats import held_columns
 from trainer.data.strict_json import NotJson, decoded, decoded_at
 

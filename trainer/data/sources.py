@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import obsfs
-from obsfs.errors import UsageError, first_line
-from obsfs.text import visible
+from obsfs.plugin import UsageError, first_line, visible
 from trainer.data.reading import CSV_SUFFIXES, JSON_SUFFIXES, bare
 
 BUILTIN = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from obsfs.text import visible
+from obsfs.plugin import visible
 
 
 class NotJson(ValueError):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from obsfs.errors import UsageError, first_line
+from obsfs.plugin import UsageError, first_line
 from trainer.data import messages as chats
 from trainer.data.formats import Record
 

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
-from obsfs.cli.output import tell
-from obsfs.text import visible
+from obsfs.plugin import tell, visible
 from trainer.data import messages as chats
 from trainer.data.formats import Made, Record
 
