@@ -72,7 +72,7 @@ class _Kernel:
         self._near, self._far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._near.setblocking(False)
         self._server = Server(
-            self._far.fileno(), operations, passthrough=False, on_end=lambda: None, supervisor=SupervisorClient()
+            self._far.fileno(), operations, passthrough=False, on_end=lambda: None, fd_store=SupervisorClient()
         )
         self._buffer = bytearray(64 << 10)
         self._unique = 0

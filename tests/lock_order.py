@@ -33,7 +33,7 @@ from obsfs.cache.layout import DirectoryLock
 from obsfs.cache.object import CachedObject
 from obsfs.fetch import fetcher, reader
 from obsfs.fetch.fetcher import CountdownCallback
-from obsfs.vfs import tree
+from obsfs.vfs import listings
 
 FREE: tuple[tuple[type, str], ...] = (
     (Cache, "open"),
@@ -58,7 +58,7 @@ _WAITS: tuple[tuple[type, str], ...] = (
     (socket.socket, "recv_into"),
     (socket.socket, "sendall"),
 )
-_BY_FACTORY: tuple[type, ...] = (reader.ModelLoad, tree._Asking)
+_BY_FACTORY: tuple[type, ...] = (reader.ModelLoad, listings._Asking)
 """Dataclasses that create a lock by a default factory, which is not looked up when it is called."""
 
 _Lock, _RLock, _Condition = threading.Lock, threading.RLock, threading.Condition

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import threading
@@ -22,10 +23,11 @@ from obsfs.service.takeover_log import TakeoverLog
 from obsfs.settings import Settings
 from obsfs.store.address import Address
 from obsfs.store.s3.store import S3Store
+from obsfs.vfs.frontend import FrontEnd
 from obsfs.vfs.operations import ROOT, Operations
 from obsfs.vfs.tree import Tree
 from tests.conftest import MIB, Store, random_bytes, small_disk, wait_for, write_model
-from tests.lock_order import Tracer, traced
+from tests.lock_order import traced
 
 # "Event.wait" is for the name server, which is waited for by a thread.
 _NETWORK = ("Event.wait", "Future.result", "socket.connect", "socket.recv_into", "socket.sendall", "time.sleep")
@@ -33,7 +35,7 @@ ALLOWED = {
     # A lookup waits for the one that asks the bucket already, to find its answer: for nothing else.
     *(("Asking.lock", what) for what in _NETWORK),
     # Files that others keep evicting are opened again: for two seconds at most.
-    ("Server._opening", "time.sleep"),
+    ("Operations._opening", "time.sleep"),
     ("CachedObject._guard", "time.sleep"),
     ("CachedObject._writing", "time.sleep"),
     ("OverflowBuffer._draining", "time.sleep"),
@@ -128,11 +130,20 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield path
 
 
+class WithPassthrough(FrontEnd):
+    """A kernel that takes cache files, without a kernel."""
+
+    def __init__(self) -> None:
+        self._backings = itertools.count(1)
+
+    def open_backing(self, fd: int) -> int:
+        return next(self._backings)
+
+
 class Mount:
     """What a server has, without a kernel: an engine through a cache that is too small, and a tree over a bucket."""
 
-    def __init__(self, tracer: Tracer, bucket: Store, disk: Path, home: Path) -> None:
-        self.opening = tracer.lock("Server._opening")
+    def __init__(self, bucket: Store, disk: Path, home: Path) -> None:
         settings = Settings.load(
             cache_dir=disk / "cache", cache_size="16MiB", cache_min_free=0, endpoint_url=bucket.server.endpoint,
             metadata_ttl="0.2s",
@@ -144,8 +155,8 @@ class Mount:
         self.journal.snapshot = self.tree.snapshot
         self.journal.renew()
         self.operations = Operations(self.tree, self.engine, settings, {})
-        self.operations.can_be_direct = True
-        self.engine.on_changed = self.operations.outdate
+        self.operations.can_pass_through = True
+        self.operations.attach(WithPassthrough())
 
     def read(self, name: str, chance: random.Random) -> bytes | None:
         """Open a file, read a part of it and close it, as a server does."""
@@ -156,14 +167,12 @@ class Mount:
             return None
         try:
             with suppress(ObsfsError):
-                with operations.at_hand(node, wait=True), self.opening:
-                    opened = operations.open(node, os.O_RDONLY)
+                opened = operations.open(node, os.O_RDONLY)
                 reader = operations.reader(opened.handle)
                 try:
                     return reader.read(chance.randrange(reader.size), 3 * BLOCK)
                 finally:
-                    with self.opening:
-                        operations.release(opened.handle)
+                    operations.release(opened.handle)
             return None
         finally:
             operations.forget([(node, 1)])
@@ -259,13 +268,13 @@ def test_no_order_of_locks_can_hang(bucket: Store, disk: Path, tmp_path: Path, m
     ]
     bucket.put("new.bin", random_bytes(2 * BLOCK))
     with traced(ALLOWED) as tracer:
-        mount = Mount(tracer, bucket, disk, tmp_path)
+        mount = Mount(bucket, disk, tmp_path)
         work(mount, bucket, disk, names)
         assert tracer.report() == []
         for two in (
             ("DirectoryLock.evicting", "DirectoryLock.lock"),
             ("OverflowBuffer._draining", "CachedObject._writing"),
-            ("Server._opening", "Tree._guard"),
+            ("Operations._opening", "Tree._guard"),
             ("Tree._guard", "TakeoverLog._guard"),
         ):
             assert two in tracer.edges, "this was not tried"

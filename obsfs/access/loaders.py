@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from obsfs.access import safetensors
 from obsfs.store.types import ObjectInfo
-from obsfs.vfs.tree import Entry
+from obsfs.vfs.listings import Entry
 
 CONFIG = "config.json"
 INDEX = ".safetensors.index.json"

@@ -23,6 +23,7 @@ from obsfs.extras import remedy
 from obsfs.fuse.kernel import channel
 from obsfs.settings import Settings
 from obsfs.store.types import ObjectVersion
+from obsfs.vfs.frontend import FrontEnd
 from obsfs.vfs.operations import ROOT, UNKNOWN_INO, Attributes, Operations
 
 try:
@@ -101,7 +102,7 @@ class _Adapter(mfusepy.Operations):
             }
 
     def _version(self, found: Attributes) -> ObjectVersion | None:
-        return self._operations.tree.node(found.node).version
+        return self._operations.version(found.node)
 
     def _note_told(self, path: str, version: ObjectVersion | None) -> None:
         with self._guard:
@@ -187,7 +188,7 @@ def serve(
 ) -> None:
     """Mount and serve until unmounted, or until `wait_for_stop` returns. Runs libfuse in this thread."""
     ready = threading.Event()
-    operations.engine.on_changed = operations.outdate
+    operations.attach(FrontEnd())
 
     def watch() -> None:
         ready.wait()

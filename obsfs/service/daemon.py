@@ -41,8 +41,9 @@ from obsfs.store.address import Address, parse_address
 from obsfs.store.base import ObjectStore
 from obsfs.store.types import Page
 from obsfs.version import __version__
+from obsfs.vfs.listings import Source
 from obsfs.vfs.operations import Operations
-from obsfs.vfs.tree import Source, Tree
+from obsfs.vfs.tree import Tree
 
 if TYPE_CHECKING:
     from obsfs.fuse.kernel.server import Server
@@ -331,7 +332,7 @@ class _Native:
             fd = channel.mount(source, self._mountpoint, allow_other=settings.allow_other)
         else:
             fd = takeover.fds[0]
-        server = Server(fd, operations, passthrough=settings.passthrough, on_end=stop, supervisor=self._supervisor)
+        server = Server(fd, operations, passthrough=settings.passthrough, on_end=stop, fd_store=self._supervisor)
         if takeover is not None:
             self._fds, self._server_number = takeover.fds, takeover.server
             operations.inherit()
@@ -354,7 +355,7 @@ class _Native:
             on_ready()
             if operations.identity["can_be_followed"]:
                 steps = program.copy_in_steps(program.process_start(), self._keep_copy)
-                operations.engine.background.run_in_steps(steps)
+                operations.run_in_background(steps)
             stop.wait()
         finally:
             entry = channel.mounted_at(self._mountpoint)
@@ -370,7 +371,7 @@ class _Native:
     @property
     def _state(self) -> dict[str, object]:
         return {
-            "direct": self._operations.can_be_direct,
+            "direct": self._operations.can_pass_through,
             "is_whole": self._journal.is_whole,
             "log": self._operations.identity["log"],
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from obsfs.access.loaders import Loads, companions, shards
 from obsfs.store.types import ObjectInfo
-from obsfs.vfs.tree import Entry
+from obsfs.vfs.listings import Entry
 
 WEIGHTS = "model-00001-of-00002.safetensors"
 

@@ -33,7 +33,9 @@ from obsfs.service.daemon import Takeover
 from obsfs.service.takeover_log import TakeoverLog
 from obsfs.settings import Settings
 from obsfs.store.memory import MemoryStore
-from obsfs.vfs.tree import ROOT, Tree
+from obsfs.vfs.handles import Mode
+from obsfs.vfs.inodes import ROOT
+from obsfs.vfs.tree import Tree
 from tests.conftest import MIB, Mounter, Result, Store, random_bytes, status, wait_for
 
 V0 = Path(__file__).parents[1] / "fixtures" / "v0"
@@ -53,10 +55,11 @@ def test_an_old_journal_is_read_and_its_nodes_are_kept() -> None:
     assert (found.format, found.damaged) == (0, 0)
     tree = Tree(MemoryStore(), "", 60, max_entries=2)
     assert tree.restore(found.records, is_counted=False) == 0
-    assert {node.id: (node.opens, node.direct_opens) for node in tree.opened()} == {3: (1, 0), 4: (0, 1), 5: (1, 0)}
-    assert (tree.node(4).backing, tree.node(5).size, tree.node(2).is_dir) == (2, 39, True)
+    files = {file.node: (file.buffered, file.passthrough, file.backing) for file in tree.handles.files()}
+    assert files == {3: (1, 0, 0), 4: (0, 1, 2), 5: (1, 0, 0)}
+    assert (tree.node(5).size, tree.node(2).is_dir) == (39, True)
     # Nobody counted how often the kernel has looked them up.
-    tree.count_open(tree.node(5), -1, direct=False)
+    tree.handles.release(tree.handles.handle_of(5, Mode.BUFFERED))
     tree.forget([(5, 1000)])
     assert tree.node(5).key == "m/config.json"
     assert not tree.over_limit
@@ -214,7 +217,7 @@ def some_records(store: MemoryStore | None = None) -> list[list[object]]:
     records: list[list[object]] = []
     tree = Tree(store or some_objects(), "", 60, lambda *changes: records.extend(changes))
     for n in range(3):
-        tree.count_open(tree.lookup(tree.node(ROOT), f"f{n}", unique=2 * n + 2), 1, direct=False)
+        tree.handles.open(tree.lookup(tree.node(ROOT), f"f{n}", unique=2 * n + 2).id, Mode.BUFFERED)
     return records
 
 
@@ -233,7 +236,7 @@ def test_a_damaged_record_costs_what_it_is_about(damage: list[object]) -> None:
     records = [damage if record[:2] == ["node", 3] else record for record in some_records()]
     tree, lost = restored(records)
     assert lost <= 1
-    assert {node.key for node in tree.opened()} == {"f0", "f2"}
+    assert {tree.node(file.node).key for file in tree.handles.files()} == {"f0", "f2"}
     assert tree.node(ROOT).is_dir
 
 
@@ -257,11 +260,11 @@ def test_ids_of_lost_nodes_are_not_given_again() -> None:
 def test_a_lookup_that_was_not_answered_is_counted_once() -> None:
     bucket = some_objects()
     tree, _ = restored(some_records(bucket), bucket)
-    tree.unanswered(4)  # the request that looked up f1: it is sent again
+    tree.take_back(4)  # the request that looked up f1: it is sent again
     node = tree.lookup(tree.node(ROOT), "f1", unique=4)
     assert (node.id, node.lookups) == (3, 1)
-    tree.unanswered(4)
-    tree.unanswered(4)
+    tree.take_back(4)
+    tree.take_back(4)
     assert node.lookups == 0
 
 

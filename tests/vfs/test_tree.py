@@ -16,8 +16,11 @@ from obsfs.errors import NotFoundError, VersionChangedError
 from obsfs.store.address import is_valid_name
 from obsfs.store.memory import MemoryStore, Request
 from obsfs.store.types import ObjectInfo, Page
-from obsfs.vfs import tree as trees
-from obsfs.vfs.tree import ROOT, Entry, InterruptedCallError, TooLongError, Tree, WouldBlockError, read_page
+from obsfs.vfs import listings
+from obsfs.vfs.handles import Mode
+from obsfs.vfs.inodes import ROOT, Node
+from obsfs.vfs.listings import Entry, InterruptedCallError, TooLongError, WouldBlockError, read_page
+from obsfs.vfs.tree import Tree
 
 
 def bucket_of(texts: Mapping[str, str], page: int = 1000) -> MemoryStore:
@@ -112,9 +115,9 @@ def test_beyond_the_bound_the_oldest_listings_go_and_the_kernel_is_to_forget_fil
             assert tree.listed_count <= 1000 + 101
     assert tree.over_limit
     opened = tree.lookup(tree.lookup(root, "d00"), "000")
-    tree.count_open(opened, 1, direct=False)
+    tree.handles.open(opened.id, Mode.BUFFERED)
     candidates = tree.eviction_candidates()
-    nodes = {(node.parent, node.name): node for node in tree._nodes.values()}
+    nodes = {(node.parent, node.name): node for node in tree._inodes._nodes.values()}
     assert not any(nodes[place].is_dir for place in candidates)
     assert (opened.parent, opened.name) not in candidates
     for place in candidates:
@@ -210,10 +213,10 @@ def test_a_new_version_is_a_new_node_with_the_same_inode_number() -> None:
 def test_forgotten_nodes_go_and_open_ones_stay() -> None:
     tree = Tree(bucket_of({"a": "1"}), "", 10, now=Clock())
     node = tree.lookup(tree.node(ROOT), "a")
-    tree.count_open(node, 1, direct=False)
+    handle = tree.handles.open(node.id, Mode.BUFFERED)
     tree.forget([(node.id, 1)])
     assert tree.node(node.id) is node
-    tree.count_open(node, -1, direct=False)
+    tree.handles.release(handle)
     with pytest.raises(VersionChangedError):
         tree.node(node.id)
     tree.forget([(ROOT, 1)])
@@ -228,14 +231,15 @@ def test_a_successor_knows_what_its_predecessor_told_the_kernel() -> None:
     root = tree.node(ROOT)
     inner = tree.lookup(tree.lookup(root, "a"), "x")
     opened = tree.lookup(root, "b")
-    tree.count_open(opened, 1, direct=True)
+    handle = tree.handles.open(opened.id, Mode.PASSTHROUGH)
     gone = tree.lookup(root, "c")
     tree.forget([(gone.id, 1)])
     for source in (records, list(tree.snapshot())):
         successor = Tree(bucket_of({}), "", 10, now=Clock())
         successor.restore(source)
         assert successor.node(inner.id).version == inner.version
-        assert successor.node(opened.id).direct_opens == 1
+        file, mode = successor.handles.find(handle)
+        assert (file.node, file.passthrough, mode) == (opened.id, 1, Mode.PASSTHROUGH)
         assert successor.node(opened.id).ino == opened.ino
         with pytest.raises(VersionChangedError):
             successor.node(gone.id)
@@ -266,8 +270,8 @@ def test_a_successor_knows_which_versions_are_gone() -> None:
     for source in (records, list(tree.snapshot())):
         successor = Tree(bucket, "", 60, now=Clock())
         assert successor.restore(source) == 0
-        assert successor.should_look_again(successor.node(gone.id))
-        assert not successor.should_look_again(successor.node(right.id))
+        assert successor.must_look_up_again(successor.node(gone.id))
+        assert not successor.must_look_up_again(successor.node(right.id))
 
 
 def test_the_kernel_keeps_no_absent_name_that_a_refresh_would_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +342,7 @@ def test_a_listing_that_was_asked_for_before_a_refresh_is_not_kept() -> None:
     assert set(tree.listing(tree.node(ROOT)).entries) == {"a", "b"}
 
 
-def etag(node: trees.Node) -> str:
+def etag(node: Node) -> str:
     assert node.version is not None
     return next(text for text in ("1", "2", "3", "x", "y") if node.version.etag == tag_of(text))
 
@@ -368,7 +372,7 @@ def test_nothing_that_was_asked_before_is_an_answer_afterwards(page: int, how: s
     assert etag(tree.lookup(directory, "d")) == "2"
     new = tree.lookup(directory, "d")
     assert etag(new) == "2"
-    assert not tree.should_look_again(new)
+    assert not tree.must_look_up_again(new)
     assert tree.entry_ttl(directory, "d", new) == 60
     assert tree.entry_ttl(directory, "d", old) == 0
 
@@ -444,11 +448,11 @@ def test_a_listing_that_nobody_waits_for_is_given_up_between_pages() -> None:
     directory = tree.lookup(tree.node(ROOT), "d")
     bucket.requests.clear()
     waited: list[int] = []
-    tree.is_awaited = lambda node: bool(waited.append(node)) or len(waited) < 3
+    tree.await_names(lambda node: bool(waited.append(node)) or len(waited) < 3)
     with pytest.raises(InterruptedCallError):
         tree.listing(directory)
     assert (waited, asked(bucket)) == ([directory.id] * 3, 3)
-    tree.is_awaited = lambda node: False
+    tree.await_names(lambda node: False)
     bucket.page_size = 9
     assert len(tree.listing(directory).names) == 9, "the last page is at hand, whoever waits"
 
@@ -462,11 +466,11 @@ def test_a_version_that_is_gone_has_its_name_looked_up_again(page: int) -> None:
     put(bucket, "2")
     assert tree.lookup(directory, "d") is old["d"]
     assert tree.outdate(old["d"].id) == (directory.id, "d")
-    assert [tree.should_look_again(node) for node in old.values()] == [False, False, False, True]
+    assert [tree.must_look_up_again(node) for node in old.values()] == [False, False, False, True]
     new = tree.lookup(directory, "d")
     assert new.version is not None
     assert (new.version.etag, new.id == old["d"].id) == (tag_of("2"), False)
-    assert not tree.should_look_again(old["d"])
+    assert not tree.must_look_up_again(old["d"])
     # Of what was asked for since, nothing is asked again by who reads on.
     tree.lookup(directory, "a")
     before = asked(bucket)
@@ -504,7 +508,7 @@ def test_a_version_that_comes_back_can_be_opened() -> None:
     old = tree.lookup(tree.node(ROOT), "a")
     tree.outdate(old.id)
     new = tree.lookup(tree.node(ROOT), "a")
-    assert (new.version, new.id == old.id, tree.should_look_again(new)) == (old.version, False, False)
+    assert (new.version, new.id == old.id, tree.must_look_up_again(new)) == (old.version, False, False)
 
 
 class Endless(MemoryStore):
@@ -528,7 +532,7 @@ class Endless(MemoryStore):
 def test_a_listing_without_end_costs_its_directory(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(trees, "MAX_NAMES", 5000)
+    monkeypatch.setattr(listings, "MAX_NAMES", 5000)
     bucket = Endless(name)
     tree = Tree(bucket, "", 60, now=Clock())
     long = tree.lookup(tree.node(ROOT), "long")
@@ -567,7 +571,7 @@ def test_what_a_name_takes_is_about_what_is_counted() -> None:
     finally:
         tracemalloc.stop()
     assert len(names) == 20_000
-    assert taken < trees._memory_of(page)
+    assert taken < listings._memory_of(page)
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -579,7 +583,7 @@ def test_a_name_is_found_where_the_whole_is_too_long(first: bool, monkeypatch: p
     if first:
         tree.listing(directory)  # it was shorter once, and its pages are known
         clock.now += 100
-    monkeypatch.setattr(trees, "MAX_NAMES", 100)
+    monkeypatch.setattr(listings, "MAX_NAMES", 100)
     for number in range(50, 150):
         assert tree.lookup(directory, f"{number:04}").size == 1
     bucket.requests.clear()
