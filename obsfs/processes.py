@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from obsfs.errors import UsageError
-from obsfs.fuse.kernel import channel
+from obsfs.fuse import mountinfo
 
 _NEEDED = ("LD_LIBRARY_PATH",)
 _SOURCES = Path(__file__).parents[1]
@@ -60,7 +60,7 @@ def find_program(name: str) -> str:
     beside = Path(sys.executable).with_name(name)
     if os.access(beside, os.X_OK):
         return str(beside)
-    entries = channel.mounts()
+    entries = mountinfo.mounts()
     known = (one for one in os.get_exec_path() if Path(one).is_absolute() and not _is_on_mount(one, entries))
     paths = os.pathsep.join(known)
     found = shutil.which(name, path=paths)
@@ -74,7 +74,7 @@ def secure_import_path() -> None:
 
     For commands, not for programs that use obsfs as a library: it changes ``sys.path`` and the environment.
     """
-    entries = channel.mounts()
+    entries = mountinfo.mounts()
     os.environ["PYTHONSAFEPATH"] = "1"
     if "PYTHONPATH" in os.environ:
         kept = [one for one in os.environ["PYTHONPATH"].split(os.pathsep) if Path(one).is_absolute()]
@@ -91,7 +91,7 @@ def _safe_environment() -> dict[str, str]:
 
 def _trusted(paths: Sequence[str]) -> Iterator[str]:
     """Those of some directories for imports that hold no code of strangers."""
-    entries = channel.mounts()
+    entries = mountinfo.mounts()
     prefixes = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}
     for path in paths:
         if not Path(path).is_absolute() or _is_on_mount(path, entries):
@@ -119,12 +119,12 @@ def _is_working_directory(path: str) -> bool:
         return False
 
 
-def _is_on_mount(path: str, entries: list[channel.MountEntry]) -> bool:
+def _is_on_mount(path: str, entries: list[mountinfo.MountEntry]) -> bool:
     """Whether a path lies on a mount of obsfs, of whatever user."""
     if not any(one.is_obsfs for one in entries):
         return False
     try:
-        entry = channel.locate(path, entries)[1]
+        entry = mountinfo.locate(path, entries)[1]
     except OSError:
         return False
     return entry is not None and entry.is_obsfs

@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 from obsfs.demo.server import EmbeddedServer, find_program
+from obsfs.fuse import mountinfo
 from obsfs.fuse.kernel import channel
 from obsfs.service import mounts
 from obsfs.settings import Settings
@@ -227,7 +228,7 @@ class Mounter:
     def close(self) -> None:
         for path, process in self._mounted:
             with suppress(Exception):
-                while channel.mounted_at(path) is not None:
+                while mountinfo.mounted_at(path) is not None:
                     channel.unmount(path, lazy=True)
             process.terminate()
             try:
@@ -313,7 +314,7 @@ def obsfs(nursery: Nursery) -> Callable[..., Result]:
 def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     yield
     home = tmp_path_factory.getbasetemp()
-    found = {entry.mountpoint for entry in channel.mounts() if entry.fs_type == channel.FS_TYPE}
+    found = {entry.mountpoint for entry in mountinfo.mounts() if entry.fs_type == mountinfo.FS_TYPE}
     left = {path for path in found if path.is_relative_to(home)}
     for path in left:
         channel.unmount(path, lazy=True)

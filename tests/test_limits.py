@@ -18,6 +18,7 @@ import pytest
 from obsfs.cache import object as objects
 from obsfs.cache.directory import Cache
 from obsfs.errors import TooManyFilesError
+from obsfs.fuse import mountinfo
 from obsfs.fuse.kernel import channel
 from obsfs.limits import available_memory
 from obsfs.store.types import ObjectVersion
@@ -174,4 +175,4 @@ def test_a_limit_with_which_nothing_could_be_read_is_refused(bucket: Store, tmp_
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "limit of open files is 40" in done.stderr
-    assert channel.mounted_at(path) is None
+    assert mountinfo.mounted_at(path) is None

@@ -20,6 +20,7 @@ from typing import Any
 
 from obsfs.errors import ObsfsError, UsageError, VersionChangedError
 from obsfs.extras import remedy
+from obsfs.fuse import mountinfo
 from obsfs.fuse.kernel import channel
 from obsfs.settings import Settings
 from obsfs.store.types import ObjectVersion
@@ -196,7 +197,7 @@ def serve(
         channel.set_read_ahead(mountpoint, int(settings.kernel_read_ahead))
         on_ready()
         wait_for_stop()
-        if channel.mounted_at(mountpoint) is not None:
+        if mountinfo.mounted_at(mountpoint) is not None:
             channel.unmount(mountpoint, lazy=True)
 
     threading.Thread(target=watch, name="obsfs-watch", daemon=True).start()

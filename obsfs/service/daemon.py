@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from obsfs import private
 from obsfs.errors import ObsfsError, UsageError, WaitWarning
 from obsfs.fetch.reader import Engine
+from obsfs.fuse import mountinfo
 from obsfs.fuse.kernel import channel
 from obsfs.library import snapshot
 from obsfs.limits import LEAST_FILES, allow_open_files, open_files_limit
@@ -358,7 +359,7 @@ class _Native:
                 operations.run_in_background(steps)
             stop.wait()
         finally:
-            entry = channel.mounted_at(self._mountpoint)
+            entry = mountinfo.mounted_at(self._mountpoint)
             if entry is not None and not server.ended.is_set():
                 connection = channel.Connection(entry)
                 channel.unmount(self._mountpoint, lazy=True)

@@ -24,8 +24,9 @@ from typing import Any, Literal, NamedTuple
 
 from obsfs import processes
 from obsfs.errors import UsageError, WaitWarning
+from obsfs.fuse import mountinfo
 from obsfs.fuse.kernel import channel
-from obsfs.fuse.kernel.channel import MountEntry
+from obsfs.fuse.mountinfo import MountEntry
 from obsfs.service import asker, state
 from obsfs.settings import Settings, keywords, state_home
 from obsfs.store.address import parse_address
@@ -67,7 +68,7 @@ class Mount:
         try:
             channel.unmount(self.path)
         except UsageError:
-            if channel.mounted_at(self.path) is not None:
+            if mountinfo.mounted_at(self.path) is not None:
                 channel.unmount(self.path, lazy=True)
             return
         try:
@@ -194,7 +195,7 @@ def _end(process: subprocess.Popen[bytes], mountpoint: Path) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        if (entry := channel.mounted_at(mountpoint)) and entry.is_ours:
+        if (entry := mountinfo.mounted_at(mountpoint)) and entry.is_ours:
             channel.unmount(mountpoint, lazy=True)
 
 
@@ -206,7 +207,7 @@ def resolve_mountpoint(mountpoint: str | os.PathLike[str]) -> Path:
     if not os.fspath(mountpoint).strip():
         raise UsageError("the mountpoint is empty", "give a directory")
     try:
-        return channel.locate(Path(mountpoint).expanduser())[0]
+        return mountinfo.locate(Path(mountpoint).expanduser())[0]
     except (OSError, RuntimeError) as error:  # a loop of links; a home of nobody
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"the mountpoint {mountpoint} cannot be followed ({reason})", "give its path itself") from None
@@ -217,17 +218,17 @@ def prepare(mountpoint: Path, settings: Settings) -> None:
 
     Raises UsageError when it is missing, not a directory, not empty, mounted already, or would hide the cache.
     """
-    entry = channel.mounted_at(mountpoint)
+    entry = mountinfo.mounted_at(mountpoint)
     if entry is not None and entry.is_ours and _is_dead(mountpoint):
         channel.unmount(mountpoint, lazy=True, force=True)
         state.wait_until_free(mountpoint, _END_SECONDS)
-        entry = channel.mounted_at(mountpoint)
+        entry = mountinfo.mounted_at(mountpoint)
     if entry is not None:
         if entry.is_ours:
             raise UsageError(f"{mountpoint} is already mounted ({entry.source})", f"obsfs umount {mountpoint}")
         what = f"obsfs, by {_owner(entry)}" if entry.is_obsfs else entry.fs_type
         raise UsageError(f"{mountpoint} is already mounted ({what})", "mount on another directory")
-    below = channel.mount_of(mountpoint)
+    below = mountinfo.mount_of(mountpoint)
     if below is not None and below.is_obsfs:
         raise UsageError(f"{mountpoint} lies on a mount of obsfs ({below.mountpoint})", "mount elsewhere")
     _check_apart(mountpoint, "cache directory", settings.cache_dir, "choose another --cache-dir")
@@ -252,7 +253,7 @@ def _check_apart(mountpoint: Path, what: str, directory: Path, remedy: str) -> N
 
     A server that waits for itself cannot even be killed: the kernel waits for its answer first.
     """
-    place, entry = channel.locate(directory)
+    place, entry = mountinfo.locate(directory)
     if entry is not None and entry.is_obsfs:
         raise UsageError(f"the {what} {directory} lies on a mount of obsfs ({entry.mountpoint})", remedy)
     if _is_inside(place, mountpoint):
@@ -302,7 +303,7 @@ def status(mountpoint: str | os.PathLike[str]) -> dict[str, Any]:
         UsageError: no mount of obsfs that this user made is there, or it does not answer within 5 seconds.
         OSError: ENOTCONN when its server died.
     """
-    entry = channel.locate(mountpoint)[1]
+    entry = mountinfo.locate(mountpoint)[1]
     if entry is None or not entry.is_obsfs:
         raise UsageError(f"no obsfs is mounted on {mountpoint}", "see `obsfs status`")
     if not entry.is_ours:
@@ -320,7 +321,7 @@ def refresh(place: str | os.PathLike[str]) -> list[Path]:
     text = os.fspath(place)
     asked: list[tuple[MountEntry, str, Path]] = []
     if "://" not in text:
-        path, on = channel.locate(text)
+        path, on = mountinfo.locate(text)
         if on is not None and on.is_ours:
             asked = [(on, _REFRESH, path.relative_to(on.mountpoint))]
     else:
@@ -335,7 +336,7 @@ def refresh(place: str | os.PathLike[str]) -> list[Path]:
 def explain_no_refresh(place: str) -> UsageError:
     """Return why :func:`refresh` has refreshed nothing: how the mounts are that a place is on, or may be on."""
     if "://" not in place:
-        entry = channel.locate(place)[1]
+        entry = mountinfo.locate(place)[1]
         if entry is None or not entry.is_obsfs:
             return UsageError(f"{place} lies on no mount of obsfs", "see `obsfs status`")
         found = find_mounts(entry.mountpoint)
@@ -462,13 +463,13 @@ def _status_of(entry: MountEntry, answer: _Answer | OSError | None) -> dict[str,
 
 def _reachable() -> list[MountEntry]:
     """The mounts of obsfs that no other mount covers."""
-    entries = channel.mounts()
-    return [one for one in entries if one.is_obsfs and channel.mount_of(one.mountpoint, entries) == one]
+    entries = mountinfo.mounts()
+    return [one for one in entries if one.is_obsfs and mountinfo.mount_of(one.mountpoint, entries) == one]
 
 
 def find_mounts(mountpoint: Path | None = None) -> list[MountInfo]:
     """Return how every mount of obsfs is, or only what is mounted on `mountpoint`, within 5 seconds altogether."""
-    entries = [one for one in channel.mounts() if one.is_obsfs and mountpoint in (None, one.mountpoint)]
+    entries = [one for one in mountinfo.mounts() if one.is_obsfs and mountpoint in (None, one.mountpoint)]
     reachable = {one.number for one in _reachable()}
     asked = [one for one in entries if one.is_ours and one.number in reachable]
     answers = dict(zip((one.number for one in asked), _ask([(one, _STATUS, Path()) for one in asked]), strict=True))
@@ -498,7 +499,7 @@ def on_mount(path: str | os.PathLike[str]) -> MountedPath | None:
     No mount is asked but the one that the path lies on, as the kernel says. Raises UsageError when that one is dead, or
     does not answer within 5 seconds.
     """
-    place, entry = channel.locate(path)
+    place, entry = mountinfo.locate(path)
     if entry is None or not entry.is_ours:
         return None
     try:
@@ -517,7 +518,7 @@ def replace_server(mountpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises UsageError when no obsfs is mounted there, when nobody supervises it, or when the other does not answer.
     """
-    entry = channel.mounted_at(mountpoint)
+    entry = mountinfo.mounted_at(mountpoint)
     if entry is None or not entry.is_obsfs:
         raise UsageError(f"no obsfs is mounted on {mountpoint}", "see `obsfs status`")
     before = status(mountpoint)
@@ -558,9 +559,9 @@ def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
 
     Raises UsageError when no obsfs is mounted there, when it is in use, or when another user has made it; root may.
     """
-    entry = channel.mounted_at(mountpoint)
+    entry = mountinfo.mounted_at(mountpoint)
     if entry is None:
-        above = channel.mount_of(mountpoint)
+        above = mountinfo.mount_of(mountpoint)
         if above is not None and above.is_obsfs:
             raise UsageError(f"{mountpoint} lies on the mount {above.mountpoint}", f"obsfs umount {above.mountpoint}")
         raise UsageError(f"nothing is mounted on {mountpoint}", "see `obsfs status`")

@@ -506,9 +506,10 @@ class Supervisor:
             with suppress(Exception):
                 from pathlib import Path  # only now: these are not small
 
+                from obsfs.fuse import mountinfo
                 from obsfs.fuse.kernel import channel
 
-                if (entry := channel.mounted_at(Path(self._arguments[1]))) is not None and entry.is_ours:
+                if (entry := mountinfo.mounted_at(Path(self._arguments[1]))) is not None and entry.is_ours:
                     channel.unmount(entry.mountpoint, lazy=True)
         return max(status, 0)
 

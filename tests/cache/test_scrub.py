@@ -18,7 +18,7 @@ from obsfs.cache import scrub
 from obsfs.cache.directory import Cache
 from obsfs.cache.layout import BLOCK, map_path
 from obsfs.cache.scrub import Scrubber
-from obsfs.fuse.kernel import channel
+from obsfs.fuse import mountinfo
 from obsfs.service import daemon
 from obsfs.settings import Settings
 from obsfs.store.types import ObjectVersion
@@ -196,7 +196,7 @@ def test_a_mount_heals_what_has_rotted(bucket: Store, tmp_path: Path) -> None:
         finally:
             os._exit(0)
     try:
-        wait_for(lambda: channel.mounted_at(mountpoint) is not None)
+        wait_for(lambda: mountinfo.mounted_at(mountpoint) is not None)
         shown: dict[str, Any] = {}
         wait_for(lambda: bool(shown.update(status(mountpoint)) or shown["last_scrub"]))
         assert (mountpoint / "a.bin").read_bytes() == data

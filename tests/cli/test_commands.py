@@ -18,6 +18,7 @@ import pytest
 import obsfs as package
 from obsfs import cli
 from obsfs.errors import UsageError
+from obsfs.fuse import mountinfo
 from obsfs.fuse.kernel import channel, server  # noqa: F401
 from obsfs.service import daemon, mounts
 from obsfs.settings import Settings
@@ -55,7 +56,7 @@ def fails(result: Result, mountpoint: Path, *words: str) -> None:
     assert result.err.count("\n") == 1, result.err
     for word in words:
         assert word in result.err
-    assert channel.mounted_at(mountpoint) is None
+    assert mountinfo.mounted_at(mountpoint) is None
     wait_for(lambda: not daemons(mountpoint))
 
 
@@ -94,7 +95,7 @@ def test_mount_status_umount(bucket: Store, obsfs: Run, mountpoint: Path, fuse_b
     assert again.code == 2
     assert "already mounted" in again.err
     assert obsfs("umount", mountpoint).code == 0
-    assert channel.mounted_at(mountpoint) is None
+    assert mountinfo.mounted_at(mountpoint) is None
     assert daemons(mountpoint) == []
     assert os.listdir(mountpoint) == []
 
@@ -163,7 +164,7 @@ def test_who_only_looks_does_not_keep_a_mount(bucket: Store, mount: Mounter) -> 
     closing.start()
     mounts.unmount(path)
     closing.join()
-    assert channel.mounted_at(path) is None
+    assert mountinfo.mounted_at(path) is None
 
 
 def test_a_busy_mount(bucket: Store, obsfs: Run, mount: Mounter) -> None:
@@ -212,12 +213,13 @@ def test_foreground(fuse_backend: str, bucket: Store, mountpoint: Path) -> None:
         assert process.wait(20) == 0
     finally:
         process.kill()
-    assert channel.mounted_at(mountpoint) is None
+    assert mountinfo.mounted_at(mountpoint) is None
 
 
 _SIGNALLED_WHILE_IT_MOUNTS = """
 import os, signal, sys
 from obsfs.cli import main
+from obsfs.fuse import mountinfo
 from obsfs.fuse.kernel import channel
 
 mount = channel.mount
@@ -240,7 +242,7 @@ def test_a_signal_while_it_mounts_unmounts(bucket: Store, mountpoint: Path, numb
     python = [sys.executable, "-c", _SIGNALLED_WHILE_IT_MOUNTS, str(int(number))]
     command = ["sh", "-c", script, "sh", *python, "mount", str(bucket), str(mountpoint), "--foreground"]
     done = subprocess.run(command, capture_output=True, timeout=30, text=True, check=False)
-    assert channel.mounted_at(mountpoint) is None
+    assert mountinfo.mounted_at(mountpoint) is None
     assert done.returncode == 0, done.stderr
     assert ("is mounted" in done.stderr) is not bool(closed)
 
@@ -259,7 +261,7 @@ def test_an_interrupt_before_it_mounts_is_one_also_when_nobody_reads_of_it(bucke
             assert process.wait(20) == 130
         finally:
             process.kill()
-    assert channel.mounted_at(mountpoint) is None
+    assert mountinfo.mounted_at(mountpoint) is None
 
 
 def test_no_secret_is_left_anywhere(bucket: Store, obsfs: Run, mountpoint: Path, tmp_path: Path) -> None:
@@ -310,7 +312,7 @@ def test_the_python_face(bucket: Store, mountpoint: Path, tmp_path: Path) -> Non
     with package.mount(str(bucket), mountpoint, cache_dir=tmp_path / "c") as mount:
         assert (mount.path / "a").read_bytes() == b"data"
         assert mount.status()["supervisor"] == mount.pid
-    assert channel.mounted_at(mountpoint) is None
+    assert mountinfo.mounted_at(mountpoint) is None
     with pytest.raises(package.ObsfsError, match="no-such-bucket"):
         package.mount("obs://no-such-bucket", mountpoint)
 
@@ -335,10 +337,10 @@ def test_a_python_mount_ends_with_its_process(bucket: Store, mountpoint: Path, i
     process = subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     path = Path(process.stdout.readline().strip())
-    assert channel.mounted_at(path) is not None
+    assert mountinfo.mounted_at(path) is not None
     process.kill()
     process.wait(10)
-    wait_for(lambda: channel.mounted_at(path) is None)
+    wait_for(lambda: mountinfo.mounted_at(path) is None)
     wait_for(lambda: path.exists() != is_temporary)
 
 
@@ -392,7 +394,7 @@ def test_a_user_without_rights(
         finally:
             os._exit(0)
     try:
-        wait_for(lambda: channel.mounted_at(mountpoint) is not None)
+        wait_for(lambda: mountinfo.mounted_at(mountpoint) is not None)
         program = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
         read = subprocess.run([*program, "cat", mountpoint / "a"], capture_output=True, timeout=20, check=True)
         assert read.stdout == b"data"
@@ -411,7 +413,7 @@ def test_a_user_without_rights(
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             subprocess.run(["umount", "-l", mountpoint], check=False)
-    assert channel.mounted_at(mountpoint) is None
+    assert mountinfo.mounted_at(mountpoint) is None
 
 
 def test_a_third_partys_verb_that_is_broken_does_not_break_the_others(

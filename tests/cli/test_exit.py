@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from obsfs.fuse.kernel import channel
+from obsfs.fuse import mountinfo
 from tests.conftest import Store
 
 _VERBS = [("--help",), (), ("models", "{b}", "--json")]
@@ -77,7 +77,7 @@ def test_what_waits_for_a_silent_server_can_be_interrupted(
             said = process.communicate(timeout=12)[1]  # less than it waits for the server
     assert process.returncode == 130
     assert said.strip().splitlines()[-1] == "obsfs: interrupted"
-    assert channel.mounted_at(tmp_path / "mnt") is None
+    assert mountinfo.mounted_at(tmp_path / "mnt") is None
 
 
 def test_interrupted_while_it_imports_it_ends_as_by_the_signal() -> None:

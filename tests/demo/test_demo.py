@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from obsfs.fuse.kernel import channel
+from obsfs.fuse import mountinfo
 from tests.conftest import stop_group, wait_for
 
 _DEMO = [sys.executable, "-m", "obsfs", "demo"]
@@ -25,7 +25,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def remains(home: Path) -> list[str]:
-    mounts = [str(entry.mountpoint) for entry in channel.mounts() if entry.mountpoint.is_relative_to(home)]
+    mounts = [str(entry.mountpoint) for entry in mountinfo.mounts() if entry.mountpoint.is_relative_to(home)]
     return mounts + [str(path) for path in home.iterdir()]  # also what torch and others would leave
 
 

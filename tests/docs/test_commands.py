@@ -36,6 +36,7 @@ import pandas
 import pytest
 
 from obsfs.filesystem import OBSFileSystem
+from obsfs.fuse import mountinfo
 from obsfs.fuse.kernel import channel
 from obsfs.settings import Settings
 from tests.conftest import MIB, Result, Store, wait_for
@@ -131,7 +132,7 @@ class Session:
             load_config(read_yaml(Path(name)))
 
     def mounted(self) -> list[Path]:
-        return [entry.mountpoint for entry in channel.mounts() if entry.mountpoint.is_relative_to(self.home)]
+        return [entry.mountpoint for entry in mountinfo.mounts() if entry.mountpoint.is_relative_to(self.home)]
 
 
 @pytest.fixture

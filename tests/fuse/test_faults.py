@@ -25,7 +25,7 @@ import pytest
 from obsfs.cache.directory import Cache
 from obsfs.demo.server import EmbeddedServer
 from obsfs.fetch.reader import Reader
-from obsfs.fuse.kernel import channel
+from obsfs.fuse import mountinfo
 from obsfs.service import daemon
 from obsfs.settings import Settings
 from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for
@@ -427,7 +427,7 @@ def test_a_mistake_of_ours_is_answered(bucket: Store, tmp_path: Path) -> None:
         finally:
             os._exit(0)
     try:
-        wait_for(lambda: channel.mounted_at(mountpoint) is not None)
+        wait_for(lambda: mountinfo.mounted_at(mountpoint) is not None)
 
         def read(offset: int) -> subprocess.CompletedProcess[bytes]:
             command = ["dd", f"if={mountpoint / 'a.bin'}", "bs=1M", f"skip={offset}", "count=1"]

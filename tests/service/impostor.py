@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from obsfs.fuse import mountinfo
 from obsfs.fuse.kernel import channel, wire
 from obsfs.fuse.kernel.wire import Opcode
 
@@ -41,9 +42,9 @@ class Impostor:
         self._gate = gate
         self._fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         options = f"fd={self._fd},rootmode=40000,user_id={user},group_id=0,allow_other".encode()
-        failed = _libc.mount(source.encode(), os.fsencode(path), channel.FS_TYPE.encode(), ctypes.c_ulong(1), options)
+        failed = _libc.mount(source.encode(), os.fsencode(path), mountinfo.FS_TYPE.encode(), ctypes.c_ulong(1), options)
         assert failed == 0, os.strerror(ctypes.get_errno())
-        self._number = next(one.number for one in reversed(channel.mounts()) if one.mountpoint == path)
+        self._number = next(one.number for one in reversed(mountinfo.mounts()) if one.mountpoint == path)
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
@@ -83,9 +84,9 @@ class Impostor:
         self._fd = -1
 
     @property
-    def entry(self) -> channel.MountEntry:
+    def entry(self) -> mountinfo.MountEntry:
         """What the kernel says of it."""
-        return next(entry for entry in channel.mounts() if entry.number == self._number)
+        return next(entry for entry in mountinfo.mounts() if entry.number == self._number)
 
     def close(self) -> None:
         """Unmount."""

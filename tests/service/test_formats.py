@@ -23,6 +23,7 @@ import pytest
 import obsfs
 from obsfs.cache.directory import Cache
 from obsfs.errors import UsageError
+from obsfs.fuse import mountinfo
 from obsfs.fuse.kernel import channel, notify_helper
 from obsfs.library import catalog_cache
 from obsfs.library.manifest import parse_manifest
@@ -175,7 +176,7 @@ class supervised:
         self._process.wait(20)
         assert self._process.stdout
         self._process.stdout.close()
-        while channel.mounted_at(self._path) is not None:
+        while mountinfo.mounted_at(self._path) is not None:
             channel.unmount(self._path, lazy=True)
 
 

@@ -18,7 +18,7 @@ from obsfs import private
 from obsfs.cli import main
 from obsfs.cli.places import locate
 from obsfs.errors import UsageError
-from obsfs.fuse.kernel import channel
+from obsfs.fuse import mountinfo
 from obsfs.service import mounts, state
 from obsfs.settings import Settings
 from tests.conftest import Mounter, Result, Store, status, wait_for
@@ -49,7 +49,7 @@ def impostor(tmp_path: Path) -> Iterator[Impostors]:
 
     def make(name: str = "impostor", **options: Any) -> Impostor:
         path = tmp_path / name
-        if channel.mounted_at(path) is None:
+        if mountinfo.mounted_at(path) is None:
             path.mkdir(exist_ok=True)
         made.append(Impostor(path, **options))
         return made[-1]
@@ -125,7 +125,7 @@ def test_a_mount_speaks_only_for_what_lies_on_it(impostor: Impostors, tmp_path: 
 def test_the_mount_on_top_is_the_one_that_counts(impostor: Impostors, tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     below = impostor("a/b", status=_ELSEWHERE)
-    assert channel.mount_of(below.path / "x") == below.entry
+    assert mountinfo.mount_of(below.path / "x") == below.entry
     above = impostor("a", user=NOBODY, status=_ELSEWHERE)
     assert _state_of(below.path) == "covered"
     assert mounts.on_mount(below.path / "x") is None
@@ -168,12 +168,12 @@ def test_lines_of_mountinfo_that_cannot_be_read_are_left_out() -> None:
         b"",
         b"23 22 0:10 / /\xff rw - tmpfs  rw",
     ]
-    root, ours, last = channel.parse_mountinfo(b"\n".join(lines))
+    root, ours, last = mountinfo.parse_mountinfo(b"\n".join(lines))
     assert (root.number, root.parent, root.user) == (1, 1, None)
     expected = ("/a b\f\u2028", "fuse.obsfs", "obs://b\\", 9, 7)
     assert (str(ours.mountpoint), ours.fs_type, ours.source, ours.minor, ours.user) == expected
     assert (str(last.mountpoint), last.source) == ("/\udcff", "")
-    assert channel.mount_of(Path("/elsewhere"), [root, ours, last]) == root
+    assert mountinfo.mount_of(Path("/elsewhere"), [root, ours, last]) == root
 
 
 # one that hangs
@@ -294,7 +294,7 @@ def test_a_server_never_needs_its_own_mount(
             monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / home))
         with pytest.raises(UsageError, match="lies in"):
             mounts.start(str(bucket), path, Settings.load(cache_dir=tmp_path / cache), lifeline=False)
-        assert channel.mounted_at(path) is None
+        assert mountinfo.mounted_at(path) is None
         assert not list(path.iterdir())
     finally:
         subprocess.run(["umount", "-l", tmp_path / "bound"], check=True)
@@ -432,7 +432,7 @@ def test_a_mount_of_another_user_is_named_with_its_owner(for_all: Path, impostor
     assert f"{one.path} is already mounted (obsfs, by root (uid 0))" in _as_nobody("mount", "obs://bbb", one.path)
     for place in (one.path / "x", "obs://impostors/x"):
         assert f"{place}: the mount {one.path} was made by root (uid 0)" in _as_nobody("refresh", place)
-    assert channel.mounted_at(one.path)
+    assert mountinfo.mounted_at(one.path)
     assert one.asked == 0
 
 
@@ -451,7 +451,7 @@ def test_a_dead_mount_is_told_as_dead(impostor: Impostors, capsys: pytest.Captur
     assert f"lies on the mount {dead.path}: obsfs umount {dead.path}" in _said(capsys, "umount", dead.path / "a")
     assert "no mount of obsfs shows obs://impostor" in _said(capsys, "refresh", "obs://impostor")
     assert main(["umount", str(dead.path)]) == 0
-    assert channel.mounted_at(dead.path) is None
+    assert mountinfo.mounted_at(dead.path) is None
 
 
 def test_a_mount_that_never_answers_is_told_as_that(

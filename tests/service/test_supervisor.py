@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 import obsfs as package
-from obsfs.fuse.kernel import channel
+from obsfs.fuse import mountinfo
 from obsfs.service import mounts, program, state
 from obsfs.settings import Settings
 from tests.conftest import MIB, Mounter, Result, Store, is_running, random_bytes, status, wait_for
@@ -89,7 +89,7 @@ def test_a_server_of_libfuse_ends_with_it_when_a_program_has_made_the_mount(buck
     with package.mount(str(bucket), path, fuse_backend="libfuse", cache_dir=tmp_path / "blocks") as made:
         before = made.status()
         os.kill(made.pid, signal.SIGKILL)
-        wait_for(lambda: channel.mounted_at(path) is None and not is_running(before["pid"]))
+        wait_for(lambda: mountinfo.mounted_at(path) is None and not is_running(before["pid"]))
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.1, 0.3])
@@ -116,7 +116,7 @@ def test_a_mount_ends_by_its_second_supervisor_too(bucket: Store, mount: Mounter
     else:
         os.kill(shown["supervisor"], signal.SIGTERM)
     wait_for(lambda: not is_running(shown["supervisor"]) and not is_running(shown["pid"]))
-    assert channel.mounted_at(path) is None
+    assert mountinfo.mounted_at(path) is None
 
 
 def test_a_direct_reader_keeps_its_file_under_another_supervisor(bucket: Store, mount: Mounter) -> None:
@@ -169,7 +169,7 @@ def test_the_mount_of_a_program_ends_with_its_supervisor(bucket: Store, tmp_path
         shown = mounted.status()
         os.kill(shown["supervisor"], signal.SIGKILL)
         wait_for(lambda: not is_running(shown["pid"]), 60)
-        assert channel.mounted_at(mounted.path) is None
+        assert mountinfo.mounted_at(mounted.path) is None
     assert not mounted.path.exists()
 
 
@@ -260,7 +260,7 @@ def test_it_ends_at_once_while_no_server_can_follow(bucket: Store, tmp_path: Pat
         else:
             mounts.unmount(path)
         wait_for(lambda: not is_running(shown["supervisor"]), 10)
-        assert channel.mounted_at(path) is None
+        assert mountinfo.mounted_at(path) is None
 
 
 def test_killed_while_a_successor_starts(bucket: Store, mount: Mounter) -> None:
