@@ -35,7 +35,7 @@ ALLOWED = {
     # A lookup waits for the one that asks the bucket already, to find its answer: for nothing else.
     *(("Asking.lock", what) for what in _NETWORK),
     # Files that others keep evicting are opened again: for two seconds at most.
-    ("Operations._opening", "time.sleep"),
+    ("Files._opening", "time.sleep"),
     ("CachedObject._guard", "time.sleep"),
     ("CachedObject._writing", "time.sleep"),
     ("OverflowBuffer._draining", "time.sleep"),
@@ -274,7 +274,7 @@ def test_no_order_of_locks_can_hang(bucket: Store, disk: Path, tmp_path: Path, m
         for two in (
             ("DirectoryLock.evicting", "DirectoryLock.lock"),
             ("OverflowBuffer._draining", "CachedObject._writing"),
-            ("Operations._opening", "Tree._guard"),
+            ("Files._opening", "Tree._guard"),
             ("Tree._guard", "TakeoverLog._guard"),
         ):
             assert two in tracer.edges, "this was not tried"
