@@ -47,7 +47,7 @@ class _ReadOnlyError(ObsfsError):
 
 
 class _LookAgainError(ObsfsError):
-    """Has the kernel look up the name once more (open(2) does so by itself), which gives it another node."""
+    """The kernel looks up the name once more (open(2) does that by itself), and gets another node."""
 
     errno = errno.ESTALE
 
@@ -68,7 +68,7 @@ class Files:
         self._tree = tree
         self._engine = engine
         self._handles = tree.handles
-        # For opens and releases alone: they record more than a read may wait for.
+        # Only for opens and releases, which write to the takeover log: a read must not wait for them.
         self._opening = threading.Lock()
         self._loads = Loads(available_memory, time.monotonic)
 
@@ -90,10 +90,10 @@ class Files:
         return [place for node in nodes if (place := self._tree.current_name(node))]
 
     def store_block(self, reader: Reader, block: int) -> None:
-        """Put a block into the kernel's page cache of the files that are open, before anybody asks for it.
+        """Put a block into the kernel's page cache of the files that are open, before a reader asks for it.
 
-        Page faults of a memory map come one after the other, each with a wait for an answer; on pages that are there
-        they cost a tenth.
+        The page faults of a memory map come one by one, and each waits for an answer. On cached pages they cost a
+        tenth.
         """
         cached = reader.cached
         state_word_ref = cached.state_word_ref(block)
@@ -133,7 +133,7 @@ class Files:
                 try:
                     self._open_again(file, node.version)
                 except ObsfsError as error:
-                    # It costs this file, for now: the next read of it tries again.
+                    # Only this file is lost, for now: the next read of it tries again.
                     log.warning("%s is open, and could not be opened again: %s", node.key, error)
 
     def _open_again(self, file: OpenFile, version: ObjectVersion) -> Reader:

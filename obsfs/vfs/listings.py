@@ -41,21 +41,23 @@ class Source(Protocol):
 
 
 class InterruptedCallError(ObsfsError):
-    """Nobody waits for the answer any more."""
+    """The request was interrupted: no process waits for the answer."""
 
     errno = errno.EINTR
 
 
 class TooLongError(ObsfsError):
-    """A directory has more names than may be held."""
+    """A directory has more names than the memory may hold."""
 
     errno = errno.ENOMEM
 
 
 class WouldBlockError(Exception):
-    """The answer is not at hand: the bucket must be asked, which the caller did not want to wait for.
+    """The answer is not in memory, and the caller does not want to wait for the bucket or the disk.
 
-    `is_alone`: about one name, so that nobody else waits for the same answer; else about a directory.
+    Args:
+        is_alone: whether the question is about one name, so that no other call waits for the same answer; else it is
+            about a directory.
     """
 
     def __init__(self, *, is_alone: bool = False) -> None:
@@ -72,11 +74,10 @@ class Entry(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Question:
-    """What is asked about the directory `prefix`, or about one name in it.
+    """A question to the bucket about the directory `prefix`, or about one name in it.
 
-    The one rule of what is believed: once somebody has learnt that a version is gone, or has asked for a refresh,
-    nothing that was asked before is an answer to anybody who asks later. All that was asked and all that is being asked
-    is therefore marked then.
+    One rule decides what is believed: after a reader finds that a version is gone, or a user asks for a refresh, no
+    answer to an earlier question counts. So both mark every earlier question, answered or not, as outdated.
     """
 
     prefix: str
@@ -86,29 +87,34 @@ class Question:
 
 @dataclass
 class Listing:
-    """What is known of a directory since `loaded` (monotonic seconds); whole unless it stops at key `known_to`."""
+    """What is known of a directory."""
 
     entries: dict[str, Entry]
     loaded: float
+    """When the bucket was asked (monotonic seconds)."""
     question: Question
     hidden: int = 0
+    """Keys that a directory cannot show."""
     bad: int = 0
     """Entries that could not be read."""
     known_to: str | None = None
+    """The key at which it stops; None if it has all names."""
     pages: int = 1
-    """How many pages the whole of it has, as far as that is known."""
+    """Pages of the whole directory, if that is known."""
     is_hint: bool = False
-    """Whether it was made before anybody had looked: then only what it shows is believed."""
+    """Whether it was loaded before any lookup: only presence of a name is believed, not absence."""
     probed: dict[str, tuple[float, Entry | None]] = field(default_factory=dict)
+    """Answers about single names, and when the bucket was asked (monotonic seconds)."""
     names: list[str] = field(default_factory=list)
+    """Sorted; empty until a directory is opened."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether it may be shown as the directory."""
+        """Whether it has every name of the directory."""
         return self.known_to is None and not self.is_hint
 
     def knows(self, name: str, key: str) -> bool:
-        """Whether presence or absence of `name` (whose object would be `key`) can be told from the entries."""
+        """Return whether the entries tell if `name` (whose object would be `key`) is present."""
         is_covered = self.known_to is None or f"{key}/" <= self.known_to
         return is_covered and (name in self.entries or not self.is_hint)
 
@@ -181,9 +187,9 @@ class Listings:
         self._listed = 0
 
     def entry_ttl(self, directory: Node, name: str, node: Node | None) -> float:
-        """For how many more seconds it is believed that a name stands for `node`, or, if that is None, for nothing.
+        """Return for how many more seconds a name stands for `node`, or, if that is None, for nothing.
 
-        0 if something else is known by now.
+        It is 0 if something else is known by now.
         """
         with self._guard:
             listing, key = self._listings.get(directory.key), directory.key + name
@@ -199,18 +205,18 @@ class Listings:
         return (self._source.version(found.info) if found.info else None) == node.version
 
     def remaining_ttl(self, loaded: float) -> float:
-        """For how many more seconds is believed what was asked at that moment (monotonic seconds)."""
+        """Return for how many more seconds an answer from `loaded` (monotonic seconds) is believed."""
         return max(0.0, self.ttl - (self._now() - loaded))
 
     def shows(self, node: Node) -> bool:
-        """Whether what is known stands for the version of a node."""
+        """Return whether the path of a node is known to stand for its version."""
         listing = self._listings.get(node.key.removesuffix(node.name))
         if listing is None:
             return False
         return self._is_same(listing.entries.get(node.name) or listing.probed.get(node.name, (0.0, None))[1], node)
 
     def outdate(self, is_about: Callable[[Question], bool]) -> None:
-        """Believe no answer to these questions, whether it was given or not. The caller holds the guard."""
+        """Stop believing the answers to these questions, those to come included. The caller holds the guard."""
         for question in self._questions:
             question.is_outdated |= is_about(question)
         for prefix, listing in list(self._listings.items()):
@@ -220,7 +226,7 @@ class Listings:
 
     @contextmanager
     def question(self, prefix: str, name: str | None = None) -> Iterator[Question]:
-        """What is asked while the block runs."""
+        """Have a question that :meth:`outdate` can mark while the block runs."""
         question = Question(prefix, name)
         with self._guard:
             self._questions.add(question)
@@ -232,26 +238,28 @@ class Listings:
 
     @property
     def hidden(self) -> int:
-        """Keys that the listings now held could not show."""
+        """Keys that the listings in memory could not show."""
         with self._guard:
             return sum(listing.hidden for listing in self._listings.values())
 
     @property
     def bad_entries(self) -> int:
-        """Entries of the listings now held that could not be read, and are left out."""
+        """Entries of the listings in memory that could not be read, and are left out."""
         with self._guard:
             return sum(listing.bad for listing in self._listings.values())
 
     @property
     def listed_count(self) -> int:
-        """Names in the listings now held, with the listings themselves."""
+        """Names in the listings in memory, plus the listings themselves."""
         return self._listed
 
     def listing(self, directory: Node, *, wait: bool = True) -> Listing:
-        """The whole of a directory.
+        """Return the whole of a directory.
 
-        Raises WouldBlockError as `lookup` does, InterruptedCallError once nobody waits, TooLongError when it is too
-        much to hold.
+        Raises:
+            WouldBlockError: the bucket must be asked, and `wait` is false.
+            InterruptedCallError: every request that waited for it was interrupted.
+            TooLongError: it has too many names for the memory.
         """
         fresh = self._fresh(directory.key)
         if fresh is None or not fresh.is_whole:
@@ -272,6 +280,7 @@ class Listings:
         return listing.entries if listing else {}
 
     def find(self, parent: Node, name: str, wait: bool) -> Entry:
+        """Return the entry of a name. Raises NotFoundError, and WouldBlockError if `wait` is false."""
         key = parent.key + name
         found = self._known(parent, name, key) if is_valid_name(name) else None
         if found is WouldBlockError:
@@ -298,27 +307,27 @@ class Listings:
         return probed if self._now() - when < self.ttl else WouldBlockError
 
     def _find_in_long(self, parent: Node, name: str, key: str) -> Entry | None:
-        """Find a name in a directory that is too long for one page."""
+        """Find a name in a directory that has more than one page."""
         if self._is_listing_cheaper(parent.key):
             try:
                 return self.listing(parent).entries.get(name)
             except TooLongError:
                 if (listing := self._listings.get(parent.key)) is not None:
-                    listing.pages = 1  # by which it is not tried again
+                    listing.pages = 1  # do not try again
         return self._probe(parent, name, key)
 
     @staticmethod
     def _must_load(listing: Listing | None, name: str) -> bool:
-        """Whether the first page of a directory has to be asked for before anything can be said of a name."""
+        """Return whether to load the first page of a directory before asking for one name."""
         return listing is None or (listing.is_hint and name not in listing.entries)
 
     def _is_listing_cheaper(self, prefix: str) -> bool:
-        """Whether asking name by name has cost as much as a listing of all names would: somebody walks through them."""
+        """Return whether asking for single names has cost as much as a whole listing: a program walks through them."""
         listing = self._listings.get(prefix)
         return listing is not None and 1 < listing.pages <= len(listing.probed)
 
     def _probe(self, parent: Node, name: str, key: str) -> Entry | None:
-        """Ask for one name of a directory that is too long for one page."""
+        """Ask the bucket for one name of a directory that has more than one page."""
         entry: Entry | None = None
         asked = self._now()
         with self.question(parent.key, name) as question:
@@ -343,11 +352,11 @@ class Listings:
         return listing
 
     def seed(self, prefix: str, page: Page) -> None:
-        """Take the first page of a directory, from before anybody has looked: what it does not show is asked for."""
+        """Take the first page of a directory, from before any lookup. A name that it does not have is asked for."""
         self._load(prefix, [page], whole=False).is_hint = True
 
     def _awaited_pages(self, directory: Node) -> Iterator[Page]:
-        """The pages of a directory, for as long as somebody waits: a listing may have no end."""
+        """Yield the pages of a directory while a request waits for them: a listing may have no end."""
         for page in self._source.list(directory.key):
             yield page
             if not page.is_last and not self.is_awaited(directory.id):
@@ -355,7 +364,7 @@ class Listings:
 
     @contextmanager
     def _bounded(self, pages: Iterator[Page], prefix: str) -> Iterator[Iterator[Page]]:
-        """Pages of a directory, for as long as they may be held. What they hold counts while the block runs."""
+        """Yield pages while the memory may hold them. Their size counts while the block runs."""
         held = 0
 
         def bounded() -> Iterator[Page]:
@@ -380,14 +389,14 @@ class Listings:
                 self._loading -= held
 
     def _is_memory_short(self) -> bool:
-        """Whether the listings that are being loaded hold more than is left."""
+        """Return whether the listings that are being loaded take more memory than is left."""
         try:
             return self._loading > self._room()
         except OSError:  # no descriptor is left to look with
             return False
 
     def _load(self, prefix: str, pages: Iterable[Page], *, whole: bool) -> Listing:
-        """What the bucket says of a directory: its first page, or all pages."""
+        """Load the first page of a directory, or all pages, and keep the listing."""
         with self.question(prefix) as question:
             listing, before = Listing({}, self._now(), question), self._listings.get(prefix)
             for number, page in enumerate(pages, 1):
@@ -415,7 +424,7 @@ class Listings:
 
     @contextmanager
     def _only(self, prefix: str) -> Iterator[None]:
-        """While the block runs, nobody else asks about this directory."""
+        """Hold the right to ask about this directory while the block runs."""
         with self._guard:
             asking = self._asking.setdefault(prefix, _Asking())
             asking.users += 1
@@ -430,7 +439,7 @@ class Listings:
 
 
 def _memory_of(page: Page) -> int:
-    """Bytes that the names of a page take once they are entries: each is there as a key, and as a name."""
+    """Return the bytes that the names of a page take as entries, each of them as a key and as a name."""
     texts = [text for info in page.objects for text in (info.key, info.key, info.etag)]
     texts += [text for prefix in page.prefixes for text in (prefix, prefix)]
     return _ENTRY_BYTES * (len(page.objects) + len(page.prefixes)) + sum(map(sys.getsizeof, texts))
@@ -438,7 +447,7 @@ def _memory_of(page: Page) -> int:
 
 @dataclass(slots=True)
 class _Asking:
-    """Those who ask about one directory, or wait to."""
+    """The calls that ask about one directory, or wait to."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     users: int = 0

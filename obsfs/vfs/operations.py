@@ -1,8 +1,8 @@
-"""What each file system call means here. Knows names, nodes and bytes, and no kernel's format of them.
+"""The file system calls, and the only face of the file system. No kernel's format of them is known here.
 
-Both FUSE backends serve these: the native one (:mod:`obsfs.fuse.kernel`) and libfuse (:mod:`obsfs.fuse.libfuse`). The
-mount is read-only. A call that may have to ask the bucket takes `wait`; without it, it raises WouldBlockError
-instead of waiting. Everything else that goes wrong is an ObsfsError with its errno.
+Both FUSE backends call these: the native one (:mod:`obsfs.fuse.kernel`) and libfuse (:mod:`obsfs.fuse.libfuse`). The
+mount is read-only. A call that may have to ask the bucket takes `wait`. If that is false, it raises WouldBlockError
+instead of waiting. Every other failure is an ObsfsError with its errno.
 """
 
 from __future__ import annotations
@@ -34,30 +34,32 @@ __all__ = ["ROOT", "UNKNOWN_INO", "Attributes", "Opened", "Operations", "StatFs"
 log = logging.getLogger(__name__)
 
 UNKNOWN_INO = 0xFFFFFFFF
-"""Stands in a directory for an inode number that has not been looked up, as libfuse has it; 0 would hide the name."""
+"""The inode number in a directory of a name that was not looked up, as in libfuse; 0 would hide the name."""
 XATTR_PREFIX = "user.obsfs."
 REFRESH = f"{XATTR_PREFIX}refresh"
-"""Who reads this attribute has :meth:`Operations.refresh` done: a mount that cannot be written takes no other order."""
+"""Reading this attribute calls :meth:`Operations.refresh`: a read-only mount takes no other order."""
 
 
 class Attributes(NamedTuple):
-    """What stat(2) shows, and the node it is about. Times in seconds, sizes in bytes.
-
-    `ttl` is for how much longer the name stands for this node; the node itself never changes.
-    """
+    """What stat(2) shows of a node, which never changes, and how long its name stands for it."""
 
     node: int
+    """Node id."""
     ino: int
+    """Inode number: the same for all versions of a path."""
     mode: int
     size: int
+    """Bytes."""
     mtime: float
+    """Seconds since the epoch."""
     uid: int
     gid: int
     ttl: float
+    """Seconds for which the name stands for this node; 0 if that is not known."""
 
 
 class StatFs(NamedTuple):
-    """What statfs(2) shows: a bucket has no size, so it is shown as 1 PiB with nothing used."""
+    """What statfs(2) shows. A bucket has no size, so it shows 1 PiB with nothing used."""
 
     block_size: int = 1 << 20
     blocks: int = 1 << 30
@@ -102,7 +104,7 @@ class Operations:
         self._handles = tree.handles
         self._files = Files(tree, engine)
         self._front = FrontEnd()
-        # The same, without a call between: each read asks for one, and every open and release for others.
+        # Bound here, not wrapped in methods: every read calls the first.
         self.reader = self._files.reader
         self.open = self._files.open
         self.release = self._files.release
@@ -133,7 +135,7 @@ class Operations:
 
     @property
     def can_pass_through(self) -> bool:
-        """Whether the kernel takes cache files to read them by itself. A successor is told by its predecessor."""
+        """Whether the kernel takes cache files to read them by itself. A successor sets what its predecessor found."""
         return self._files.can_pass_through
 
     @can_pass_through.setter
@@ -141,7 +143,7 @@ class Operations:
         self._files.can_pass_through = can
 
     def run_in_background(self, steps: Iterator[None]) -> None:
-        """Run something in small steps while nothing more urgent is to do."""
+        """Run `steps` one by one, in the background, while nothing more urgent waits."""
         self._engine.background.run_in_steps(steps)
 
     def _on_complete(self, reader: Reader) -> None:
@@ -153,36 +155,49 @@ class Operations:
     # names and attributes
 
     def lookup(self, parent: int, name: str, *, wait: bool = True, unique: int = 0) -> Attributes:
-        """The attributes of a name; counts one lookup of its node, to be given back with `forget`.
+        """Return the attributes of a name, and count one lookup of its node, which the kernel gives back by FORGET.
 
-        `unique` is the request's number, if it has one: :meth:`take_back` takes back what it counted.
+        Args:
+            parent: node id of the directory.
+            name: the name in it.
+            wait: whether to wait for the bucket if it must be asked.
+            unique: the number of the request, or 0. :meth:`take_back` takes back what it counted.
+
+        Raises:
+            WouldBlockError: the bucket must be asked, and `wait` is false.
+            ObsfsError: there is no such name (NotFoundError), or the bucket does not answer.
         """
         directory = self._directory(parent)
         node = self._tree.lookup(directory, name, wait=wait, needs_new_node=self._files.needs_new_node, unique=unique)
         return self._attributes(node, self._tree.entry_ttl(directory, name, node))
 
     def negative_ttl(self, parent: int, name: str) -> float:
-        """For how many seconds a name that `lookup` did not find is known to be absent."""
+        """Return for how many seconds the kernel may take a name to be absent that `lookup` did not find."""
         return self._tree.negative_ttl(self._tree.node(parent), name)
 
     def refresh(self, number: int) -> list[tuple[int, str]]:
-        """Ask the bucket again for all that is shown under a directory, or under that of a file.
+        """Ask the bucket again for everything under a directory, or under the directory of a file.
 
-        Returns ``(parent, name)`` of what the engine has to have looked up anew.
+        Args:
+            number: node id of the directory, or of the file.
+
+        Returns:
+            ``(parent node id, name)`` of what the kernel should look up again.
         """
         node = self._tree.node(number)
         return self._tree.refresh(node if node.is_dir else self._tree.node(node.parent))
 
     def outdate(self, reader: Reader) -> list[tuple[int, str]]:
-        """The bucket no longer has the version of a reader: the next open of its name asks the bucket again.
+        """Note that the bucket no longer has the version of a reader: the next open of its name asks the bucket again.
 
-        Returns ``(parent, name)`` of what the engine has to have looked up anew.
+        Returns:
+            ``(parent node id, name)`` of what the kernel should look up again.
         """
         files = [file for file in self._handles.files() if file.reader and file.reader.version == reader.version]
         return [place for file in files if (place := self._tree.outdate(file.node))]
 
     def forget(self, lookups: Iterable[tuple[int, int]]) -> None:
-        """So many lookups of some nodes are over."""
+        """Take back lookups that the kernel has forgotten: ``(node id, how many)``."""
         self._tree.forget(lookups)
 
     def take_back(self, unique: int) -> None:
@@ -199,11 +214,11 @@ class Operations:
         return self._tree.over_limit
 
     def eviction_candidates(self) -> list[tuple[int, str]]:
-        """Return ``(parent, name)`` of files that the kernel should forget."""
+        """Return ``(parent node id, name)`` of files that the kernel should forget."""
         return self._tree.eviction_candidates()
 
     def getattr(self, node: int) -> Attributes:
-        """The attributes of a node, which never change."""
+        """Return the attributes of a node, which never change."""
         return self._attributes(self._tree.node(node))
 
     def _attributes(self, node: Node, ttl: float = 0.0) -> Attributes:
@@ -219,25 +234,25 @@ class Operations:
     # directories
 
     def opendir(self, node: int, *, wait: bool = True) -> int:
-        """A handle on the directory as it is now."""
+        """Open a directory as it is now, and return its handle. Raises WouldBlockError if `wait` is false."""
         handle = next(self._directory_handles)
         self._listings[handle] = self._tree.listing(self._directory(node), wait=wait)
         return handle
 
     def note_shown(self, number: int, handle: int) -> bool:
-        """The kernel is about to be shown this directory, and may keep it. Whether it was shown the same before."""
+        """Note that the kernel gets this directory, and may keep it. Returns whether it got the same before."""
         node, loaded = self._tree.node(number), self._listings[handle].loaded
         is_same = node.listing_version == loaded
         node.listing_version = loaded
         return is_same
 
     def take_back_opendir(self, number: int, handle: int) -> None:
-        """The kernel did not get the answer to `opendir`: it has neither the handle nor what it was to be shown."""
+        """Undo `opendir`: the kernel did not get its answer, so it has neither the handle nor the directory."""
         self.releasedir(handle)
         self._tree.node(number).listing_version = 0.0
 
     def readdir(self, node: int, handle: int, offset: int, *, wait: bool = True) -> Iterator[tuple[str, bool, int]]:
-        """``(name, is directory, next offset)`` from `offset` on, in the order of names."""
+        """Yield ``(name, is directory, next offset)`` from `offset` on, sorted by name."""
         directory = self._directory(node)
         listing = self._listings.get(handle)
         if listing is None:
@@ -246,29 +261,33 @@ class Operations:
         return ((names[i], entries[names[i]].info is None, i + 1) for i in range(offset, len(names)))
 
     def enter(self, node: int, handle: int, names: Sequence[str], unique: int = 0) -> list[Attributes]:
-        """Like `lookup`, for names that `readdir` of this handle has just given; none if each is to be looked up."""
+        """Look up names that `readdir` of this handle has just given, as :meth:`lookup` does.
+
+        Returns an empty list if the listing is no longer believed: then the kernel looks up each name.
+        """
         directory, listing = self._tree.node(node), self._listings[handle]
         entered = self._tree.enter(directory, listing, names, self._files.needs_new_node, unique)
-        lifetime = self._tree.remaining_ttl(listing.loaded)
-        return [self._attributes(node, lifetime) for node in entered]
+        ttl = self._tree.remaining_ttl(listing.loaded)
+        return [self._attributes(node, ttl) for node in entered]
 
     def releasedir(self, handle: int) -> None:
-        """The directory was closed."""
+        """Close a directory."""
         self._listings.pop(handle, None)
 
     # the whole
 
     def statfs(self) -> StatFs:
-        """Figures for df."""
+        """Return the figures for df(1)."""
         return StatFs()
 
     def getxattr(self, number: int, name: str) -> bytes:
-        """``user.obsfs.status`` of the mount (JSON); ``key``, ``etag``, ``cached_bytes`` and ``served_by`` of a file.
+        """Return an extended attribute.
 
-        Every node has the status: a bind mount may show any part of the mount as its root.
+        Every node has ``user.obsfs.status``, the status of the mount as JSON: a bind mount may show any part of the
+        mount as its root. A file also has ``key``, ``etag``, ``cached_bytes`` and ``served_by``.
 
-        Only those of :meth:`listxattr` are listed. Access control lists and security labels are
-        not supported, which ``ls -l`` asks once per mount, where it asks for every file that just has none.
+        Access control lists and security labels are answered with EOPNOTSUPP, for which ``ls -l`` asks once per mount;
+        with ENODATA it would ask for every file.
         """
         if not name.startswith("user."):
             raise _NoNamespaceError(f"no attributes like {name} here")
@@ -292,7 +311,7 @@ class Operations:
         return str(value()).encode()
 
     def listxattr(self, number: int) -> list[str]:
-        """The attributes of a file that stay true of a copy: tools that copy (``cp -a``) take along what is listed."""
+        """Return the attributes that stay true of a copy of the file: tools such as ``cp -a`` copy what is listed."""
         return [f"{XATTR_PREFIX}{name}" for name in ("key", "etag")] if self._tree.node(number).version else []
 
     def _cached_bytes(self, node: Node) -> int:
@@ -310,7 +329,7 @@ class Operations:
             return "passthrough" if reader.is_complete else self._data_path
 
     def status(self) -> dict[str, object]:
-        """Everything that ``obsfs status`` shows of one mount."""
+        """Return what ``obsfs status`` shows of one mount."""
         return {
             **self.identity,
             "endpoints": self._sites(),
@@ -329,7 +348,7 @@ class Operations:
 
 
 def _memory() -> int:
-    """Bytes of memory that this process has for itself; the cache's pages, which are mapped too, do not count."""
+    """Return the bytes of memory that this process alone uses; mapped pages of the cache do not count."""
     return _kernel_figure("/proc/self/status", "RssAnon")
 
 
