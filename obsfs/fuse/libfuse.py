@@ -1,9 +1,9 @@
 """The same operations through libfuse, by way of mfusepy: for systems where the native FUSE backend cannot run.
 
 libfuse's high-level interface knows paths where :mod:`obsfs.vfs.operations` knows nodes, and one inode per path
-where the native FUSE backend has one per version. So when a file is replaced while it is open here, the open of the new
-version bypasses the kernel's page cache (direct I/O), and the old version's descriptors are refused further reads. A
-version of which the kernel does not have the size yet is not opened: the kernel looks up the path once more first.
+where the native FUSE backend has one per version. So when a file is replaced while it is open, the open of the new
+version bypasses the kernel's page cache (direct I/O), and reads of the old version's descriptors fail. A version whose
+size the kernel does not have yet is not opened: the kernel looks up the path again first.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ except OSError as error:
     ) from None
 
 _NAME_SECONDS = 1.0
-_MOST_THREADS = 512
-_THREADS_SINCE = 3, 12
-"""The libfuse whose threads are at most 10 unless it is told otherwise; before, it started as many as were needed."""
+_MAX_THREADS = 512
+_LIMITS_THREADS_SINCE = 3, 12
+"""The first libfuse that starts at most 10 threads by default. Earlier ones start as many as they need."""
 
 
 @contextmanager
@@ -58,10 +58,11 @@ class _Adapter(mfusepy.Operations):
         self._on_init = on_init
         self._name_ttl = name_ttl
         self._guard = threading.Lock()
-        # Of each path: the versions that are open, by how many, the one that was opened last at the end. Not by handle:
-        # a path below a directory gets a new node with each open.
+        # By path: the open versions with their number of opens, the version that was opened last at the end. Not by
+        # handle: a path below a directory gets a new node with each open.
         self._open: dict[str, dict[ObjectVersion, int]] = {}
-        # Of each path: what the kernel was told that it stands for, and until when it believes that, the newest last.
+        # By path: the version that the kernel was told, and until when it believes that (monotonic seconds), the newest
+        # last.
         self._told: OrderedDict[str, tuple[ObjectVersion | None, float]] = OrderedDict()
 
     def init_with_config(self, conn_info: Any, config_3: Any) -> None:
@@ -72,7 +73,7 @@ class _Adapter(mfusepy.Operations):
 
     @contextmanager
     def _found(self, path: str) -> Iterator[Attributes]:
-        """The attributes of a path, whose node is kept while the block runs."""
+        """Look up a path, and keep its nodes while the block runs."""
         with _errors():
             found = self._operations.getattr(ROOT)
             held: list[int] = []
@@ -130,7 +131,7 @@ class _Adapter(mfusepy.Operations):
         with self._found(path) as found, self._operations.at_hand(found.node, wait=True), self._guard:
             version = self._version(found)
             if version is not None and self._told.get(path, (version, 0))[0] != version:
-                # By the size that it has, a reader would take the new version to end where the old one did.
+                # The kernel has the size of the old version: a reader would take the new one to end there.
                 raise VersionChangedError(f"{path} was replaced since it was looked up", "open it again")
             handle = self._operations.open(found.node, fi.flags).handle
             assert version is not None
@@ -187,7 +188,18 @@ def serve(
     on_ready: Callable[[], None],
     wait_for_stop: Callable[[], object],
 ) -> None:
-    """Mount and serve until unmounted, or until `wait_for_stop` returns. Runs libfuse in this thread."""
+    """Mount, and serve until the mount is unmounted or `wait_for_stop` returns. Runs libfuse in this thread.
+
+    Args:
+        operations: answers the calls.
+        mountpoint: an empty directory.
+        settings: of the mount.
+        on_ready: called once the directory answers.
+        wait_for_stop: returns when the mount should end.
+
+    Raises:
+        UsageError: libfuse cannot mount there.
+    """
     ready = threading.Event()
     operations.attach(FrontEnd())
 
@@ -202,9 +214,9 @@ def serve(
 
     threading.Thread(target=watch, name="obsfs-watch", daemon=True).start()
     options: dict[str, Any] = {"allow_other": True} if settings.allow_other else {}
-    if (mfusepy.fuse_version_major, mfusepy.fuse_version_minor) >= _THREADS_SINCE:
+    if (mfusepy.fuse_version_major, mfusepy.fuse_version_minor) >= _LIMITS_THREADS_SINCE:
         # Each call holds a thread while it waits for the bucket.
-        options["max_threads"] = _MOST_THREADS
+        options["max_threads"] = _MAX_THREADS
     try:
         mfusepy.FUSE(
             _Adapter(operations, ready.set, min(settings.metadata_ttl, _NAME_SECONDS)),
@@ -221,5 +233,5 @@ def serve(
         )
     except RuntimeError as error:
         if ready.is_set():
-            return  # libfuse reports the signal that ended it
+            return  # libfuse reports the signal that ended it as an error
         raise UsageError(f"libfuse cannot mount on {mountpoint} (error {error})", "see fusermount3(1)") from None

@@ -17,38 +17,39 @@ _MAX_LINKS = 40
 class MountEntry(NamedTuple):
     """One line of ``/proc/self/mountinfo`` (proc_pid_mountinfo(5)).
 
-    `source` of a mount of obsfs is the URL of what it shows, also of a bind mount, which shows a part of another.
-    `minor` is the number of the device, and of a FUSE connection; `user` the uid that mounted a FUSE file system
-    (``user_id=``, which the kernel and fusermount3 vouch for), None for others; `number` the ID of the mount and
-    `parent` that of the mount it is mounted on.
+    The source of a mount of obsfs is the URL of what it shows, also of a bind mount, which shows a part of another.
     """
 
     mountpoint: Path
     fs_type: str
     source: str
     minor: int
+    """Number of the device, and of a FUSE connection."""
     user: int | None = None
+    """The uid that mounted a FUSE file system (``user_id=``, for which the kernel and fusermount3 vouch), else None."""
     number: int = 0
+    """ID of the mount."""
     parent: int = 0
+    """ID of the mount that it is mounted on."""
 
     @property
     def is_obsfs(self) -> bool:
-        """Whether obsfs serves it, or something that says so."""
+        """Whether obsfs serves it, or something that claims to."""
         return self.fs_type == FS_TYPE
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is a mount of obsfs that this user made: the only kind whose answers are believed."""
+        """Whether this user made it, and obsfs serves it: only the answers of such mounts are believed."""
         return self.is_obsfs and self.user == os.geteuid()
 
 
 def mounts() -> list[MountEntry]:
-    """Everything that is mounted in this namespace, later mounts last."""
+    """Return all mounts of this namespace, later ones last."""
     return parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())
 
 
 def parse_mountinfo(content: bytes) -> list[MountEntry]:
-    """Read mountinfo. Lines end in a newline and fields in a space, and nothing else: names hold any other byte."""
+    """Parse mountinfo. Only newlines end lines, and only spaces end fields: names may hold any other byte."""
     found = []
     for line in content.split(b"\n"):
         left, _, right = line.partition(b" - ")
@@ -79,14 +80,14 @@ def _unescape(text: bytes) -> str:
 
 
 def mounted_at(mountpoint: Path) -> MountEntry | None:
-    """What is mounted exactly there, on top."""
+    """Return the topmost mount exactly there, or None."""
     return next((entry for entry in reversed(mounts()) if entry.mountpoint == mountpoint), None)
 
 
 def mount_of(path: Path, entries: list[MountEntry] | None = None) -> MountEntry | None:
-    """The mount that an absolute path without symbolic links lies on, found as the kernel does. Asks no file system.
+    """Return the mount that an absolute path without symbolic links lies on, found as the kernel does.
 
-    A mount that another one covers is not found, whatever its mountpoint.
+    Asks no file system. A mount that another one covers is not found, whatever its mountpoint.
     """
     entries = mounts() if entries is None else entries
     numbers = {entry.number for entry in entries}
@@ -105,10 +106,12 @@ def mount_of(path: Path, entries: list[MountEntry] | None = None) -> MountEntry 
 
 
 def locate(path: str | os.PathLike[str], entries: list[MountEntry] | None = None) -> tuple[Path, MountEntry | None]:
-    """The path without symbolic links, and the mount that it lies on. It need not be there.
+    """Return the path without symbolic links, and the mount that it lies on. The path need not exist.
 
-    Nothing is asked of a mount of obsfs: it shows no symbolic links, and may be hung or somebody else's. Raises OSError
-    (ELOOP).
+    Asks nothing of a mount of obsfs: it shows no symbolic links, and may be hung or belong to another user.
+
+    Raises:
+        OSError: ELOOP, too many symbolic links.
     """
     entries = mounts() if entries is None else entries
     rest = list(reversed(Path(path).absolute().parts[1:]))

@@ -39,7 +39,7 @@ def test_however_many_groups_are_held_up_another_one_runs(groups: int, held: thr
 
 
 def test_one_group_holds_few_threads_and_its_calls_begin_in_order(held: threading.Event) -> None:
-    pool = WaitingPool("test", most_of_one=3)
+    pool = WaitingPool("test", max_per_group=3)
     begun: list[int] = []
     for number in range(50):
         pool.submit("a", lambda number=number: (begun.append(number), held.wait(20)))
@@ -55,7 +55,7 @@ def test_however_many_calls_of_some_groups_are_silent_the_others_do_not_wait_for
     held: threading.Event,
 ) -> None:
     """One group that has used up what it may leaves more than one thread to each of the next ones."""
-    pool = WaitingPool("test", most=64, most_of_one=48, few=48)
+    pool = WaitingPool("test", max_threads=64, max_per_group=48, shared=48)
     begun: Counter[str] = Counter()
     for group in ("first", "second", "third"):
         for _ in range(500):
@@ -89,7 +89,7 @@ def test_threads_that_have_nothing_to_do_end(held: threading.Event) -> None:
 
 
 def test_a_call_that_fails_takes_no_thread_along() -> None:
-    pool = WaitingPool("test", most=1)
+    pool = WaitingPool("test", max_threads=1)
     done = threading.Event()
     pool.submit(0, lambda: print(1 / 0))
     pool.submit(0, done.set)
@@ -98,7 +98,7 @@ def test_a_call_that_fails_takes_no_thread_along() -> None:
 
 
 def test_closing_forgets_what_has_not_begun(held: threading.Event) -> None:
-    pool = WaitingPool("test", most_of_one=1)
+    pool = WaitingPool("test", max_per_group=1)
     ran: list[int] = []
     begun = threading.Event()
     pool.submit(0, lambda: (begun.set(), held.wait(20)))
@@ -113,19 +113,21 @@ def test_closing_forgets_what_has_not_begun(held: threading.Event) -> None:
 
 @given(
     calls=st.lists(st.integers(0, 4), max_size=60),
-    most=st.integers(1, 6),
-    most_of_one=st.integers(1, 4),
-    few=st.integers(0, 6),
+    max_threads=st.integers(1, 6),
+    max_per_group=st.integers(1, 4),
+    shared=st.integers(0, 6),
 )
-def test_each_call_runs_once_and_bounds_hold(calls: list[int], most: int, most_of_one: int, few: int) -> None:
-    pool = WaitingPool("test", most=most, most_of_one=most_of_one, few=few)
+def test_each_call_runs_once_and_bounds_hold(
+    calls: list[int], max_threads: int, max_per_group: int, shared: int
+) -> None:
+    pool = WaitingPool("test", max_threads=max_threads, max_per_group=max_per_group, shared=shared)
     guard, running, ran = threading.Lock(), Counter[int](), list[int]()
     excess: list[str] = []
 
     def call(group: int, number: int) -> None:
         with guard:
             running[group] += 1
-            if running[group] > most_of_one or running.total() > most:
+            if running[group] > max_per_group or running.total() > max_threads:
                 excess.append(f"{running}")
         with guard:
             running[group] -= 1

@@ -35,14 +35,20 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def mount(source: str, mountpoint: Path, *, allow_other: bool) -> int:
     """Mount, and return the connection's descriptor: by mount(2) with CAP_SYS_ADMIN, else by fusermount3.
 
-    Raises UsageError where neither way is open.
+    Args:
+        source: what mountinfo shows as the source.
+        mountpoint: a directory.
+        allow_other: whether other users may read it.
+
+    Raises:
+        UsageError: neither way is permitted.
     """
     if not DEVICE.exists():
         raise UsageError("/dev/fuse is missing", privileges.device_remedy(errno.ENOENT, Rights.of_process()))
     try:
         fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        # fusermount3 opens it with the user's rights too, so it could do no more.
+        # fusermount3 opens it with the user's rights too, so it would fail as well.
         remedy = privileges.device_remedy(error.errno or 0, Rights.of_process())
         raise UsageError(f"/dev/fuse cannot be opened ({error.strerror})", remedy) from None
     options = f"fd={fd},rootmode={stat.S_IFDIR:o},user_id={os.getuid()},group_id={os.getgid()},default_permissions"
@@ -75,7 +81,7 @@ def _mount_by_helper(source: str, mountpoint: Path, allow_other: bool) -> int:
             [helper, "-o", options, "--", str(mountpoint)],
             env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
             pass_fds=[theirs.fileno()],
-            start_new_session=True,  # Ctrl-C, which ends it after it has mounted, would leave a dead mount
+            start_new_session=True,  # Ctrl-C would end it after it has mounted, and leave a dead mount
             cwd="/",
             capture_output=True,
             text=True,
@@ -92,8 +98,10 @@ def _mount_by_helper(source: str, mountpoint: Path, allow_other: bool) -> int:
 
 
 def _fusermount() -> str | None:
-    """The helper, where a PATH that means the same in every working directory has it."""
-    return shutil.which("fusermount3", path=os.pathsep.join(one for one in os.get_exec_path() if one.startswith("/")))
+    """Return the path of fusermount3, from the absolute entries of PATH only; None if it is not there."""
+    return shutil.which(
+        "fusermount3", path=os.pathsep.join(entry for entry in os.get_exec_path() if entry.startswith("/"))
+    )
 
 
 def _escape(text: str) -> str:
@@ -101,9 +109,16 @@ def _escape(text: str) -> str:
 
 
 def unmount(mountpoint: Path, *, lazy: bool = False, force: bool = False, patience: float = 0.0) -> None:
-    """Unmount. Raises UsageError, with EBUSY told apart, once it was in use for `patience` seconds.
+    """Unmount.
 
-    With `force` whoever waits for an answer gets an error.
+    Args:
+        mountpoint: where.
+        lazy: detach it, even if files are open.
+        force: fail the requests that wait for an answer.
+        patience: seconds to wait while it is in use.
+
+    Raises:
+        UsageError: it is in use (told apart), or cannot be unmounted.
     """
     if force and (entry := mounted_at(mountpoint)):
         Connection(entry).abort()
@@ -118,7 +133,7 @@ def unmount(mountpoint: Path, *, lazy: bool = False, force: bool = False, patien
 
 
 def _try_unmount(mountpoint: Path, lazy: bool, force: bool) -> tuple[str, bool] | None:
-    """Why it is mounted still, and whether that is because it is in use."""
+    """Try it once. Returns None, or the reason why not and whether it is in use."""
     if os.geteuid() == 0:
         flags = (_MNT_DETACH if lazy else 0) | (_MNT_FORCE if force else 0)
         if _libc.umount2(os.fsencode(mountpoint), flags) == 0:
@@ -135,20 +150,20 @@ def _try_unmount(mountpoint: Path, lazy: bool, force: bool) -> tuple[str, bool] 
 
 
 class Connection:
-    """The connection behind a mount, to be ended also when it is mounted no more.
+    """The connection behind a mount, which can be aborted even after the mount is gone.
 
-    By the file system fusectl: the one in /sys, which lets the owner of the mount do it, or one that nobody else sees,
-    which needs CAP_SYS_ADMIN and Linux 5.2. Where neither is to be had, nothing can be ended.
+    By the file system fusectl: the one in /sys, where the owner of the mount may do it, or a private one, which needs
+    CAP_SYS_ADMIN and Linux 5.2. Without both, :meth:`abort` does nothing.
     """
 
     def __init__(self, entry: MountEntry) -> None:
         self._fd = -1
         with suppress(OSError):
-            # Held open, since another mount may get the number once this one is gone.
+            # Opened now: once this mount is gone, another one may get the number.
             self._fd = _open_control(f"{entry.minor}/abort")
 
     def abort(self) -> None:
-        """Whoever waits for an answer gets an error. Once."""
+        """Fail all requests that wait for an answer. Works once."""
         if self._fd >= 0:
             with suppress(OSError):
                 os.write(self._fd, b"1")
@@ -157,7 +172,7 @@ class Connection:
 
 
 def _open_control(name: str) -> int:
-    """A file of fusectl, for writing. Raises OSError."""
+    """Open a file of fusectl for writing. Raises OSError."""
     with suppress(FileNotFoundError):
         return os.open(_CONTROL / name, os.O_WRONLY | os.O_CLOEXEC)
     context = _call(_FSOPEN, b"fusectl", _CLOEXEC)
@@ -180,7 +195,7 @@ def _call(number: int, *arguments: int | bytes | None) -> int:
 
 
 def clone(fd: int) -> int:
-    """Another descriptor of the same connection with a request queue of its own; `fd` again where that fails."""
+    """Return another descriptor of the connection, with a queue of its own; where that fails, a duplicate of `fd`."""
     try:
         other = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -194,17 +209,17 @@ def clone(fd: int) -> int:
 
 
 def open_backing(fd: int, file_fd: int) -> int:
-    """Register a file for passthrough; its backing id. Raises OSError where kernel or privileges do not allow it."""
+    """Register a file for passthrough, and return its backing id. Raises OSError if that is not permitted."""
     return int(fcntl.ioctl(fd, wire.DEV_IOC_BACKING_OPEN, bytearray(wire.BACKING_MAP.pack(file_fd, 0, 0))))
 
 
 def close_backing(fd: int, backing_id: int) -> None:
-    """The kernel may forget a backing id; opens that use it are not disturbed."""
+    """Unregister a backing id. The kernel goes on reading the file for handles that are open."""
     fcntl.ioctl(fd, wire.DEV_IOC_BACKING_CLOSE, struct.pack("=I", backing_id))
 
 
 def set_read_ahead(mountpoint: Path, size: int) -> bool:
-    """Set the kernel's read-ahead on the mount to `size` bytes; False where that is not permitted."""
+    """Set the kernel's read-ahead on a mount to `size` bytes. Returns False if that is not permitted."""
     device = mountpoint.stat().st_dev
     knob = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
     try:

@@ -1,8 +1,8 @@
-"""Threads for requests that wait for the bucket, so that those about one directory never hold up those about another.
+"""Threads for requests that wait for the bucket. Requests about one directory never hold up those about another.
 
-A thread is started when a request comes and all threads are busy, and ends when it has had nothing to do for a while.
-Requests about one directory mostly wait for the same answer, so only a few of them hold a thread; the others wait in
-a queue of their directory. They follow when one of the few is done, and find its answer.
+A thread starts when a request comes and all threads are busy, and ends when it was idle for a while. Requests about one
+directory mostly wait for the same answer, so only a few of them take a thread. The others wait in a queue of their
+directory, start when one of the few is done, and find its answer.
 """
 
 from __future__ import annotations
@@ -14,35 +14,39 @@ from collections.abc import Callable, Hashable
 
 log = logging.getLogger(__name__)
 
-_MOST = 512
-"""Threads. One that waits in a socket costs about 50 KiB of memory."""
-_MOST_OF_ONE = 8
-"""Threads for one directory, which mostly wait for the same answer."""
-_FEW = 64
+_MAX_THREADS = 512
+"""A thread that waits for a socket costs about 50 KiB of memory."""
+_MAX_PER_GROUP = 8
+"""Calls about one directory mostly wait for the same answer."""
+_SHARED = 64
 _IDLE_SECONDS = 5.0
 
 
 class WaitingPool:
-    """Runs calls that may wait for long, each for a group; groups do not wait for each other.
+    """Runs calls that may wait for long, each for a group. Groups do not wait for each other.
 
-    At most `most` threads run at a time, and `most_of_one` for a group. Beyond its first, a group takes no more than
-    half of what is left of `few`, so that something is left for the next one. A thread that has had nothing to do for
-    `idle_seconds` ends.
+    Args:
+        name: of the threads.
+        max_threads: threads at a time.
+        max_per_group: threads at a time for one group.
+        shared: beyond its first thread, a group takes at most half of what is left of this many, so that the next
+            group gets some, too.
+        idle_seconds: a thread that has nothing to do for so long ends.
     """
 
     def __init__(
         self,
         name: str,
         *,
-        most: int = _MOST,
-        most_of_one: int = _MOST_OF_ONE,
-        few: int = _FEW,
+        max_threads: int = _MAX_THREADS,
+        max_per_group: int = _MAX_PER_GROUP,
+        shared: int = _SHARED,
         idle_seconds: float = _IDLE_SECONDS,
     ) -> None:
         self._name = name
-        self._most = most
-        self._most_of_one = most_of_one
-        self._few = few
+        self._max_threads = max_threads
+        self._max_per_group = max_per_group
+        self._shared = shared
         self._idle_seconds = idle_seconds
         self._changed = threading.Condition()
         self._ready: deque[tuple[Hashable, Callable[[], object]]] = deque()
@@ -56,13 +60,14 @@ class WaitingPool:
 
     @property
     def thread_count(self) -> int:
-        """How many threads there are now."""
+        """Threads that exist now."""
         return self._threads
 
     def submit(self, group: Hashable, call: Callable[[], object]) -> None:
-        """Run `call` soon, after what was submitted for its group before, or beside it. Does not wait.
+        """Run `call` soon, after the calls that were submitted for its group before, or while they run. Does not wait.
 
-        Raises RuntimeError when there is no thread, and the system gives none.
+        Raises:
+            RuntimeError: there is no thread, and the system gives none.
         """
         with self._changed:
             if self._closed:
@@ -73,7 +78,7 @@ class WaitingPool:
                 self._behind.setdefault(group, deque()).append(call)
 
     def close(self) -> None:
-        """Forget what has not begun. What is running is left to end by itself; no process waits for its threads."""
+        """Drop the calls that have not begun. Those that run end by themselves; the process does not wait for them."""
         with self._changed:
             self._closed = True
             self._ready.clear()
@@ -82,10 +87,10 @@ class WaitingPool:
 
     def _has_room(self, group: Hashable) -> bool:
         active = self._active.get(group, 0)
-        return not active or (active < self._most_of_one and active < self._few - self._all_active)
+        return not active or (active < self._max_per_group and active < self._shared - self._all_active)
 
     def _make_ready(self, group: Hashable, call: Callable[[], object]) -> None:
-        if len(self._ready) >= self._idle and self._threads < self._most:
+        if len(self._ready) >= self._idle and self._threads < self._max_threads:
             self._start()
         self._active[group] = self._active.get(group, 0) + 1
         self._all_active += 1
@@ -96,7 +101,7 @@ class WaitingPool:
         try:
             threading.Thread(target=self._run, name=f"{self._name}-{self._threads}", daemon=True).start()
         except RuntimeError:
-            # The system gives no more threads; those that there are go on.
+            # The system gives no more threads; the present ones do the work.
             if not self._threads:
                 raise
             log.warning("no more threads than %d can be started", self._threads)

@@ -1,4 +1,4 @@
-"""Why a mount is not permitted here, and what would permit it: by what failed, and who we are."""
+"""Why a mount is not permitted, and what would permit it: by what failed, and the rights of this process."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _CONTAINER = "in a container: --device /dev/fuse --cap-add SYS_ADMIN (Kubernetes
 
 @dataclass(frozen=True)
 class Rights:
-    """What the process may, as far as mounting depends on it."""
+    """The rights of a process that mounting depends on."""
 
     is_root: bool
     no_new_privileges: bool
-    """Whether programs that run as root for all (fusermount3) run without it here (``prctl(2)``)."""
+    """Whether set-uid programs (fusermount3) run without root's rights here (PR_SET_NO_NEW_PRIVS, prctl(2))."""
 
     @classmethod
     def of_process(cls) -> Rights:
-        """Return those of this process."""
+        """Return the rights of this process."""
         try:
             lines = Path("/proc/self/status").read_text().splitlines()
         except OSError:
             lines = []
-        found = dict(line.split(":", 1) for line in lines if ":" in line)
-        no_new = found.get("NoNewPrivs", "0").strip() == "1"
+        fields = dict(line.split(":", 1) for line in lines if ":" in line)
+        no_new = fields.get("NoNewPrivs", "0").strip() == "1"
         return cls(os.geteuid() == 0, no_new)
 
 
@@ -60,7 +60,7 @@ def no_helper_remedy(rights: Rights) -> str:
 
 
 def helper_remedy(said: str, rights: Rights, helper: Path) -> str:
-    """Return what to do when fusermount3 refused, by its own words."""
+    """Return what to do when fusermount3 failed, by its message."""
     if "user_allow_other" in said:
         return "add the line user_allow_other to /etc/fuse.conf as root, or leave out --allow-other"
     if "mount_max" in said or "too many" in said:

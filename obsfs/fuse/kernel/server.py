@@ -67,7 +67,7 @@ class Server:
         # Names that are asked for one by one, in directories that are too long for a page: none waits for another,
         # unless very many get no answer.
         self._single_names = WaitingPool(
-            "obsfs-name", most=_MAX_SINGLE_NAMES, most_of_one=_SHARED_SINGLE_NAMES, few=_SHARED_SINGLE_NAMES
+            "obsfs-name", max_threads=_MAX_SINGLE_NAMES, max_per_group=_SHARED_SINGLE_NAMES, shared=_SHARED_SINGLE_NAMES
         )
         self._pending = Pending()
         self._replies = ReadReplies(self._pending)

@@ -35,7 +35,7 @@ class Pipe:
         self.room = (1 << (pages.bit_length() - 1)) * _PAGE
 
     def fill(self, header: bytes, file_fd: int, offset: int, size: int) -> bool:
-        """Take a header and bytes ``[offset, offset + size)`` of a file; False when it ends before, or fails."""
+        """Take a header and bytes ``[offset, offset + size)`` of a file. Returns False if that fails."""
         os.write(self._write_fd, header)
         moved = 0
         while moved < size:
@@ -51,7 +51,7 @@ class Pipe:
         return True
 
     def send(self, fd: int, size: int) -> bool:
-        """Write the message of `size` bytes to a FUSE descriptor; False when nobody waits for it any more."""
+        """Write the message of `size` bytes to a FUSE descriptor. Returns False if the request was aborted."""
         try:
             os.splice(self.read_fd, fd, size)
         except OSError as error:
@@ -61,6 +61,6 @@ class Pipe:
         return True
 
     def close(self) -> None:
-        """Close it, with what is in it."""
+        """Close the pipe, and drop what is in it."""
         os.close(self.read_fd)
         os.close(self._write_fd)

@@ -57,7 +57,7 @@ DT_REG = 8
 
 
 class Opcode(enum.IntEnum):
-    """``enum fuse_opcode``, as far as it is answered with more than ENOSYS."""
+    """``enum fuse_opcode``: those that are answered with more than ENOSYS."""
 
     LOOKUP = 1
     FORGET = 2
@@ -115,7 +115,7 @@ class Request(NamedTuple):
 
 
 def parse_request(buffer: bytes | bytearray | memoryview, length: int) -> Request:
-    """The header of the request in the first `length` bytes. Raises ValueError when they are no whole request."""
+    """Return the header of the request in the first `length` bytes. Raises ValueError for an incomplete request."""
     if length < IN_HEADER.size:
         raise ValueError(f"a request of {length} bytes is too short")
     size, opcode, unique, node, _, _, _, _, _ = IN_HEADER.unpack_from(buffer)
@@ -125,13 +125,13 @@ def parse_request(buffer: bytes | bytearray | memoryview, length: int) -> Reques
 
 
 def text(buffer: bytes | bytearray | memoryview, start: int, end: int) -> str:
-    """The NUL-terminated name in ``[start, end)``. Raises ValueError when there is no NUL or it is not UTF-8."""
+    """Return the NUL-terminated name in ``[start, end)``. Raises ValueError without a NUL, or if it is not UTF-8."""
     raw = bytes(buffer[start:end])
     return raw[: raw.index(b"\0")].decode()
 
 
 def init_out(*, minor: int, flags: Init, max_pages: int, max_background: int) -> bytes:
-    """The answer to INIT. `max_pages` is the longest read in pages; writes are refused, so theirs is the least."""
+    """Return the answer to INIT. `max_pages` is the longest read in pages; writes are refused, so theirs is minimal."""
     low, high = flags & 0xFFFFFFFF, flags >> 32
     depth = 1 if flags & Init.PASSTHROUGH else 0
     congestion = max_background * 3 // 4
@@ -164,18 +164,18 @@ def dirent(ino: int, offset: int, kind: int, name: bytes) -> bytes:
 
 
 def inval_entry(parent: int, name: bytes, *, drop: bool = False) -> bytes:
-    """A notification, header and all, that a name's lifetime is over; `drop`: the kernel should forget its node too."""
+    """Return a notification that ends a name's lifetime. With `drop`, the kernel should forget its node too."""
     body = NOTIFY_INVAL_ENTRY_OUT.pack(parent, len(name), 0 if drop else EXPIRE_ONLY) + name + b"\0"
     return OUT_HEADER.pack(OUT_HEADER.size + len(body), NOTIFY_INVAL_ENTRY, 0) + body
 
 
 def resend() -> bytes:
-    """A notification that asks for every request again that was read and not answered."""
+    """Return a notification that asks for every request again that was read and not answered."""
     return OUT_HEADER.pack(OUT_HEADER.size, NOTIFY_RESEND, 0)
 
 
 def store(node: int, offset: int, size: int) -> bytes:
-    """The start of a notification that brings `size` bytes of a node for the kernel's page cache; they follow it."""
+    """Return the start of a notification that brings `size` bytes of a node into the page cache; they follow it."""
     total = OUT_HEADER.size + NOTIFY_STORE_OUT.size + size
     return OUT_HEADER.pack(total, NOTIFY_STORE, 0) + NOTIFY_STORE_OUT.pack(node, offset, size, 0)
 
