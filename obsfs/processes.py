@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from obsfs import mountinfo
 from obsfs.errors import UsageError
-from obsfs.fuse import mountinfo
 
 _NEEDED = ("LD_LIBRARY_PATH",)
 _SOURCES = Path(__file__).parents[1]

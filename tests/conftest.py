@@ -21,8 +21,8 @@ import hypothesis
 import psutil
 import pytest
 
+from obsfs import mountinfo
 from obsfs.demo.server import EmbeddedServer, find_program
-from obsfs.fuse import mountinfo
 from obsfs.fuse.kernel import channel
 from obsfs.service import mounts
 from obsfs.settings import Settings

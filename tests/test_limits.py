@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from obsfs import mountinfo
 from obsfs.cache import object as objects
 from obsfs.cache.directory import Cache
 from obsfs.errors import TooManyFilesError
-from obsfs.fuse import mountinfo
 from obsfs.fuse.kernel import channel
 from obsfs.limits import available_memory
 from obsfs.store.types import ObjectVersion

@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from obsfs import mountinfo
 from obsfs.errors import ObsfsError, UsageError, VersionChangedError
 from obsfs.extras import remedy
-from obsfs.fuse import mountinfo
 from obsfs.fuse.kernel import channel
 from obsfs.settings import Settings
 from obsfs.store.types import ObjectVersion

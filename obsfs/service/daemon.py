@@ -24,10 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obsfs import private
+from obsfs import mountinfo, private
 from obsfs.errors import ObsfsError, UsageError, WaitWarning
 from obsfs.fetch.reader import Engine
-from obsfs.fuse import mountinfo
 from obsfs.fuse.kernel import channel
 from obsfs.library import snapshot
 from obsfs.limits import LEAST_FILES, allow_open_files, open_files_limit

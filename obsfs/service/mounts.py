@@ -22,11 +22,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
-from obsfs import processes
+from obsfs import mountinfo, processes
 from obsfs.errors import UsageError, WaitWarning
-from obsfs.fuse import mountinfo
 from obsfs.fuse.kernel import channel
-from obsfs.fuse.mountinfo import MountEntry
+from obsfs.mountinfo import MountEntry
 from obsfs.service import asker, state
 from obsfs.settings import Settings, keywords, state_home
 from obsfs.store.address import parse_address

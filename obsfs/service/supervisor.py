@@ -506,7 +506,7 @@ class Supervisor:
             with suppress(Exception):
                 from pathlib import Path  # only now: these are not small
 
-                from obsfs.fuse import mountinfo
+                from obsfs import mountinfo
                 from obsfs.fuse.kernel import channel
 
                 if (entry := mountinfo.mounted_at(Path(self._arguments[1]))) is not None and entry.is_ours:

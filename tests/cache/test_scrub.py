@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
+from obsfs import mountinfo
 from obsfs.cache import scrub
 from obsfs.cache.directory import Cache
 from obsfs.cache.layout import BLOCK, map_path
 from obsfs.cache.scrub import Scrubber
-from obsfs.fuse import mountinfo
 from obsfs.service import daemon
 from obsfs.settings import Settings
 from obsfs.store.types import ObjectVersion

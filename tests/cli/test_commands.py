@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 
 import obsfs as package
-from obsfs import cli
+from obsfs import cli, mountinfo
 from obsfs.errors import UsageError
-from obsfs.fuse import mountinfo
 from obsfs.fuse.kernel import channel, server  # noqa: F401
 from obsfs.service import daemon, mounts
 from obsfs.settings import Settings
@@ -219,7 +218,7 @@ def test_foreground(fuse_backend: str, bucket: Store, mountpoint: Path) -> None:
 _SIGNALLED_WHILE_IT_MOUNTS = """
 import os, signal, sys
 from obsfs.cli import main
-from obsfs.fuse import mountinfo
+from obsfs import mountinfo
 from obsfs.fuse.kernel import channel
 
 mount = channel.mount

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from obsfs.fuse import mountinfo
+from obsfs import mountinfo
 from tests.conftest import Store
 
 _VERBS = [("--help",), (), ("models", "{b}", "--json")]

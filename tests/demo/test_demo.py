@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from obsfs.fuse import mountinfo
+from obsfs import mountinfo
 from tests.conftest import stop_group, wait_for
 
 _DEMO = [sys.executable, "-m", "obsfs", "demo"]

@@ -35,8 +35,8 @@ from typing import Any
 import pandas
 import pytest
 
+from obsfs import mountinfo
 from obsfs.filesystem import OBSFileSystem
-from obsfs.fuse import mountinfo
 from obsfs.fuse.kernel import channel
 from obsfs.settings import Settings
 from tests.conftest import MIB, Result, Store, wait_for

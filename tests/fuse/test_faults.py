@@ -22,10 +22,10 @@ from typing import Any
 import psutil
 import pytest
 
+from obsfs import mountinfo
 from obsfs.cache.directory import Cache
 from obsfs.demo.server import EmbeddedServer
 from obsfs.fetch.reader import Reader
-from obsfs.fuse import mountinfo
 from obsfs.service import daemon
 from obsfs.settings import Settings
 from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from obsfs.fuse import mountinfo
+from obsfs import mountinfo
 from obsfs.fuse.kernel import channel, wire
 from obsfs.fuse.kernel.wire import Opcode
 

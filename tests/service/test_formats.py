@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 
 import obsfs
+from obsfs import mountinfo
 from obsfs.cache.directory import Cache
 from obsfs.errors import UsageError
-from obsfs.fuse import mountinfo
 from obsfs.fuse.kernel import channel, notify_helper
 from obsfs.library import catalog_cache
 from obsfs.library.manifest import parse_manifest

@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 
-from obsfs import private
+from obsfs import mountinfo, private
 from obsfs.cli import main
 from obsfs.cli.places import locate
 from obsfs.errors import UsageError
-from obsfs.fuse import mountinfo
 from obsfs.service import mounts, state
 from obsfs.settings import Settings
 from tests.conftest import Mounter, Result, Store, status, wait_for

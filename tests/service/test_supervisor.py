@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 import obsfs as package
-from obsfs.fuse import mountinfo
+from obsfs import mountinfo
 from obsfs.service import mounts, program, state
 from obsfs.settings import Settings
 from tests.conftest import MIB, Mounter, Result, Store, is_running, random_bytes, status, wait_for

@@ -18,7 +18,7 @@ from pathlib import Path
 from obsfs.errors import UsageError
 from obsfs.fuse.kernel import privileges, wire
 from obsfs.fuse.kernel.privileges import Rights
-from obsfs.fuse.mountinfo import FS_TYPE, MountEntry, mounted_at
+from obsfs.mountinfo import FS_TYPE, MountEntry, mounted_at
 
 DEVICE = Path("/dev/fuse")
 
