@@ -12,7 +12,6 @@ import socket
 import ssl
 import threading
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -21,9 +20,10 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
+from obsfs.store.memory import MemoryStore
+
 _HEAD = re.compile(rb"GET (\S+) HTTP/1\.1\r\n(.*?)\r\n\r\n", re.DOTALL)
 _HEAD_BYTES = 128 << 10
-_LAST = "\U0010ffff"
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _RANGE = re.compile(rb"\r?\n?range: bytes=(\d+)-(\d+)", re.IGNORECASE)
 
@@ -268,8 +268,8 @@ class FaultyServer:
         self._server.server_close()
 
 
-class ListedBucket:
-    """A bucket that lists the given keys in pages, as S3 does; each object is one byte long.
+class ListedServer:
+    """A server that lists a bucket in memory, of the given keys, as S3 does; each object is one byte long.
 
     For keys that SeaweedFS, itself a file system, does not take, and for more of them than it takes in a minute.
     `asked` has the prefix of each page that was asked for.
@@ -278,7 +278,7 @@ class ListedBucket:
     def __init__(self, keys: Iterable[str]) -> None:
         listed = self
         self.asked: list[str] = []
-        self._keys = sorted(keys)
+        self._store = MemoryStore(dict.fromkeys(keys, b"1"))
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -288,19 +288,19 @@ class ListedBucket:
                 prefix, after = given.get("prefix", [""])[0], given.get("start-after", [""])[0]
                 listed.asked.append(prefix)
                 after = given.get("continuation-token", [after])[0]
-                shown, following = listed._page(prefix, after, int(given.get("max-keys", ["1000"])[0]))
+                page = listed._store.page(prefix, after, int(given.get("max-keys", ["1000"])[0]))
                 entry = "<Contents><Key>{}</Key><Size>1</Size><ETag>&quot;e&quot;</ETag></Contents>"
                 below = "<CommonPrefixes><Prefix>{}</Prefix></CommonPrefixes>"
-                body = "".join((below if is_dir else entry).format(escape(name)) for name, is_dir in shown)
-                if following:
-                    body += f"<NextContinuationToken>{escape(following)}</NextContinuationToken>"
-                state = f"<IsTruncated>{'true' if following else 'false'}</IsTruncated>"
+                body = "".join(entry.format(escape(info.key)) for info in page.objects)
+                body += "".join(below.format(escape(name)) for name in page.prefixes)
+                if not page.is_last:
+                    body += f"<NextContinuationToken>{escape(page.last_name)}</NextContinuationToken>"
+                state = f"<IsTruncated>{'false' if page.is_last else 'true'}</IsTruncated>"
                 self._answer(200, f"<ListBucketResult>{state}{body}</ListBucketResult>".encode())
 
             def do_HEAD(self) -> None:
                 key = unquote(urlsplit(self.path).path).split("/", 2)[2]
-                at = bisect_left(listed._keys, key)
-                self._answer(200 if listed._keys[at : at + 1] == [key] else 404, b"1")
+                self._answer(200 if key in listed._store else 404, b"1")
 
             def _answer(self, status: int, body: bytes) -> None:
                 self.send_response(status)
@@ -318,20 +318,7 @@ class ListedBucket:
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
-    def _page(self, prefix: str, after: str, most: int) -> tuple[list[tuple[str, bool]], str]:
-        """At most so many keys and common prefixes after a name, and the last of them if there are more."""
-        keys, shown = self._keys, list[tuple[str, bool]]()
-        at = bisect_left(keys, after + _LAST if after.endswith("/") else after + "\0") if after else 0
-        at = max(at, bisect_left(keys, prefix))
-        while at < len(keys) and keys[at].startswith(prefix):
-            if len(shown) == most:
-                return shown, shown[-1][0]
-            name, slash, _ = keys[at][len(prefix) :].partition("/")
-            shown.append((prefix + name + slash, bool(slash)))
-            at = bisect_left(keys, prefix + name + slash + _LAST, at) if slash else at + 1
-        return shown, ""
-
-    def __enter__(self) -> ListedBucket:
+    def __enter__(self) -> ListedServer:
         return self
 
     def __exit__(

@@ -161,7 +161,7 @@ class MemoryStore:
         self._history: dict[str, list[_Stored]] = {}
         self._uploads: dict[str, _Upload] = {}
         self._count = 0
-        for key, data in (objects or {}).items():
+        for key, data in sorted((objects or {}).items()):
             self._store(key, data)
 
     @property
@@ -174,6 +174,10 @@ class MemoryStore:
         """The keys of all objects, sorted. Makes no request."""
         with self._guard:
             return list(self._keys)
+
+    def __contains__(self, key: str) -> bool:
+        """Return whether an object exists. Makes no request."""
+        return key in self._objects
 
     def stats(self) -> StoreStats:
         """Return what was counted."""
@@ -237,33 +241,41 @@ class MemoryStore:
 
     def list(self, prefix: str, *, page_size: int = PAGE_SIZE, delimiter: str = "/") -> Iterator[Page]:
         """Yield pages of what lies under `prefix`."""
-        last, is_last = "", False
-        size = min(page_size, self.page_size)
+        after, is_last = "", False
         while not is_last:
-            page = self._ask(Request("page", prefix), partial(self._page, prefix, last, size, delimiter))
+            size = min(page_size, self.page_size)
+            page = self._ask(Request("page", prefix), partial(self.page, prefix, after, size, delimiter))
             yield page
-            names = [info.key for info in page.objects[-1:]] + page.prefixes[-1:]
-            last, is_last = max(names, default=last), page.is_last
+            after, is_last = page.last_name or after, page.is_last
 
-    def _page(self, prefix: str, last: str, size: int, delimiter: str) -> Page:
-        """Return the names after `last`; below a common prefix, none come after it."""
-        objects: list[ObjectInfo] = []
-        prefixes: list[str] = []
-        keys = self._keys
-        at = bisect_left(keys, prefix)
-        if last:
-            at = bisect_right(keys, last + _END if delimiter and last.endswith(delimiter) else last)
-        while at < len(keys) and keys[at].startswith(prefix):
-            if len(objects) + len(prefixes) == size:
-                return Page(objects, prefixes, is_last=False)
-            name, found, _ = keys[at][len(prefix) :].partition(delimiter) if delimiter else (keys[at], "", "")
-            if found:
-                prefixes.append(f"{prefix}{name}{found}")
-                at = bisect_right(keys, prefixes[-1] + _END)
-            else:
-                objects.append(self._info(keys[at]))
-                at += 1
-        return Page(objects, prefixes)
+    def page(self, prefix: str, after: str, page_size: int, delimiter: str = "/") -> Page:
+        """Return one page of a listing, as a server makes it. Makes no request.
+
+        Args:
+            prefix: What all keys begin with.
+            after: The last name of the page before; empty for the first page.
+            page_size: Names in the page, at most.
+            delimiter: Where deeper keys are rolled up; empty to list all keys.
+        """
+        with self._guard:
+            objects: list[ObjectInfo] = []
+            prefixes: list[str] = []
+            keys = self._keys
+            at = bisect_left(keys, prefix)
+            if after:
+                is_rolled_up = delimiter and after.endswith(delimiter) and after != prefix
+                at = bisect_right(keys, after + _END if is_rolled_up else after)
+            while at < len(keys) and keys[at].startswith(prefix):
+                if len(objects) + len(prefixes) == page_size:
+                    return Page(objects, prefixes, is_last=False)
+                name, found, _ = keys[at][len(prefix) :].partition(delimiter) if delimiter else (keys[at], "", "")
+                if found:
+                    prefixes.append(f"{prefix}{name}{found}")
+                    at = bisect_right(keys, prefixes[-1] + _END)
+                else:
+                    objects.append(self._info(keys[at]))
+                    at += 1
+            return Page(objects, prefixes)
 
     def _info(self, key: str) -> ObjectInfo:
         stored = self._find(key)

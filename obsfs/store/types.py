@@ -46,6 +46,11 @@ class Page(NamedTuple):
     bad: int = 0
     """Entries that cannot be read, and are left out."""
 
+    @property
+    def last_name(self) -> str:
+        """The last object or common prefix; empty in a page without any."""
+        return max([info.key for info in self.objects[-1:]] + self.prefixes[-1:], default="")
+
 
 class ObjectBody(NamedTuple):
     """A whole object, and the headers that it came with."""

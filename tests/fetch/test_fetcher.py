@@ -26,49 +26,44 @@ from obsfs.fetch.fetcher import (
     demand_reserve,
     range_stop,
 )
-from obsfs.store.types import ObjectVersion
+from obsfs.store.memory import MemoryStore, Request
 from tests.conftest import wait_for
 
 
-class HeldBucket:
-    """Answers a range when `allow` is released for each of its blocks."""
+class HeldStore(MemoryStore):
+    """Answers a range of its one object when `allow` is released for each of its blocks."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
+        super().__init__({"k": bytes(size)})
         self.asked: list[tuple[int, int]] = []
         self.allow = threading.Semaphore(0)
         self.failures: list[ObsfsError] = []
         self.silences: dict[int, threading.Event] = {}
         """Requests, by their numbers, that get nothing before that."""
-        self._guard = threading.Lock()
+        self.version_of_it = self.version(self.head("k"))
+        self._numbers: dict[int, int] = {}
+        self._counting = threading.Lock()
+        self.before, self.reading = self._note, self._hold
 
-    def open_range(self, version: ObjectVersion, start: int, stop: int) -> HeldBody:
-        with self._guard:
-            self.asked.append((start // BLOCK, -(-stop // BLOCK)))
+    def _note(self, request: Request) -> None:
+        with self._counting:
+            self._numbers[id(request)] = len(self.asked)
+            self.asked.append((request.start // BLOCK, -(-request.stop // BLOCK)))
             if self.failures:
                 raise self.failures.pop(0)
-            return HeldBody(self.allow, self.silences.get(len(self.asked) - 1))
 
-
-class HeldBody:
-    def __init__(self, allow: threading.Semaphore, silence: threading.Event | None = None) -> None:
-        self._allow = allow
-        self._silence = silence
-
-    def readinto(self, buffer: memoryview) -> None:
-        if self._silence is not None:
-            assert self._silence.wait(timeout=20)
-        assert self._allow.acquire(timeout=20)
-        buffer[:] = bytes(len(buffer))
-
-    def close(self) -> None:
-        pass
+    def _hold(self, request: Request) -> None:
+        silence = self.silences.get(self._numbers[id(request)])
+        if silence is not None:
+            assert silence.wait(timeout=20)
+        assert self.allow.acquire(timeout=20)
 
 
 class Setup:
     def __init__(self, place: Path, connections: int, retry_timeout: float = 20.0, size: int = 64 * BLOCK) -> None:
-        self.bucket = HeldBucket()
+        self.bucket = HeldStore(size)
         self.fetcher = Fetcher(self.bucket.open_range, connections=connections, retry_timeout=retry_timeout)
-        self.cached = Cache(place / "c", 1 << 30).open(ObjectVersion("e", "b", "k", '"t"', size))
+        self.cached = Cache(place / "c", 1 << 30).open(self.bucket.version_of_it)
         self.target = ObjectFetch(self.cached)
         self.told: list[ObsfsError | None] = []
 

@@ -17,7 +17,7 @@ import pytest
 
 from obsfs.service import mounts
 from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for
-from tests.faulty import ListedBucket
+from tests.faulty import ListedServer
 
 SIZES = (0, 1, 4095, 4096, MIB - 1, MIB, MIB + 1, 5 * MIB + 12345, 20 * MIB + 7)
 
@@ -157,7 +157,7 @@ def test_keys_that_no_directory_can_show(mount: Mounter, fuse_backend: str, monk
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
     keys = ["../up", "./here", "//double", "both", "both/below.txt", "folder/", "ok.txt", "sub/ok.txt", "x" * 256]
-    with ListedBucket(keys) as listed:
+    with ListedServer(keys) as listed:
         path = mount("obs://any", fuse_backend=fuse_backend, endpoint_url=listed.endpoint)
         assert sorted(os.listdir(path)) == ["both", "folder", "ok.txt", "sub"]
         assert os.listdir(path / "folder") == []

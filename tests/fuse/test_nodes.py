@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Mounter, status, wait_for
-from tests.faulty import ListedBucket
+from tests.faulty import ListedServer
 
 _DIRECTORIES = 4
 _FILES = 800
@@ -26,7 +26,7 @@ def path(mount: Mounter, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
     names = (f"d{n % _DIRECTORIES}/f{n // _DIRECTORIES:03}" for n in range(_DIRECTORIES * _FILES))
-    with ListedBucket(names) as listed:
+    with ListedServer(names) as listed:
         yield mount("obs://any", endpoint_url=listed.endpoint, max_entries=_MOST, metadata_ttl="1s")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for
-from tests.faulty import ListedBucket
+from tests.faulty import ListedServer
 
 _OBJECTS = int(os.environ.get("OBSFS_TEST_OBJECTS", "100000"))
 _OPERATIONS = int(os.environ.get("OBSFS_TEST_OPERATIONS", "40000"))
@@ -71,7 +71,7 @@ def descriptors(pid: int, cache: Path) -> Counter[str]:
 @pytest.mark.timeout(120 + _OBJECTS // 500)
 def test_find_over_more_than_may_be_remembered(mount: Mounter) -> None:
     names = (f"d{n // _IN_DIRECTORY:04}/f{n % _IN_DIRECTORY:03}.bin" for n in range(_OBJECTS))
-    with ListedBucket(names) as listed:
+    with ListedServer(names) as listed:
         path = mount("obs://any", endpoint_url=listed.endpoint, max_entries=_MOST)
         assert len(os.listdir(path / "d0007")) == _IN_DIRECTORY
         assert set(listed.asked) == {"", "d0007/"}, "one directory is shown without reading the others"
@@ -90,7 +90,7 @@ def test_find_over_more_than_may_be_remembered(mount: Mounter) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("keys")
 def test_a_directory_of_a_hundred_thousand(mount: Mounter) -> None:
-    with ListedBucket(f"all/{n:06}" for n in range(100_000)) as listed:
+    with ListedServer(f"all/{n:06}" for n in range(100_000)) as listed:
         path = mount("obs://any", endpoint_url=listed.endpoint)
         assert (path / "all" / "099999").stat().st_size == 1
         assert not (path / "all" / "100000").exists()
