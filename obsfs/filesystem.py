@@ -36,7 +36,7 @@ from obsfs.store import open_store
 from obsfs.store.address import Address
 from obsfs.store.aio import Connection, is_expired
 from obsfs.store.credentials import Keys
-from obsfs.store.types import ObjectVersion, tag
+from obsfs.store.types import ObjectVersion, version_tag
 
 _T = TypeVar("_T")
 
@@ -260,7 +260,7 @@ class OBSFileSystem(S3FileSystem):
             raise IsADirectoryError(path)
         when = info.get("LastModified")
         modified = when.timestamp() if isinstance(when, datetime) else 0.0
-        etag = tag(info.get("ETag"), modified)
+        etag = version_tag(info.get("ETag"), modified)
         return ObjectVersion(self.endpoint_url, bucket, key, etag, info["size"], modified=modified)
 
     def _is_beyond_cache(self, path: str, version_id: str | None = None, **options: Any) -> bool:

@@ -1,7 +1,6 @@
-"""Numbers, dates and bodies from a server, within bounds. No client of any kind.
+"""Bounds on what a server sends: numbers, dates, headers, bodies, listings. No I/O but the reading of bodies.
 
-Everything that a server says is read here, or by the bounds that stand here: sizes, dates, headers and listings. A
-value out of bounds is None, or costs the entry of a listing that has it; it never raises where others are listed.
+A value out of bounds is None, or costs its entry of a listing; it never costs the other entries.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from obsfs.store.types import parse_timestamp
 MAX_SIZE = 1 << 46
 """Bytes of an object: 64 TiB. OBS takes 48.8 TiB, S3 50 TB."""
 MAX_ANSWER = 16 << 20
-"""Bytes of a listing, or of any other answer that is no object. A page has 1000 keys of 1024 bytes, each of which may
-be escaped in three; with all else, that is 4 MiB."""
+"""Bytes of a listing, or of any other answer that is not an object. A page has 1000 keys of 1024 bytes, each of which
+may be escaped in three; with everything else, that is 4 MiB."""
 MAX_ERROR = 64 << 10
-"""Bytes of an answer that tells an error; the rest is not read."""
+"""Bytes of an error's answer; the rest is not read."""
 _MAX_NUMBER = 1 << 62
 _COUNT = re.compile(r"\s*([0-9]{1,19})\s*")
 _PIECE = 64 << 10
@@ -42,7 +41,7 @@ def parse_count(text: str | None, max_value: int = _MAX_NUMBER) -> int | None:
 
 
 def parse_date(text: Any) -> datetime | None:
-    """Return a date as botocore reads it; None for one that cannot be read."""
+    """Return a date as botocore reads it; None if it cannot be read."""
     try:
         return parse_timestamp(text)
     except ValueError:
@@ -50,7 +49,7 @@ def parse_date(text: Any) -> datetime | None:
 
 
 def read_at_most(stream: Stream, max_bytes: int) -> bytes | None:
-    """Return all of a body; None for one of more than `max_bytes` bytes, which is closed then."""
+    """Return all of a body; None if it has more than `max_bytes` bytes, and then close it."""
     pieces: list[bytes] = []
     left = max_bytes
     while piece := stream.read(_PIECE):
@@ -63,7 +62,7 @@ def read_at_most(stream: Stream, max_bytes: int) -> bytes | None:
 
 
 def read_start(stream: Stream, max_bytes: int) -> bytes:
-    """Return the first `max_bytes` bytes of a body; what is longer is closed."""
+    """Return the first `max_bytes` bytes of a body; close a longer one."""
     data = b""
     while len(data) < max_bytes and (piece := stream.read(min(_PIECE, max_bytes - len(data)))):
         data += piece
@@ -73,7 +72,12 @@ def read_start(stream: Stream, max_bytes: int) -> bytes:
 
 
 def drop_unreadable(headers: MutableMapping[str, str], kinds: Mapping[str, str]) -> None:
-    """Remove headers that their reader would stumble over; `kinds` are the types, as botocore's model names them."""
+    """Remove headers that botocore could not parse.
+
+    Args:
+        headers: Of an answer; changed in place.
+        kinds: Names of headers, and their types as botocore's model names them.
+    """
     for name, kind in kinds.items():
         value = headers.get(name)
         if value is None:
@@ -89,11 +93,11 @@ def parse_listing(body: bytes, root_name: str) -> dict[str, Any]:
 
     Args:
         body: XML.
-        root_name: What the outermost element must be called. A proxy's page in place of a listing is no empty bucket.
+        root_name: The name of the outermost element: a proxy's page must not read as an empty bucket.
 
     Returns:
-        What botocore makes of it, and ``BadEntries``: how many entries have no key, or a size or a number that none
-        can be. These are left out. A date that cannot be read is None.
+        What botocore would return, and ``BadEntries``: how many entries have no key, or an impossible size or number.
+        These are left out. A date that cannot be read is None.
 
     Raises:
         UnavailableError: It cannot be read as a whole.
@@ -169,10 +173,10 @@ _ENTRIES: dict[str, tuple[str, Callable[[dict[str, str]], dict[str, Any] | None]
 
 
 def _local(element: ElementTree.Element) -> str:
-    """The name without its namespace."""
+    """Return the name without its namespace."""
     return str(element.tag).rpartition("}")[2]
 
 
 def too_long(what: str, max_bytes: int) -> ObsfsError:
-    """An answer without end is no reason to try again."""
+    """Return the error of an answer without end, which is no reason to try again."""
     return ObsfsError(f"the server's answer to {what} is longer than {max_bytes >> 20} MiB", "this is no S3 server's")

@@ -1,4 +1,4 @@
-"""By what a bucket vouches for a whole object: ``x-amz-checksum-*``, or an ETag that is its MD5. No I/O.
+"""The checksum that a server has of a whole object: ``x-amz-checksum-*``, or an ETag that is its MD5. No I/O.
 
 Names and encodings are those of S3: "Checking object integrity" in its user guide, and ``GetObject`` in its reference.
 """
@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 _BYTES = {"sha256": 32, "sha1": 20, "crc64nvme": 8, "crc32c": 4, "crc32": 4}
-"""Length of each checksum that S3 knows; the first that an object has is taken."""
+"""Bytes of each checksum that S3 knows; the first that an object has is taken."""
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _ENCRYPTION = ("x-amz-server-side-encryption", "x-obs-server-side-encryption")
 _KIND = ("x-obs-object-type", "x-oss-object-type")
 
 
 class Hasher(Protocol):
-    """As those of :mod:`hashlib`."""
+    """A hash object, as :mod:`hashlib` makes them."""
 
     def update(self, data: bytes | memoryview, /) -> None: ...
     def hexdigest(self) -> str: ...
@@ -40,26 +40,26 @@ class _Crc:
 
 
 class Checksum(NamedTuple):
-    """What a whole object has by an algorithm that :meth:`hasher` knows, in hexadecimal digits."""
+    """A checksum of a whole object, in hexadecimal digits, by an algorithm that :meth:`hasher` knows."""
 
     algorithm: str
     hexdigest: str
 
     def hasher(self) -> Hasher:
-        """For the bytes that are to be checked."""
-        found = _hasher(self.algorithm)
-        assert found is not None
-        return found
+        """Return a new hash object for the bytes to check."""
+        hasher = _hasher(self.algorithm)
+        assert hasher is not None
+        return hasher
 
     def is_of(self, data: bytes | memoryview) -> bool:
-        """Whether these bytes, all of the object, have it."""
+        """Return whether these bytes, all of the object, have this checksum."""
         hasher = self.hasher()
         hasher.update(data)
         return hasher.hexdigest() == self.hexdigest
 
 
 def _hasher(algorithm: str) -> Hasher | None:
-    """None for what needs a library that is not installed (botocore's own extra, ``botocore[crt]``)."""
+    """Return a hash object; None if the algorithm needs a library that is not installed (``botocore[crt]``)."""
     if algorithm == "crc32":
         return _Crc(zlib.crc32, _BYTES[algorithm])
     if algorithm in ("crc32c", "crc64nvme"):
@@ -72,11 +72,14 @@ def _hasher(algorithm: str) -> Hasher | None:
 
 
 def checksum_from_headers(headers: Mapping[str, str], *, md5_etags: bool) -> Checksum | None:
-    """What the headers of a whole object (names in lower case; never those of a range of it) promise of its bytes.
+    """Return the checksum that the headers of a whole object give of its bytes; None if they give none.
 
-    Checksums of checksums, which multipart uploads have, are none of the bytes. An ETag of 32 digits is the MD5 of an
-    object that was put whole (not of one that was appended to), if it was not encrypted with a key of KMS or of the
-    client; with `md5_etags`, it is taken where the server offers nothing better.
+    Checksums of checksums, which multipart uploads have, do not count. An ETag of 32 digits is the MD5 of an object
+    that was put whole (not of one that was appended to), if it was not encrypted with a key of KMS or of the client.
+
+    Args:
+        headers: Of an answer with the whole object, never with a range of it; names in lower case.
+        md5_etags: Take an ETag for an MD5 where the server sends nothing better.
     """
     if headers.get("x-amz-checksum-type", "FULL_OBJECT") == "FULL_OBJECT":
         for algorithm, size in _BYTES.items():

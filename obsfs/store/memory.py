@@ -32,7 +32,7 @@ from obsfs.store.base import MAX_SMALL, PAGE_SIZE, Capabilities, StoreStats
 from obsfs.store.checksums import Checksum, checksum_from_headers
 from obsfs.store.failover import Failover
 from obsfs.store.parts import PART
-from obsfs.store.types import ObjectBody, ObjectInfo, ObjectVersion, Page, Part, PutResult, quoted
+from obsfs.store.types import ObjectBody, ObjectInfo, ObjectVersion, Page, Part, PutResult, quote_etag
 
 _T = TypeVar("_T")
 
@@ -206,7 +206,7 @@ class MemoryStore:
         if not key or len(key.encode("utf-8", "surrogatepass")) > 1024:
             raise UsageError(f"{key!r} is not a key", "keys have 1 to 1024 bytes")
         version_id = self._next_id() if self._keeps_versions else ""
-        stored = _Stored(data, quoted(etag or _md5(data)), self._now(), version_id)
+        stored = _Stored(data, quote_etag(etag or _md5(data)), self._now(), version_id)
         if key not in self._objects:
             insort(self._keys, key)
         self._objects[key] = stored
@@ -382,7 +382,7 @@ class MemoryStore:
 
         def store() -> str:
             self._upload(key, upload).parts[number] = bytes(data)
-            return quoted(_md5(bytes(data)))
+            return quote_etag(_md5(bytes(data)))
 
         return self._once(Request("upload_part", key), store)
 
@@ -398,7 +398,7 @@ class MemoryStore:
         return self._once(
             Request("list_parts", key),
             lambda: {
-                number: Part(len(data), quoted(_md5(data)))
+                number: Part(len(data), quote_etag(_md5(data)))
                 for number, data in sorted(self._upload(key, upload).parts.items())
             },
         )
@@ -408,7 +408,9 @@ class MemoryStore:
 
         def complete() -> PutResult:
             parts = self._upload(key, upload).parts
-            if not etags or any(n not in parts or quoted(_md5(parts[n])) != quoted(tag) for n, tag in etags.items()):
+            if not etags or any(
+                n not in parts or quote_etag(_md5(parts[n])) != quote_etag(tag) for n, tag in etags.items()
+            ):
                 raise RefusedError(f"the server refused {self._what(key)} (400 InvalidPart)")
             pieces = [parts[number] for number in sorted(etags)]
             digest = hashlib.md5(b"".join(bytes.fromhex(_md5(piece)) for piece in pieces), usedforsecurity=False)
@@ -436,7 +438,7 @@ class MemoryStore:
         def copy() -> str:
             data = self._find_version(source).data[span.start : span.stop]
             self._upload(key, upload).parts[number] = data
-            return quoted(_md5(data))
+            return quote_etag(_md5(data))
 
         return self._once(Request("upload_part_copy", key, span.start, span.stop), copy)
 

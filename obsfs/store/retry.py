@@ -1,4 +1,4 @@
-"""How long to go on asking a server that does not answer, and how often. Pure policy."""
+"""How long, and how often, to repeat requests to a server that does not answer. Pure policy."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import threading
 import time
 from collections.abc import Callable
 
-_BACKOFF = (0.1, 5.0)
+_BACKOFF_SECONDS = (0.1, 5.0)
+"""The first pause, and the longest."""
 
 
 def backoff(attempt: int) -> float:
-    """Seconds to pause after failure number `attempt` (from 1): doubling from 0.1 to 5, with full jitter."""
-    low, high = _BACKOFF
+    """Return the seconds to pause after failure number `attempt` (from 1): doubling from 0.1 to 5, with jitter."""
+    low, high = _BACKOFF_SECONDS
     return random.uniform(0.5, 1.0) * min(high, low * 2.0 ** min(attempt - 1, 10))
 
 
 class Retries:
-    """Those of all who ask one bucket for names and small objects; safe to use from many threads.
+    """The retry budget of one bucket, for requests for names and small objects. Safe to use from many threads.
 
-    They end `seconds` after the first of the failures in a row, for all of them, so that those who queue up wait no
-    longer than the first one. A server that has never answered is not waited for: its address may be wrong.
+    All requests share it: retries end `seconds` after the first of the failures in a row, so that a queue of readers
+    waits no longer than the first of them. A server that has never answered is not waited for: its address may be
+    wrong.
     """
 
     def __init__(self, seconds: float, *, has_answered: bool = False, now: Callable[[], float] = time.monotonic):
@@ -38,19 +40,22 @@ class Retries:
         return self._has_answered
 
     def answered(self) -> None:
-        """The server has answered, if only that it is busy."""
+        """Note that the server answered, if only that it is busy."""
         self._has_answered = True
 
     def succeeded(self) -> None:
-        """The server has done what it was asked."""
+        """Note that a request succeeded."""
         self._has_answered = True
         self._since = None
 
     def failed(self, attempt: int, began: float) -> float | None:
-        """Seconds to pause after failure number `attempt` (from 1) of somebody who `began` to ask then (monotonic
-        seconds); None when nobody should try again.
+        """Note a failure. Returns the seconds to pause before the next attempt; None to give up.
 
         Failures that lie further apart than the retries would last are not in a row.
+
+        Args:
+            attempt: The number of this failure, from 1.
+            began: When the request was first sent, in monotonic seconds.
         """
         with self._guard:
             now = self._now()

@@ -15,7 +15,7 @@ from obsfs.settings import Settings
 from obsfs.store.address import parse_address
 from obsfs.store.s3.pins import Pin
 from obsfs.store.s3.store import S3Store
-from obsfs.store.types import ObjectVersion, modified_of, tag
+from obsfs.store.types import ObjectVersion, modified_of, version_tag
 from tests.conftest import MIB, Mounter, random_bytes
 from tests.odd import OLD, OddServer, Thing
 
@@ -99,11 +99,11 @@ def test_an_object_without_etag_is_not_read_in_the_second_of_its_writing() -> No
 
 @given(etag=st.text(max_size=40), modified=st.floats(0, 4e9))
 def test_a_tag_is_an_etag_or_a_date(etag: str, modified: float) -> None:
-    found = tag(etag, modified)
+    found = version_tag(etag, modified)
     assert found
     if etag.strip('"'):
         assert modified_of(found) is None
-        assert tag(found, 1.0) == found
+        assert version_tag(found, 1.0) == found
     else:
         assert modified_of(found) == int(modified)
     version = ObjectVersion("http://e", "b", "k", found, 1, modified=modified)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from obsfs.errors import RefusedError
 from obsfs.store.s3.endpoint import Endpoint
 from obsfs.store.s3.failures import map_errors
-from obsfs.store.types import ObjectInfo, Page, epoch, tag
+from obsfs.store.types import ObjectInfo, Page, epoch, version_tag
 
 _MAX_EMPTY_PAGES = 100
 """Empty pages in a row. S3 sends one now and then, where deleted objects have left gaps."""
@@ -97,7 +97,7 @@ def _read(answer: _Answer, prefix: str, last_name: str) -> Page:
     """Return the entries of a page that lie under the prefix; the others count as bad."""
     contents, common = answer.fields.get("Contents", ()), answer.fields.get("CommonPrefixes", ())
     objects = [
-        ObjectInfo(entry["Key"], entry["Size"], modified, tag(entry.get("ETag"), modified))
+        ObjectInfo(entry["Key"], entry["Size"], modified, version_tag(entry.get("ETag"), modified))
         for entry in contents
         if entry["Key"].startswith(prefix)
         for modified in (epoch(entry.get("LastModified")),)

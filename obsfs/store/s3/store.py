@@ -37,8 +37,8 @@ from obsfs.store.types import (
     Part,
     PutResult,
     epoch,
-    quoted,
-    tag,
+    quote_etag,
+    version_tag,
 )
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class S3Store:
         size, modified = answer.get("ContentLength", -1), epoch(answer.get("LastModified"))
         if not 0 <= size <= MAX_SIZE:
             raise UnavailableError(f"the server does not say how large {self._what(key)} is")
-        return ObjectInfo(key, size, modified, tag(answer.get("ETag"), modified))
+        return ObjectInfo(key, size, modified, version_tag(answer.get("ETag"), modified))
 
     def list_versions(self, key: str) -> Iterator[ObjectBody]:
         """Yield the versions of a small object, the newest first."""
@@ -126,7 +126,7 @@ class S3Store:
 
     def version(self, info: ObjectInfo) -> ObjectVersion:
         """Return the identity of what `info` describes."""
-        etag = info.etag or tag(None, info.mtime)
+        etag = info.etag or version_tag(None, info.mtime)
         return ObjectVersion(self.endpoint, self.name, info.key, etag, info.size, modified=info.mtime)
 
     # bytes
@@ -244,7 +244,7 @@ class S3Store:
         with map_errors(self._what(key)):
             answer = self._writer.upload_part(Bucket=self.name, Key=key, UploadId=upload, PartNumber=number, Body=data)
         # A server without ETags takes the one that it should have sent.
-        return quoted(answer.get("ETag", "")) or quoted(hashlib.md5(data, usedforsecurity=False).hexdigest())
+        return quote_etag(answer.get("ETag", "")) or quote_etag(hashlib.md5(data, usedforsecurity=False).hexdigest())
 
     def list_uploads(self, prefix: str) -> Sequence[tuple[str, str]]:
         """Return key and id of each unfinished upload under a prefix."""
@@ -287,7 +287,7 @@ class S3Store:
         """Copy exactly this version inside the server."""
         with map_errors(source.key, pinned=True):
             answer = self._writer.copy_object(Bucket=self.name, Key=key, **_copy_source(source))
-        return PutResult(quoted(answer.get("CopyObjectResult", {}).get("ETag", "")), answer.get("VersionId", ""))
+        return PutResult(quote_etag(answer.get("CopyObjectResult", {}).get("ETag", "")), answer.get("VersionId", ""))
 
     def upload_part_copy(self, key: str, upload: str, number: int, source: ObjectVersion, span: range) -> str:
         """Copy a span of bytes of exactly this version as part `number`."""
@@ -300,7 +300,7 @@ class S3Store:
                 CopySourceRange=f"bytes={span.start}-{span.stop - 1}",
                 **_copy_source(source),
             )
-        return quoted(answer.get("CopyPartResult", {}).get("ETag", ""))
+        return quote_etag(answer.get("CopyPartResult", {}).get("ETag", ""))
 
     def delete(self, *keys: str) -> None:
         """Delete objects."""
@@ -338,4 +338,4 @@ def _copy_source(source: ObjectVersion) -> dict[str, Any]:
 
 
 def _put_result(answer: Mapping[str, Any]) -> PutResult:
-    return PutResult(quoted(answer.get("ETag", "")), answer.get("VersionId", ""))
+    return PutResult(quote_etag(answer.get("ETag", "")), answer.get("VersionId", ""))
