@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FS_TYPE = "fuse.obsfs"
-"""What mountinfo calls a mount of obsfs, whether it is one or says so."""
+"""What mountinfo calls a mount of obsfs, or of something that claims to be one."""
 _MAX_LINKS = 40
 """Symbolic links on the way to a file, as the kernel follows them (MAXSYMLINKS, <linux/namei.h>)."""
 

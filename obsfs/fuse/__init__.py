@@ -1,1 +1,1 @@
-"""The directory: what a bucket looks like as a tree, what each file system call means, and who serves it."""
+"""The kernel's side of a mount: the native FUSE backend (`kernel`), and libfuse."""

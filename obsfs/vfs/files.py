@@ -173,7 +173,7 @@ class Files:
         if not wait and not self._engine.is_at_hand(version):
             raise WouldBlockError
         with self._engine.reader_for(version) as reader:
-            # Here, where nobody waits for it: files that were cut off are replaced.
+            # Replace files that were cut off here, where no request waits for it.
             reader.cached.recover_if_damaged()
             yield
 
@@ -237,7 +237,7 @@ class Files:
             return Opened(handle, 0)
         file, _ = self._handles.find(handle)
         if not file.backing:
-            # Nobody kept the file as it was, nor was the kernel told how it is open.
+            # No process kept the file as it was, and the kernel was not told how it is open.
             if file.buffered or not self.reader(handle).cached.acquire_passthrough():
                 return self._fall_back(handle, unique)
             file.inherited -= 1

@@ -21,7 +21,7 @@ class FrontEnd:
         return True
 
     def forget_names(self, names: Iterable[tuple[int, str]]) -> None:
-        """Have the kernel look up these names again, ``(parent node id, name)``, once nobody is held up by that."""
+        """Have the kernel look up these names again, ``(parent node id, name)``, once that delays no request."""
 
     def store(self, node: int, fd: int, start: int, size: int, state_word_ref: tuple[int, int, int]) -> bool:
         """Put bytes of the file `fd` into the kernel's page cache of a node. Returns False when too many are waiting.
@@ -40,7 +40,7 @@ class FrontEnd:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     def close_backing(self, backing: int) -> None:
-        """Unregister a file. The kernel goes on reading it for handles that are open."""
+        """Unregister a file. The kernel still reads it for handles that are open."""
 
     def keep_lock(self, node: int, fd: int) -> None:
         """Keep a lock on a cache file, for the case that this process dies. `fd` stays the caller's."""

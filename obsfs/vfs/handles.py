@@ -1,7 +1,7 @@
 """The one table of open files: which node a handle belongs to, in which mode it is read, and what serves it.
 
 The kernel keeps an inode in one mode while it is open (fs/fuse/iomode.c), so what counts is how many handles of each
-mode a node has. Everybody who needs to know asks this table; nobody else counts.
+mode a node has. All other code asks this table, and counts nothing itself.
 
 A handle number means nothing outside of this module. It follows from the node and the mode, because the takeover log
 records those and no handle: a successor must know the numbers that its predecessor gave.
@@ -65,7 +65,7 @@ class HandleTable:
     """Open files by their nodes, and the opens and releases that were counted. Safe to use from many threads.
 
     Args:
-        guard: the lock of the tree, which makes a count and its record one step for all who look.
+        guard: the lock of the tree, which makes a count and its record one step for other threads.
         record: appends to the takeover log.
         on_closed: called with the id of a node that has no handle any more, while the guard is held.
     """

@@ -136,7 +136,7 @@ class Inodes:
         return len(self._nodes) - self._uncounted > self.max_entries
 
     def eviction_candidates(self) -> list[tuple[int, str]]:
-        """Return ``(parent id, name)`` of the files that the kernel has known for longest and nobody has open.
+        """Return ``(parent id, name)`` of the files that the kernel has known for longest and that are not open.
 
         There are enough of them to make room for a tenth of `max_entries`, and none within the limit. Directories stay:
         one of them may be the working directory of a process. A candidate goes to the end of the queue, because the

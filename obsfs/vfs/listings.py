@@ -150,8 +150,8 @@ class Listings:
     Beyond `max_entries` names the oldest listings are dropped, all but the newest. Safe to use from many threads; only
     one of them asks the bucket about a directory at a time.
 
-    A listing may have no end. It is given up when nobody waits for it, when it has MAX_NAMES names, and when those that
-    are being loaded hold more than the memory that is left.
+    A listing may have no end. It is given up when no request waits for it, when it has MAX_NAMES names, and when the
+    listings that are being loaded take more memory than is left.
 
     Args:
         source: the bucket.
@@ -173,7 +173,7 @@ class Listings:
         room: Callable[[], int],
     ) -> None:
         self.is_awaited: Callable[[int], bool] = lambda directory: True
-        """Whether anybody still waits for names of a directory (a node id): asked between pages of a listing."""
+        """Whether a request waits for names of a directory (a node id): asked between pages of a listing."""
         self.ttl = ttl
         self._source = source
         self._guard = guard
@@ -275,7 +275,7 @@ class Listings:
         return fresh
 
     def known(self, directory: Node) -> Mapping[str, Entry]:
-        """Return the entries of a directory that are known now. Asks nobody."""
+        """Return the entries of a directory that are known now. Does not ask the bucket."""
         listing = self._fresh(directory.key)
         return listing.entries if listing else {}
 
@@ -360,7 +360,7 @@ class Listings:
         for page in self._source.list(directory.key):
             yield page
             if not page.is_last and not self.is_awaited(directory.id):
-                raise InterruptedCallError(f"nobody waits for the listing of {directory.key}")
+                raise InterruptedCallError(f"no request waits for the listing of {directory.key}")
 
     @contextmanager
     def _bounded(self, pages: Iterator[Page], prefix: str) -> Iterator[Iterator[Page]]:

@@ -185,7 +185,7 @@ class Tree:
         return self._listings.listing(directory, wait=wait)
 
     def known(self, directory: int) -> Mapping[str, Entry]:
-        """Return the entries of a directory (a node id) that are known now. Asks nobody."""
+        """Return the entries of a directory (a node id) that are known now. Does not ask the bucket."""
         node = self._inodes.get(directory)
         return self._listings.known(node) if node else {}
 
@@ -194,13 +194,13 @@ class Tree:
         return self._source.version(info)
 
     def seed_root(self, page: Page) -> None:
-        """Take the first page of the root, from before anybody has looked."""
+        """Take the first page of the root, loaded before any lookup."""
         self._listings.seed(self.node(ROOT).key, page)
 
     def await_names(self, is_awaited: Callable[[int], bool]) -> None:
         """Have `is_awaited` tell whether a request waits for names of a directory (a node id).
 
-        A listing of which nobody waits for the rest is given up.
+        A listing is given up when no request waits for the rest of it.
         """
         self._listings.is_awaited = is_awaited
 

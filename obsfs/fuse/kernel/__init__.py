@@ -1,1 +1,1 @@
-"""The native engine: the kernel's FUSE protocol, spoken to /dev/fuse in Python."""
+"""The native FUSE backend: the kernel's FUSE protocol, spoken to /dev/fuse in Python."""

@@ -214,7 +214,7 @@ def open_backing(fd: int, file_fd: int) -> int:
 
 
 def close_backing(fd: int, backing_id: int) -> None:
-    """Unregister a backing id. The kernel goes on reading the file for handles that are open."""
+    """Unregister a backing id. The kernel still reads the file for handles that are open."""
     fcntl.ioctl(fd, wire.DEV_IOC_BACKING_CLOSE, struct.pack("=I", backing_id))
 
 

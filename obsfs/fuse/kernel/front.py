@@ -57,8 +57,8 @@ class KernelFront(FrontEnd):
         self._blocks = Notifier(fd)
         self._over_limit = threading.Event()
         self._is_closed = threading.Event()
-        # A message to send now, the parent and name of what the kernel is told once nobody is held up, or an event to
-        # set when all before it was sent; None ends the thread.
+        # A message to send now; a parent and name to tell once that delays no request; an event to set when all before
+        # it was sent. None ends the thread.
         self._notices: SimpleQueue[bytes | tuple[int, str] | threading.Event | None] = SimpleQueue()
 
     def start(self, eviction_candidates: Callable[[], list[tuple[int, str]]]) -> None:
@@ -86,7 +86,7 @@ class KernelFront(FrontEnd):
         return self._pending.is_awaited(directory)
 
     def forget_names(self, names: Iterable[tuple[int, str]]) -> None:
-        """End the lifetime of names, once nobody waits for the bucket in their directories."""
+        """End the lifetime of names, each once no request waits for the bucket in its directory."""
         for place in names:
             self._notices.put(place)
 
@@ -126,7 +126,7 @@ class KernelFront(FrontEnd):
     def _tell(self) -> None:
         """Send what is in the queue.
 
-        While the kernel waits for a reader, it lets nobody else look up a name in that directory. So a name is held
+        While the kernel waits for a reader, no other process can look up a name in that directory. So a name is held
         back while a lookup in its directory waits for the bucket.
         """
         held: deque[tuple[int, str]] = deque()

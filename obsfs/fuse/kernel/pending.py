@@ -1,4 +1,4 @@
-"""Requests that are not answered at once. Whoever claims the number of one answers it, and nobody else."""
+"""Requests that are not answered at once. The thread that claims the number of one answers it, and no other."""
 
 from __future__ import annotations
 
@@ -56,6 +56,6 @@ class Pending:
             return any(node == directory for _, node in self._requests.values())
 
     def clear(self) -> None:
-        """Have nobody answer any more."""
+        """Drop all requests: no thread answers them any more."""
         with self._guard:
             self._requests.clear()

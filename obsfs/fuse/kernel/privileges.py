@@ -75,7 +75,7 @@ def helper_remedy(said: str, rights: Rights, helper: Path) -> str:
         if rights.no_new_privileges:
             return f"this process may gain no rights (no_new_privs), and fusermount3 needs root's; {_CONTAINER}"
         if not _is_set_uid(helper):
-            return f"chmod u+s {helper} as root, or install the package fuse3 anew"
+            return f"chmod u+s {helper} as root, or reinstall the package fuse3"
         return f"fusermount3 may not mount here; {_CONTAINER}"
     return "see fusermount3(1)"
 

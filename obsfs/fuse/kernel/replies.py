@@ -27,7 +27,7 @@ def reply_error(fd: int, unique: int, number: int) -> None:
 
 
 def send(fd: int, parts: list[bytes]) -> None:
-    """Write a whole message. One that nobody waits for any more is dropped."""
+    """Write a whole message; drop it if its request was aborted."""
     try:
         os.writev(fd, parts)
     except OSError as error:
@@ -71,7 +71,7 @@ class ReadReplies:
             is_empty = self._pending.claim(unique) and pipe.send(fd, len(header) + size)
             return True
         finally:
-            # Whatever went wrong: what is left in it must not become part of the next reply.
+            # Bytes that are left in it must not become part of the next reply, whatever went wrong.
             if not is_empty:
                 self._drop_pipe(pipe)
 

@@ -97,7 +97,7 @@ class Server:
         self._operations.attach(self._front)
         self._operations.can_pass_through = direct
         self.can_be_followed = True
-        # Before anything is read: what is read and not answered would come twice.
+        # Before the first read: a request that is read and not yet answered would come twice.
         os.write(self._fd, wire.resend())
         self._begin(fds)
 
@@ -207,7 +207,7 @@ class Server:
             reply_error(fd, request.unique, errno.EINTR)
             return
         # Calls that wait for names are about the directory that the request names, an open about its file. A refresh
-        # asks nobody.
+        # does not ask the bucket.
         is_refresh = request.opcode == Opcode.GETXATTR
         try:
             pool.submit((request.node, is_refresh), ask)

@@ -10,7 +10,7 @@ import fcntl
 import os
 
 GONE = (errno.ENOENT, errno.ENODEV, errno.EBADF, errno.ENOTCONN)
-"""The errors of a write that nobody waits for: the request was aborted, or the mount is gone."""
+"""The errors of a write whose request was aborted, or whose mount is gone."""
 
 _MAX_ROOM = 1 << 20
 """Bytes of a file in one message: FUSE_MAX_MAX_PAGES, 256 pages of 4 KiB (fs/fuse/fuse_i.h)."""
