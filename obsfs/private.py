@@ -6,6 +6,7 @@ journals and listings all ask here.
 
 from __future__ import annotations
 
+import fcntl
 import grp
 import logging
 import os
@@ -91,14 +92,59 @@ def open_file(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
     return fd
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Replace a small file of a private directory as a whole. Raises OSError."""
+def write_file(path: Path, data: bytes, mode: int = FILE_MODE) -> None:
+    """Write a small file atomically: readers see the old content or the new. No symlink in its way is followed.
+
+    This is the one place for atomic writes. Of the libraries for it, atomicwrites is no longer maintained, and none
+    gives the new file its mode when it is made.
+
+    Args:
+        path: The file.
+        data: Its content.
+        mode: Permission bits, less the umask. The default is for private directories, whatever the umask.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
     with suppress(FileNotFoundError):
         new.unlink()
-    with os.fdopen(open_file(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    fd = open_file(new, flags) if mode == FILE_MODE else os.open(new, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    with os.fdopen(fd, "wb") as file:
         file.write(data)
     new.replace(path)
+
+
+def try_lock(path: Path) -> int | None:
+    """Lock a lock file of a private directory (flock(2)), which is made if it is missing.
+
+    Unlike filelock's, these locks follow no symlink, and :func:`unlock` removes the file.
+
+    Returns:
+        A descriptor that holds the lock, for :func:`unlock`; None if another process has the lock.
+
+    Raises:
+        OSError: As :func:`open_file`.
+    """
+    while True:
+        fd = open_file(path)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), path.lstat()):
+                return fd
+        except FileNotFoundError:
+            pass  # its holder has just removed it
+        except OSError:
+            os.close(fd)
+            return None
+        os.close(fd)
+
+
+def unlock(path: Path, fd: int) -> None:
+    """Remove a lock file that is held, and release it."""
+    path.unlink(missing_ok=True)
+    os.close(fd)
 
 
 def _walk(path: Path, *, make: bool) -> tuple[str, str] | None:

@@ -41,11 +41,11 @@ def verify(target: str, *, where: str | None, as_json: bool, **given: Any) -> No
     pull has made.
     """
     from obsfs.library import verify as verifying
-    from obsfs.library.pull import read_local
+    from obsfs.library.model_directory import read_manifest
 
     path = Path(target)
     if not is_url(target) and mounts.on_mount(path) is None and path.is_dir() and (path / MANIFEST).is_file():
-        manifest = read_local(path)
+        manifest = read_manifest(path)
         with progress(f"verifying {path}", manifest.size, quiet=as_json) as advance:
             result = verifying.in_directory(path, manifest, advance)
         return _tell(target, "the directory", result, as_json)

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
 
+from obsfs import private
 from obsfs.errors import UsageError
 from obsfs.library import catalog
 from obsfs.library.catalog import Model
 from obsfs.library.manifest import File
+from obsfs.library.model_directory import read_manifest
 from obsfs.library.names import ModelName, matches_patterns, parse_model
-from obsfs.library.pull import SNAPSHOTS, Pull, PullResult, read_local
-from obsfs.library.safe_paths import path_below, write_whole
+from obsfs.library.pull import SNAPSHOTS, Pull, PullResult
+from obsfs.library.safe_paths import path_below
 from obsfs.library.transfer import Advance
 from obsfs.settings import GivenValue, Settings, keywords
 from obsfs.store import open_store
@@ -80,7 +82,7 @@ def finish_hub(model: Model, repository: str, hub: str, directory: Path, files: 
         path.symlink_to(os.path.relpath(blob, path.parent))
     refs.mkdir(exist_ok=True)
     for branch in filter(None, ("main", model.name.version)):
-        write_whole(refs / branch, _commit(model).encode())
+        private.write_file(refs / branch, _commit(model).encode(), 0o644)
 
 
 def _hf_repository(repository: str) -> Path:
@@ -215,10 +217,10 @@ def snapshot_download(
     patterns = _patterns(allow_patterns), _patterns(ignore_patterns)
     if local_files_only:
         directory = Path(local_dir) if local_dir is not None else default_directory(chosen, name)
-        manifest = read_local(directory)
+        manifest = read_manifest(directory)
         files = [file for file in manifest.files if matches_patterns(file.path, *patterns)]
         return [_info(Model(name, manifest), file, directory, True) for file in files] if dry_run else str(directory)
-    pulling = Pull(name, chosen, patience=etag_timeout)
+    pulling = Pull(name, chosen, lookup_timeout=etag_timeout)
     files = pulling.files(*patterns)
     directory = Path(local_dir) if local_dir is not None else default_directory(chosen, pulling.model.name)
     if dry_run:

@@ -43,7 +43,7 @@ class HubName(NamedTuple):
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a repository; a :class:`~obsfs.library.publish.PublishSource`."""
+    """A file of a repository; a :class:`~obsfs.library.upload.PublishSource`."""
 
     path: str
     size: int

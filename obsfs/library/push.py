@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import fcntl
 import getpass
-import hashlib
 import os
 import re
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from obsfs import private
 from obsfs.errors import UsageError
 from obsfs.library import catalog_cache, completeness
 from obsfs.library import manifest as manifests
 from obsfs.library.manifest import ADAPTER, CONFIG, Manifest
 from obsfs.library.names import ModelName, is_safe_path, parse_model
-from obsfs.library.publish import Details, Publication, PublishSource
+from obsfs.library.publish import Details, Publication
+from obsfs.library.resume import resume_state_file
 from obsfs.library.transfer import Advance
-from obsfs.settings import Settings, keywords, state_dir
+from obsfs.library.upload import PublishSource
+from obsfs.settings import Settings, keywords
 from obsfs.store import open_store
 from obsfs.text import visible
 
@@ -182,13 +180,13 @@ def publish(
 ) -> tuple[Manifest, int]:
     """Publish files from anywhere. `origin` tells one try from another: the next of the same goes on with it."""
     bucket = open_store(name.address, settings.at_first_endpoint())
-    with resume_state_file(f"{bucket.endpoint} {name} {origin}", str(name)) as notes:
+    with resume_state_file(f"{bucket.endpoint} {name} {origin}", str(name)) as resume_path:
         publication = Publication(
             bucket,
             name,
             sources,
             details,
-            notes,
+            resume_path,
             connections=min(settings.connections, _CONNECTIONS),
             retry_timeout=settings.retry_timeout,
             advance=advance,
@@ -196,48 +194,6 @@ def publish(
         manifest = publication.run()
         catalog_cache.clear(settings)
         return manifest, publication.sent_bytes
-
-
-@contextmanager
-def resume_state_file(what: str, shown: str) -> Iterator[Path]:
-    """The file in which one publication keeps its notes. Raises UsageError when another one has it."""
-    directory = state_dir() / "push"
-    private.make_level(directory)
-    path = directory / f"{hashlib.sha256(what.encode(errors='surrogatepass')).hexdigest()[:24]}.json"
-    for left in directory.glob("*.lock"):  # of those that were killed
-        with suppress(OSError):
-            if (fd := _take(left)) is not None:
-                _give_up(left, fd)
-    lock = path.with_suffix(".lock")
-    fd = _take(lock)
-    if fd is None:
-        raise UsageError(f"{shown} is being pushed from here by another process", "wait for it")
-    try:
-        yield path
-    finally:
-        _give_up(lock, fd)
-
-
-def _take(lock: Path) -> int | None:
-    """A descriptor that holds a lock file, made if it is not there; None when another process has it."""
-    while True:
-        fd = private.open_file(lock)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), lock.lstat()):
-                return fd
-        except FileNotFoundError:
-            pass  # who had it has just removed it
-        except OSError:
-            os.close(fd)
-            return None
-        os.close(fd)
-
-
-def _give_up(lock: Path, fd: int) -> None:
-    """Remove a lock file that is held: nothing of it stays."""
-    lock.unlink(missing_ok=True)
-    os.close(fd)
 
 
 def author() -> str:

@@ -96,13 +96,3 @@ def size_and_mtime(directory: Path, relative: str) -> tuple[int, int] | None:
     except (OSError, UsageError):
         return None
     return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file so that nobody sees a part of it, and through no link that lies in its way."""
-    new = path.with_name(f"{path.name}.new")
-    new.unlink(missing_ok=True)
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    with os.fdopen(fd, "wb") as file:
-        file.write(data)
-    new.replace(path)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 import obsfs as package
 from obsfs.cache.directory import cached_sizes
 from obsfs.errors import NotFoundError, UnavailableError, UsageError
+from obsfs.library import file_download
 from obsfs.library import pull as pull_module
 from obsfs.library.names import parse_model
 from obsfs.settings import Settings
@@ -100,7 +101,7 @@ def test_what_another_version_has_is_not_taken_for_this_one_before_it_is_hashed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(pull_module.FileDownload, "_finish", killed)
+        patched.setattr(file_download.FileDownload, "_finish", killed)
         pull = pull_module.Pull(parse_model(f"{bucket}/m@v2"), settings)
         pull.run(tmp_path / "b", files=pull.files())
     assert cached_bytes() == 0

@@ -30,10 +30,11 @@ from obsfs.errors import (
     UsageError,
     VersionChangedError,
 )
-from obsfs.library import catalog, publish
+from obsfs.library import catalog, lease, resume, upload
 from obsfs.library.download import snapshot_download
 from obsfs.library.names import parse_model
-from obsfs.library.push import find_files, push, resume_state_file
+from obsfs.library.push import find_files, push
+from obsfs.library.resume import resume_state_file
 from obsfs.settings import Settings
 from obsfs.store.parts import PART
 from obsfs.store.s3.store import S3Store
@@ -146,7 +147,7 @@ def test_large_files_of_another_version_are_copied_in_parts(
         return copied(self, key, upload, number, source, span)
 
     monkeypatch.setattr(S3Store, "upload_part_copy", watched)
-    monkeypatch.setattr(publish, "COPY_PART", 5 * MIB)
+    monkeypatch.setattr(upload, "COPY_PART", 5 * MIB)
     seen: list[int] = []
     assert publish_as("v2", seen.append) == 0
     # And one byte of a version that nobody has: whether the server would copy that.
@@ -190,7 +191,7 @@ def other(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_is_published_can_be_pulled_from_every_server(
     other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publish, "_SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.1)
     model = write_model(tmp_path / "m", mib=9, shards=1)
     for version in ("v1", "v2"):
         push(model, parse_model(f"{other}/m@{version}"), Settings.load(retry_timeout=5), files=find_files(model))
@@ -322,7 +323,7 @@ def test_what_a_killed_publisher_left_is_no_model(bucket: Store) -> None:
 
 def test_a_server_without_conditional_writes(bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_model(tmp_path / "m", mib=1, shards=1)
-    monkeypatch.setattr(publish, "_SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.0)
     put = S3Store.put
 
     def unconditional(self: S3Store, key: str, data: bytes, *, new: bool = False) -> PutResult:
@@ -475,7 +476,7 @@ def test_uploads_that_nobody_goes_on_with_are_dropped(bucket: Store, tmp_path: P
                for key in (killed, noted, other)}  # fmt: skip
     model, name, settings = write_model(tmp_path / "m", mib=20), parse_model(f"{bucket}/m@v1"), Settings.load()
     with resume_state_file(f"{S3Store(name.address, settings).endpoint} {name} {model}", str(name)) as notes:
-        publish.UploadResumeState(notes).note(noted, uploads[noted])
+        resume.UploadResumeState(notes).record(noted, uploads[noted])
     push(model, name, settings, files=find_files(model))
     assert [upload["Key"] for upload in uploads_of(bucket)] == [other]
 
@@ -516,7 +517,7 @@ def test_a_claim_is_respected_until_it_is_old(bucket: Store, tmp_path: Path, mon
     bucket.put("m@v1/.obsfs/claim.json", json.dumps({"author": "ann@far", "nonce": "hers"}).encode())
     with pytest.raises(ExistsError, match="ann@far"):
         push(model, name, Settings.load(), files=find_files(model))
-    monkeypatch.setattr(publish, "_CLAIM_SECONDS", 1.0)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 1.0)
     time.sleep(2.1)
     push(model, name, Settings.load(), files=find_files(model))
     verify_whole(bucket, model, "m@v1")
@@ -532,12 +533,12 @@ def test_a_torn_claim_is_nobodys(bucket: Store, tmp_path: Path) -> None:
 def test_a_server_that_knows_no_conditional_writes(bucket: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """As OBS: then the claim is written and looked at again."""
     name = parse_model(f"{bucket}/m@v1")
-    writer = S3Store(name.address, Settings.load())
+    store = S3Store(name.address, Settings.load())
     put = S3Store.put
     monkeypatch.setattr(S3Store, "put", lambda self, key, data, new=False: put(self, key, data))
-    monkeypatch.setattr(publish, "_SETTLE_SECONDS", 0.1)
-    with publish.PublishLease(writer, name, "me", "mine"):
-        with pytest.raises(ExistsError), publish.PublishLease(writer, name, "you", "yours"):
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.1)
+    with lease.PublishLease(store, name, "me", "mine"):
+        with pytest.raises(ExistsError), lease.PublishLease(store, name, "you", "yours"):
             pass
         assert "m@v1/.obsfs/claim.json" in keys(bucket)
     assert not keys(bucket)

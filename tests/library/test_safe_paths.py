@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from obsfs import private
 from obsfs.errors import UsageError
-from obsfs.library.safe_paths import open_file, path_below, real_path, size_and_mtime, write_whole
+from obsfs.library.safe_paths import open_file, path_below, real_path, size_and_mtime
 from tests.conftest import Store, contents
 from tests.library.test_push import Run
 
@@ -66,11 +67,12 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
 def test_a_small_file_is_written_through_no_link(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_text("theirs")
-    (tmp_path / "file.new").symlink_to(outside)
+    (tmp_path / f"file.{os.getpid()}.new").symlink_to(outside)
     (tmp_path / "file").symlink_to(outside)
-    write_whole(tmp_path / "file", b"ours")
+    private.write_file(tmp_path / "file", b"ours", 0o644)
     assert outside.read_text() == "theirs"
     assert (tmp_path / "file").read_text() == "ours"
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.parametrize("linked", ["sub", ".obsfs", ".obsfs/incomplete"])

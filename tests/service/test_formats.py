@@ -27,8 +27,8 @@ from obsfs.errors import UsageError
 from obsfs.fuse.kernel import channel, notify_helper
 from obsfs.library import catalog_cache
 from obsfs.library.manifest import parse_manifest
-from obsfs.library.publish import UploadResumeState
-from obsfs.library.pull import ModelDirectory
+from obsfs.library.model_directory import ModelDirectory
+from obsfs.library.resume import UploadResumeState
 from obsfs.service import mounts, state, takeover_log
 from obsfs.service.daemon import Takeover
 from obsfs.service.takeover_log import TakeoverLog
