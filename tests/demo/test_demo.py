@@ -42,6 +42,35 @@ def test_the_demo_runs_and_leaves_nothing(home: Path) -> None:
 
 
 @pytest.mark.slow
+def test_keep_leaves_bucket_and_mount_until_ctrl_c(home: Path) -> None:
+    process = subprocess.Popen([*_DEMO, "--keep"], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.stdout
+        said = ""
+        while "Ctrl-C here" not in said:
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        (mountpoint,) = [entry.mountpoint for entry in channel.mounts() if entry.mountpoint.is_relative_to(home)]
+        assert f"  ls -l {mountpoint}/tiny-qwen2\n" in said
+        assert (mountpoint / "tiny-qwen2" / "config.json").stat().st_size > 100
+        commands = [line.strip() for line in said.splitlines() if line.startswith("  ")][-4:]
+        done = subprocess.run(
+            ["sh", "-ec", "\n".join(commands)], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "config.json" in done.stdout  # ls
+        assert "mounted" in done.stdout or "served by" in done.stdout  # status
+        assert "Qwen2ForCausalLM" in done.stdout  # models
+        os.kill(process.pid, signal.SIGINT)
+        rest, _ = process.communicate(timeout=60)
+        assert (process.returncode, rest) == (0, "server, mount, cache and model are removed\n")
+    finally:
+        stop_group(process)
+    assert remains(home) == []
+
+
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing(home: Path) -> None:
     process = subprocess.Popen(_DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     try:
