@@ -31,12 +31,13 @@ from s3fs.utils import FileExpired
 
 from obsfs.errors import ObsfsError, UsageError, VersionChangedError
 from obsfs.fetch.reader import Engine, Reader
-from obsfs.settings import Settings, did_you_mean, is_setting, keywords, knobs
+from obsfs.settings import Settings, is_setting, keywords, knobs
 from obsfs.store import open_store
 from obsfs.store.address import Address
 from obsfs.store.aio import Connection, is_expired
 from obsfs.store.credentials import Keys
 from obsfs.store.types import ObjectVersion, version_tag
+from obsfs.suggestions import did_you_mean
 
 _T = TypeVar("_T")
 

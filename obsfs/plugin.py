@@ -59,9 +59,11 @@ from obsfs.errors import (
 )
 from obsfs.extras import missing, remedy, require
 from obsfs.logs import VisibleFormatter
+from obsfs.paths import state_dir
 from obsfs.processes import child_environment, find_program, foreign_environment, python_command
 from obsfs.service.mounts import find_mounts
-from obsfs.settings import GivenValue, Settings, did_you_mean, knobs, state_dir
+from obsfs.settings import GivenValue, Settings, knobs
+from obsfs.suggestions import did_you_mean
 from obsfs.text import to_json, visible
 
 __all__ = [

@@ -32,11 +32,13 @@ with atheris.instrument_imports(include=["obsfs"]):
     from obsfs.library.hub import parse_hub_name
     from obsfs.library.names import parse_model, suggest_names
     from obsfs.library.snapshot import parse_time
+    from obsfs.paths import config_path
     from obsfs.service.supervisor_client import SupervisorClient
-    from obsfs.settings import Settings, config_path, knobs, parse_seconds
+    from obsfs.settings import Settings, knobs
     from obsfs.store.address import check_endpoint, parse_address
     from obsfs.store.memory import MemoryStore, Request
     from obsfs.store.types import ObjectVersion
+    from obsfs.values import parse_seconds
     from obsfs.vfs.operations import Operations
     from obsfs.vfs.tree import Tree
 

@@ -13,7 +13,7 @@ import pytest
 
 from obsfs import private
 from obsfs.errors import UsageError
-from obsfs.settings import state_dir
+from obsfs.paths import state_dir
 from tests.conftest import MIB, Mounter, Result, Store, random_bytes, write_model
 
 NOBODY = 65534

@@ -11,7 +11,9 @@ import pytest
 
 from obsfs.cli.options import parse_mount_options
 from obsfs.errors import ObsfsError, SettingWarning, UsageError
-from obsfs.settings import GivenValue, Settings, config_path, keywords, knobs, parse_seconds, parse_size
+from obsfs.paths import config_path
+from obsfs.settings import GivenValue, Settings, keywords, knobs
+from obsfs.values import parse_seconds, parse_size
 
 
 def test_flags_beat_variables_beat_the_file(monkeypatch: pytest.MonkeyPatch) -> None:

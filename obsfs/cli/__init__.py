@@ -20,7 +20,8 @@ from obsfs.cli.output import drop_output, open_streams, tell, terminate_like_int
 from obsfs.errors import ObsfsError, SettingWarning, UsageError, WaitWarning
 from obsfs.logs import VisibleFormatter
 from obsfs.ours import check_ours
-from obsfs.settings import did_you_mean, warn_of_variables
+from obsfs.settings import warn_of_variables
+from obsfs.suggestions import did_you_mean
 from obsfs.text import visible
 from obsfs.version import __version__
 

@@ -22,7 +22,8 @@ from obsfs.cli.output import (
     terminal_width,
 )
 from obsfs.errors import UsageError
-from obsfs.settings import Settings, did_you_mean
+from obsfs.settings import Settings
+from obsfs.suggestions import did_you_mean
 
 
 @click.group(

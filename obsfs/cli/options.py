@@ -10,8 +10,10 @@ import click
 
 from obsfs.cli.output import fold, human
 from obsfs.errors import UsageError
-from obsfs.settings import RENAMED, GivenValue, Knob, did_you_mean, knobs, parse_seconds, parse_size
+from obsfs.settings import RENAMED, GivenValue, Knob, knobs
+from obsfs.suggestions import did_you_mean
 from obsfs.text import visible
+from obsfs.values import parse_seconds, parse_size
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 

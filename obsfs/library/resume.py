@@ -12,7 +12,7 @@ from pathlib import Path
 
 from obsfs import private
 from obsfs.errors import UsageError
-from obsfs.settings import state_dir
+from obsfs.paths import state_dir
 
 _FORMAT = 1
 """Format number of the file. A file without a number has format 0, which is the same."""

@@ -26,8 +26,9 @@ from obsfs import mountinfo, processes
 from obsfs.errors import UsageError, WaitWarning
 from obsfs.fuse.kernel import channel
 from obsfs.mountinfo import MountEntry
+from obsfs.paths import state_home
 from obsfs.service import asker, state
-from obsfs.settings import Settings, keywords, state_home
+from obsfs.settings import Settings, keywords
 from obsfs.store.address import parse_address
 from obsfs.text import visible
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from obsfs import private
 from obsfs.errors import UsageError
-from obsfs.settings import state_dir
+from obsfs.paths import state_dir
 
 _MAX_NAME = 220
 """Bytes of a mountpoint's name in that of a file: with all that is added, a name has 255 (<linux/limits.h>)."""

@@ -18,7 +18,8 @@ import pytest
 
 from obsfs.errors import ForbiddenError, ObsfsError, UsageError, WaitWarning
 from obsfs.filesystem import OBSFileSystem
-from obsfs.settings import GivenValue, Settings, config_path
+from obsfs.paths import config_path
+from obsfs.settings import GivenValue, Settings
 from obsfs.store import credentials
 from obsfs.store.address import parse_address
 from obsfs.store.credentials import Keys, explicit_keys
