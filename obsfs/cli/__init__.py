@@ -1,4 +1,7 @@
-"""The command line: one file per verb. Third parties add verbs by the entry point group ``obsfs.commands``."""
+"""The command line: one file per verb.
+
+Other packages add verbs by the entry point group ``obsfs.commands``; see :mod:`obsfs.plugin`.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +48,11 @@ _VERBS = {
     "bench": "bench",
     "demo": "demo",
 }
-"""Each with the module that has it."""
+"""Our verbs, each with its module."""
 
 
 def _further() -> dict[str, EntryPoint]:
-    """The verbs of third parties, by their names."""
+    """Return the entry points of other packages' verbs, by the names of the verbs."""
     from importlib.metadata import entry_points
 
     return {point.name: point for point in entry_points(group="obsfs.commands")}
@@ -60,13 +63,13 @@ def _summary(verb: click.Command) -> str:
 
 
 class Group(click.Group):
-    """A group of verbs: names the nearest one to a verb that it does not have, and shows each summary whole."""
+    """A group of verbs. It suggests the nearest name for an unknown verb, and never shortens a summary."""
 
     command_class = Command
     context_class = Context
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write a line for each verb: its `short_help`, or the first sentence of its help."""
+        """Write one entry per verb: its `short_help`, or the first sentence of its help."""
         found = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl([(name, _summary(verb)) for name, verb in found if verb and not verb.hidden])
@@ -83,7 +86,7 @@ class Group(click.Group):
 
 
 class _Verbs(Group):
-    """Loads the module of a verb only when it is used, so that ``obsfs umount`` need not import an S3 client."""
+    """Imports the module of a verb only when it is used, so that ``obsfs umount`` imports no S3 client."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # mount(8) runs the program that /etc/fstab names as `obsfs SOURCE DIRECTORY -o OPTIONS`.
@@ -114,7 +117,7 @@ class _Verbs(Group):
 
 
 def _broken(name: str, reason: str, remedy: str = "see to the package that has it") -> click.Command:
-    """In place of a third party's verb, so that the others go on."""
+    """Return a verb that reports why another package's verb cannot be loaded, so that the other verbs work."""
 
     def refuse(**_: object) -> None:
         raise UsageError(f"obsfs {name}: {reason}", remedy)
@@ -137,18 +140,18 @@ Examples:
 )
 @click.version_option(__version__, prog_name="obsfs")
 def obsfs() -> None:
-    """A bucket of models as a directory: lazy, parallel, cached on the local SSD."""
+    """Mount a bucket of models as a directory: lazy, parallel, cached on the local SSD."""
     warn_of_variables()  # also for verbs that read no settings
 
 
 class _Warnings:
-    """Tells of what we warn of in one line, once; what libraries warn of is no business of the user."""
+    """Prints each warning of obsfs once, on one line. Warnings of libraries are not shown."""
 
     def __init__(self) -> None:
         self._told = set[str]()
 
     def __call__(self, message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-        """In place of ``warnings.showwarning``."""
+        """Show a warning, in place of ``warnings.showwarning``."""
         if issubclass(category, SettingWarning | WaitWarning) and str(message) not in self._told:
             self._told.add(str(message))
             tell(f"obsfs: warning: {message}", err=True)
@@ -165,13 +168,13 @@ _REMEDIES = {
 
 
 def _missing(error: ModuleNotFoundError) -> str:
-    """The package that another module needs and is not there; empty when it is one of ours."""
+    """Return the missing package that a module needs; empty if it is one of ours."""
     package = str(error.name or "").partition(".")[0]
     return "" if package in ("obsfs", "trainer") else package
 
 
 def _refused_by_system(error: OSError) -> str:
-    """What the system refused, on which file, and what to do; empty when it is about no file, and so our mistake."""
+    """Return what the system refused, on which file, and what to do; empty without a file: that is our mistake."""
     if error.filename is None and error.errno != errno.ENOTCONN:
         return ""
     name = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
@@ -184,8 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0; 1 where a verb says so, and after an error of ours; 2 after a mistake of the user, told in one line; 130
-        after Ctrl-C or SIGTERM; 141 when nobody reads what is printed, as of a program that SIGPIPE ends.
+        0; 1 where a verb says so, and after an internal error; 2 after a mistake of the user, which is reported on one
+        line; 130 after Ctrl-C or SIGTERM; 141 if nobody reads the output, as for a program that SIGPIPE ends.
     """
     processes.secure_import_path()
     open_streams()
@@ -208,14 +211,14 @@ def main(arguments: list[str] | None = None) -> int:
             return _tell(lost)
     finally:
         warnings.showwarning = shown
-        gc.freeze()  # to look for garbage once more before the process ends takes it a tenth of a second
+        gc.freeze()  # a last garbage collection would take 0.1 s
 
 
 _PIPE = 128 + signal.SIGPIPE
 
 
 def _status_unread(error: BaseException) -> int:
-    """The exit status when nobody reads what is printed; that of an interrupt if it was only about one."""
+    """Return the exit status when nobody reads the output: that of an interrupt, if there was one before."""
     before: BaseException | None = error
     while before is not None and not isinstance(before, KeyboardInterrupt):
         before = before.__context__
@@ -223,7 +226,7 @@ def _status_unread(error: BaseException) -> int:
 
 
 def _tell(error: BaseException) -> int:
-    """Tell what ended a command, in one line. Returns the exit status."""
+    """Print on one line what ended a command, and return the exit status."""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         click.echo(error.ctx.get_help() if error.ctx else "")  # of our own text
         return 2

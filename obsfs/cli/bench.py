@@ -33,26 +33,28 @@ _SETTINGS = (*BUCKET, "cache_dir", "connections")
 
 @click.command(cls=Command, short_help="Measure a bucket or a mount, cold and warm", epilog=_EPILOG)
 @click.argument("target", metavar="MOUNTPOINT|obs://BUCKET[/PREFIX]")
-@click.option("--file", metavar="PATH", help="The file to read, below the target. Default: the largest found.")
-@click.option("--size", metavar="SIZE", default="1GiB", show_default=True, help="Most bytes of it to read at a time.")
+@click.option(
+    "--file", metavar="PATH", help="File to read, relative to the target. Default: the largest that is found."
+)
+@click.option("--size", metavar="SIZE", default="1GiB", show_default=True, help="Most bytes of it to read.")
 @click.option(
     "--report",
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path("obsfs-bench.html"),
     show_default=True,
-    help="Where to draw the figures (.html or .png); they lie beside it as .json.",
+    help="Report to write (.html or .png), with a .json of the figures beside it.",
 )
 @click.option("--no-report", is_flag=True, help="Write no files.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @settings_options(*_SETTINGS)
 def bench(
     target: str, *, file: str | None, size: str, report: Path, no_report: bool, as_json: bool, **given: Any
 ) -> None:
-    """Measure a bucket through obsfs: reading, listing and stat, cold (from the bucket) and warm (from the SSD).
+    """Measure reading, listing and stat, cold (from the bucket) and warm (from the SSD).
 
-    A bucket, or what is mounted on a MOUNTPOINT of obsfs, is mounted anew for each case, with an empty cache of its
-    own on the same disk: your mount and your cache are left alone. Any other directory is read as it is; then cold
-    means that the kernel was told to forget the file, and warm that it is in the page cache.
+    A bucket, or the bucket of a MOUNTPOINT, is mounted anew for each case, with an empty cache of its own on the same
+    disk. Your mount and your cache are not used. Any other directory is read as it is: then cold means that the file
+    was dropped from the page cache, and warm that it is in it.
     """
     from obsfs.bench import measure
     from obsfs.bench import report as reports

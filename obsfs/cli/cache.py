@@ -30,14 +30,14 @@ from obsfs.suggestions import did_you_mean
     cls=Group, epilog="\b\nExamples:\n  obsfs cache info\n  obsfs cache verify\n  obsfs cache clean --older-than 7d\n"
 )
 def cache() -> None:
-    """Look at the block cache, and clean it."""
+    """Inspect, verify and clean the block cache."""
 
 
 @cache.command(epilog="Example: obsfs cache info --json")
 @settings_options(*CACHE)
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(as_json: bool, **given: Any) -> None:
-    """Show what the cache holds, the least recently used last."""
+    """List the cached objects, the least recently used last."""
     store = _open(given)
     entries = sorted(store.entries(), key=lambda entry: -entry.last_used)
     if as_json:
@@ -79,11 +79,11 @@ def _document(store: Cache, entries: list[CacheEntry]) -> dict[str, Any]:
 
 @cache.command(epilog="Example: obsfs cache verify && echo all is well")
 @settings_options(*CACHE)
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(as_json: bool, **given: Any) -> None:
-    """Read every block in the cache, and compare it with its checksum.
+    """Read every cached block and compare it with its checksum.
 
-    What is damaged is dropped, to be fetched again when it is read; the exit status is 1 then. Safe beside mounts.
+    Damaged blocks are removed and fetched again when they are read; the exit status is 1 then. Mounts can stay in use.
     """
     store = _open(given)
     entries = list(store.entries())
@@ -113,17 +113,18 @@ def verify(as_json: bool, **given: Any) -> None:
 
 
 @cache.command(
-    short_help="Drop blocks from the cache: all, or those under a path",
+    short_help="Remove blocks from the cache",
     epilog="\b\nExamples:\n  obsfs cache clean --older-than 7d\n"
     "  obsfs cache clean obs://models/Qwen2-7B-Instruct\n  obsfs cache clean /mnt/models/Qwen2-7B-Instruct\n",
 )
 @click.argument("path", metavar="[PATH_OR_URL]", required=False)
-@click.option("--older-than", metavar="TIME", help="Only what was not used for so long, for example 7d.")
+@click.option("--older-than", metavar="TIME", help="Only objects that were not used for this long, for example 7d.")
 @settings_options("library", *CACHE)
 def clean(path: str | None, older_than: str | None, **given: Any) -> None:
-    """Drop blocks from the cache: all, or of the objects under a URL, a path on a mount, or a model of the library.
+    """Remove blocks from the cache: all, or those below a URL, a path on a mount, or of a model of the library.
 
-    What is open stays readable: a file that the kernel reads by itself keeps its blocks until it is closed.
+    Open files stay readable. A file that the kernel reads itself keeps its blocks until it is closed. Pinned objects
+    stay: see `obsfs unpin`.
     """
     url, settings = places.locate(path, given) if path else ("", Settings.load(**given))
     store = _cache_of(settings)

@@ -23,9 +23,14 @@ Examples:
 @click.command("import", cls=Command, short_help="Publish a repository of Hugging Face or ModelScope", epilog=_EPILOG)
 @click.argument("repository", metavar="hf:ORG/NAME|ms:ORG/NAME")
 @click.argument("name", required=False, metavar="obs://BUCKET/NAME[@VERSION]")
-@click.option("--include", multiple=True, metavar="PATTERN", help="Only files like this (may be repeated).")
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="No files like this (may be repeated).")
-@click.option("--no-check", is_flag=True, help="Do not look whether it is whole.")
+@click.option(
+    "--include",
+    multiple=True,
+    metavar="PATTERN",
+    help="Only files whose path matches PATTERN, such as *.json. Repeatable.",
+)
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Skip files whose path matches PATTERN. Repeatable.")
+@click.option("--no-check", is_flag=True, help="Do not check whether the model is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
 @settings_options(*PUBLISH)
 def import_(
@@ -38,11 +43,11 @@ def import_(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Publish a repository of Hugging Face (hf:) or ModelScope (ms:), streamed past the local disk.
+    """Publish a repository of Hugging Face (hf:) or ModelScope (ms:). Files do not touch the local disk.
 
-    Without a name it gets its own, in the library that --library or OBSFS_LIBRARY names. Hashes that the hub knows
-    are compared with what it sends. A file that is cut off, damaged or missing there is a warning: it is published as
-    the hub has it. Needs the extra `hub`.
+    Without a name, the model gets the repository's name in --library. Files are verified against the hub's hashes. A
+    file that is truncated, damaged or missing on the hub gives a warning, and is published as it is. Needs the extra
+    `hub`.
     """
     from obsfs.library import hub
     from obsfs.library.names import parse_model

@@ -25,7 +25,7 @@ Examples:
 
 
 class _Models(Group):
-    """``obsfs models LIBRARY`` means ``obsfs models list LIBRARY``."""
+    """A group in which ``obsfs models LIBRARY`` means ``obsfs models list LIBRARY``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         first = args[0] if args else "-"
@@ -34,21 +34,21 @@ class _Models(Group):
         return super().parse_args(ctx, args)
 
 
-@click.group(cls=_Models, short_help="Show the models of a library, or one of them", epilog=_EPILOG)
+@click.group(cls=_Models, short_help="List the models of a library, or show one", epilog=_EPILOG)
 def models() -> None:
-    """Show the models of a library: `obsfs models [obs://BUCKET/PREFIX]`, or one of them: `obsfs models show NAME`."""
+    """List the models of a library: `obsfs models [obs://BUCKET/PREFIX]`. Show one: `obsfs models show NAME`."""
 
 
-@models.command("list", short_help="Show every model of a library", epilog=_EPILOG)
+@models.command("list", short_help="List the models of a library", epilog=_EPILOG)
 @click.argument("library", required=False, metavar="[obs://BUCKET/PREFIX]")
-@click.option("--fresh", is_flag=True, help="Ask the bucket, though it was asked within --metadata-ttl.")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.option("--fresh", is_flag=True, help="Ask the bucket, even if it was asked within --metadata-ttl.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @settings_options(*(name for name in LIBRARY if name != "library"), "metadata_ttl")
 def list_(library: str | None, *, fresh: bool, as_json: bool, **given: Any) -> None:
-    """Show every model: versions, architecture, parameters, dtype, size, how much of it is cached here, and its state.
+    """List models with their versions, state, architecture, parameters, dtype, size, and how much is cached here.
 
-    A model is published, has no manifest, or is damaged: its manifest cannot be read. What is shown comes from
-    manifests, or, for models without one, from their configuration and the headers of their weights.
+    The state is "published", "no manifest", "damaged" (the manifest is invalid) or "not readable". The facts come from
+    the manifest, or from the configuration and the headers of the weights of a model without one.
     """
     from obsfs.library import catalog_cache
     from obsfs.store.address import parse_address
@@ -63,7 +63,7 @@ def list_(library: str | None, *, fresh: bool, as_json: bool, **given: Any) -> N
         with spinner(f"looking at {chosen}", quiet=as_json):
             document = _list_models(chosen, settings)
         catalog_cache.save(settings, chosen, document)
-    for model in document["models"]:  # of an older version's notes
+    for model in document["models"]:  # an older version has cached no state
         model.setdefault("state", "published" if model["published"] else _NO_MANIFEST)
     _add_cached(document, settings)
     for problem in document["problems"]:
@@ -121,7 +121,7 @@ def _document(model: Any, prefix: str) -> dict[str, Any]:
 
 
 def _damaged(found: catalog.UnreadableModel, prefix: str) -> dict[str, Any]:
-    """The same of a model of which only the place is known."""
+    """Return the same for a model that cannot be read."""
     name = found.name
     state = "damaged" if isinstance(found.error, UsageError) else "not readable"
     unknown = dict.fromkeys(("architecture", "dtype", "created", "author", "source", "revision", "content"), "")
@@ -181,7 +181,7 @@ def _print(library: str, document: dict[str, Any]) -> None:
 
 
 def _state(versions: list[dict[str, Any]]) -> str:
-    """That of the newest, and of each version that cannot be read."""
+    """Return the state of the newest version, and of each version that cannot be read."""
     if len(versions) == 1:
         return str(versions[0]["state"])
     good = [model["state"] for model in versions if "error" not in model]
@@ -197,10 +197,10 @@ def _share(part: int, whole: int) -> str:
 
 @models.command(epilog="Example: obsfs models show obs://models/Qwen2-7B-Instruct --json")
 @click.argument("name", metavar="NAME|obs://BUCKET/NAME[@VERSION]")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @settings_options(*LIBRARY)
 def show(name: str, *, as_json: bool, **given: Any) -> None:
-    """Show one model: what its manifest says, its versions, and its files."""
+    """Show one model: its manifest, its versions and its files."""
     from obsfs.library import catalog
     from obsfs.library.names import parse_model
     from obsfs.store import open_store

@@ -22,28 +22,30 @@ Examples:
   obsfs mount obs://public /mnt/public --no-sign-request --foreground
   obsfs mount obs://models /mnt/models -o region=cn-south-1,allow_other
 
-Keys come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, HUAWEICLOUD_SDK_AK and _SK, OBSFS_ACCESS_KEY_ID and
-OBSFS_SECRET_ACCESS_KEY, a profile, or an instance's role. Every flag can be set as OBSFS_NAME in the environment
-(OBSFS_CACHE_SIZE=500GiB) or as a key in ~/.config/obsfs/config.toml (cache_size = "500GiB").
+Credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, HUAWEICLOUD_SDK_AK and _SK, OBSFS_ACCESS_KEY_ID
+and OBSFS_SECRET_ACCESS_KEY, a profile, or an instance's role. Every flag can also be set as OBSFS_NAME in the
+environment (OBSFS_CACHE_SIZE=500GiB) or as a key in ~/.config/obsfs/config.toml (cache_size = "500GiB").
 """
 
 
 @click.command(cls=Command, short_help="Mount a bucket, or a prefix of it, on a directory", epilog=_EPILOG)
 @click.argument("source", metavar="obs://BUCKET[/PREFIX]")
 @click.argument("mountpoint", type=Path)
-@click.option("--foreground", "-f", is_flag=True, help="Stay, and log to the terminal; Ctrl-C unmounts.")
+@click.option(
+    "--foreground", "-f", is_flag=True, help="Stay in the foreground and log to the terminal. Ctrl-C unmounts."
+)
 @click.option(
     "-o",
     "mount_options",
     metavar="OPTION[,OPTION...]",
     multiple=True,
-    help="Settings as mount(8) and /etc/fstab give them: cache_size=500GiB,allow_other. A flag goes before.",
+    help="Settings as in /etc/fstab: cache_size=500GiB,allow_other. A flag takes precedence.",
 )
 @settings_options()
 def mount(source: str, mountpoint: Path, foreground: bool, mount_options: tuple[str, ...], **given: Any) -> None:
-    """Mount a bucket, or what is under a prefix of it, on an empty directory. Read-only.
+    """Mount a bucket, or a prefix of it, read-only on an empty directory.
 
-    Returns when the directory answers.
+    The command returns when the mount is ready. `obsfs umount` ends it.
     """
     in_options = parse_mount_options(",".join(mount_options))
     settings = Settings.load(**{**in_options, **{name: value for name, value in given.items() if value is not None}})
@@ -60,7 +62,7 @@ def _serve_here(source: str, path: Path, settings: Settings) -> None:
 
     mounts.prepare(path, settings)
     daemon.log_to(logging.StreamHandler(), settings.log_level)
-    # Until it mounts, a signal ends the command at once. nohup(1) has it outlive its terminal.
+    # Until it has mounted, a signal ends the command at once. nohup(1) lets it outlive its terminal.
     is_hangup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     stop = daemon.Stop() if is_hangup_ignored else daemon.Stop(signal.SIGHUP)
 

@@ -21,18 +21,28 @@ Examples:
 """
 
 
-@click.command(cls=Command, short_help="Fetch a model, verified, and print its directory", epilog=_EPILOG)
+@click.command(cls=Command, short_help="Download a model, verified, and print its directory", epilog=_EPILOG)
 @click.argument("name", metavar="obs://BUCKET/NAME[@VERSION]")
 @click.argument("directory", required=False, type=click.Path(path_type=Path))
-@click.option("--include", multiple=True, metavar="PATTERN", help="Only files like this (may be repeated).")
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="No files like this (may be repeated).")
-@click.option("--to-hf-cache", is_flag=True, help="Into Hugging Face's cache: from_pretrained finds it by its name.")
+@click.option(
+    "--include",
+    multiple=True,
+    metavar="PATTERN",
+    help="Only files whose path matches PATTERN, such as *.json. Repeatable.",
+)
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Skip files whose path matches PATTERN. Repeatable.")
+@click.option(
+    "--to-hf-cache", is_flag=True, help="Into Hugging Face's cache, where from_pretrained finds it by its name."
+)
 @click.option("--to-modelscope-cache", is_flag=True, help="Into ModelScope's cache.")
 @click.option(
-    "--as", "repository", metavar="ORG/NAME", help="Its name in those caches. Default: its place in the library."
+    "--as",
+    "repository",
+    metavar="ORG/NAME",
+    help="Name of the model in those caches. Default: its path in the library.",
 )
-@click.option("--force", is_flag=True, help="Replace files that are there with other content.")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.option("--force", is_flag=True, help="Replace local files that have other content.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @settings_options(*LIBRARY)
 def pull(
     name: str,
@@ -47,12 +57,11 @@ def pull(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Bring a model here, verified, and print the directory that it is in.
+    """Download a model, verify it, and print its directory.
 
-    Without DIRECTORY it goes into the cache directory, where large files share their bytes with the block cache and
-    take no second place on the disk: read them there, and pull into a DIRECTORY what you want to change. What is in
-    the block cache already is not fetched again, and what was fetched stays there. A NAME without a version means
-    what lies there, or else the newest version.
+    Without DIRECTORY it goes into the cache directory. Large files there are hard links to the block cache and take no
+    extra space: do not change them. Pull into a DIRECTORY what you want to change. Cached blocks are not fetched again.
+    A NAME without a version means the model in NAME/, or else its newest version.
     """
     from obsfs.library import download
     from obsfs.library.names import parse_model
@@ -94,7 +103,9 @@ def pull(
         return
     fetched = sum(one.fetched for one in done)
     how = (
-        "" if all(file.sha256 for file in files) else "; it has no manifest, so only what the bucket offers was checked"
+        ""
+        if all(file.sha256 for file in files)
+        else "; it has no manifest, so only the bucket's own checksums were verified"
     )
     tell(f"{model.name}: {counted(len(files), 'file')}, {human(fetched)} fetched{how}", err=True)
     for one in done:

@@ -27,10 +27,12 @@ NAME@VERSION never changes once it is published. NAME without a version is repla
 @click.command(cls=Command, short_help="Publish a directory as a model, whole or not at all", epilog=_EPILOG)
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.argument("name", metavar="obs://BUCKET/NAME[@VERSION]")
-@click.option("--any", "any_files", is_flag=True, help="Push it though it is no model.")
-@click.option("--no-check", is_flag=True, help="Push it though a file of it is damaged or missing.")
-@click.option("--source", metavar="TEXT", help="Where it came from, for the manifest. Default: the directory's name.")
-@click.option("--revision", metavar="TEXT", help="Of which revision it is. Default: the commit, if it is in git.")
+@click.option("--any", "any_files", is_flag=True, help="Push any directory, even if it is not a model.")
+@click.option("--no-check", is_flag=True, help="Push even if files are damaged or missing.")
+@click.option("--source", metavar="TEXT", help="Origin of the model, for the manifest. Default: the directory's name.")
+@click.option(
+    "--revision", metavar="TEXT", help="Revision of the model, for the manifest. Default: the commit, if it is in git."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
 @settings_options(*PUBLISH)
 def push(
@@ -44,13 +46,13 @@ def push(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Publish a model: all files of DIRECTORY, in parallel, and a manifest of their hashes last.
+    """Publish a model: upload the files of DIRECTORY in parallel, then a manifest of their hashes.
 
-    Configurations, indexes and the headers of the weights are looked at before anything is sent: a model with a file
-    that is cut off, damaged or missing is refused.
+    Before anything is sent, obsfs checks configurations, indexes and the headers of the weights. A model with a file
+    that is truncated, damaged or missing is refused.
 
-    It exists whole or not at all. What is there already, at this or another version of the same name, is not sent
-    again; a push that was cut off goes on where it stopped when it is run again from the same machine.
+    A version exists whole or not at all. Files that this or another version of the name has are not sent again. An
+    interrupted push resumes when you run it again on the same machine.
     """
     from obsfs.library import push as pushing
     from obsfs.library.names import parse_model
@@ -77,5 +79,5 @@ def push(
     if as_json:
         tell_json({**json.loads(manifest.to_json()), "bytes_sent": sent, "url": str(model)})
     else:
-        had = f", {human(manifest.size - sent)} of them were there" if sent < manifest.size else ""
+        had = f", {human(manifest.size - sent)} of them were there already" if sent < manifest.size else ""
         tell(f"published {model}: {counted(len(manifest.files), 'file')}, {human(manifest.size)}{had}")

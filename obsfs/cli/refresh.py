@@ -16,13 +16,13 @@ Examples:
 """
 
 
-@click.command(cls=Command, short_help="Show at once what has changed in the bucket", epilog=_EPILOG)
+@click.command(cls=Command, short_help="Make a mount show changes in the bucket at once", epilog=_EPILOG)
 @click.argument("places", metavar="PATH_OR_URL...", nargs=-1, required=True)
 def refresh(places: tuple[str, ...]) -> None:
-    """Show at once what has changed in the bucket, not only when --metadata-ttl is over.
+    """Make mounts show changes in the bucket at once, without waiting for --metadata-ttl.
 
-    What is open stays the version that was opened. push, import and train do this by themselves for the mounts of their
-    machine.
+    Open files keep the version that was opened. `push`, `import` and `train` refresh the mounts of their machine
+    themselves.
     """
     for place in places:
         found = mounts.refresh(place)

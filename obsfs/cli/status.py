@@ -25,13 +25,13 @@ _LOST = {"dead": "mount it again, or `obsfs umount` it", "not answering": "see i
 _NO_TAKEOVER = "none now: the supervisor was killed, and another cannot be started ({}); tried again every 30 s"
 
 
-@click.command(cls=Command, short_help="Show what is mounted, cached and being fetched", epilog=_EPILOG)
+@click.command(cls=Command, short_help="Show mounts, cache and transfers", epilog=_EPILOG)
 @click.argument("mountpoint", required=False, type=Path)
-@click.option("--json", "as_json", is_flag=True, help="For machines: one object for a mountpoint, else a list.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: an object for one mountpoint, else a list.")
 def status(mountpoint: Path | None, as_json: bool) -> None:
-    """Show what is mounted, what the cache holds, and what is being fetched.
+    """Show mounts, their caches and their transfers.
 
-    The exit status is 1 when a mount is dead or does not answer. Another user's mount is named, and not asked.
+    The exit status is 1 if a mount is dead or does not answer. Mounts of other users are listed without details.
     """
     path = None if mountpoint is None else mounts.resolve_mountpoint(mountpoint)
     found = [_shown(one) for one in mounts.find_mounts(path)]

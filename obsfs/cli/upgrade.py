@@ -13,14 +13,14 @@ from obsfs.service import mounts
 
 @click.command(
     cls=Command,
-    short_help="Serve a mount with the obsfs that is installed now",
+    short_help="Serve a mount with the installed version",
     epilog="Example: pip install --upgrade . && obsfs upgrade /mnt/models",
 )
 @click.argument("mountpoint", type=Path)
 def upgrade(mountpoint: Path) -> None:
-    """Serve a mount by the version of obsfs that is installed now, without unmounting it.
+    """Serve a mount with the version of obsfs that is installed now, without unmounting it.
 
-    Whoever reads waits for a second, and reads on.
+    Readers wait for about a second, then continue.
     """
     path = mounts.resolve_mountpoint(mountpoint)
     before, after = mounts.replace_server(path)

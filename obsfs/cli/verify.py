@@ -24,21 +24,21 @@ Examples:
 """
 
 
-@click.command(cls=Command, short_help="Hash a model against its manifest", epilog=_EPILOG)
+@click.command(cls=Command, short_help="Check a model against its manifest", epilog=_EPILOG)
 @click.argument("target", metavar="PATH_OR_URL")
 @click.option(
     "--in",
     "where",
     type=click.Choice(["bucket", "cache"]),
-    help="Read from the bucket, or what is cached here. Default: bucket for a URL, cache for a path on a mount.",
+    help="What to read: the bucket, or the local cache. Default: bucket for a URL, cache for a path on a mount.",
 )
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @settings_options(*LIBRARY)
 def verify(target: str, *, where: str | None, as_json: bool, **given: Any) -> None:
-    """Hash a model against its manifest, and say what differs. Exit status 1 when something does.
+    """Hash the files of a model and compare them with its manifest. The exit status is 1 if a file differs.
 
-    PATH_OR_URL is a model in a bucket (at the first of several endpoints), a path on a mount, or a directory that obsfs
-    pull has made.
+    PATH_OR_URL is a model in a bucket (of several endpoints, the first is read), a path on a mount, or a directory that
+    `obsfs pull` made.
     """
     from obsfs.library import verify as verifying
     from obsfs.library.model_directory import read_manifest
@@ -75,12 +75,12 @@ def _verify_model(url: str, settings: Settings, where: str, as_json: bool) -> No
 
 
 def _unseen(result: Any) -> str:
-    """What was not looked at, since it is not in the cache."""
+    """Return what was not checked since it is not cached."""
     if not result.absent:
         return ""
     parts = [counted(result.absent_files, "file")] if result.absent_files else []
     parts += [f"parts of {counted(result.partial_files, 'file')}"] if result.partial_files else []
-    return f"; not cached, and so not looked at: {' and '.join(parts)} ({human(result.absent)})"
+    return f"; not cached, and so not checked: {' and '.join(parts)} ({human(result.absent)})"
 
 
 def _tell(what: str, where: str, result: Any, as_json: bool) -> None:

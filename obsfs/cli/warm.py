@@ -22,15 +22,17 @@ Examples:
 """
 
 
-@click.command(cls=Command, short_help="Bring into the cache what a load will need", epilog=_EPILOG)
+@click.command(cls=Command, short_help="Download into the cache what a load will need", epilog=_EPILOG)
 @click.argument("targets", metavar="PATH_OR_URL...", nargs=-1, required=True)
-@click.option("--for", "recorded", metavar="PROFILE", help="Only what this recorded profile of the model says.")
+@click.option("--for", "recorded", metavar="PROFILE", help="Only the blocks in this recorded profile of the model.")
 @click.option(
-    "--record", metavar="PROFILE", help="Fetch nothing: record what is cached now as a profile, in the bucket."
+    "--record",
+    metavar="PROFILE",
+    help="Download nothing. Record which blocks are cached now as a profile, in the bucket.",
 )
-@click.option("--max-bytes", metavar="SIZE", help="At most so much of each target.")
-@click.option("--pin", is_flag=True, help="Keep it: eviction and `obsfs cache clean` leave it alone.")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.option("--max-bytes", metavar="SIZE", help="Most bytes of each target.")
+@click.option("--pin", is_flag=True, help="Keep them: eviction and `obsfs cache clean` skip pinned objects.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @settings_options(*LIBRARY)
 def warm(
     targets: tuple[str, ...],
@@ -42,7 +44,7 @@ def warm(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Bring into the cache what a load will need, before it needs it.
+    """Download into the cache what a load will need.
 
     Each target is a model, a file or a prefix in a bucket, or a path on a mount.
     """
@@ -119,14 +121,14 @@ def _record(url: str, settings: Settings, profile: str) -> dict[str, Any]:
 
 @click.command(
     cls=Command,
-    short_help="Let what `obsfs warm --pin` has kept be evicted again",
+    short_help="Undo `obsfs warm --pin`",
     epilog="\b\nExamples:\n  obsfs unpin obs://models/Qwen2-7B-Instruct\n  obsfs unpin --all\n",
 )
 @click.argument("targets", metavar="PATH_OR_URL...", nargs=-1)
-@click.option("--all", "everything", is_flag=True, help="All pins.")
+@click.option("--all", "everything", is_flag=True, help="Unpin all objects.")
 @settings_options("library", *CACHE)
 def unpin(targets: tuple[str, ...], *, everything: bool, **given: Any) -> None:
-    """Let what `obsfs warm --pin` has kept be evicted again."""
+    """Let objects be evicted again that `obsfs warm --pin` has pinned."""
     from obsfs.cache.directory import Cache
 
     if bool(targets) == everything:

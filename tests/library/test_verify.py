@@ -132,10 +132,10 @@ def test_what_a_cache_lacks_is_not_said_to_be_verified(bucket: Store, obsfs: Run
     size = sum(map(len, contents(model).values()))
     done = obsfs("verify", f"{bucket}/m@v1", "--in", "cache")
     assert (done.code, done.err) == (0, "")
-    assert "0 files, 0 B: nothing to compare; not cached, and so not looked at: 4 files (18.0 MiB)" in done.out
+    assert "0 files, 0 B: nothing to compare; not cached, and so not checked: 4 files (18.0 MiB)" in done.out
     assert obsfs("warm", f"{bucket}/m@v1", "--max-bytes", "12MiB").code == 0
     shown = obsfs("verify", f"{bucket}/m@v1", "--in", "cache")
-    assert "not cached, and so not looked at: parts of 1 file (" in shown.out
+    assert "not cached, and so not checked: parts of 1 file (" in shown.out
     found = obsfs("verify", f"{bucket}/m@v1", "--in", "cache", "--json").json
     assert found["files_partly_cached"] == 1
     assert found["bytes"] + found["bytes_not_cached"] == size
