@@ -63,7 +63,7 @@ def pull(
     extra space: do not change them. Pull into a DIRECTORY what you want to change. Cached blocks are not fetched again.
     A NAME without a version means the model in NAME/, or else its newest version.
     """
-    from obsfs.library import download
+    from obsfs.library import download, hub_cache
     from obsfs.library.names import parse_model
     from obsfs.library.pull import Pull
 
@@ -75,7 +75,7 @@ def pull(
     if repository and not (to_hf_cache or to_modelscope_cache):
         raise UsageError("--as names a repository in a hub's cache", "add --to-hf-cache or --to-modelscope-cache")
     hubs = [
-        hub for hub, on in ((download.HUGGING_FACE, to_hf_cache), (download.MODEL_SCOPE, to_modelscope_cache)) if on
+        hub for hub, on in ((hub_cache.HUGGING_FACE, to_hf_cache), (hub_cache.MODEL_SCOPE, to_modelscope_cache)) if on
     ]
     size = sum(file.size for file in files) * (len(hubs) + (directory is not None or not hubs))
     with progress(f"pulling {pulling.model.name.label}", size, quiet=as_json) as advance:

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
 
         return run(["demo", *arguments])
     if not (_CLONE / "pyproject.toml").is_file():
-        return _fail("packages are missing: pip install 'obsfs-mount[demo]'")
+        return _fail("packages are missing: run it in a clone of obsfs, which then sets up .venv")
     home = _CLONE / ".venv"
     try:
         install(home)

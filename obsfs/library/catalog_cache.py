@@ -1,4 +1,4 @@
-"""What a library held when it was last looked at, kept on this machine, so that looking again at once costs nothing."""
+"""The listing of a library, kept on this machine for ``--metadata-ttl``, so that the next listing asks nobody."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from typing import Any
 from obsfs import private
 from obsfs.errors import UsageError
 from obsfs.settings import Settings
+from obsfs.store.credentials import KEY_VARIABLES
 
 _DIRECTORY = "library"
 _FORMAT = 1
-"""Of what is kept; without a number it is format 0, which is the same."""
+"""Format number of a listing. Without one it has format 0, which is the same."""
+_BUCKET_SETTINGS = ("endpoint_url", "region", "profile", "no_sign_request", "addressing_style")
 
 
 def _path(settings: Settings, library: str) -> Path:
-    # Who may see what is the bucket's to say: another key pair or endpoint has a file of its own.
-    names = sorted(name for name in os.environ if name.startswith(("AWS_", "HUAWEICLOUD_", "OBSFS_")))
+    # The bucket decides who may see what. So each identity, which is how obsfs finds its keys and its endpoint, has a
+    # file of its own: the keys' variables, those of the AWS SDKs, and the settings of the bucket.
+    names = sorted({*KEY_VARIABLES, *(name for name in os.environ if name.startswith("AWS_"))} & set(os.environ))
     parts = [library, *(f"{name}={os.environ[name]}" for name in names)]
-    parts += [str(settings.endpoint_url), str(settings.region), str(settings.profile), str(settings.no_sign_request)]
+    parts += [f"{name}={getattr(settings, name)}" for name in _BUCKET_SETTINGS]
     name = hashlib.sha256("\0".join(parts).encode(errors="surrogatepass")).hexdigest()[:24]
     return settings.cache_dir / _DIRECTORY / f"{name}.json"
 
 
 def load(settings: Settings, library: str) -> dict[str, Any] | None:
-    """What was kept, if it is not older than the metadata lifetime."""
+    """Return the listing that was saved, or None if there is none that is younger than the metadata lifetime."""
     path = _path(settings, library)
     if not private.is_private(path.parent):
         return None
@@ -45,7 +48,7 @@ def load(settings: Settings, library: str) -> dict[str, Any] | None:
 
 
 def save(settings: Settings, library: str, document: dict[str, Any]) -> None:
-    """Keep it; a disk that takes nothing is no reason to fail."""
+    """Save a listing. A disk that cannot be written is ignored."""
     path = _path(settings, library)
     try:
         private.make_directory(settings.cache_dir, "cache directory", "choose another --cache-dir")
@@ -56,7 +59,7 @@ def save(settings: Settings, library: str, document: dict[str, Any]) -> None:
 
 
 def clear(settings: Settings) -> None:
-    """Forget all libraries: one of them has changed. A disk that takes no changes is no reason to fail."""
+    """Remove all listings, since a library has changed. A disk that cannot be written is ignored."""
     for path in (settings.cache_dir / _DIRECTORY).glob("*.json"):
         with suppress(OSError):
             path.unlink()

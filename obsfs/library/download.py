@@ -1,9 +1,8 @@
-"""Where a pulled model goes: a directory, or the cache of Hugging Face or ModelScope, so that their names find it."""
+"""Pulling a model by its name, to a directory or to a hub's cache; ``snapshot_download`` and ``resolve``."""
 
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from obsfs import private
 from obsfs.errors import UsageError
 from obsfs.library import catalog
 from obsfs.library.catalog import Model
+from obsfs.library.hub_cache import commit_of, finish, hub_directory, repository_of
 from obsfs.library.manifest import File
 from obsfs.library.model_directory import read_manifest
 from obsfs.library.names import ModelName, matches_patterns, parse_model
@@ -24,76 +23,11 @@ from obsfs.library.transfer import Advance
 from obsfs.settings import GivenValue, Settings, keywords
 from obsfs.store import open_store
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_REVISIONS = "snapshots"
-
-HUGGING_FACE = "hf"
-MODEL_SCOPE = "ms"
-
 
 def default_directory(settings: Settings, name: ModelName) -> Path:
-    """Where a model is pulled to when no place is given: beside the block cache."""
+    """Return the directory that a model is pulled to by default: in the cache directory."""
     below = f"{SNAPSHOTS}/{name.bucket}/{name.library}{name.label}"
     return path_below(settings.cache_dir, f"{below}/x").parent
-
-
-def repository_of(model: Model, settings: Settings, given: str | None) -> str:
-    """The name that a hub would have for a model: as given, or where it lies in the library.
-
-    Never the `source` that its manifest names: who may write to one model would so choose which repository of the
-    hub's cache is replaced.
-    """
-    name = model.name
-    below = f"{name.library}{name.name}"
-    if given is None and settings.library:
-        root = parse_model(f"{settings.library.rstrip('/')}/x").library
-        given = below.removeprefix(root) if below.startswith(root) else None
-    chosen = given or name.name
-    if not _REPOSITORY.fullmatch(chosen):
-        raise UsageError(f"{chosen!r} is no name of a hub", "give one with --as ORG/NAME")
-    return chosen
-
-
-def hub_directory(model: Model, repository: str, hub: str) -> Path:
-    """The directory in a hub's cache that a model's files go to."""
-    if hub == HUGGING_FACE:
-        home = _hf_repository(repository)
-        return path_below(home.parent, f"{home.name}/{_REVISIONS}/{_commit(model)}/x").parent
-    # As modelscope_hub has it: {cache}/models/{owner}--{name}/snapshots/{revision}
-    cache = Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser()
-    return path_below(cache, f"models/{repository.replace('/', '--')}/{_REVISIONS}/master/x").parent
-
-
-def finish_hub(model: Model, repository: str, hub: str, directory: Path, files: Sequence[File]) -> None:
-    """Make what was pulled there findable by the hub's own library."""
-    if hub != HUGGING_FACE:
-        return
-    # As huggingface_hub has it: blobs by their hashes, links to them in snapshots, and what a branch stands for.
-    home = _hf_repository(repository)
-    blobs, refs = (path_below(home, f"{name}/x").parent for name in ("blobs", "refs"))
-    blobs.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        path = path_below(directory, file.path)
-        if path.is_symlink() or not file.sha256:
-            continue
-        blob = blobs / file.sha256
-        path.replace(blob)
-        path.symlink_to(os.path.relpath(blob, path.parent))
-    refs.mkdir(exist_ok=True)
-    for branch in filter(None, ("main", model.name.version)):
-        private.write_file(refs / branch, _commit(model).encode(), 0o644)
-
-
-def _hf_repository(repository: str) -> Path:
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
-    return cache / f"models--{repository.replace('/', '--')}"
-
-
-def _commit(model: Model) -> str:
-    revision = model.manifest.revision
-    return revision if _COMMIT.fullmatch(revision) else model.manifest.content[:40]
 
 
 def pull(
@@ -107,14 +41,14 @@ def pull(
     force: bool = False,
     advance: Advance = lambda size: None,
 ) -> list[PullResult]:
-    """Pull files of a model to a directory, or into the caches of hubs; what was done, of each place."""
+    """Pull files of a model to a directory, or into the caches of hubs. Return the result for each."""
     model = pulling.model
     done = []
     for hub in hubs:
         name = repository_of(model, settings, repository)
         place = hub_directory(model, name, hub)
         done.append(pulling.run(place, files=files, force=force, advance=advance))
-        finish_hub(model, name, hub, place, files)
+        finish(model, name, hub, place, files)
     if directory is not None or not hubs:
         place = directory or default_directory(settings, model.name)
         done.append(pulling.run(place, files=files, force=force, advance=advance))
@@ -122,9 +56,17 @@ def pull(
 
 
 def resolve(name: str, **settings: Any) -> str:
-    """The URL of the model, and version, that a name stands for: ``NAME`` is what lies there, or its newest version.
+    """Return the URL of the model, with its version, that a name stands for.
 
-    Raises NotFoundError, with the nearest names that there are, and other kinds of ObsfsError.
+    ``NAME`` stands for the model in ``NAME/``, or else for its newest version.
+
+    Args:
+        name: ``obs://BUCKET/NAME[@VERSION]``, or ``NAME[@VERSION]`` in the library that ``OBSFS_LIBRARY`` names.
+        settings: Fields of :class:`~obsfs.settings.Settings`.
+
+    Raises:
+        NotFoundError: There is no such model. It names the nearest ones.
+        ObsfsError: The bucket cannot be read.
     """
     chosen = Settings.load(**keywords(settings, resolve))
     model = parse_model(name, chosen.library)
@@ -133,9 +75,9 @@ def resolve(name: str, **settings: Any) -> str:
 
 @dataclass(frozen=True)
 class DryRunFileInfo:
-    """A file as ``snapshot_download(dry_run=True)`` tells of it: huggingface_hub's class of this name, field by field.
+    """What ``snapshot_download(dry_run=True)`` says of a file. It has the fields of huggingface_hub's class.
 
-    `file_size` in bytes; `is_cached`: it is in `local_path` already, and verified.
+    `file_size` is in bytes. `is_cached`: the file is in `local_path` already, and verified.
     """
 
     commit_hash: str
@@ -180,25 +122,25 @@ def snapshot_download(
     Args:
         repo_id: ``obs://BUCKET/NAME``, or ``NAME`` in the library that ``OBSFS_LIBRARY`` names.
         repo_type: None or "model".
-        revision: Its version; "main" and None mean the one that the name stands for.
-        cache_dir: Where obsfs's block cache is.
+        revision: Its version. "main" and None mean the one that the name stands for.
+        cache_dir: Directory of obsfs's block cache.
         local_dir: The directory to pull to; by default one below `cache_dir`.
-        library_name: Who asks, for a hub's statistics: no meaning here, as `library_version` and `user_agent`.
-        etag_timeout: For how many seconds the bucket is asked for the model.
-        force_download: Replace files that are there with other content.
-        token: A hub's token. Only None and False are taken: a bucket is asked with keys.
-        local_files_only: Ask nobody: `local_dir`, or the default one, if a model was pulled there.
-        allow_patterns: Only files like these.
-        ignore_patterns: No files like these.
-        max_workers: How many connections are used at most.
-        tqdm_class: What makes a progress bar, of bytes: it is called as ``tqdm.tqdm`` is. By default there is none.
-        headers: Only None: what is sent to a bucket is signed as a whole.
-        endpoint: The URL of the server.
-        dry_run: Only look: returns what each file is, and whether it would be fetched.
+        library_name: Ignored, as `library_version` and `user_agent` are: they are for a hub's statistics.
+        etag_timeout: Most seconds for finding the model in the bucket.
+        force_download: Replace local files that have other content.
+        token: Must be None or False: a bucket takes keys, not a hub's token.
+        local_files_only: Do not connect. Return `local_dir`, or the default directory, if a model was pulled there.
+        allow_patterns: Only files whose paths match one of these.
+        ignore_patterns: Skip files whose paths match one of these.
+        max_workers: Most connections.
+        tqdm_class: Makes a progress bar of bytes; it is called as ``tqdm.tqdm`` is. By default there is none.
+        headers: Must be None: requests to a bucket are signed as a whole.
+        endpoint: URL of the server.
+        dry_run: Download nothing. Return each file, and whether it would be downloaded.
         settings: Fields of :class:`~obsfs.settings.Settings`.
 
     Raises:
-        ObsfsError: It cannot be done; what is in the directory by then is right.
+        ObsfsError: It cannot be done. The files in the directory are right, and the next call resumes.
     """
     if repo_type not in (None, "model"):
         raise UsageError(f"repo_type {repo_type!r} is not served", "obsfs keeps models")
@@ -235,12 +177,12 @@ _KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give profile="
 
 def _info(model: Model, file: File, directory: Path, is_here: bool) -> DryRunFileInfo:
     path = str(path_below(directory, file.path))
-    return DryRunFileInfo(_commit(model), file.size, file.path, path, is_here, not is_here)
+    return DryRunFileInfo(commit_of(model), file.size, file.path, path, is_here, not is_here)
 
 
 @contextmanager
 def _bar(tqdm_class: Any, size: int, label: str) -> Iterator[Advance]:
-    """What is told of each piece, and shows it by a bar of tqdm's kind; nowhere without one."""
+    """Yield what is told of each piece, and shows it on a bar of tqdm's kind, if there is one."""
     if tqdm_class is None:
         yield lambda count: None
         return

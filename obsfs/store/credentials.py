@@ -80,6 +80,8 @@ class SessionCredentials:
 
 _OBSFS = ("OBSFS_ACCESS_KEY_ID", "OBSFS_SECRET_ACCESS_KEY", "OBSFS_SESSION_TOKEN")
 _HUAWEI = ("HUAWEICLOUD_SDK_AK", "HUAWEICLOUD_SDK_SK", "HUAWEICLOUD_SDK_SECURITY_TOKEN")
+KEY_VARIABLES = (*_OBSFS, *_HUAWEI)
+"""The variables that hold keys, besides those of the AWS SDKs."""
 
 
 def _keys(names: tuple[str, str, str], environ: Mapping[str, str]) -> Keys | None:

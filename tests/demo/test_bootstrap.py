@@ -45,7 +45,7 @@ def test_outside_a_clone_it_says_what_to_install(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (
         2,
-        "obsfs.demo: packages are missing: pip install 'obsfs-mount[demo]'\n",
+        "obsfs.demo: packages are missing: run it in a clone of obsfs, which then sets up .venv\n",
     )
 
 
