@@ -1,7 +1,7 @@
-"""Which models a library has, and what a name stands for.
+"""Which models a library has, and which model a name stands for.
 
-A directory with a manifest is a model, and so is one without that has a configuration or weights in it: of that, the
-bucket's own listing is all that is known.
+A directory with a manifest is a model. A directory without one is a model if it has a configuration or weights: then
+only the bucket's listing is known of it.
 """
 
 from __future__ import annotations
@@ -38,32 +38,32 @@ log = logging.getLogger(__name__)
 _WORKERS = 32
 _HEADER = 64 << 10
 _LOOKS = 8
-"""Directories that are looked into for the names of models, when one is not there."""
+"""Most directories that are listed to suggest names, if a model does not exist."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model as it is in the bucket. `etag` is that of its manifest; empty when it has none."""
+    """A model in the bucket. `etag` is its manifest's; empty if it has none."""
 
     name: ModelName
     manifest: Manifest
     etag: str = ""
 
     def version_of(self, file: File, endpoint: str) -> ObjectVersion:
-        """The object version that a file of it must be."""
+        """Return the object version that a file of the model must have."""
         key = f"{self.name.prefix}{file.path}"
         return ObjectVersion(endpoint, self.name.bucket, key, file.etag, file.size, file.version_id)
 
 
 class UnreadableModel(NamedTuple):
-    """A model that cannot be shown, and why."""
+    """A model that cannot be read, and why."""
 
     name: ModelName
     error: ObsfsError
 
 
 def read_model(bucket: ObjectStore, name: ModelName) -> Model | None:
-    """The model of exactly this name and version, if it has a manifest. Raises UsageError for one that is damaged."""
+    """Return the model of exactly this name and version; None without a manifest. UsageError: it is damaged."""
     try:
         content = bucket.get(name.manifest_key)
     except NotFoundError:
@@ -72,10 +72,13 @@ def read_model(bucket: ObjectStore, name: ModelName) -> Model | None:
 
 
 def resolve(bucket: ObjectStore, name: ModelName) -> Model:
-    """What a name stands for: ``NAME`` is what lies there, or else the newest of its versions.
+    """Return the model that a name stands for.
 
-    One that was published comes before those without a manifest. Raises NotFoundError, with the nearest names that
-    there are, and UsageError for a file, with the model that it is in.
+    ``NAME`` stands for the model in ``NAME/``, or else for its newest version; published ones come first.
+
+    Raises:
+        NotFoundError: There is none. It names the nearest ones.
+        UsageError: It is a file. It names the model that has it.
     """
     found = read_model(bucket, name) or _listed(bucket, name)
     if found is None and name.version is None:
@@ -87,7 +90,7 @@ def resolve(bucket: ObjectStore, name: ModelName) -> Model:
 
 
 def _refuse_file(bucket: ObjectStore, name: ModelName) -> None:
-    """Raise UsageError when an object has just this name, with what to give instead."""
+    """Raise UsageError if an object has exactly this name, with what to give instead."""
     try:
         bucket.head(name.prefix.rstrip("/"))
     except (NotFoundError, ForbiddenError):
@@ -104,7 +107,7 @@ def _refuse_file(bucket: ObjectStore, name: ModelName) -> None:
 
 
 def _near(bucket: ObjectStore, name: ModelName) -> str:
-    """The models whose names are most like one that is not there, as text for an error."""
+    """Return the models whose names are most like one that does not exist, as text for an error."""
     labels = list(_labels(bucket, name.library))
     close = [label for label in labels if (parts := split_label(label)) and parts[0] == name.name]
     close = close or difflib.get_close_matches(name.label, labels, _LOOKS, 0.4)
@@ -131,7 +134,7 @@ def _is_model(page: Page, prefix: str) -> bool:
 
 
 def versions(bucket: ObjectStore, name: ModelName) -> list[Model]:
-    """All published versions of a name that can be read, the oldest first. Raises UsageError when none can."""
+    """Return the published versions of a name that can be read, the oldest first. UsageError: none can be read."""
     found: dict[str, Model] = {}
     damaged: UsageError | None = None
     for label in _version_labels(bucket, name):
@@ -147,7 +150,7 @@ def versions(bucket: ObjectStore, name: ModelName) -> list[Model]:
 
 
 def versions_without_manifest(bucket: ObjectStore, name: ModelName) -> list[Model]:
-    """The versions of a name that lie there without a manifest, the oldest first."""
+    """Return the versions of a name that have no manifest, the oldest first."""
     found: dict[str, Model] = {}
     for version in _version_labels(bucket, name):
         there = name.at(version)
@@ -171,13 +174,13 @@ def _by_age(models: Iterable[Model]) -> list[Model]:
 
 
 def nearest_directory(bucket: ObjectStore, place: Address) -> str:
-    """The directories most like one that is not there, as text for an error."""
+    """Return the directories whose names are most like one that does not exist, as text for an error."""
     above, slash, name = place.prefix.rstrip("/").rpartition("/")
     return suggest_names(name, _labels(bucket, f"{above}{slash}"))
 
 
 def published_under(bucket: ObjectStore, name: ModelName) -> list[Model]:
-    """What is published under a name, at all versions and without, as far as it can be read."""
+    """Return what is published under a name, with each version and without one, as far as it can be read."""
     found = []
     for version in (None, *_version_labels(bucket, name)):
         with suppress(UsageError):
@@ -194,9 +197,9 @@ def _version_labels(bucket: ObjectStore, name: ModelName) -> Iterator[str]:
 
 
 def list_models(bucket: ObjectStore, library: Address) -> tuple[list[Model], list[UnreadableModel]]:
-    """Every model and version of a library, by name; and those that cannot be shown.
+    """Return every model and version of a library, by name; and those that cannot be read.
 
-    Directories that are no models (those of an organisation, say) are looked into, one level deep.
+    Directories that are not models, such as those of organisations, are listed too, one level deep.
     """
     found: list[Model] = []
     damaged: list[UnreadableModel] = []
@@ -207,7 +210,7 @@ def list_models(bucket: ObjectStore, library: Address) -> tuple[list[Model], lis
             found += [look for look in looks if isinstance(look, Model)]
             wrong = [look for look in looks if isinstance(look, UnreadableModel)]
             if wrong and len(wrong) == len(looks) and all(isinstance(one.error, UnavailableError) for one in wrong):
-                raise wrong[0].error  # it is the server that is damaged
+                raise wrong[0].error  # the server fails, not the models
             damaged += wrong
             is_first = all(prefix == library.prefix for prefix, _ in places)
             places = [place for look in looks if isinstance(look, list) for place in look] if is_first else []
@@ -215,7 +218,7 @@ def list_models(bucket: ObjectStore, library: Address) -> tuple[list[Model], lis
 
 
 def _labels(bucket: ObjectStore, library: str, start: str = "") -> Iterator[str]:
-    """The names of directories in a library that begin with `start`."""
+    """Yield the names of directories in a library that begin with `start`."""
     for page in bucket.list(f"{library}{start}"):
         for prefix in page.prefixes:
             yield prefix[len(library) :].rstrip("/")
@@ -228,7 +231,7 @@ def _places(bucket: ObjectStore, library: str) -> Iterator[tuple[str, str]]:
 def _inspect_directory(
     bucket: ObjectStore, library: Address, prefix: str, label: str
 ) -> Model | UnreadableModel | list[tuple[str, str]] | None:
-    """The model there; or what is wrong with it; or the directories in what is no model."""
+    """Return the model in a directory, or why it cannot be read; if it is not a model, the directories in it."""
     parts = split_label(label)
     assert parts is not None
     name = ModelName(library.scheme, library.bucket, prefix, *parts)
@@ -245,11 +248,11 @@ def _inspect_directory(
 
 
 def _listed(bucket: ObjectStore, name: ModelName) -> Model | None:
-    """A model without a manifest, from the bucket's listing."""
+    """Return a model without a manifest, from the bucket's listing."""
     found = list(bucket.walk(name.prefix))
     infos = [info for info in found if is_safe_path(info.key[len(name.prefix) :])]
     if not infos or any(info.key == f"{name.prefix}{LEASE}" for info in found):
-        return None  # of one that is being published, or whose publisher was killed, some files may be there
+        return None  # it is being published, or its publisher was killed: some files may be missing
     files = tuple(File(path=info.key[len(name.prefix) :], size=info.size, etag=info.etag) for info in infos)
     newest = datetime.fromtimestamp(int(max(info.mtime for info in infos)), UTC)
     about = _model_info(bucket, {info.key[len(name.prefix) :]: info for info in infos})
@@ -257,7 +260,7 @@ def _listed(bucket: ObjectStore, name: ModelName) -> Model | None:
 
 
 def _model_info(bucket: ObjectStore, infos: dict[str, ObjectInfo]) -> ModelInfo:
-    """What a model is, read from its configuration and the headers of its weights."""
+    """Return facts about a model, from its configuration and the headers of its weights."""
     try:
         return manifests.inspect_model({path: (info.size, _reading(bucket, info)) for path, info in infos.items()})
     except (NotFoundError, VersionChangedError):
@@ -265,7 +268,7 @@ def _model_info(bucket: ObjectStore, infos: dict[str, ObjectInfo]) -> ModelInfo:
 
 
 def _reading(bucket: ObjectStore, info: ObjectInfo) -> safetensors.Read:
-    """Bytes of an object; its start is fetched in one go, as most headers need no more."""
+    """Return what reads bytes of an object. Its start is fetched at once: most headers need no more."""
     version = bucket.version(info)
     start: list[bytes] = []
 

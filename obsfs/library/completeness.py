@@ -1,8 +1,8 @@
-"""Whether a model is whole, by what its small files and the headers of its weights say. No weights are read.
+"""Whether a model is complete, by its small files and the headers of its weights. No weights are read. Pure.
 
-Looked at: the header of each safetensors file, and whether its tensors fill the file to the end; whether other weights
-are there at all, or cut off; whether configurations are JSON; and whether the shards are there that an index, or the
-name of another shard, tells of.
+Checked are: the header of each safetensors file, and whether its tensors fill the file; whether other weights are empty
+or truncated; whether configurations are JSON; and whether the shards exist that an index, or the name of another shard,
+names.
 """
 
 from __future__ import annotations
@@ -24,29 +24,31 @@ _OBJECTS = {
 _INDEX = re.compile(r"(?P<whole>[^/]*)\.index(\.[^./]+)?\.json")
 """``model.safetensors.index.json`` and, of diffusers, ``model.safetensors.index.fp16.json``."""
 _JOINED = ("model.", "pytorch_model.", "diffusion_pytorch_model.")
-"""How the weights of transformers and diffusers begin, were they in one file."""
+"""How the names of transformers' and diffusers' weights in one file begin."""
 _SHARD = re.compile(r"(?P<start>.*)(?P<number>\d{5})-of-(?P<total>\d{5})(?P<end>\.[^/]*)")
 _POINTER = b"version https://git-lfs.github.com/spec/"
-"""How what stands for a file begins: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md."""
+"""How a pointer of Git LFS begins: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md."""
 _ZIP, _ZIP_END, _ZIP_TAIL = b"PK\x03\x04", b"PK\x05\x06", 22 + 65_535
-"""torch.save makes zip archives, which end in a directory of what they hold (PKWARE's APPNOTE.TXT, 4.3.16)."""
+"""torch.save writes zip archives, which end in a directory of their entries (PKWARE's APPNOTE.TXT, 4.3.16)."""
 MAX_JSON = 64 << 20
-"""Bytes of a JSON file that is read; a tokenizer has 30 MiB at most."""
+"""Most bytes of a JSON file that is read. The largest tokenizers have 30 MiB."""
 
 Read = Callable[[int, int], bytes]
-"""The bytes of a file from an offset on, so many. Raises ObsfsError."""
+"""Returns bytes of a file: (offset, size). Raises ObsfsError."""
 
 
 class Problem(NamedTuple):
-    """What is wrong with a file: the rest of a sentence that begins with it."""
+    """What is wrong with a file: the rest of a sentence that begins with its path."""
 
     path: str
     reason: str
 
 
 class Inspection(NamedTuple):
-    """What was seen. `headers` has that of each safetensors file that is right, by its path: ``{name: {dtype, shape,
-    data_offsets}}``."""
+    """Result of :func:`inspect_files`.
+
+    `headers` has the header of each valid safetensors file, by its path: ``{name: {dtype, shape, data_offsets}}``.
+    """
 
     problems: list[Problem]
     headers: dict[str, dict[str, Any]]
@@ -55,11 +57,11 @@ class Inspection(NamedTuple):
 def inspect_files(
     files: Mapping[str, tuple[int, Read]], *, max_json: int = MAX_JSON, every_loader: bool = True
 ) -> Inspection:
-    """See whether a model is whole.
+    """Check whether a model is complete.
 
     Args:
         files: Size in bytes of each file, and what reads it, by their paths.
-        max_json: JSON files of more bytes are not read.
+        max_json: Larger JSON files (bytes) are not read.
         every_loader: Whether every loader must be able to load it, or only transformers and diffusers. Those read no
             index of a file that lies there whole (transformers 5.24, ``_get_resolved_checkpoint_files``). vLLM and
             SGLang do, and take no weights but those of its shards (vLLM 0.9, ``filter_duplicate_safetensors_files``).
@@ -91,12 +93,12 @@ def inspect_files(
 
 
 def require_complete(found: Inspection, where: str, remedy: str) -> None:
-    """Raise UsageError, which names the first file that is wrong, when a model is not whole.
+    """Raise UsageError, which names the first wrong file, if a model is not complete.
 
     Args:
-        found: What was seen of it.
-        where: Its directory, or its URL.
-        remedy: What to do about it.
+        found: Its inspection.
+        where: Its directory or URL, for the error.
+        remedy: What to do, for the error.
     """
     for path, reason in found.problems[:1]:
         others = len(found.problems) - 1
@@ -105,7 +107,7 @@ def require_complete(found: Inspection, where: str, remedy: str) -> None:
 
 
 def _check_start(size: int, read: Read) -> None:
-    """Raise ValueError for weights that are not there, or, where it can be seen so cheaply, cut off."""
+    """Raise ValueError for weights that are empty, a Git LFS pointer, or a truncated zip archive."""
     if not size:
         raise ValueError("is empty")
     start = read(0, min(size, len(_POINTER)))
@@ -136,7 +138,7 @@ def _index_faults(
     *,
     every_loader: bool,
 ) -> Iterator[Problem]:
-    """What is wrong with an index of shards that loaders read, and with its shards."""
+    """Yield what is wrong with an index of shards that loaders read, and with its shards."""
     directory, slash, name = path.rpartition("/")
     below = f"{directory}{slash}"
     match = _INDEX.fullmatch(name)
@@ -164,7 +166,7 @@ def _index_faults(
 
 
 def _series_faults(files: Mapping[str, object], indexes: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
-    """Shards that are missing by the names of others, where no index says which there are."""
+    """Yield shards that are missing, by the names of others, if there is no index."""
     series: dict[tuple[str, str, str], set[int]] = {}
     for path in files:
         if path.endswith(WEIGHTS) and (match := _SHARD.fullmatch(path)):

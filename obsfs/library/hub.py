@@ -1,7 +1,7 @@
-"""A repository of Hugging Face or ModelScope as something to publish: read in ranges, straight from the hub.
+"""A repository of Hugging Face or ModelScope as a source of a publication, read in ranges from the hub.
 
-Endpoints and tokens are those of the hubs' own libraries: ``HF_ENDPOINT``, ``HF_TOKEN``, ``MODELSCOPE_ENDPOINT``,
-``MODELSCOPE_API_TOKEN``, and what their logins have left.
+The hubs' own libraries find endpoints and tokens: ``HF_ENDPOINT``, ``HF_TOKEN``, ``MODELSCOPE_ENDPOINT``,
+``MODELSCOPE_API_TOKEN``, and the tokens of their logins.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TIMEOUT = 60.0
 _CONNECTIONS = 24
 _MAX_JSON = 4 << 20
-"""Bytes of a JSON file that is looked at before it is fetched: indexes and configurations, and not every tokenizer."""
+"""Most bytes of a JSON file that is checked beforehand: indexes and configurations, but not every tokenizer."""
 
 
 class HubName(NamedTuple):
@@ -53,7 +53,7 @@ class HubFile:
     _headers: Mapping[str, str] = field(repr=False)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Exactly these bytes. Raises ObsfsError."""
+        """Return exactly these bytes. Raises ObsfsError."""
         if not size:
             return b""
         headers = {**self._headers, "Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
@@ -76,14 +76,14 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Repository:
-    """What is to be published of a hub's repository. `revision` is the commit that its files are of, if known."""
+    """The files of a hub's repository to publish. `revision` is their commit, if it is known."""
 
     name: HubName
     revision: str
     files: Sequence[HubFile]
 
     def chosen(self, include: Sequence[str], exclude: Sequence[str]) -> Repository:
-        """Only files like these. Raises UsageError when there are none, or one that no model can have."""
+        """Return it with the files that match. Raises UsageError if none does, or a model cannot have one."""
         files = [file for file in self.files if matches_patterns(file.path, include, exclude)]
         for file in files:
             if not is_safe_path(file.path):
@@ -93,12 +93,12 @@ class Repository:
         return replace(self, files=files)
 
     def details(self) -> Details:
-        """For the manifest. Reads the configuration, and the headers of the weights."""
+        """Return details for the manifest. Reads the configuration and the headers of the weights."""
         model = manifests.inspect_model({file.path: (file.size, file.read) for file in self.files})
         return Details(author(), str(self.name), self.revision, model)
 
     def problems(self) -> list[str]:
-        """What is wrong with the files as the hub has them: one that is cut off, damaged, or named and not there."""
+        """Return what is wrong with the hub's files: those that are truncated, damaged or missing."""
         found = completeness.inspect_files(
             {file.path: (file.size, file.read) for file in self.files}, max_json=_MAX_JSON
         )
@@ -106,7 +106,7 @@ class Repository:
 
 
 def parse_hub_name(text: str) -> HubName:
-    """``hf:org/name[@revision]`` or ``ms:org/name[@revision]``. Raises UsageError."""
+    """Parse ``hf:org/name[@revision]`` or ``ms:org/name[@revision]``. Raises UsageError."""
     hub, colon, rest = text.partition(":")
     repository, _, revision = rest.partition("@")
     if hub not in HUBS or not colon or not _REPOSITORY.fullmatch(repository):
@@ -117,7 +117,7 @@ def parse_hub_name(text: str) -> HubName:
 
 
 def open_repository(name: HubName) -> Repository:
-    """The files of a repository. Raises ObsfsError."""
+    """Ask the hub for the files of a repository. Raises ObsfsError."""
     pool = urllib3.PoolManager(
         maxsize=_CONNECTIONS, timeout=_TIMEOUT, retries=urllib3.Retry(5, connect=0, read=0, status=0, other=0)
     )
@@ -126,7 +126,7 @@ def open_repository(name: HubName) -> Repository:
         found = look(name, pool)
     except ObsfsError:
         raise
-    except Exception as error:  # the hubs' libraries raise a hundred kinds
+    except Exception as error:  # the hubs' libraries raise many kinds
         status = getattr(getattr(error, "response", None), "status_code", 0) or getattr(error, "status_code", 0)
         if status:
             raise _refused(int(status), str(name)) from None
@@ -157,7 +157,7 @@ def _hugging_face(name: HubName, pool: urllib3.PoolManager) -> Repository:
 def _model_scope(name: HubName, pool: urllib3.PoolManager) -> Repository:
     config = _library("modelscope_hub.config").HubConfig()
     api = _library("modelscope_hub").HubApi(config=config)
-    # As the hub's own library does: some of its hosts know the one, some the other.
+    # As modelscope-hub does: some of its hosts know one of these headers, some the other.
     headers = (
         {"Authorization": f"Bearer {config.token}", "Cookie": f"m_session_id={config.token}"} if config.token else {}
     )

@@ -1,6 +1,6 @@
-"""The manifest of a model: which files it has, and what each must be. Pure.
+"""The manifest of a model: its files, with their sizes and hashes. Pure.
 
-It lies beside the files, as ``.obsfs/manifest.json``, and is written last: a model is published when it has one.
+It is ``.obsfs/manifest.json`` in the model's directory, and is written last: a model with a manifest is published.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float
 class File(Struct, frozen=True, kw_only=True):
     """One file: its path in the model, size in bytes, the ETag of its object, the SHA-256 of its bytes (hex).
 
-    `sha256` is empty for a model without a manifest, of which only the bucket's listing is known. Raises ValueError for
-    a path that leads out of the model.
+    `sha256` is empty for a model without a manifest, of which only the bucket's listing is known.
+
+    Raises:
+        ValueError: The path leads out of the model.
     """
 
     path: str
@@ -47,7 +49,7 @@ class File(Struct, frozen=True, kw_only=True):
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
-    """What a model is, as its configuration and the headers of its weights tell."""
+    """Facts about a model, from its configuration and the headers of its weights."""
 
     architecture: str = ""
     parameters: Annotated[int, Meta(ge=0, le=safetensors.MAX_PARAMETERS)] = 0
@@ -55,7 +57,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
 
 
 class Manifest(Struct, frozen=True, kw_only=True):
-    """A model as it was published: its files, who made it, when (UTC), and from which revision of what."""
+    """A model as it was published: its files, its author, its time (UTC), its source and revision."""
 
     format: Literal["obsfs-manifest-1"] = "obsfs-manifest-1"
     name: str
@@ -63,9 +65,9 @@ class Manifest(Struct, frozen=True, kw_only=True):
     created: Annotated[datetime, Meta(tz=True)]
     author: str = ""
     source: str = ""
-    """Where it came from: a directory's name, or a hub's repository (``hf:org/name``)."""
+    """Origin: the name of a directory, or a hub's repository (``hf:org/name``)."""
     revision: str = ""
-    """The commit of the source, where it has one."""
+    """Commit of the source, if it has one."""
     model: ModelInfo = ModelInfo()
     files: Annotated[tuple[File, ...], Meta(min_length=1)]
 
@@ -76,23 +78,31 @@ class Manifest(Struct, frozen=True, kw_only=True):
 
     @property
     def content(self) -> str:
-        """The SHA-256 (hex) of what the model consists of, whoever published it and whenever."""
+        """SHA-256 (hex) of all paths, sizes and hashes. It does not depend on who published the model, or when."""
         lines = sorted(f"{file.path}\0{file.size}\0{file.sha256 or file.etag}\n" for file in self.files)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def to_json(self) -> bytes:
-        """For a person to read, too."""
+        """Return the manifest as JSON, indented for people."""
         return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
 
 
 _ANOTHER = "use another version, or push one"
 _DECODER = msgspec.json.Decoder(Manifest)
-"""Made once: msgspec learns a Struct's types when they are first asked for, and threads that ask for them at the same
-time crash the process (SIGSEGV; msgspec 0.22)."""
+"""Made once: msgspec inspects a Struct on first use, and threads that do so at the same time crash the process
+(SIGSEGV; msgspec 0.22)."""
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Raises UsageError, naming `where`, for what is no manifest."""
+    """Return the manifest in a JSON document.
+
+    Args:
+        data: The document.
+        where: Its place, for errors.
+
+    Raises:
+        UsageError: It is not a manifest.
+    """
     try:
         manifest = _DECODER.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -105,17 +115,21 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 
 
 def now() -> datetime:
-    """The time, as manifests have it."""
+    """Return the present time as manifests write it: UTC, in whole seconds."""
     return datetime.now(UTC).replace(microsecond=0)
 
 
 def is_model(paths: Iterator[str]) -> bool:
-    """Whether files with these names make a model or an adapter."""
+    """Return whether files with these names are a model or an adapter."""
     return any(path in (CONFIG, ADAPTER) or path.endswith(WEIGHTS) for path in paths)
 
 
 def inspect_model(files: Mapping[str, tuple[int, safetensors.Read]]) -> ModelInfo:
-    """What a model is, of files by their paths: the size of each in bytes, and what gives its bytes."""
+    """Return facts about a model.
+
+    Args:
+        files: Size in bytes of each file, and what reads it, by their paths.
+    """
 
     def small(path: str) -> bytes | None:
         size, read = files.get(path, (_SMALL + 1, None))
@@ -130,7 +144,7 @@ def inspect_model(files: Mapping[str, tuple[int, safetensors.Read]]) -> ModelInf
 
 
 def summarize(config: bytes | None, adapter: bytes | None, headers: Mapping[str, Mapping[str, Any]]) -> ModelInfo:
-    """What a model is, from its ``config.json``, its ``adapter_config.json`` and the headers of its weights files."""
+    """Return facts from ``config.json``, ``adapter_config.json`` and the headers of the weights, by their paths."""
     settings, tuned = _object(config), _object(adapter)
     architectures = settings.get("architectures")
     if tuned:

@@ -1,8 +1,7 @@
-"""How a model is named: ``obs://BUCKET/LIBRARY/NAME[@VERSION]``. Pure.
+"""Names of models: ``obs://BUCKET/LIBRARY/NAME[@VERSION]``. Pure.
 
-The model ``NAME@VERSION`` lies in the directory ``NAME@VERSION/``, and never changes once it is published; ``NAME``
-lies in ``NAME/``, and is replaced in place when it is pushed again. What obsfs itself keeps of a model lies in
-``.obsfs/`` in its directory.
+The model ``NAME@VERSION`` is in the directory ``NAME@VERSION/`` and never changes once it is published. ``NAME`` is in
+``NAME/`` and is replaced in place by the next push. obsfs keeps its own files of a model in ``.obsfs/`` there.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from obsfs.errors import UsageError
 from obsfs.store.address import SCHEMES, Address, check_text, is_valid_name, parse_address
 
 METADATA_DIRECTORY = ".obsfs/"
-"""The directory, in that of a model, for what is not the model's."""
+"""Directory of obsfs's own files, in the directory of a model."""
 MANIFEST = f"{METADATA_DIRECTORY}manifest.json"
 LEASE = f"{METADATA_DIRECTORY}claim.json"
-"""What a publisher holds while the files of a model appear."""
+"""The lease of a publisher: see :mod:`obsfs.library.lease`."""
 
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 _NEAREST = 3
@@ -29,7 +28,7 @@ _NEAREST = 3
 
 @dataclass(frozen=True)
 class ModelName:
-    """Where a model is. `library` is the prefix that it lies in: empty, or ending in ``/``."""
+    """The place of a model. `library` is the prefix that it is in: empty, or ending in ``/``."""
 
     scheme: str
     bucket: str
@@ -39,26 +38,26 @@ class ModelName:
 
     @property
     def label(self) -> str:
-        """``NAME`` or ``NAME@VERSION``, as its directory is called."""
+        """``NAME`` or ``NAME@VERSION``: the name of its directory."""
         return f"{self.name}@{self.version}" if self.version else self.name
 
     @property
     def prefix(self) -> str:
-        """What the keys of its files begin with."""
+        """The prefix of the keys of its files."""
         return f"{self.library}{self.label}/"
 
     @property
     def address(self) -> Address:
-        """The place in the bucket."""
+        """Its directory, as an address."""
         return Address(self.scheme, self.bucket, self.prefix)
 
     @property
     def manifest_key(self) -> str:
-        """Where its manifest is."""
+        """Key of its manifest."""
         return f"{self.prefix}{MANIFEST}"
 
     def at(self, version: str | None) -> ModelName:
-        """The same name with another version."""
+        """Return the same name with another version."""
         return replace(self, version=version)
 
     def __str__(self) -> str:
@@ -66,7 +65,15 @@ class ModelName:
 
 
 def parse_model(text: str, library: str | None = None) -> ModelName:
-    """A model's URL, or its name alone when there is a `library` (``obs://BUCKET/PREFIX``). Raises UsageError."""
+    """Return the model that a text names.
+
+    Args:
+        text: Its URL, or its name alone if there is a `library`.
+        library: ``obs://BUCKET/PREFIX``.
+
+    Raises:
+        UsageError: It does not name a model.
+    """
     check_text(text)
     if "://" not in text:
         if "@" in text.rpartition("/")[0]:
@@ -91,12 +98,12 @@ def parse_model(text: str, library: str | None = None) -> ModelName:
 
 
 def is_url(text: str) -> bool:
-    """Whether this is an address in a bucket, by its scheme."""
+    """Return whether a text is an address in a bucket, by its scheme."""
     return text.startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
 
 
 def split_label(label: str) -> tuple[str, str | None] | None:
-    """Name and version of a directory's name; None when it is no model's."""
+    """Return name and version of a directory's name; None if a model cannot have it."""
     name, at, version = label.partition("@")
     if not is_valid_name(name) or f"{name}/" == METADATA_DIRECTORY or (at and not _VERSION.fullmatch(version)):
         return None
@@ -104,12 +111,15 @@ def split_label(label: str) -> tuple[str, str | None] | None:
 
 
 def is_safe_path(path: str) -> bool:
-    """Whether a file of a model may be called so, relative to its directory: it stays inside, and is not obsfs's."""
+    """Return whether a file of a model may have this relative path: it stays inside and is not one of obsfs's own."""
     return all(map(is_valid_name, path.split("/"))) and not f"{path}/".startswith(METADATA_DIRECTORY)
 
 
 def matches_patterns(path: str, allow: Sequence[str], ignore: Sequence[str]) -> bool:
-    """As in huggingface_hub: patterns of fnmatch; one that ends in ``/`` means everything below."""
+    """Return whether a path matches one of `allow` (if there are any) and none of `ignore`.
+
+    As in huggingface_hub, patterns are fnmatch's, and one that ends in ``/`` means everything below.
+    """
     patterns = [[f"{pattern}*" if pattern.endswith("/") else pattern for pattern in some] for some in (allow, ignore)]
     allowed, ignored = patterns
     if allowed and not any(fnmatch(path, pattern) for pattern in allowed):
@@ -118,12 +128,12 @@ def matches_patterns(path: str, allow: Sequence[str], ignore: Sequence[str]) -> 
 
 
 def oldest_first(versions: Iterable[tuple[float, str]]) -> list[str]:
-    """Versions, each with when it was made, the oldest first; of two at the same time, ``v2`` before ``v10``."""
+    """Return versions, given with their times (seconds), the oldest first; ``v2`` before ``v10`` of the same time."""
     return [version for _, version in sorted(versions, key=lambda one: (one[0], natural_sort_key(one[1])))]
 
 
 def suggest_names(name: str, known: Iterable[str]) -> str:
-    """The known names most like `name`, as text for an error."""
+    """Return the known names that are most like `name`, as text for an error."""
     found = sorted(set(known), key=natural_sort_key)
     if not found:
         return "there is none yet"

@@ -1,4 +1,4 @@
-"""A model from a local directory into the bucket; see :mod:`obsfs.library.publish`."""
+"""Publishing a model from a local directory; see :mod:`obsfs.library.publish`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _NOT_WHOLE = "the model is not whole: mend it, or publish it as it is with --no-
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file on the disk as it was when it was found; reading it later, after it has changed, fails."""
+    """A file on the disk as it was when it was listed. Reading it after it has changed fails."""
 
     path: str
     size: int
@@ -43,7 +43,7 @@ class LocalFile:
     sha256: str = ""
 
     def read(self, offset: int, size: int) -> bytes:
-        """Exactly these bytes. Raises UsageError when the file is not what it was."""
+        """Return exactly these bytes. Raises UsageError if the file has changed."""
         try:
             with self.place.open("rb", buffering=0) as file:
                 data = os.pread(file.fileno(), size, offset)
@@ -56,7 +56,15 @@ class LocalFile:
 
 
 def find_files(directory: Path, *, any_files: bool = False) -> list[LocalFile]:
-    """The files of a local model, by path. Raises UsageError for what is no model, or cannot be one in a bucket."""
+    """Return the files of a local model, sorted by path.
+
+    Args:
+        directory: The model.
+        any_files: Accept a directory that is not a model.
+
+    Raises:
+        UsageError: It is not a model, or has a file that a model in a bucket cannot have.
+    """
     if not directory.exists():
         raise UsageError(f"there is no directory {directory}", _DIRECTORY)
     try:
@@ -84,7 +92,7 @@ def _walk(directory: Path, prefix: str) -> Iterator[LocalFile]:
                 continue
             if entry.is_dir() and not entry.is_symlink():
                 yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
-            elif entry.is_file():  # symbolic links count as what they lead to, as in the hub's cache
+            elif entry.is_file():  # links count as their targets, as in the hub's cache
                 stat = entry.stat()
                 yield LocalFile(f"{prefix}{entry.name}", stat.st_size, Path(entry.path), stat.st_mtime_ns)
             else:
@@ -102,11 +110,23 @@ def push(
     check: bool = True,
     advance: Advance = lambda size: None,
 ) -> tuple[Manifest, int]:
-    """Publish `files` (of :func:`find_files`) as `name`. Returns the manifest, and how many bytes were sent.
+    """Publish a directory. The next push of the same directory to the same name on this machine resumes it.
 
-    Raises ObsfsError; nothing is published then. With `check`, a model that is not whole is refused before anything is
-    sent. What was sent in part is gone on with by the next push of the same directory to the same name from this
-    machine.
+    Args:
+        directory: The model.
+        name: Its name and version in the bucket.
+        settings: How to reach the bucket.
+        files: Of :func:`find_files`.
+        source: Origin, for the manifest. By default the directory's name.
+        revision: Revision, for the manifest. By default the commit, if the directory is in git.
+        check: Refuse a model that is not complete, before anything is sent.
+        advance: Is told of the bytes of each piece that is done.
+
+    Returns:
+        The manifest, and how many bytes were sent.
+
+    Raises:
+        ObsfsError: Nothing is published then.
     """
     found = {file.path: (file.size, file.read) for file in files}
     if check:
@@ -130,10 +150,22 @@ def push_directory(
     check: bool = True,
     **settings: Any,
 ) -> str:
-    """Publish a directory as ``obs://BUCKET/NAME[@VERSION]``, as ``obsfs push`` does, and return its URL.
+    """Publish a directory, as ``obsfs push`` does.
 
-    `any_files` also takes what is no model; without `check`, a model is published that is not whole. `settings` are the
-    fields of :class:`~obsfs.settings.Settings`. Raises ObsfsError; nothing is published then.
+    Args:
+        directory: The model.
+        name: ``obs://BUCKET/NAME[@VERSION]``, or a name in the library.
+        any_files: Accept a directory that is not a model.
+        source: Origin, for the manifest. By default the directory's name.
+        revision: Revision, for the manifest. By default the commit, if the directory is in git.
+        check: Refuse a model that is not complete, before anything is sent.
+        settings: Fields of :class:`~obsfs.settings.Settings`.
+
+    Returns:
+        Its URL.
+
+    Raises:
+        ObsfsError: Nothing is published then.
     """
     chosen = Settings.load(**keywords(settings, push_directory))
     model = parse_model(name, chosen.library)
@@ -143,15 +175,15 @@ def push_directory(
 
 
 def check_model(directory: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
-    """See whether the model in a directory is whole, by its configuration, its index and the headers of its weights.
+    """Check that the model in a directory is complete, by its configuration, its index and the headers of its weights.
 
-    Whole is what transformers and diffusers load; a push asks more, so that other loaders load it too.
+    It is complete if transformers and diffusers can load it. A push checks more, so that other loaders can load it too.
 
     Returns:
         The header of each safetensors file in the directory, by its name: ``{tensor: {dtype, shape, data_offsets}}``.
 
     Raises:
-        UsageError: A file is missing, cut off or damaged; names it.
+        UsageError: A file is missing, truncated or damaged. It names the file.
     """
     place = Path(directory)
     try:
@@ -178,7 +210,22 @@ def publish(
     origin: str,
     advance: Advance = lambda size: None,
 ) -> tuple[Manifest, int]:
-    """Publish files from anywhere. `origin` tells one try from another: the next of the same goes on with it."""
+    """Publish files from anywhere.
+
+    Args:
+        name: The model.
+        sources: Its files.
+        details: For the manifest.
+        settings: How to reach the bucket.
+        origin: Identifies the source: the next try with the same one resumes this one.
+        advance: Is told of the bytes of each piece that is done.
+
+    Returns:
+        The manifest, and how many bytes were sent.
+
+    Raises:
+        ObsfsError: Nothing is published then.
+    """
     bucket = open_store(name.address, settings.at_first_endpoint())
     with resume_state_file(f"{bucket.endpoint} {name} {origin}", str(name)) as resume_path:
         publication = Publication(
@@ -197,7 +244,7 @@ def publish(
 
 
 def author() -> str:
-    """Who publishes: ``user@host``."""
+    """Return who publishes: ``user@host``."""
     try:
         return f"{getpass.getuser()}@{socket.gethostname()}"
     except (OSError, KeyError):
@@ -205,7 +252,7 @@ def author() -> str:
 
 
 def revision_of(directory: Path) -> str:
-    """The commit that a directory is at: of the hub's cache, or of git; empty when it has none."""
+    """Return the commit of a directory in the hub's cache or in git; empty if it has none."""
     path = directory.resolve()
     if path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name):
         return path.name

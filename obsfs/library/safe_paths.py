@@ -1,8 +1,8 @@
-"""Files below a directory, reached past no symbolic link: what lies outside is neither read, written nor removed.
+"""Files below a directory, reached through no symbolic link, so that nothing outside is read, written or removed.
 
-A link inside of a directory may have been planted (by an archive, by another program); the directory itself is the
-user's to choose, and may be one. The one kind of link that is followed is that of a hub's cache: a file of a
-``snapshots/REVISION/`` that leads to ``blobs/NAME`` beside it, as huggingface_hub makes them.
+An archive or another program may have planted a link in a directory. The directory itself is the user's choice, and may
+be a link. One kind of link is followed: that of a hub's cache, from a file of ``snapshots/REVISION/`` to ``blobs/NAME``
+beside it, as huggingface_hub makes them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def path_below(directory: Path, relative: str) -> Path:
 
 
 def real_path(directory: Path, relative: str) -> Path:
-    """Return where the bytes of a file lie: at its own path, or, in a hub's cache, at that of its blob.
+    """Return the path of the bytes of a file: its own, or, in a hub's cache, that of its blob.
 
     Raises:
         UsageError: It, or a parent of it, is a link of another kind.
@@ -90,7 +90,7 @@ def read_small(directory: Path, relative: str, most: int) -> bytes:
 
 
 def size_and_mtime(directory: Path, relative: str) -> tuple[int, int] | None:
-    """Return size and mtime (nanoseconds) of a regular file; None where there is none to be reached."""
+    """Return size (bytes) and mtime (ns) of a regular file; None if there is none."""
     try:
         found = real_path(directory, relative).lstat()
     except (OSError, UsageError):

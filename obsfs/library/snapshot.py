@@ -1,9 +1,9 @@
-"""A library as it was at a time: what a pinned mount shows, whatever happens in the bucket afterwards.
+"""A library as it was at a time, for a mount with ``--snapshot``. Later changes in the bucket do not show.
 
-Each model is shown by its manifest: every published version as ``NAME@VERSION``, and as ``NAME`` what lay there, or
-else the newest version, of those that were made by then. Reads are pinned to the ETags of the manifests, so that a
-file that was replaced since gives ESTALE, never other bytes; in a bucket that keeps versions, it is still read, as it
-was, by the version id that the manifest has noted.
+Each model is shown by its manifest: every version that was published by then as ``NAME@VERSION``, and as ``NAME`` the
+model in ``NAME/``, or else the newest of those versions. Reads are pinned to the ETags of the manifests: a file that
+was replaced since gives ESTALE, never other bytes. In a bucket with versioning it is still read, by the version id that
+the manifest has.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from obsfs.store.types import ObjectInfo, ObjectVersion, Page, epoch
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Of :meth:`Snapshot.to_json`."""
+"""Format number of :meth:`Snapshot.to_json`."""
 
 
 class Snapshot:
@@ -52,23 +52,23 @@ class Snapshot:
                 prefix = parent
 
     def list(self, prefix: str) -> Iterator[Page]:
-        """All that is directly under a prefix, in one page."""
+        """Yield one page: the files and prefixes directly under a prefix."""
         infos = self._infos.get(prefix, {})
         yield Page([infos[key] for key in sorted(infos)], sorted(self._below.get(prefix, ())))
 
     def head(self, key: str) -> ObjectInfo:
-        """A file. Raises NotFoundError."""
+        """Return a file. Raises NotFoundError."""
         info = self._infos.get(key[: key.rfind("/") + 1], {}).get(key)
         if info is None:
             raise NotFoundError(f"{key} does not exist")
         return info
 
     def version(self, info: ObjectInfo) -> ObjectVersion:
-        """What a file stands for. Raises KeyError for one that is not of this snapshot."""
+        """Return the object version of a file. Raises KeyError if the file is not of this snapshot."""
         return self._versions[info.key]
 
     def to_json(self) -> bytes:
-        """For :func:`restore`, in another process: what it shows stays the same whatever happens in the bucket."""
+        """Return the snapshot as JSON, for :func:`restore` in another process."""
         files = [
             [key, version.key, version.etag, version.size, version.version_id, self._mtimes[key]]
             for key, version in self._versions.items()
@@ -77,9 +77,15 @@ class Snapshot:
 
 
 def take(bucket: ObjectStore, address: Address, wanted: str) -> Snapshot:
-    """The state of a library, or of one model, that `wanted` names: a time (ISO 8601, or ``now``), or a version.
+    """Return the state of a library, or of one model.
 
-    Raises UsageError when there is nothing of that time or version.
+    Args:
+        bucket: The bucket.
+        address: The library, or the model.
+        wanted: A time (ISO 8601, or ``now``), or a version.
+
+    Raises:
+        UsageError: Nothing was published by that time, or there is no such version.
     """
     models = _models(bucket, address)
     if not models:
@@ -94,7 +100,7 @@ def take(bucket: ObjectStore, address: Address, wanted: str) -> Snapshot:
 
 
 def check(data: bytes) -> None:
-    """Raises ValueError for what :func:`restore` would not read."""
+    """Raise ValueError for what :func:`restore` cannot read."""
     _read(data)
 
 
@@ -106,7 +112,7 @@ def _read(data: bytes) -> dict[str, Any]:
 
 
 def restore(data: bytes, bucket: ObjectStore) -> Snapshot:
-    """What :meth:`Snapshot.to_json` has written. Raises ValueError for anything else, also of a later format."""
+    """Return the snapshot that :meth:`Snapshot.to_json` wrote. ValueError: it is something else, or a later format."""
     try:
         found = _read(data)
         files = []
@@ -119,7 +125,7 @@ def restore(data: bytes, bucket: ObjectStore) -> Snapshot:
 
 
 def parse_time(text: str) -> datetime | None:
-    """A time in UTC; None for what is none (then it is the name of a version)."""
+    """Return a time in UTC; None if the text is not a time: then it is the name of a version."""
     if text == "now":
         return datetime.now(UTC)
     try:
@@ -130,7 +136,7 @@ def parse_time(text: str) -> datetime | None:
 
 
 def _models(bucket: ObjectStore, address: Address) -> list[Model]:
-    """The published models of a library; of a model's own address, it and its versions."""
+    """Return the published models of a library; for the address of a model, it and its versions."""
     own = _own_name(address)
     if own is not None:
         plain = catalog.read_model(bucket, own)
@@ -149,7 +155,7 @@ def _own_name(address: Address) -> ModelName | None:
 
 
 def _as_of(bucket: ObjectStore, model: Model, moment: datetime) -> Model | None:
-    """A model as it was then: as it is, or, in a bucket that keeps versions, by an older manifest."""
+    """Return a model as it was then: as it is now, or, in a bucket with versioning, by an older manifest."""
     if model.manifest.created <= moment:
         return model
     for content in bucket.list_versions(model.name.manifest_key):
@@ -191,8 +197,8 @@ def _of_time(bucket: ObjectStore, address: Address, models: list[Model]) -> Iter
 def _files(
     bucket: ObjectStore, address: Address, model: Model, shown: ModelName
 ) -> Iterator[tuple[str, ObjectVersion, float]]:
-    """A model's files under the name that it is shown by."""
-    # Where one model is mounted, other versions of it lie outside.
+    """Yield the files of a model under the name that it is shown by."""
+    # If one model is mounted, its other versions are outside the mount.
     if not shown.prefix.startswith(address.prefix):
         return
     for file in model.manifest.files:

@@ -1,4 +1,4 @@
-"""Many pieces of work at the same time, tried again while the server is away; and hashing in order meanwhile."""
+"""Many tasks at the same time, retried while the server does not answer; and hashing in order."""
 
 from __future__ import annotations
 
@@ -16,15 +16,20 @@ _T = TypeVar("_T")
 _WAIT_SECONDS = 0.2
 
 Advance = Callable[[int], None]
-"""Is told of so many more bytes done, from any thread."""
+"""Called with the number of bytes of each piece that is done, from any thread."""
 
 
 class Cancelled(Exception):
-    """Somebody else has failed, and what this one does is of no use any more."""
+    """Another task has failed, so this one need not continue."""
 
 
 class WorkerPool:
-    """Threads that take on tasks in order; the first failure stops them all."""
+    """Threads that run tasks in order. The first failure cancels all.
+
+    Args:
+        workers: How many threads.
+        retry_timeout: Seconds for which :meth:`retried` repeats a call.
+    """
 
     def __init__(self, workers: int, retry_timeout: float = 0.0) -> None:
         self._workers = workers
@@ -34,19 +39,19 @@ class WorkerPool:
         self._stop = threading.Event()
 
     def run(self, tasks: Iterable[Callable[[], None]]) -> None:
-        """Do all tasks, each begun after those before it were begun. Raises what the first failure was."""
+        """Run all tasks; each starts after those before it have started. Raises what the first failure raised."""
         source = iter(tasks)
         threads = [threading.Thread(target=self._work, args=(source,), daemon=True) for _ in range(self._workers)]
         try:
             for thread in threads:
                 thread.start()
             for thread in threads:
-                while thread.is_alive():  # in pieces, so that Ctrl-C is heard
+                while thread.is_alive():  # with a timeout, so that Ctrl-C is handled
                     thread.join(_WAIT_SECONDS)
         except BaseException:
             self._stop.set()
             for thread in threads:
-                if thread.is_alive():  # not the one that a signal has kept from starting, nor those behind it
+                if thread.is_alive():  # a signal may have kept some from starting
                     thread.join(_WAIT_SECONDS)
             raise
         if self._error is not None:
@@ -68,7 +73,7 @@ class WorkerPool:
             self._stop.set()
 
     def retried(self, call: Callable[[], _T]) -> _T:
-        """What `call` returns, tried again while it raises UnavailableError, for the retry timeout."""
+        """Return what `call` returns. It is repeated while it raises UnavailableError, for the retry timeout."""
         deadline = time.monotonic() + self._retry_timeout
         attempt = 0
         while True:
@@ -83,13 +88,18 @@ class WorkerPool:
                 self._stop.wait(pause)
 
     def check(self) -> None:
-        """Raises Cancelled when it is of no use to go on."""
+        """Raise Cancelled if another task has failed."""
         if self._stop.is_set():
             raise Cancelled
 
 
 class OrderedHash:
-    """The hash (SHA-256, or another) of pieces that are read by several threads: each waits until it is its turn."""
+    """The hash of pieces that several threads read. Each thread waits for its turn.
+
+    Args:
+        pool: The threads.
+        hasher: By default SHA-256.
+    """
 
     def __init__(self, pool: WorkerPool, hasher: Hasher | None = None) -> None:
         self._pool = pool
@@ -98,7 +108,7 @@ class OrderedHash:
         self._turn = threading.Condition()
 
     def update(self, index: int, data: bytes | memoryview) -> None:
-        """Take piece number `index`, from 0. Raises Cancelled when an earlier one will not come."""
+        """Add piece number `index`, from 0. Raises Cancelled if another task has failed."""
         with self._turn:
             while self._next != index:
                 self._turn.wait(_WAIT_SECONDS)
@@ -108,11 +118,11 @@ class OrderedHash:
             self._turn.notify_all()
 
     def hexdigest(self) -> str:
-        """Of all pieces so far."""
+        """Return the hash (hex) of all pieces so far."""
         return self._hash.hexdigest()
 
 
 def tasks_for(items: Iterable[_T], work: Callable[[_T], None]) -> Iterator[Callable[[], None]]:
-    """Tasks that do this work on each item."""
+    """Yield a task for each item, which calls `work` with it."""
     for item in items:
         yield lambda item=item: work(item)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Hashing what is there against the manifest: in the bucket, in the cache, or in a directory that was pulled."""
+"""Comparing a model with its manifest: in the bucket, in the cache, or in a directory that was pulled."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ _HASHERS = 4
 
 
 class Difference(NamedTuple):
-    """A file that is not what the manifest says; `reason` is for people."""
+    """A file that differs from the manifest; `reason` is for people."""
 
     path: str
     reason: str
 
 
 class Verified(NamedTuple):
-    """`files` and `size` (bytes) are what was hashed and compared, `unknown` how many files have no SHA-256.
+    """The result.
 
-    Of a cache, `absent_files` are not in it at all, `partial_files` in part; `absent` are the bytes that it lacks.
+    `files` and `size` (bytes) were hashed and compared; `unknown` files have no SHA-256. In a cache, `absent_files` are
+    missing, `partial_files` are cached in part, and `absent` bytes are missing in all.
     """
 
     differences: list[Difference]
@@ -45,7 +46,7 @@ class Verified(NamedTuple):
 
 
 def in_bucket(bucket: ObjectStore, model: Model, advance: Advance) -> Verified:
-    """Read every file from the bucket, past the cache. Raises ObsfsError when it cannot be read at all."""
+    """Read every file from the bucket, without the cache. Raises ObsfsError if the bucket cannot be read."""
     pool = WorkerPool(_WORKERS)
     files = model.manifest.files
     digests = {file.path: OrderedHash(pool) for file in files}
@@ -86,9 +87,9 @@ def in_bucket(bucket: ObjectStore, model: Model, advance: Advance) -> Verified:
 
 
 def in_cache(cache: Cache, model: Model, endpoint: str, advance: Advance) -> Verified:
-    """Check every cached block against its checksum, and files that are wholly cached against the manifest.
+    """Check every cached block against its checksum, and fully cached files against the manifest.
 
-    What fails is dropped from the cache, and fetched again by whoever needs it.
+    What differs is removed from the cache, and fetched again when it is read.
     """
     broken: dict[str, str] = {}
     found: dict[str, str] = {}
@@ -125,7 +126,7 @@ def in_cache(cache: Cache, model: Model, endpoint: str, advance: Advance) -> Ver
 
 
 def in_directory(directory: Path, manifest: Manifest, advance: Advance) -> Verified:
-    """Hash the files of a directory."""
+    """Hash the files of a directory and compare them with the manifest."""
     pool = WorkerPool(_HASHERS)
     found: dict[str, str] = {}
     broken: dict[str, str] = {}

@@ -1,8 +1,8 @@
-"""Bringing into the cache what a load will need, before it needs it; and profiles, which say what that is.
+"""Downloading into the cache what a load will need, and profiles, which record what a load needs.
 
-A profile of a model is a list of byte ranges of its files, under ``.obsfs/profiles/`` in its directory. It is recorded
-from what is in the cache after a load (a tensor-parallel rank reads half of each shard, a diffusion pipeline one of
-two variants), and then used by a whole fleet.
+A profile of a model lists byte ranges of its files. It is an object below ``.obsfs/profiles/`` in the directory of the
+model. It is recorded from the cache after a load (a tensor-parallel rank reads half of each shard, a diffusion pipeline one of
+two variants), and then used on many machines.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Wanted(NamedTuple):
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Bytes of all these blocks."""
         is_last_in = bool(self.blocks) and self.blocks[-1] == block_count(self.version.size) - 1
         spare = block_count(self.version.size) * BLOCK - self.version.size
         return len(self.blocks) * BLOCK - (spare if is_last_in else 0)
@@ -71,12 +71,12 @@ def versions_at(bucket: ObjectStore, address: Address) -> list[ObjectVersion]:
 
 
 def whole(version: ObjectVersion) -> Wanted:
-    """All of a version."""
+    """Return all blocks of an object version."""
     return Wanted(version, range(block_count(version.size)))
 
 
 def at_most(wanted: Sequence[Wanted], size: int) -> list[Wanted]:
-    """The first blocks of it that have no more than `size` bytes together."""
+    """Return the first of these blocks, `size` bytes of them at most."""
     kept = []
     for version, blocks in wanted:
         part = Wanted(version, blocks)
@@ -89,13 +89,27 @@ def at_most(wanted: Sequence[Wanted], size: int) -> list[Wanted]:
 
 
 def warm(engine: Engine, wanted: Sequence[Wanted], advance: Advance) -> None:
-    """Have these blocks in the cache; `advance` is told of those that were there, too. Raises ObsfsError."""
+    """Download these blocks into the cache.
+
+    Args:
+        engine: Downloads them.
+        wanted: The blocks.
+        advance: Is told of the bytes of each block that is cached then, or was before.
+
+    Raises:
+        ObsfsError: A block cannot be downloaded.
+    """
     pool = WorkerPool(_FILES)
     pool.run(tasks_for(wanted, lambda one: engine.fill(one.version, one.blocks, advance, pool.check)))
 
 
 def read_profile(bucket: ObjectStore, model: Model, profile: str) -> list[Wanted]:
-    """What a profile of the model says. Raises NotFoundError, with those that there are, and UsageError."""
+    """Return the blocks in a profile of a model.
+
+    Raises:
+        NotFoundError: There is no such profile. It names those that exist.
+        UsageError: It is damaged.
+    """
     prefix = f"{model.name.prefix}{_PROFILES}"
     try:
         data = bucket.get(f"{prefix}{_checked(profile)}.json").data
@@ -120,7 +134,7 @@ def read_profile(bucket: ObjectStore, model: Model, profile: str) -> list[Wanted
 
 
 def record_profile(bucket: ObjectStore, cache: Cache, model: Model, profile: str) -> int:
-    """Write down what the cache has of the model now, as a profile in the bucket; its size in bytes."""
+    """Record which blocks of a model are cached now, as a profile in the bucket. Return their size in bytes."""
     ranges: dict[str, list[tuple[int, int]]] = {}
     total = 0
     for file in model.manifest.files:
