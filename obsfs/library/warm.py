@@ -1,8 +1,8 @@
 """Downloading into the cache what a load will need, and profiles, which record what a load needs.
 
 A profile of a model lists byte ranges of its files. It is an object below ``.obsfs/profiles/`` in the directory of the
-model. It is recorded from the cache after a load (a tensor-parallel rank reads half of each shard, a diffusion pipeline one of
-two variants), and then used on many machines.
+model. It is recorded from the cache after a load, and then used on many machines. A tensor-parallel rank, for example,
+reads half of each shard, and a diffusion pipeline one of two variants.
 """
 
 from __future__ import annotations
