@@ -51,7 +51,7 @@ def test_keep_leaves_bucket_and_mount_until_ctrl_c(home: Path) -> None:
             line = process.stdout.readline()
             assert line, said
             said += line
-        (mountpoint,) = [entry.mountpoint for entry in channel.mounts() if entry.mountpoint.is_relative_to(home)]
+        (mountpoint,) = [entry.mountpoint for entry in mountinfo.mounts() if entry.mountpoint.is_relative_to(home)]
         assert f"  ls -l {mountpoint}/tiny-qwen2\n" in said
         assert (mountpoint / "tiny-qwen2" / "config.json").stat().st_size > 100
         commands = [line.strip() for line in said.splitlines() if line.startswith("  ")][-4:]
