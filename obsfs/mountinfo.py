@@ -31,6 +31,8 @@ class MountEntry(NamedTuple):
     """ID of the mount."""
     parent: int = 0
     """ID of the mount that it is mounted on."""
+    root: str = "/"
+    """The path, in the file system, of the directory or file that is mounted; bind mounts have others than "/"."""
 
     @property
     def is_obsfs(self) -> bool:
@@ -70,6 +72,7 @@ def parse_mountinfo(content: bytes) -> list[MountEntry]:
                 int(user) if user.isdigit() else None,
                 int(fields[0]),
                 int(fields[1]),
+                root,
             )
         )
     return found

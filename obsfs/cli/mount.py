@@ -59,17 +59,19 @@ def mount(source: str, mountpoint: Path, foreground: bool, mount_options: tuple[
 
 def _serve_here(source: str, path: Path, settings: Settings) -> None:
     from obsfs.service import daemon
+    from obsfs.service.serving import serve
+    from obsfs.service.stop import Stop
 
     mounts.prepare(path, settings)
     daemon.log_to(logging.StreamHandler(), settings.log_level)
     # Until it has mounted, a signal ends the command at once. nohup(1) lets it outlive its terminal.
     is_hangup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    stop = daemon.Stop() if is_hangup_ignored else daemon.Stop(signal.SIGHUP)
+    stop = Stop() if is_hangup_ignored else Stop(signal.SIGHUP)
 
     def on_ready() -> None:
         tell(f"{source} is mounted on {path}; Ctrl-C unmounts", err=True)
 
     try:
-        daemon.serve(source, path, settings, on_ready, stop)
+        serve(source, path, settings, on_ready, stop)
     finally:
         stop.ignore_signals()

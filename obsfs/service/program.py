@@ -1,60 +1,84 @@
-"""A copy of the program that a process runs, for a server that follows it when another version lies in its place.
-
-``pip install --upgrade`` writes the new version over the old one. A server that runs already does not mind, but its
-successor would be of the new version, and if that cannot be started, of nothing. So each server gives its supervisor a
-zip file of this package to keep, from which Python can run. It is in memory, and sealed: nobody can change it. The
-packages that ours needs are not in it.
-"""
+"""The programs that a supervisor runs servers by. Imports only the standard library, to stay small."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import logging
 import os
+import subprocess
+import sys
 import time
-import zipfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from typing import NamedTuple
 
-from obsfs.service import state
-from obsfs.service.supervisor import FD_PATH
+FD_PATH = "/proc/self/fd/"
+"""The name by which a process opens a descriptor that it has, again."""
 
-log = logging.getLogger(__name__)
-
-_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-_PACKAGE = Path(__file__).resolve().parents[1]
-"""Of what runs here, also when a link on the way leads to another version by the time it is copied."""
-_SOURCE = str(getattr(__spec__.loader, "archive", ""))
-"""The zip file that we were imported from, if it was one."""
+_PROBE_SECONDS = 60.0
+MAX_REASON_BYTES = 4000
 
 
-def copy_in_steps(started: float, keep: Callable[[int], None], package: Path = _PACKAGE) -> Iterator[None]:
-    """Copy our package, a file in each step, and call `keep` with a descriptor that stays ours.
+class Program(NamedTuple):
+    """What a server is run by: a Python, where it looks for modules, and before that, a descriptor of a zip file."""
 
-    A process that runs from such a copy keeps that one. Nothing is kept where a file was written after the process had
-    `started` (seconds since the epoch): it may be of another version than what was loaded.
-    """
-    if _SOURCE.startswith(FD_PATH):
-        keep(int(_SOURCE.removeprefix(FD_PATH)))
-        return
-    fd = os.memfd_create("obsfs-program", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        with os.fdopen(os.dup(fd), "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as copy:
-            for path in sorted(package.rglob("*.py")):
-                if path.stat().st_ctime >= started:
-                    raise OSError(errno.ESTALE, "it was written just now", str(path))
-                copy.write(path, path.relative_to(package.parent))
-                yield
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    except OSError as error:
-        log.info("no copy of the program is kept: %s", error)
-        os.close(fd)
-    else:
-        keep(fd)
+    executable: str
+    path: str
+    copy: int = -1
+
+    @staticmethod
+    def installed() -> Program:
+        """The program that is found at the names by which this one was started."""
+        return Program(sys.executable, os.environ.get("PYTHONPATH", ""))
+
+    @property
+    def resolved(self) -> Program:
+        """The same program, also when the links on the way to it lead elsewhere one day."""
+        directory, name = os.path.split(self.executable)
+        places = [os.path.realpath(place) for place in self.path.split(os.pathsep) if place]
+        return Program(os.path.join(os.path.realpath(directory), name), os.pathsep.join(places))  # noqa: PTH118
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For a process of it."""
+        places = [*([f"{FD_PATH}{self.copy}"] if self.copy >= 0 else []), *([self.path] if self.path else [])]
+        kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        return {**kept, **({"PYTHONPATH": os.pathsep.join(places)} if places else {})}
+
+    @property
+    def fds(self) -> list[int]:
+        """What a process of it inherits."""
+        return [self.copy] if self.copy >= 0 else []
 
 
-def process_start() -> float:
-    """When this process was started, in seconds since the epoch."""
-    ticks = state.start_ticks(os.getpid())
-    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+class Probe:
+    """A run of the program that is installed now, which only says whether it could take over."""
+
+    def __init__(self, program: Program, arguments: list[str], request: bytes) -> None:
+        self.pidfd = -1
+        self._said = os.memfd_create("obsfs-probe")
+        with open(os.memfd_create("obsfs-request"), "w+b") as asked:  # noqa: PTH123 - a descriptor
+            asked.write(request)
+            asked.seek(0)
+            self._process = subprocess.Popen(
+                [program.executable, "-P", "-m", "obsfs.fuse.daemon", "--probe", *arguments],
+                stdin=asked,
+                stdout=self._said,
+                stderr=self._said,
+                env=program.environment,
+            )
+        self.pidfd = os.pidfd_open(self._process.pid)
+        self._deadline = time.monotonic() + _PROBE_SECONDS
+
+    @property
+    def seconds_left(self) -> float:
+        """For how long its answer is waited for."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    def finish(self) -> str | None:
+        """Why it could not take over; None when it could."""
+        is_late = self._process.poll() is None
+        self._process.kill()
+        status = self._process.wait()
+        said = os.pread(self._said, MAX_REASON_BYTES, 0).decode(errors="replace").strip()
+        os.close(self._said)
+        os.close(self.pidfd)
+        if is_late:
+            return f"it did not answer within {_PROBE_SECONDS:.0f} s"
+        return None if status == 0 else said.rpartition("\n")[2] or f"it ended with status {status}"

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import signal
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,15 @@ def file_path(mountpoint: Path, suffix: str) -> Path:
     digest = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:8]
     name = os.fsdecode(os.fsencode(mountpoint.name[:100])[:_MAX_NAME])
     return state_dir() / f"{name}-{digest}.{suffix}"
+
+
+def control_path(device: int) -> Path:
+    """Return where the control socket of a mount is.
+
+    Args:
+        device: the minor number of the mount's device, which no other mount of this machine has.
+    """
+    return state_dir() / f"mount-{device}.sock"
 
 
 def acquire_lock(mountpoint: Path, supervisor: int) -> int:
@@ -98,6 +108,20 @@ def open_supervisor(mountpoint: Path) -> int:
             time.sleep(_PAUSE_SECONDS)
     os.close(pidfd)
     raise unproven
+
+
+def request_replacement(mountpoint: Path) -> None:
+    """Have the supervisor of a mount replace its server by one of the version that is installed now.
+
+    Raises:
+        UsageError: it cannot be proven which process supervises the mount.
+    """
+    supervisor = open_supervisor(mountpoint)
+    try:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(supervisor, signal.SIGHUP)
+    finally:
+        os.close(supervisor)
 
 
 def _recorded_supervisor(mountpoint: Path) -> tuple[int, int | None] | None:

@@ -1,7 +1,7 @@
-"""A server's side of its supervisor (:mod:`obsfs.service.supervisor`): what it gives to keep, and what it inherits.
+"""The server's side of its supervisor (:mod:`obsfs.service.supervisor`): what it stores there for a successor.
 
-A server that serves does not depend on its supervisor. When that is killed, it appoints another one
-(:func:`appoint`): a process of the same kind, which adopts the server as it is, and is given all to keep again.
+A server that serves does not depend on its supervisor. When the supervisor is killed, the server appoints another one
+(:func:`appoint`): a process of the same kind, which adopts the server as it is, and gets everything to store again.
 """
 
 from __future__ import annotations
@@ -22,68 +22,79 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from obsfs.service.supervisor import CONTROL, FORMAT, READY, Program
+from obsfs.service.program import Program
+from obsfs.service.supervisor import CONTROL, FORMAT, READY
 
 log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _UCRED = struct.Struct("3i")  # <linux/socket.h>: pid, uid, gid
-_MOST_MESSAGE = 64 << 10
+_MAX_MESSAGE_BYTES = 64 << 10
 _APPOINT_SECONDS = 60.0
 _CATCH_UP_SECONDS = 0.1
 
 
 class SupervisorClient:
-    """Speaks to the supervisor of this process; to nobody, when it has none. Safe to use from many threads.
+    """Speaks to the supervisor of this process; to nothing, when it has none. Safe to use from many threads.
 
-    Nobody waits for the supervisor: what a stopped one does not take is sent from a thread once it does.
+    No caller waits for the supervisor: what a stopped one does not take is sent from a thread once it does.
 
-    A successor outlives its supervisor from the first: it has all that the mount needs. Another server ends with it
-    until it serves (:meth:`listen`): whoever gives up waiting for a mount ends the supervisor, and no more.
+    A successor outlives its supervisor from the start: it has everything that the mount needs. The first server of a
+    mount ends with its supervisor until it serves (:meth:`end_with_it`, :meth:`listen`). A program that gives up then
+    needs to end only the supervisor.
     """
 
-    def __init__(self, *, is_successor: bool = False) -> None:
-        number = os.environ.pop(CONTROL, None)
-        self._control = socket.socket(fileno=int(number)) if number else None
+    def __init__(self, connection: socket.socket | None = None) -> None:
+        """Speak over a socket whose other end the supervisor has; None where there is no supervisor."""
+        self._connection = connection
         self.pid: int | None = None
         """The pid of the supervisor that has started this process."""
         self._guard = threading.Lock()
         self._unsent: dict[str, tuple[bytes, list[int]]] = {}
         """The last message about each name that the supervisor has not taken, with descriptors of our own."""
-        if self._control is not None:
-            self._control.set_inheritable(False)
-            # Not the parent's: of a process whose supervisor was killed already, that is another's.
-            credentials = self._control.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        if connection is not None:
+            connection.set_inheritable(False)
+            # Not the parent's pid: if the supervisor was killed already, the parent is another process.
+            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
             self.pid = int(_UCRED.unpack(credentials)[0])
-            if not is_successor:
-                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    @staticmethod
+    def inherited() -> SupervisorClient:
+        """Return the client of the supervisor that started this process, and hide the way to it from its children."""
+        number = os.environ.pop(CONTROL, None)
+        return SupervisorClient(socket.socket(fileno=int(number)) if number else None)
+
+    def end_with_it(self) -> None:
+        """Have the kernel kill this process when the supervisor ends, until :meth:`listen`. In the same thread."""
+        if self._connection is not None:
+            _kill_with_parent(signal.SIGKILL)
 
     @property
     def is_there(self) -> bool:
         """Whether there is a supervisor."""
-        return self._control is not None
+        return self._connection is not None
 
     def listen(self, on_refused: Callable[[dict[str, Any]], None], on_lost: Callable[[], None]) -> None:
-        """From now on, outlive the supervisor. In the thread that has made this object.
+        """From now on, outlive the supervisor. Call it in the thread that called :meth:`end_with_it`.
 
         Args:
             on_refused: told, from a thread, why the supervisor did not replace this server: ``number``, ``reason``.
-            on_lost: called from that thread when the supervisor is gone. It may have made another one ours by `adopt`.
+            on_lost: called from that thread when the supervisor is gone. It may call :meth:`adopt` with another one.
         """
-        if self._control is not None:
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
+        if self._connection is not None:
+            _kill_with_parent(0)
             target, arguments = self._listen, (on_refused, on_lost)
             threading.Thread(target=target, args=arguments, name="obsfs-supervisor", daemon=True).start()
 
     def _listen(self, on_refused: Callable[[dict[str, Any]], None], on_lost: Callable[[], None]) -> None:
-        while (control := self._control) is not None:
+        while (connection := self._connection) is not None:
             try:
-                data = control.recv(_MOST_MESSAGE)
+                data = connection.recv(_MAX_MESSAGE_BYTES)
             except OSError:
                 data = b""
             if not data:
-                self._control = None
-                control.close()
+                self._connection = None
+                connection.close()
                 on_lost()
                 continue
             try:
@@ -93,21 +104,27 @@ class SupervisorClient:
             if isinstance(message, dict) and isinstance(message.get("refused"), dict):
                 on_refused(message["refused"])
 
-    def adopt(self, control: socket.socket) -> None:
-        """Speak to another supervisor. It knows of nothing that was kept."""
-        self._control = control
+    def adopt(self, connection: socket.socket) -> None:
+        """Speak to another supervisor, which has nothing stored yet."""
+        self._connection = connection
 
     def store_fds(self, name: str, fds: Sequence[int], state: dict[str, Any] | None = None) -> None:
-        """Have descriptors kept open under a name, in place of those that it had; `state` is for a successor."""
+        """Have the supervisor keep descriptors open, for a successor, in place of those that the name had.
+
+        Args:
+            name: of what they belong to. A successor gets those of ``connection`` and ``program``.
+            fds: the descriptors; they stay ours, too.
+            state: what the successor is told.
+        """
         self._send({"keep": name, **({"state": state} if state is not None else {})}, fds)
 
     def update_state(self, state: dict[str, Any]) -> None:
-        """Change what a successor is told, and nothing that is kept. (A supervisor of format 0 knows no message
-        without a name.)"""
+        """Change what a successor is told, and nothing that is stored."""
+        # A supervisor of format 0 knows no message without a name.
         self._send({"keep": "note", "state": state}, [])
 
     def remove_fds(self, name: str) -> None:
-        """What is kept under a name may close."""
+        """Have the supervisor close the descriptors that are stored under a name."""
         self._send({"keep": name}, [])
 
     def _send(self, message: dict[str, Any], fds: Sequence[int]) -> None:
@@ -117,16 +134,16 @@ class SupervisorClient:
                 self._put_off(message["keep"], data, fds)
 
     def _try(self, data: bytes, fds: Sequence[int]) -> bool:
-        """Send a message, if that waits for nothing. The caller holds the guard."""
-        if (control := self._control) is not None:
+        """Send a message, if that takes no waiting. The caller holds the guard."""
+        if (connection := self._connection) is not None:
             try:
                 # Not send_fds: in Python 3.11 and 3.12 it ignores the flags.
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-                control.sendmsg([data], rights, socket.MSG_DONTWAIT)
+                connection.sendmsg([data], rights, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return False
             except OSError:
-                pass  # it is gone; another one is given all
+                pass  # it is gone; the next one is sent everything
         return True
 
     def _put_off(self, name: str, data: bytes, fds: Sequence[int]) -> None:
@@ -136,7 +153,7 @@ class SupervisorClient:
         try:
             self._unsent[name] = data, [os.dup(fd) for fd in fds]
         except OSError as error:
-            log.warning("the supervisor does not answer, and %s cannot be kept for it: %s", name, error)
+            log.warning("the supervisor does not answer, and %s cannot be stored with it: %s", name, error)
         if is_first and self._unsent:
             threading.Thread(target=self._catch_up, name="obsfs-unsent", daemon=True).start()
 
@@ -157,12 +174,17 @@ class SupervisorClient:
             time.sleep(_CATCH_UP_SECONDS)
 
 
+def _kill_with_parent(signal_number: int) -> None:
+    """Have the kernel send a signal to this process when the thread that started it ends; 0 for none (prctl(2))."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal_number)
+
+
 def appoint(
     arguments: list[str], request: dict[str, Any], counts: dict[str, int], copy: int
 ) -> tuple[subprocess.Popen[bytes], socket.socket] | str:
     """Start a supervisor for this process, a server whose own was killed.
 
-    It is of the program that is installed now, or, where that cannot be started, of the `copy` of our own.
+    It runs the program that is installed now, or, if that cannot be started, the `copy` of our own.
 
     Args:
         arguments: source and mountpoint.
@@ -179,11 +201,11 @@ def appoint(
     request = {**request, "adopt": {**counts, "running": programs["running"], "installed": installed[:2]}}
     reason = ""
     for program in (installed, installed._replace(copy=copy)) if copy >= 0 else (installed,):
-        found = _start(program, arguments, request)
-        if not isinstance(found, str):
-            return found
-        log.error("%s could not be started as a supervisor: %s", program.executable, found)
-        reason = found
+        started = _start(program, arguments, request)
+        if not isinstance(started, str):
+            return started
+        log.error("%s could not be started as a supervisor: %s", program.executable, started)
+        reason = started
     return reason
 
 

@@ -19,7 +19,8 @@ from obsfs.cache import scrub
 from obsfs.cache.directory import Cache
 from obsfs.cache.layout import BLOCK, map_path
 from obsfs.cache.scrub import Scrubber
-from obsfs.service import daemon
+from obsfs.service.serving import serve
+from obsfs.service.stop import Stop
 from obsfs.settings import Settings
 from obsfs.store.types import ObjectVersion
 from tests.cache.test_cache import put, version
@@ -192,7 +193,7 @@ def test_a_mount_heals_what_has_rotted(bucket: Store, tmp_path: Path) -> None:
         try:
             scrub._POLL_SECONDS = scrub._BUSY_SECONDS = 0.05
             settings = Settings.load(cache_dir=tmp_path / "cache", scrub="1GiB")
-            daemon.serve(str(bucket), mountpoint, settings, lambda: None, daemon.Stop())
+            serve(str(bucket), mountpoint, settings, lambda: None, Stop())
         finally:
             os._exit(0)
     try:

@@ -19,7 +19,9 @@ import obsfs as package
 from obsfs import cli, mountinfo
 from obsfs.errors import UsageError
 from obsfs.fuse.kernel import channel, server  # noqa: F401
-from obsfs.service import daemon, mounts
+from obsfs.service import mounts
+from obsfs.service.serving import serve
+from obsfs.service.stop import Stop
 from obsfs.settings import Settings
 from obsfs.store.address import parse_address
 from obsfs.store.s3.store import S3Store
@@ -126,7 +128,7 @@ def test_mistakes_about_the_mountpoint(bucket: Store, obsfs: Run, mountpoint: Pa
     bucket.put("a", b"a")
     fails(obsfs("mount", bucket, tmp_path / "nowhere"), tmp_path / "nowhere", "does not exist", "mkdir -p")
     (tmp_path / "file").write_text("")
-    fails(obsfs("mount", bucket, tmp_path / "file"), tmp_path / "file", "no directory")
+    fails(obsfs("mount", bucket, tmp_path / "file"), tmp_path / "file", "not a directory")
     (mountpoint / "something").write_text("")
     fails(obsfs("mount", bucket, mountpoint), mountpoint, "not empty")
 
@@ -387,7 +389,7 @@ def test_a_user_without_rights(
             os.setgroups([])
             os.setgid(65534)
             os.setuid(65534)
-            daemon.serve(str(bucket), mountpoint, Settings.load(cache_dir=home / "cache"), lambda: None, daemon.Stop())
+            serve(str(bucket), mountpoint, Settings.load(cache_dir=home / "cache"), lambda: None, Stop())
         except BaseException as error:
             print(f"serving failed: {error!r}", file=sys.stderr)
         finally:

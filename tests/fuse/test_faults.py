@@ -26,7 +26,8 @@ from obsfs import mountinfo
 from obsfs.cache.directory import Cache
 from obsfs.demo.server import EmbeddedServer
 from obsfs.fetch.reader import Reader
-from obsfs.service import daemon
+from obsfs.service.serving import serve
+from obsfs.service.stop import Stop
 from obsfs.settings import Settings
 from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for
 from tests.faulty import FaultyLink
@@ -423,7 +424,7 @@ def test_a_mistake_of_ours_is_answered(bucket: Store, tmp_path: Path) -> None:
 
             Reader.ready = broken  # type: ignore[method-assign]
             settings = Settings.load(cache_dir=tmp_path / "cache")
-            daemon.serve(str(bucket), mountpoint, settings, lambda: None, daemon.Stop())
+            serve(str(bucket), mountpoint, settings, lambda: None, Stop())
         finally:
             os._exit(0)
     try:

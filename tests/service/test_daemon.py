@@ -8,7 +8,7 @@ import sys
 
 _ROUNDS = 20_000
 _ENDS = """
-from obsfs.service.daemon import Stop
+from obsfs.service.stop import Stop
 while True:
     stop = Stop()
     stop.on_signals()

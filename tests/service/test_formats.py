@@ -30,7 +30,7 @@ from obsfs.library.manifest import parse_manifest
 from obsfs.library.model_directory import ModelDirectory
 from obsfs.library.resume import UploadResumeState
 from obsfs.service import mounts, state, takeover_log
-from obsfs.service.daemon import Takeover
+from obsfs.service.takeover import Takeover
 from obsfs.service.takeover_log import TakeoverLog
 from obsfs.settings import Settings
 from obsfs.store.memory import MemoryStore

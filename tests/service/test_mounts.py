@@ -18,7 +18,7 @@ from obsfs import mountinfo, private
 from obsfs.cli import main
 from obsfs.cli.places import locate
 from obsfs.errors import UsageError
-from obsfs.service import mounts, state
+from obsfs.service import asking, mounts, state
 from obsfs.settings import Settings
 from tests.conftest import Mounter, Result, Store, status, wait_for
 from tests.service.impostor import NOBODY, Impostor
@@ -197,7 +197,7 @@ def test_a_hung_mount_holds_up_nothing_else(
     assert mounts.refresh(path / "a") == [path / "a"]
     assert locate(str(path / "a"), {})[0] == f"{bucket}/a"
     assert hung.asked == 0
-    monkeypatch.setattr(mounts, "_STATUS_SECONDS", 4.0)
+    monkeypatch.setattr(asking, "ASK_SECONDS", 4.0)
     with pytest.raises(UsageError, match="does not answer"):
         mounts.on_mount(hung.path / "a")
     assert hung.asked == 1
@@ -206,8 +206,8 @@ def test_a_hung_mount_holds_up_nothing_else(
 def test_a_process_that_has_asked_a_hung_mount_can_end(impostor: Impostors) -> None:
     hung = impostor()
     code = (
-        "from obsfs.service import mounts\n"
-        "mounts._STATUS_SECONDS = 0.5\n"
+        "from obsfs.service import asking, mounts\n"
+        "asking.ASK_SECONDS = 0.5\n"
         "print([one.state for one in mounts.find_mounts()])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
@@ -219,7 +219,7 @@ def test_a_process_that_has_asked_a_hung_mount_can_end(impostor: Impostors) -> N
 def test_the_exit_status_tells_of_a_mount_that_is_lost(
     end: str, impostor: Impostors, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(mounts, "_STATUS_SECONDS", 1.0)
+    monkeypatch.setattr(asking, "ASK_SECONDS", 1.0)
     lost = impostor("a\x1b[31mb")
     log = state.file_path(lost.path, "log")
     log.write_text("")
@@ -456,7 +456,7 @@ def test_a_dead_mount_is_told_as_dead(impostor: Impostors, capsys: pytest.Captur
 def test_a_mount_that_never_answers_is_told_as_that(
     impostor: Impostors, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mounts, "_STATUS_SECONDS", 0.5)
+    monkeypatch.setattr(asking, "ASK_SECONDS", 0.5)
     hung = impostor()
     assert f"does not answer: `obsfs umount --lazy {hung.path}`" in _said(capsys, "refresh", hung.path)
     assert f"lies on the mount {hung.path}" in _said(capsys, "umount", hung.path / "x")

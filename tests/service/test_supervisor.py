@@ -19,7 +19,7 @@ import pytest
 
 import obsfs as package
 from obsfs import mountinfo
-from obsfs.service import mounts, program, state
+from obsfs.service import mounts, program_copy, state
 from obsfs.settings import Settings
 from tests.conftest import MIB, Mounter, Result, Store, is_running, random_bytes, status, wait_for
 from tests.service.test_formats import follow, supervised
@@ -226,10 +226,10 @@ def test_a_copy_is_whole_and_sealed_and_of_nothing_that_was_changed(tmp_path: Pa
     (tmp_path / "p" / "__init__.py").write_text("")
     (tmp_path / "p" / "sub" / "a.py").write_text("print('ran')")
     kept: list[int] = []
-    for _ in program.copy_in_steps(program.process_start(), kept.append, tmp_path / "p"):
+    for _ in program_copy.copy_in_steps(program_copy.process_start(), kept.append, tmp_path / "p"):
         pass
     assert kept == []  # it was written after this process had started
-    for _ in program.copy_in_steps(time.time() + 1, kept.append, tmp_path / "p"):
+    for _ in program_copy.copy_in_steps(time.time() + 1, kept.append, tmp_path / "p"):
         pass
     (fd,) = kept
     with zipfile.ZipFile(f"/proc/self/fd/{fd}") as copy:

@@ -101,6 +101,10 @@ class Server:
         os.write(self._fd, wire.resend())
         self._begin(fds)
 
+    def refresh(self, node: int) -> None:
+        """Ask the bucket again for all that is shown under a node, and tell the kernel, which may take 2 s."""
+        self._front.forget_names_now(self._operations.refresh(node))
+
     def store_fds_again(self) -> None:
         """Give another supervisor the locks of the cache files that the kernel reads by itself."""
         self._operations.keep_locks_again()

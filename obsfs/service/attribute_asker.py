@@ -4,8 +4,10 @@ A thread that waits for a FUSE server which has taken its request, and never ans
 (request_wait_answer in the kernel's fs/fuse/dev.c), and neither can the process that it belongs to. So a process of its
 own asks, and is left behind. It imports next to nothing, to be there in a hundredth of a second.
 
-Run as ``python -I -S asker.py MOUNT_ID MOUNTPOINT ATTRIBUTE PATH``: writes an errno in decimal (0: none), a newline,
-the path that has answered, a NUL, and the value of the attribute.
+Only mounts without a control socket are asked in this way (:mod:`obsfs.service.asking`).
+
+Run as ``python -I -S attribute_asker.py MOUNT_ID MOUNTPOINT ATTRIBUTE PATH``. It writes an errno in decimal (0: none),
+a newline, the path that has answered, a NUL, and the value of the attribute.
 """
 
 from __future__ import annotations
