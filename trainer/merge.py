@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import platform
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -28,6 +28,7 @@ from trainer.base_model import (
 from trainer.data import load
 from trainer.quiet import silence_libraries, silence_progress_bars
 from trainer.run_location import run_location
+from trainer.temporary import temporary_directory
 
 ADAPTER = "adapter_config.json"
 _SHARD = "4GB"
@@ -147,7 +148,8 @@ def merge(
         home = None if place else target.absolute().parent
         if home is not None:
             home.mkdir(parents=True, exist_ok=True)
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".obsfs-merge-", dir=home))) / "model"
+        # Beside the output, so that renaming is enough. The machine's name is in it: only that machine may clean up.
+        work = stack.enter_context(temporary_directory(f".obsfs-merge-{platform.node()}-", home)) / "model"
         samples = calibration(calibrate, _tokenizer(tuned.path, found.path), settings) if calibrate else None
         largest, mean = _merge(tuned.path, found.path, work, dequantize)
         kept = _quantize(work, quantize, samples) if quantize is not None else []
@@ -289,12 +291,12 @@ def _quantize(directory: Path, name: str, samples: list[str] | None) -> list[str
             model = load_model(quantization_config=config, device_map=_device(directory))
     except (ValueError, RuntimeError, ImportError) as error:
         raise UsageError(f"it cannot be quantised to {name} here", first_line(error)) from None
-    with tempfile.TemporaryDirectory(dir=directory) as new:
-        model.save_pretrained(new, max_shard_size=_SHARD)
-        for old in (*directory.glob("*.safetensors"), *directory.glob("*.index.json")):
-            old.unlink()
-        for path in Path(new).iterdir():
-            path.replace(directory / path.name)
+    quantised = directory.with_name("quantised")  # in the same temporary directory, which the caller removes
+    model.save_pretrained(quantised, max_shard_size=_SHARD)
+    for old in (*directory.glob("*.safetensors"), *directory.glob("*.index.json")):
+        old.unlink()
+    for path in quantised.iterdir():
+        path.replace(directory / path.name)
     return kept
 
 

@@ -20,6 +20,7 @@ from trainer import base_model, data, disk_space, run_record
 from trainer.config import TASKS, Parts, TrainConfig, load_config
 from trainer.memory_estimate import MemoryEstimate, estimate_run_memory
 from trainer.quiet import silence_libraries, silence_progress_bars
+from trainer.run_data import RunData
 from trainer.run_location import run_location
 from trainer.trl_setup import is_sharded, load_model, make_trainer, trusts
 
@@ -148,9 +149,7 @@ class _Run:
         if not as_json:
             # What people see begins with the first step. (All processes must agree: a log gathers the loss of each.)
             self._parts.arguments.logging_first_step = config.options.get("logging_first_step", True)
-        self._data_figures: dict[str, float] = {}
-        self._data_notes: list[str] = []
-        self._reports: list[data.Report] = []
+        self._data = RunData(config, self._parts.arguments, base.name, is_main=self._is_main)
 
     def run(
         self, stop: threading.Event, only_check: bool, show: Callable[[str], None], on_ready: Callable[[], None]
@@ -186,8 +185,8 @@ class _Run:
                 self._rehearse(target.tokenizer)
             show("checking, loading")
         with self._timeline.part("data"), arguments.main_process_first(desc="data"):
-            found = self._read_data(target)
-            report = self._check_data(found, target)
+            found = self._data.read(target)
+            report = self._data.check(found, target)
         if self._is_main:
             self._note_data(found[0].records, checkpoint)
         if only_check:
@@ -198,21 +197,21 @@ class _Run:
                 "trainable": trainable,
                 "memory": memory.needed,
                 "memory_free": memory.free,
-                **self._data_figures,
+                **self._data.figures,
             }
             if report.total is not None:
                 checked["records"] = report.total
-            return TrainResult(self._config.output, 0, 0, checked, self._timeline.rounded(), notes=self._data_notes)
+            return TrainResult(self._config.output, 0, 0, checked, self._timeline.rounded(), notes=self._data.notes)
         # The whole of the data becomes tokens while the weights are loaded.
         with ThreadPoolExecutor(1, "trainer-load") as pool:
             loading = pool.submit(self._load_model)
             with self._timeline.part("data"), arguments.main_process_first(desc="data"):
-                train_data, eval_data = self._prepare_data(found, target)
+                train_data, eval_data = self._data.prepare(found, target)
             model = loading.result()
         stop.set()
         with self._timeline.part("prepare"):
             trainer = self._make_trainer(model, tokenizer, train_data, eval_data)
-            self._count_dropped(train_data, trainer.train_dataset)
+            self._data.count_dropped(train_data, trainer.train_dataset)
         on_ready()
         return self._train(trainer, checkpoint, first_step)
 
@@ -324,88 +323,6 @@ class _Run:
             kind = base_model.model_class(self._base.path, trust_remote_code=trusted)
             return load_model(self._base.path, kind, config, self._parts)
 
-    def _read_data(self, target: data.Target) -> list[data.Loaded]:
-        """The records to train on, and those to evaluate with, if any."""
-        config, has_template = self._config, bool(target.tokenizer.chat_template)
-        found = [
-            data.load_all(
-                places,
-                config.task,
-                split=config.split,
-                streaming=config.streaming,
-                chat=has_template,
-                settings=config.settings,
-                ignored=config.ignore_columns,
-            )
-            for places in (config.data, config.eval_data)
-            if places
-        ]
-        if not has_template and any(data.is_conversation(next(iter(one.records))) for one in found):
-            raise UsageError(
-                f"the data is conversations, and the tokenizer of {self._base.name} has no chat template",
-                "give one with chat_template_path: FILE.jinja, or train on plain prompts and completions",
-            )
-        return found
-
-    def _check_data(self, found: list[data.Loaded], target: data.Target) -> data.Report:
-        """Look at a sample of the records, and say what was found. Raises UsageError for what cannot be trained on."""
-        limits = data.Limits.of(self._config.task, self._parts.arguments)
-        reports = []
-        for one in found:
-            tokeniser, loss = self._tokeniser(one, target)
-            reports.append(data.look(one, tokeniser, target, limits, loss))
-        self._data_figures = reports[0].figures()
-        self._reports = reports
-        self._note([reports[0].summary(), *(line for one in reports for line in one.warnings())])
-        return reports[0]
-
-    def _note(self, lines: list[str]) -> None:
-        """Say what was found in the data, and remember it."""
-        self._data_notes += lines
-        if self._is_main:
-            for line in lines:
-                tell(line, err=True)
-
-    def _tokeniser(self, one: data.Loaded, target: data.Target) -> tuple[data.Tokeniser | None, str]:
-        """What makes tokens of the records (None where TRL does it), and in words what is learned of them."""
-        if self._config.task != "sft":
-            return None, "the answers only"
-        is_whole, loss = data.what_is_learned(next(iter(one.records)), self._config.options)
-        return data.Tokeniser(target, is_whole=is_whole, where=one.places.where), loss
-
-    def _prepare_data(self, found: list[data.Loaded], target: data.Target) -> tuple[Any, Any]:
-        """The records as TRL's trainer takes them: for task sft as tokens and labels."""
-        config, arguments = self._config, self._parts.arguments
-        parts = []
-        for one, report in zip(found, self._reports, strict=True):
-            tokeniser, _ = self._tokeniser(one, target)
-            if tokeniser is None:
-                made = data.measure(one, report, target, data.Limits.of(config.task, arguments))
-            else:
-                made = data.tokenise(one.records, tokeniser, report.max_length)
-            parts.append(made.records)
-            self._note(report.rest(made))
-        if config.task == "sft":
-            arguments.assistant_only_loss = False  # The labels say it; TRL would look for messages.
-        if len(parts) == 1 and config.test_split_size and not config.streaming:
-            both = parts[0].train_test_split(test_size=config.test_split_size, seed=arguments.seed)
-            return both["train"], both["test"]
-        return parts[0], parts[1] if len(parts) > 1 else None
-
-    def _count_dropped(self, given: Any, kept: Any) -> None:
-        """Say how many records TRL has dropped: it does so without a word. Raises UsageError when none is left."""
-        arguments = self._parts.arguments
-        if self._config.streaming or getattr(arguments, "packing", False):
-            return
-        dropped = len(given) - len(kept)
-        if dropped <= 0:  # KTO makes two records of a pair.
-            return
-        behind = f"their answers lie behind max_length {arguments.max_length}"
-        if not len(kept):
-            raise UsageError(f"all {dropped:,} records are dropped: {behind}", "raise max_length, or shorten them")
-        self._data_figures["records_dropped"] = dropped
-        self._note([f"{dropped:,} of {len(given):,} records are dropped: {behind}"])
-
     def _train(self, trainer: Any, checkpoint: Path | None, began: threading.Event) -> TrainResult:
         import torch
         from transformers import PrinterCallback
@@ -477,10 +394,10 @@ class _Run:
             self._place.url if self._place else str(self.output_dir),
             steps,
             step_of(checkpoint) if checkpoint else 0,
-            {**metrics, **self._data_figures},
+            {**metrics, **self._data.figures},
             self._timeline.rounded(),
             publisher.published if publisher else [],
-            notes=self._data_notes,
+            notes=self._data.notes,
         )
 
     def _publish_finished(self, checkpoint: Path) -> TrainResult:

@@ -1,8 +1,9 @@
-"""Temporary directories that go with their process; what a killed one leaves, the next one removes."""
+"""Temporary directories that never stay: if a process is killed, the next one removes what it left."""
 
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import shutil
 import signal
@@ -16,20 +17,22 @@ _ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
-def temporary_directory(prefix: str) -> Iterator[Path]:
+def temporary_directory(prefix: str, parent: Path | None = None) -> Iterator[Path]:
     """Make a directory for temporary files of this process, and remove it afterwards.
 
-    What a process that is gone has left by the same prefix is removed first. Whether it is gone is told by a lock
-    (flock(2)) on its directory, which the kernel ends with the process.
+    Directories with the same prefix that a dead process left are removed first. A process holds a lock (flock(2)) on
+    its directory; the kernel releases the lock when the process dies.
 
     Args:
-        prefix: How its name begins.
+        prefix: The beginning of the directory's name.
+        parent: The directory to make it in; by default the system's directory for temporary files.
 
     Raises:
-        OSError: There is no place for it.
+        OSError: The directory cannot be made.
     """
-    _sweep(prefix)
-    path, lock = _locked(prefix)
+    parent = parent or Path(tempfile.gettempdir())
+    _remove_abandoned(prefix, parent)
+    path, lock = _make_locked(prefix, parent)
     try:
         yield path
     finally:
@@ -38,21 +41,22 @@ def temporary_directory(prefix: str) -> Iterator[Path]:
         os.close(lock)
 
 
-def _locked(prefix: str) -> tuple[Path, int]:
-    """A new directory, and the descriptor that holds its lock."""
+def _make_locked(prefix: str, parent: Path) -> tuple[Path, int]:
+    """Return a new directory, and the descriptor that holds its lock."""
     while True:
-        path = Path(tempfile.mkdtemp(prefix=prefix))
-        with suppress(FileNotFoundError):  # swept by another run before it was locked
+        path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        with suppress(FileNotFoundError):  # another process removed it before it was locked
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with suppress(OSError):  # NFS locks no directories: then nobody else can lock, and so remove, this one
+                fcntl.flock(lock, fcntl.LOCK_EX)
             if path.exists():
                 return path, lock
             os.close(lock)
 
 
-def _sweep(prefix: str) -> None:
-    """Remove the directories of this user's processes that are gone."""
-    for path in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+def _remove_abandoned(prefix: str, parent: Path) -> None:
+    """Remove the directories that dead processes of this user left."""
+    for path in parent.glob(f"{glob.escape(prefix)}*"):
         with suppress(OSError):
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
@@ -65,7 +69,7 @@ def _sweep(prefix: str) -> None:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Have signals that end this process wait; it is for what takes no time."""
+    """Hold back signals that end this process. Use it only around work that takes no time."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -77,6 +78,32 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one_alone_if_it_is_on
     assert not own.exists()
     lives.terminate()
     lives.wait()
+
+
+def test_a_directory_elsewhere_is_cleaned_up_there_alone(temporary: Path) -> None:
+    parent = temporary / "[results]"
+    left, other = parent / "obsfs-test-left", temporary / "obsfs-test-other"
+    for place in (left, other):  # nobody holds a lock on them
+        place.mkdir(parents=True)
+    with temporary_directory("obsfs-test-", parent) as own:
+        assert own.parent == parent
+        assert not left.exists()
+        assert other.exists()
+    assert not list(parent.iterdir())
+
+
+def test_where_directories_cannot_be_locked_they_are_made_and_removed_all_the_same(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EBADF, "as NFS says of a directory")
+
+    monkeypatch.setattr("trainer.temporary.fcntl.flock", refused)
+    with temporary_directory("obsfs-test-") as own:
+        with temporary_directory("obsfs-test-") as other:
+            assert own.is_dir() and other.is_dir()
+        assert own.is_dir() and not other.exists()
+    assert not list(temporary.iterdir())
 
 
 def test_runs_that_start_at_once_keep_their_own(temporary: Path) -> None:
