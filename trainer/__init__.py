@@ -1,7 +1,7 @@
-"""Training straight on a mounted path: a thin plugin on obsfs's public face.
+"""Train models straight from a bucket or a mounted path: a thin plugin on obsfs's public interface.
 
-The training itself is TRL, PEFT, transformers, accelerate, bitsandbytes and datasets; this package has the
-configuration, the wiring and what a person sees of it.
+TRL, PEFT, transformers, accelerate, bitsandbytes and datasets do the training. This package adds the configuration,
+connects the parts, and shows progress.
 
 >>> import trainer
 >>> run = {"model": "obs://models/Qwen2-7B", "data": "alpaca-zh", "output": "obs://models/adapters/zh-1"}

@@ -1,4 +1,4 @@
-"""``torchrun -m trainer CONFIG.yaml`` and ``accelerate launch -m trainer CONFIG.yaml``: what `obsfs train` does."""
+"""Run ``obsfs train`` under a launcher: ``torchrun -m trainer CONFIG.yaml``, ``accelerate launch -m trainer ...``."""
 
 from __future__ import annotations
 

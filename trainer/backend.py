@@ -1,4 +1,4 @@
-"""The program ``transformers`` without libraries' chatter: ``python -m trainer.backend serve ...`` or ``chat ...``."""
+"""Run the ``transformers`` program with less output: ``python -m trainer.backend serve ...`` or ``chat ...``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _read_line = builtins.input
 
 
 def _input(prompt: object = "") -> str:
-    """Read a line as ``input`` does. Ctrl-D raises KeyboardInterrupt, by which a chat ends as if asked to."""
+    """Read a line as ``input`` does, but end the chat on Ctrl-D: raise KeyboardInterrupt."""
     try:
         return _read_line(prompt)
     except EOFError:
@@ -22,9 +22,9 @@ def _input(prompt: object = "") -> str:
 
 
 def main() -> Any:
-    """Run the program that the package transformers installs by this name."""
+    """Run the console script that transformers installs."""
     silence_libraries()
-    os.environ["HF_HUB_DISABLE_UPDATE_CHECK"] = "1"  # it asks PyPI, and tells the user to upgrade
+    os.environ["HF_HUB_DISABLE_UPDATE_CHECK"] = "1"  # the check asks PyPI, and tells the user to upgrade
     builtins.input = _input
     (program,) = entry_points(group="console_scripts", name="transformers")
     sys.argv[0] = "transformers"

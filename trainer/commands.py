@@ -1,4 +1,4 @@
-"""The verbs that this package adds to ``obsfs``, by the entry point group ``obsfs.commands``."""
+"""The verbs that this package adds to ``obsfs`` through the entry point group ``obsfs.commands``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _PASSED = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
 class _Verb(Command):
-    """One that needs what the extra ``train`` installs."""
+    """A verb that needs the extra ``train``, and says how to install it if it is missing."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -66,9 +66,9 @@ A run.yaml:
   output: obs://models/adapters/run-1
   method: qlora                      # lora, qlora, dora, full
   task: sft                          # dpo, kto, orpo, cpo, simpo
-  learning_rate: 2e-4                # and what else TRL's SFTConfig takes,
-  lora_r: 16                         # PEFT's LoraConfig,
-  bnb_4bit_quant_type: nf4           # and BitsAndBytesConfig
+  learning_rate: 2e-4                # any field of TRL's SFTConfig,
+  lora_r: 16                         # of PEFT's LoraConfig,
+  bnb_4bit_quant_type: nf4           # or of BitsAndBytesConfig
 """
 
 
@@ -76,14 +76,16 @@ A run.yaml:
     cls=_Verb, short_help="Train an adapter, or a whole model, and publish it", context_settings=_PASSED, epilog=_TRAIN
 )
 @click.argument("words", nargs=-1, metavar="[CONFIG.yaml] [--KEY VALUE]...", type=click.UNPROCESSED)
-@click.option("--guide", "is_guided", is_flag=True, help="Ask a few questions, and write the YAML.")
-@click.option("--check", "only_check", is_flag=True, help="Check model, data, output and memory; train nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print an object per log, and one at the end.")
+@click.option("--guide", "is_guided", is_flag=True, help="Ask a few questions and write the YAML file.")
+@click.option("--check", "only_check", is_flag=True, help="Check model, data, output and memory. Do not train.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON: one object per log entry, and the result at the end."
+)
 def train(words: tuple[str, ...], *, is_guided: bool, only_check: bool, as_json: bool) -> None:
-    """Train an adapter (or a whole model) on what a mount or a bucket has, and publish it.
+    """Train an adapter or a whole model from a mount or a bucket, and publish it.
 
-    Every key of the YAML can be given as --KEY VALUE, too. A run that was cut off goes on with --resume, from its
-    newest whole checkpoint, on the disk or in the bucket.
+    Give any key of the YAML file as --KEY VALUE, too. --resume continues an interrupted run from its newest complete
+    checkpoint, on disk or in the bucket.
     """
     import psutil
 
@@ -144,7 +146,7 @@ def train(words: tuple[str, ...], *, is_guided: bool, only_check: bool, as_json:
 
 
 def _checked(config: TrainConfig, found: dict[str, float]) -> list[tuple[str, str]]:
-    """What a check says of a run that can start."""
+    """Return the rows that --check prints about a run that can start."""
     records = f", {int(found['records']):,} records" if "records" in found else ", streamed"
     return [
         ("model", f"{config.model}, {count(int(found['parameters']))} parameters, {human(int(found['bytes']))}"),
@@ -157,7 +159,7 @@ def _checked(config: TrainConfig, found: dict[str, float]) -> list[tuple[str, st
 
 @click.command(
     cls=_Verb,
-    short_help="Write base and adapter as one model",
+    short_help="Merge an adapter into its base model",
     epilog="""\b
 Examples:
   obsfs merge obs://models/adapters/run-1 obs://models/Qwen2-7B-tuned@v1
@@ -167,17 +169,19 @@ Examples:
 )
 @click.argument("adapter")
 @click.argument("output", metavar="OUT")
-@click.option("--base", metavar="MODEL", help="The base; else the one that the adapter names.")
+@click.option("--base", metavar="MODEL", help="The base model. Default: the one that the adapter names.")
 @click.option(
     "--quantize",
     metavar="FORMAT",
-    help="Write bnb-4bit, bnb-8bit, fp8 (a GPU), gptq (gptqmodel, optimum) or awq (llmcompressor, a GPU).",
+    help="Quantize the result: bnb-4bit, bnb-8bit, fp8 (GPU), gptq (gptqmodel, optimum) or awq (llmcompressor, GPU).",
 )
 @click.option(
-    "--calibrate", metavar="DATA", help="For gptq (default: C4) and awq: what to read meanwhile, as train's --data."
+    "--calibrate", metavar="DATA", help="Calibration data for gptq (default: C4) and awq, as in train's --data."
 )
-@click.option("--dequantize", is_flag=True, help="Merge into what 4 bits leave of the base, as QLoRA has seen it.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as an object.")
+@click.option(
+    "--dequantize", is_flag=True, help="Merge into the dequantized 4-bit base, the weights that QLoRA trained against."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @settings_options(*_PLACES)
 def merge(
     adapter: str,
@@ -190,10 +194,11 @@ def merge(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Write base and ADAPTER as one model: bfloat16, in shards, for transformers, vLLM and others.
+    """Merge ADAPTER into its base model and write the result to OUT.
 
-    ADAPTER, OUT and the base are directories, obs:// URLs, or names in the library. The base is taken as it is
-    published, also for a QLoRA adapter.
+    The result is sharded bfloat16 safetensors that transformers, vLLM and others load. ADAPTER, OUT and the base are
+    directories, obs:// URLs, or names in the library. By default the base is the published one, also for a QLoRA
+    adapter.
     """
     from trainer import merge as merging
 
@@ -222,16 +227,16 @@ def merge(
 
 
 _BACKEND = click.option(
-    "--backend", type=click.Choice(["transformers", "vllm", "sglang"]), help="Default: the fastest that is installed."
+    "--backend", type=click.Choice(["transformers", "vllm", "sglang"]), help="Default: the fastest one installed."
 )
 _ADAPTER = click.option(
-    "--adapter", metavar="A", help="An adapter for it: a directory, a URL, or a name in the library."
+    "--adapter", metavar="A", help="An adapter for MODEL: a directory, a URL, or a name in the library."
 )
 
 
 @click.command(
     cls=_Verb,
-    short_help="Serve a model as OpenAI does",
+    short_help="Serve a model with an OpenAI-compatible API",
     context_settings=_PASSED,
     epilog="""\b
 Examples:
@@ -243,18 +248,18 @@ Examples:
 )
 @click.argument("model")
 @_ADAPTER
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
     default=8000,
     show_default=True,
-    help="Where to listen; 0 is any free port.",
+    help="Port to listen on; 0 takes any free port.",
 )
 @_BACKEND
 @settings_options(*_PLACES)
 def serve(model: str, *, adapter: str | None, host: str, port: int, backend: str | None, **given: Any) -> None:
-    """An OpenAI-compatible server for MODEL, until Ctrl-C. What follows `--` goes to the backend."""
+    """Serve MODEL with an OpenAI-compatible API until Ctrl-C. Arguments after `--` go to the backend."""
     from trainer import serve as serving
 
     with serving.serve(
@@ -274,7 +279,7 @@ def serve(model: str, *, adapter: str | None, host: str, port: int, backend: str
 
 @click.command(
     cls=_Verb,
-    short_help="Talk to a model in the terminal",
+    short_help="Chat with a model in the terminal",
     context_settings=_PASSED,
     epilog="""\b
 Examples:
@@ -288,7 +293,7 @@ Examples:
 @_BACKEND
 @settings_options(*_PLACES)
 def chat(model: str, *, adapter: str | None, backend: str | None, **given: Any) -> None:
-    """Talk to MODEL in the terminal. What follows `--` goes to `transformers chat`."""
+    """Chat with MODEL in the terminal. Arguments after `--` go to `transformers chat`."""
     from trainer import serve as serving
 
     with ExitStack() as stack:

@@ -1,4 +1,10 @@
-"""What a run is told: a few keys of our own, and whatever TRL's configs, LoraConfig and BitsAndBytesConfig take."""
+"""The configuration of a run: a few keys of our own, and every key of TRL's configs, LoraConfig and BitsAndBytesConfig.
+
+TrlParser converts the values, in :func:`_arguments`. It does not read the YAML and the command line, because it cannot
+keep what is promised here: it needs TRL imported (10 s before a mistyped key is reported), prints argparse's usage on
+several lines, names no nearest key, takes the last of two equal keys in silence, and reads YAML 1.1, where ``no`` is
+false and ``1e-4`` is text.
+"""
 
 from __future__ import annotations
 
@@ -31,20 +37,20 @@ from trainer.other_trainers import refuse_other_trainers
 
 
 class Task(NamedTuple):
-    """How TRL does a task: the module of its config and trainer, their names, and what it is told beside the user."""
+    """How TRL trains a task: the module of its config and trainer, the prefix of their names, and fixed options."""
 
     module: str
     name: str
     preset: Mapping[str, Any] = {}
 
     def load(self) -> tuple[Any, Any]:
-        """Its config and its trainer."""
+        """Return the config class and the trainer class. Imports TRL."""
         module = importlib.import_module(self.module)
         return getattr(module, f"{self.name}Config"), getattr(module, f"{self.name}Trainer")
 
 
 _KEEP = {"remove_unused_columns": False}
-"""What these trainers need, and otherwise set themselves, with a warning."""
+"""These trainers need it; without it they set it themselves and warn."""
 TASKS = {
     "sft": Task("trl", "SFT"),
     "dpo": Task("trl", "DPO"),
@@ -59,12 +65,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "full": {},
 }
-"""Each with the options that it stands for."""
+"""The options that each method stands for."""
 _LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-"""Every linear layer, as QLoRA's authors found to matter (arXiv 2305.14314, section 4); rank and alpha as TRL's
-ModelConfig. Without its dropout: with it, PEFT refuses the experts of a mixture."""
+"""All linear layers, which QLoRA's authors found to matter (arXiv 2305.14314, section 4); rank and alpha as in TRL's
+ModelConfig. No dropout: with dropout, PEFT refuses the experts of a mixture-of-experts model."""
 _LORA_RATE = 10.0
-"""TRL's default rates are those of full training; its own examples give LoRA ten times as much."""
+"""TRL's default learning rates are for full training; its own examples use ten times as much for LoRA."""
 
 _ALIASES = {
     "model_name_or_path": "model",
@@ -79,28 +85,43 @@ _ALIASES = {
     "lora_task_type": "task_type",
     "use_bnb_nested_quant": "bnb_4bit_use_double_quant",
 }
-"""TRL's names for what has a name here, or in PEFT, or in transformers."""
+"""TRL's names for keys that have another name here, in PEFT, or in transformers."""
 _SETTINGS = (*BUCKET_SETTINGS, *CACHE_SETTINGS, "library", "connections", "cache_size", "retry_timeout")
-"""Of obsfs: how a bucket is reached, and where blocks are kept."""
+"""Settings of obsfs: how to reach the bucket, and where to cache blocks."""
 _CHOICES = {
     "dtype": Literal["float32", "bfloat16", "float16", "auto"] | None,
     "bnb_4bit_quant_type": Literal["nf4", "fp4"],
 }
-"""Text that the libraries take as it is, and stumble over later."""
+"""Text values that the libraries accept unchecked, and fail on later."""
 _BEGIN_WITH_DATA = ("eva", "corda", "lora_ga")
-"""Without it these begin as any adapter does, and nobody is told (PEFT, tuners/lora: initialize_lora_eva_weights,
-preprocess_corda, preprocess_loraga)."""
+"""Initializations that need a pass over the data; without it PEFT silently starts as any adapter (PEFT, tuners/lora:
+initialize_lora_eva_weights, preprocess_corda, preprocess_loraga)."""
 _NOT_FOR_USERS = {"base_model_name_or_path", "auto_mapping", "peft_type", "inference_mode", "peft_version", "kwargs"}
 
 
 @dataclass
 class TrainConfig:
-    """A run. `options` takes every other key: TRL's, LoraConfig's, BitsAndBytesConfig's, and obsfs's for the bucket.
+    """The configuration of one run.
 
-    `model` is a directory (on a mount or not) or ``obs://BUCKET/NAME[@VERSION]``; `data` and `eval_data` are files,
-    directories, URLs, names of :data:`trainer.data.BUILTIN` or of data sets on the hub; `ignore_columns` are columns of
-    theirs to train without; `output` is a directory, or ``obs://BUCKET/NAME``; `rehearse` tries the settings on a small
-    model first.
+    Args:
+        model: The base model: a directory (on a mount or not), ``obs://BUCKET/NAME[@VERSION]``, or a name in the
+            library.
+        data: Training data: files, directories, URLs, names from :data:`trainer.data.BUILTIN`, or data sets on the
+            hub.
+        output: Where the result goes: a directory, or ``obs://BUCKET/NAME``.
+        task: What to train: a key of :data:`TASKS`.
+        method: How to train: a key of :data:`METHODS`.
+        eval_data: Evaluation data, given as `data` is.
+        ignore_columns: Columns of the data to leave out.
+        test_split_size: The share of `data` to evaluate with instead of `eval_data`, between 0 and 1.
+        split: The split of a data set on the hub.
+        streaming: Read the data while training, without converting all of it first. Needs ``max_steps``.
+        dtype: The type of the weights, as torch names it; by default float32 for full training, else bfloat16.
+        attn_implementation: How transformers computes attention.
+        resume: Continue from the newest complete checkpoint of `output`.
+        check_memory: Refuse a run that surely needs more memory than is free.
+        rehearse: Try one step with these settings on a small model first.
+        options: All other keys: those of TRL's config, LoraConfig and BitsAndBytesConfig, and settings of obsfs.
     """
 
     model: str = ""
@@ -122,7 +143,7 @@ class TrainConfig:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How obsfs reaches the bucket, as far as the run says it."""
+        """The settings of obsfs that the run gives."""
         return {name: value for name, value in self.options.items() if name in _SETTINGS}
 
     @property
@@ -133,14 +154,21 @@ class TrainConfig:
 
     @property
     def base_dtype(self) -> str:
-        """Of the weights that are loaded (and computed with): full training keeps its weights in float32."""
+        """The type of the loaded weights, and of the computation: full training keeps its weights in float32."""
         return self.dtype or ("float32" if self.method == "full" else "bfloat16")
 
     def _options(self) -> dict[str, Any]:
         return {**METHODS[self.method], **self.options}
 
     def parts(self, output_dir: Path) -> Parts:
-        """The configs that TRL, PEFT and transformers take. Imports them. Raises UsageError, naming the key."""
+        """Return the configs that TRL, PEFT and transformers take. Imports all three.
+
+        Args:
+            output_dir: The directory that TRL writes checkpoints to.
+
+        Raises:
+            UsageError: A key or its value is wrong; the message names the key.
+        """
         from peft import LoraConfig
         from transformers import BitsAndBytesConfig
 
@@ -186,7 +214,7 @@ class TrainConfig:
 
 
 class Parts(NamedTuple):
-    """TRL's trainer class and its arguments; PEFT's and transformers' configs, or None."""
+    """TRL's trainer class and its arguments; PEFT's and transformers' configs, None where a run needs none."""
 
     trainer: Any
     arguments: Any
@@ -195,7 +223,7 @@ class Parts(NamedTuple):
 
 
 def lora_config(**given: Any) -> Any:
-    """PEFT's, with what is given in place of the defaults. Raises UsageError."""
+    """Return PEFT's LoraConfig with our defaults, changed by `given`. Raises UsageError."""
     from peft import LoraConfig
 
     return _made(LoraConfig, {**_LORA, "task_type": "CAUSAL_LM", **given})
@@ -204,10 +232,15 @@ def lora_config(**given: Any) -> Any:
 def load_config(
     source: Mapping[str, Any] | TrainConfig | None, overrides: Mapping[str, Any] | None = None
 ) -> TrainConfig:
-    """A run from a mapping (or a config that is changed by `overrides`). Raises UsageError; imports nothing large.
+    """Make the configuration of a run, and check it as far as is possible without importing a large package.
 
-    A setting of obsfs may be :class:`obsfs.plugin.GivenValue`: an error says where it stands, else by what keyword it
-    was given.
+    Args:
+        source: A mapping of keys, a dataclass, or a configuration to change.
+        overrides: Keys that replace those of `source`. A setting of obsfs may be an
+            :class:`obsfs.plugin.GivenValue`: errors then say where it was given.
+
+    Raises:
+        UsageError: A key is unknown or given twice, or a value is wrong.
     """
     if isinstance(source, TrainConfig):
         given = {**{k: v for k, v in vars(source).items() if k != "options"}, **source.options}
@@ -242,7 +275,7 @@ def load_config(
 
 
 def _named(given: Iterable[tuple[Any, Any]]) -> dict[str, tuple[str, Any]]:
-    """What was given, by the names used here, each as it was spelled. Raises UsageError for a key that comes twice."""
+    """Map our names to the user's spelling and value. Raises UsageError for a key that is given twice."""
     found: dict[str, tuple[str, Any]] = {}
     for key, value in given:
         spelling = str(key)
@@ -256,9 +289,9 @@ def _named(given: Iterable[tuple[Any, Any]]) -> dict[str, tuple[str, Any]]:
 
 
 def known_keys(task: str) -> dict[str, Any] | None:
-    """Every key that a run of a task takes, with its type; None if the libraries cannot be read.
+    """Return every key that a run of a task takes, with its type; None if the libraries' sources cannot be read.
 
-    Nothing large is imported: the libraries' sources are read.
+    It parses the installed sources, and imports no large package.
     """
     if task not in TASKS:
         task = "sft"
@@ -273,7 +306,7 @@ def known_keys(task: str) -> dict[str, Any] | None:
 
 
 def refuse_unknown(overrides: Mapping[str, Any], flags: Iterable[str]) -> None:
-    """Raise UsageError for options of a command line that are no keys, by the nearest key or flag."""
+    """Raise UsageError, with the nearest key or flag, for an unknown option of the command line."""
     if (known := known_keys(str(overrides.get("task", "sft")))) is not None:
         _refuse_unknown(list(overrides), {**known, **dict.fromkeys(flags)})
 
@@ -319,7 +352,7 @@ def _check(config: TrainConfig) -> None:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys of a YAML file. Raises UsageError, with the line, for what is none."""
+    """Return the keys of a YAML file. Raises UsageError, with the line, if it is not a mapping in YAML."""
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -339,7 +372,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _placed(given: Mapping[str, Any], before: str, after: str) -> dict[str, Any]:
-    """What was given, each setting of obsfs with what stands before it: its name, between two texts."""
+    """Mark each setting of obsfs with where it was given: its name between two texts."""
     return {
         name: GivenValue(f"{before}{name}{after}", one) if name in _SETTINGS else one for name, one in given.items()
     }
@@ -367,7 +400,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `no` is text, and 1e-4 is a number."""
+    """A loader for the scalars of YAML 1.2: `no` is text, and 1e-4 is a number."""
 
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
@@ -376,7 +409,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _mapping(loader: Any, node: yaml.MappingNode) -> dict[Any, Any]:
-    """A mapping none of whose keys comes twice: YAML forbids it, and PyYAML takes the last."""
+    """Construct a mapping, and refuse a key that is given twice: YAML forbids it, but PyYAML takes the last."""
     seen: dict[str, int] = {}
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
@@ -412,7 +445,7 @@ def _fields(kind: type) -> set[str]:
 
 
 def _unknown(names: Sequence[str], known: Iterable[str]) -> ObsfsError:
-    """For one key the nearest that is known; for several all of them, each with its nearest."""
+    """Return the error for unknown keys, with the nearest known key for each."""
     told, everything = [], sorted(known)
     for name in names:
         close = " or ".join(map(repr, difflib.get_close_matches(name.lower(), everything, 2)))
@@ -425,7 +458,7 @@ def _unknown(names: Sequence[str], known: Iterable[str]) -> ObsfsError:
 
 
 def _arguments(kind: Any, given: Mapping[str, Any]) -> Any:
-    """A config of TRL's, its values converted as TRL's own command line does."""
+    """Return a config of TRL, with values converted as TRL's own command line converts them."""
     from trl import TrlParser
 
     class Parser(TrlParser):
@@ -442,7 +475,7 @@ def _arguments(kind: Any, given: Mapping[str, Any]) -> Any:
         return parser.parse_args_into_dataclasses(args=[])[0]
     except ObsfsError:
         raise
-    except Exception as error:  # its look at its own values may raise anything: also a file that is not there
+    except Exception as error:  # the config's own checks may raise anything, even for a missing file
         raise UsageError(f"{kind.__name__}: {_told(error)}", "change that key") from None
 
 

@@ -1,6 +1,7 @@
-"""Keep the chatter of libraries from users: what they draw, will rename one day, or would do faster elsewhere.
+"""Keep the libraries' warnings, hints and progress bars away from users.
 
-What fails is raised, and told by whoever catches it. Nothing large is imported: most chatter is that of an import.
+Failures are not hidden: they are raised, and whoever catches them reports them. This module imports no large package,
+because most of the noise comes from imports.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import warnings
 from obsfs.plugin import VisibleFormatter
 
 _TALKATIVE = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "kernels", "peft", "trl")
-"""bitsandbytes warns at its import, on processors with AVX512-BF16, that it found no kernel of the hub for them."""
+"""For example, bitsandbytes warns when imported on a processor with AVX512-BF16 that it found no kernel on the hub."""
 
 
 def silence_libraries() -> None:
-    """Have libraries log errors only, and not warn of what will change one day. Call it before their imports."""
+    """Let libraries log errors only, and drop deprecation warnings. Call it before importing them."""
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     for kind in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
@@ -23,13 +24,13 @@ def silence_libraries() -> None:
 
 
 def silence_progress_bars() -> None:
-    """Have datasets and transformers draw no bars, in addition, and print text by `visible`. Imports them."""
+    """Also switch off the progress bars of datasets and transformers, and escape what they log. Imports both."""
     import datasets
     import transformers
 
     silence_libraries()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs of an error, it raises too
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it also raises each error that it logs
     transformers.utils.logging.disable_progress_bar()
     for handler in logging.getLogger("transformers").handlers:
         handler.setFormatter(VisibleFormatter("[transformers] %(message)s"))

@@ -1,6 +1,10 @@
-"""Messages of a conversation, from the spellings in use to the one that chat templates take. Pure.
+"""Convert the messages of a conversation from the spellings in use to the one that chat templates take. Pure.
 
-Every function raises ValueError with the reason and the remedy. The caller knows the file and the record's number.
+Every function raises ValueError with the reason and the remedy. The caller adds the file and the record's number.
+
+TRL's own ``maybe_convert_to_chatml`` is not enough. It renames ``conversations``, ``from`` and ``value``, but leaves
+ShareGPT's roles as they are (``human``, ``gpt``, ``function_call``), and chat templates refuse those or leave them out.
+It also converts no tool calls, keeps no ``loss`` marks in one form, and lets a malformed message pass.
 """
 
 from __future__ import annotations
