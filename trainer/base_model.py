@@ -1,4 +1,4 @@
-"""The model that a run starts from: where it is, whether it is whole, and how much memory training it takes."""
+"""The model that a run starts from: where it is, whether it is complete, and how much memory its training needs."""
 
 from __future__ import annotations
 
@@ -20,27 +20,32 @@ from obsfs.plugin import UsageError, first_line, visible
 
 _CHUNK = 8 << 20
 PROBE = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
-"""What a tokenizer and a model are tried with."""
+"""A text to try a tokenizer and a model with."""
 _OTHER_KINDS = (
     "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForMaskedLM",
     "ForImageClassification",
 )  # fmt: skip
 _TRUST = "trust_remote_code"
-"""The key, and the argument of transformers, that its errors name."""
+"""The argument of transformers that its errors name, and the key of a run."""
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A model in a directory. `name` is what others know it by (its URL, if it has one); `mountpoint` that of the
-    obsfs mount that it lies on, if any."""
+    """A model in a directory.
+
+    Args:
+        path: The directory.
+        name: The name to show and record: its URL if it has one.
+        mountpoint: The mountpoint of the obsfs mount that it lies on, if any.
+    """
 
     path: Path
     name: str
     mountpoint: Path | None = None
 
     def mount_status(self) -> dict[str, Any]:
-        """What the mount says of itself; empty without one, or when it does not answer."""
+        """Return the status of the mount; empty without a mount, or if it does not answer."""
         if self.mountpoint is not None:
             with suppress(OSError, obsfs.ObsfsError):
                 return obsfs.status(self.mountpoint)
@@ -48,7 +53,7 @@ class BaseModel:
 
 
 def check_name(text: str, settings: dict[str, Any]) -> None:
-    """Raises UsageError for what can be no model, without looking into a bucket."""
+    """Raise UsageError for a name that cannot be a model. Does not look into a bucket."""
     path = Path(text).expanduser()
     if "://" in text or path.is_dir():
         return
@@ -67,9 +72,14 @@ def check_name(text: str, settings: dict[str, Any]) -> None:
 
 @contextmanager
 def open_model(text: str, settings: dict[str, Any]) -> Iterator[BaseModel]:
-    """A model by its directory, its URL, or its name in the library. What is in a bucket is mounted for the time.
+    """Open a model by its directory, its URL, or its name in the library. A model in a bucket is mounted meanwhile.
 
-    Raises ObsfsError when there is none.
+    Args:
+        text: The directory, URL or name.
+        settings: Settings of obsfs for the mount.
+
+    Raises:
+        ObsfsError: There is no such model.
     """
     check_name(text, settings)
     path = Path(text).expanduser()
@@ -80,7 +90,7 @@ def open_model(text: str, settings: dict[str, Any]) -> Iterator[BaseModel]:
     url = text.rstrip("/") if "://" in text else f"{obsfs.Settings.load(**settings).library}/{text}"
     parent, _, label = url.rpartition("/")
     with obsfs.mount(parent, **settings) as mount:
-        # Looking through the mount is done by its process; an S3 client of our own would hold up the imports.
+        # Look through the mount: its process does the work, while an S3 client here would delay the imports.
         if not (mount.path / label).is_dir():
             url = obsfs.resolve(url, **settings)
             label = url.rpartition("/")[2]
@@ -88,7 +98,7 @@ def open_model(text: str, settings: dict[str, Any]) -> Iterator[BaseModel]:
 
 
 def prefetch(base: BaseModel) -> threading.Event:
-    """Begin to read the weights, so that they arrive while Python imports. The event, when set, stops it."""
+    """Start to read the weights in the background while Python imports. Setting the returned event stops it."""
     stop = threading.Event()
 
     def read() -> None:
@@ -107,8 +117,16 @@ def prefetch(base: BaseModel) -> threading.Event:
 
 @dataclass(frozen=True)
 class ModelStats:
-    """What the files of a model say: `parameters` of all tensors, `embedding` of those that are never quantised;
-    `size` in bytes; layers, width and vocabulary."""
+    """The size of a model, from its files.
+
+    Args:
+        parameters: The number of parameters of all tensors.
+        embedding: How many of them are in embeddings and the head, which are never quantised.
+        size: The size of the weight files, in bytes.
+        layers: The number of hidden layers.
+        hidden: The width of a hidden layer.
+        vocabulary: The number of tokens that the model knows; 0 if its configuration does not say.
+    """
 
     parameters: int
     embedding: int
@@ -119,7 +137,7 @@ class ModelStats:
 
 
 def require_weights(path: Path) -> None:
-    """Raise UsageError for a directory without a configuration or weights. It is quick, and imports nothing large."""
+    """Raise UsageError for a directory without a configuration or weights. Imports no large package."""
     _json(path / "config.json")
     if not any(path.glob("*.safetensors")):
         raise _no_weights(path)
@@ -130,7 +148,7 @@ def _no_weights(path: Path) -> UsageError:
 
 
 def check_files(path: Path) -> ModelStats:
-    """Look at configuration, index and every header. Raises UsageError, naming the file that is missing or cut off."""
+    """Check configuration, index and every header. Raises UsageError, which names a missing or truncated file."""
     config = _json(path / "config.json")
     headers = obsfs.check_model(path)
     names, index = sorted(headers), path / "model.safetensors.index.json"
@@ -167,9 +185,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(path: Path, **options: Any) -> Any:
-    """The model's tokenizer, with a token to pad with.
+    """Load the model's tokenizer, and give it a padding token if it has none.
 
-    Raises UsageError, also for one that knows no words: transformers makes such of a model without tokenizer files.
+    Raises:
+        UsageError: It cannot be loaded, or knows no tokens: transformers makes an empty tokenizer for a model without
+            tokenizer files.
     """
     from transformers import AutoTokenizer
 
@@ -189,7 +209,7 @@ def load_tokenizer(path: Path, **options: Any) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, base: BaseModel, stats: ModelStats) -> None:
-    """See that a model has a row for each token that every run gives it. Raises UsageError."""
+    """Raise UsageError if the model has no row for a token that every run gives it."""
     if not stats.vocabulary:
         return
     for name in ("pad_token", "eos_token"):
@@ -221,20 +241,23 @@ def estimate_memory(
     checkpointing: bool,
     loss: object = None,
 ) -> int:
-    """Bytes that training needs at its peak, to within a third or so.
+    """Return the bytes that training needs at its peak, to within about a third.
 
-    Weights as they are kept, twice where a whole model is compared with itself; for each of `trainable` parameters a
-    gradient and Adam's two moments (float32); the activations of `batch` sequences, or pairs of them, of `length`
-    tokens (with checkpointing one input per layer and one layer whole, about 34 values of 2 bytes per token and unit
-    of width: Korthikanti et al., arXiv 2205.05198, section 4.1); and logits with their gradient in float32, but for
-    the `loss` that is SFT's default: TRL makes those in pieces.
+    The sum of:
 
-    Measured beside it (H100, 1.5 billion parameters, sequences of 240 tokens): QLoRA with a batch of 8 took 1.96 GB
-    where this says 1.73, LoRA with 4 took 3.71 (3.48), full training with 4 took 25.7 (24.8).
+    * the weights as they are stored, twice if a reference copy of the whole model is needed;
+    * for each of the `trainable` parameters a gradient and Adam's two moments (float32);
+    * the activations of `batch` sequences, or pairs of sequences, of `length` tokens. With `checkpointing` these are
+      one input per layer and one complete layer: about 34 values of 2 bytes per token and unit of width (Korthikanti
+      et al., arXiv 2205.05198, section 4.1);
+    * the logits and their gradient in float32, except for SFT's default `loss`, which TRL computes in pieces.
+
+    Measured (H100, 1.5 billion parameters, sequences of 240 tokens): QLoRA with a batch of 8 took 1.96 GB (estimate
+    1.73), LoRA with a batch of 4 took 3.71 (3.48), full training with a batch of 4 took 25.7 (24.8).
     """
     width = _DTYPES.get(dtype, 2)
     if bits:
-        # The quantised weights, their scales (half a bit with double quantisation), and what is left as it is.
+        # The quantised weights, their scales (half a bit with double quantisation), and the embeddings, not quantised.
         weights = (stats.parameters - stats.embedding) * (bits + 0.5) / 8 + stats.embedding * width
     else:
         weights = stats.parameters * width
@@ -248,12 +271,13 @@ def estimate_memory(
 
 
 def model_class(path: Path, **options: Any) -> Any:
-    """Return the class of transformers that a model is loaded with, by training, checks and merging alike.
+    """Return the class of transformers to load a model with: the same for training, checks and merging.
 
-    It is what the model's configuration names, so that a model of vision and language is taken as what it is; or
-    AutoModelForCausalLM, for one that brings its own code.
+    It is the class that the model's configuration names, so that a vision-language model stays one; or
+    AutoModelForCausalLM for a model with its own code.
 
-    Raises UsageError, also for a model that does not go on with a text: all that is done with models here is for those.
+    Raises:
+        UsageError: The model cannot be loaded, or does not generate text.
     """
     import transformers
 
@@ -267,13 +291,13 @@ def model_class(path: Path, **options: Any) -> Any:
 
 
 def refuse_other_kinds(path: Path) -> None:
-    """Raise UsageError for a model that surely does not go on with a text. Imports nothing large: it knows by names."""
+    """Raise UsageError for a model that surely does not generate text, judged by names. Imports no large package."""
     try:
         config = json.loads((path / "config.json").read_bytes())
         (name,) = config["architectures"]
         is_other = bool(config.get("is_encoder_decoder")) or name.endswith(_OTHER_KINDS)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return  # whoever loads it will say what is wrong with it
+        return  # loading it will report what is wrong with it
     if is_other:
         raise _other_kind(path, name)
 
@@ -296,12 +320,12 @@ def _configuration(path: Path, **options: Any) -> Any:
 
 
 def _untrusting(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of ``from_pretrained``. Without a word on a model's own code transformers asks on the terminal."""
+    """Return options of ``from_pretrained`` that refuse a model's own code: else transformers asks on the terminal."""
     return {"trust_remote_code": False, **options}
 
 
 def _refuse_own_code(path: Path, error: Exception) -> None:
-    """Raise UsageError where a model was not loaded because it brings code of its own, which nobody allowed to run."""
+    """Raise UsageError if a model failed to load because it needs its own code, which the user has not allowed."""
     if _TRUST not in str(error):
         return
     files = ", ".join(sorted(one.name for one in path.glob("*.py"))) or "named in its configuration"
@@ -312,7 +336,7 @@ def _refuse_own_code(path: Path, error: Exception) -> None:
 
 
 def empty_model(path: Path, **options: Any) -> Any:
-    """Make a model without weights: every module and shape, on the meta device. Raises UsageError."""
+    """Return a model without weights: every module and shape, on the meta device. Raises UsageError."""
     import torch
     import transformers
 
@@ -324,7 +348,7 @@ def empty_model(path: Path, **options: Any) -> Any:
 
 
 def check_attention(path: Path, name: str, **options: Any) -> None:
-    """See that a model can compute its attention in a way, told by its name. Raises UsageError."""
+    """Raise UsageError if a model cannot use an implementation of attention, given by its name."""
     try:
         empty_model(path, attn_implementation=name, **options)
     except (ValueError, ImportError) as error:
@@ -335,8 +359,13 @@ def check_attention(path: Path, name: str, **options: Any) -> None:
 
 
 class AdapterPlan(NamedTuple):
-    """What PEFT makes for a model: how many parameters, on which modules (the ends of their names), and a digest of the
-    name and shape of each, by which two adapters are known to have the same parameters."""
+    """The adapter that PEFT makes for a model.
+
+    Args:
+        parameters: How many parameters it trains.
+        modules: The last parts of the names of the modules that it adapts.
+        digest: A hash of the names and shapes of its parameters, equal for adapters with the same parameters.
+    """
 
     parameters: int
     modules: tuple[str, ...]
@@ -344,23 +373,26 @@ class AdapterPlan(NamedTuple):
 
 
 def plan_adapter(path: Path, lora: Any, **options: Any) -> AdapterPlan:
-    """Find out what PEFT makes for a model, on one without weights.
+    """Let PEFT make an adapter on a model without weights, to see what it will train.
 
-    Raises UsageError when a name that it is given means nothing in the model, or nothing is made at all.
+    Raises:
+        UsageError: A name in the adapter's configuration matches nothing in the model, or PEFT refuses it.
     """
     import torch
     from peft import get_peft_model
 
     lora = copy.copy(lora)
-    lora.init_lora_weights = True  # others, such as pissa, begin with the weights
+    lora.init_lora_weights = True  # others, such as pissa, need the weights
     model = empty_model(path, **options)
     _check_modules(model, lora)
     with torch.device("meta"):
         try:
             model = get_peft_model(model, lora, low_cpu_mem_usage=True)
-            if lora.layer_replication:  # some models have a list with an entry per layer, which PEFT leaves as it is
+            if (
+                lora.layer_replication
+            ):  # fails where a model has a list with an entry per layer, which PEFT does not extend
                 model(input_ids=torch.zeros(1, 2, dtype=torch.long))
-        except Exception as error:  # whatever PEFT says of a name, a pattern or a number
+        except Exception as error:  # PEFT raises anything for a wrong name, pattern or number
             raise UsageError("the adapter cannot be made", visible(first_line(error), 400)) from None
     trained = {name: tuple(one.shape) for name, one in model.named_parameters() if one.requires_grad}
     modules = {name.partition(".lora_")[0].rpartition(".")[2] for name in trained if ".lora_" in name}
@@ -374,7 +406,7 @@ def adapter_parameters(path: Path, lora: Any, **options: Any) -> int:
 
 
 def _check_modules(model: Any, lora: Any) -> None:
-    """See that each name in an adapter's configuration means something: PEFT is content when one of several does."""
+    """Check that each name in an adapter's configuration matches: PEFT accepts a list of which one name does."""
     modules = {name: module for name, module in model.named_modules() if name}
     leaves = sorted({name.rpartition(".")[2] for name, one in modules.items() if not list(one.children())})
     leaves = [name for name in leaves if not name.isdigit()]
@@ -415,7 +447,7 @@ def _names_nothing(option: str, wanted: str, names: list[str]) -> UsageError:
 
 
 def available_memory() -> tuple[int, str]:
-    """Bytes that can be had, and of what: the GPU's, or the machine's."""
+    """Return the free memory in bytes, and the name of the device: the GPU if there is one, else this machine."""
     import psutil
     import torch
 

@@ -1,10 +1,11 @@
-"""What bitsandbytes does otherwise on processors with AVX512-BF16 (Sapphire Rapids, Zen 4 and later).
+"""How bitsandbytes differs on processors with AVX512-BF16 (Sapphire Rapids, Zen 4 and later).
 
-There, the first forward pass in eval mode repacks each 4-bit weight in place (bitsandbytes 0.50,
-``nn/modules.py:Linear4bit.forward``) for a kernel that has no gradient. Such a weight cannot be trained through
-again, and merging or dequantising it gives garbage without a word. The repacking fails for rows that are not a
-multiple of 32. So models that are trained or merged here are never repacked, and models that are written here, which
-others will serve, keep what cannot be repacked as it is.
+There, the first forward pass in eval mode repacks each 4-bit weight in place for a kernel without a gradient
+(bitsandbytes 0.50, ``nn/modules.py:Linear4bit.forward``). A repacked weight cannot be trained through again, and
+merging or dequantising it silently gives garbage. Repacking fails if the number of rows is not a multiple of 32.
+
+So this package never lets a model that it trains or merges be repacked. In a model that it writes for serving, it
+leaves the weights that cannot be repacked unquantised.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from typing import Any
 from obsfs.plugin import UsageError
 
 _ROWS = 32
-"""Rows that are packed together: ``block_n`` of bitsandbytes' ``_convert_weight_packed_for_cpu``."""
+"""Rows that are packed together: ``block_n`` in bitsandbytes' ``_convert_weight_packed_for_cpu``."""
 _BLOCK = 64
-"""Columns that share a scale: bitsandbytes' usual block size, which transformers does not change."""
+"""Columns that share a scale: bitsandbytes' default block size, which transformers keeps."""
 _FLAG = "avx512_bf16"
 
 
 def keep_as_loaded(model: Any) -> Any:
-    """Have bitsandbytes never repack the weights of a model that was just loaded. Returns the model."""
+    """Stop bitsandbytes from repacking the weights of a model that was just loaded. Returns the model."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -31,15 +32,15 @@ def keep_as_loaded(model: Any) -> Any:
 
 
 def can_be_repacked(rows: int, columns: int, block: int = _BLOCK) -> bool:
-    """Whether every processor serves a 4-bit weight of this shape."""
+    """Return whether every processor can serve a 4-bit weight of this shape."""
     return rows % _ROWS == 0 and columns % block == 0
 
 
 def never_quantised(model: Any) -> list[str]:
-    """Return the names of the modules that stay as they are when a model is quantised to 4 bits for others to serve.
+    """Return the names of the modules to leave unquantised in a 4-bit model for serving.
 
     Args:
-        model: One without weights (on the meta device) will do.
+        model: The model; it needs no weights (meta device).
     """
     from torch import nn
 
@@ -53,7 +54,7 @@ def never_quantised(model: Any) -> list[str]:
 
 
 def refuse_unservable(model: Path) -> None:
-    """Raise UsageError if this machine cannot serve a model for its 4-bit weights, which it would find out late."""
+    """Raise UsageError if this machine cannot serve the 4-bit weights of a model, before the server finds out."""
     if _has_gpu() or not _has_avx512_bf16():
         return
     for name, (rows, columns), block in _quantised(model):
@@ -67,7 +68,7 @@ def refuse_unservable(model: Path) -> None:
 
 
 def _quantised(model: Path) -> list[tuple[str, tuple[int, int], int]]:
-    """Each 4-bit weight of a model with its shape and block size, as bitsandbytes has noted them beside it."""
+    """Return each 4-bit weight of a model with its shape and block size, as bitsandbytes recorded them."""
     from safetensors import safe_open
 
     try:
@@ -85,7 +86,7 @@ def _quantised(model: Path) -> list[tuple[str, tuple[int, int], int]]:
                         found.append((name, (rows, columns), int(state["blocksize"])))
         return found
     except (OSError, ValueError, KeyError, AttributeError):
-        return []  # the server will say what is wrong with it
+        return []  # the server will report what is wrong with it
 
 
 def _has_gpu() -> bool:

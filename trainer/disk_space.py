@@ -1,4 +1,4 @@
-"""Room on disks: what a run will write, told before it starts, and one line when a disk is full all the same."""
+"""Disk space: check before a run that its output fits, and report a full disk on one line."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TEXT = re.compile(
     r"no space left|disk quota|os error (28|122)\b|errno (28|122)\b|inline_container|PytorchStreamWriter", re.I
 )
-"""What libraries raise as text: safetensors the number, pyarrow both, and torch, which keeps no number of what it could
-not write, the name of its source file or class."""
+"""How libraries report a full disk: safetensors by the error number, pyarrow by number and text, torch only by the name
+of its source file or class."""
 
 
 def free(place: Path) -> int:
-    """Return the bytes that can be written to the disk that a path will be on."""
+    """Return the free bytes of the disk that holds, or will hold, a path."""
     while not place.exists() and place != place.parent:
         place = place.parent
     return shutil.disk_usage(place).free
 
 
 def check(output_dir: Path, arguments: Any, trainable: int) -> str:
-    """See that what a run writes has room: the result, float32, and checkpoints, with Adam's two moments.
+    """Check that the result (float32) and the checkpoints (with Adam's two moments) of a run fit on the disk.
 
     Args:
-        output_dir: Where they are written.
-        arguments: TRL's, of the run.
+        output_dir: The directory they are written to.
+        arguments: TRL's arguments of the run.
         trainable: How many parameters are trained.
 
     Returns:
-        What to say to the user; empty where all of it has room.
+        A warning for the user if not all checkpoints fit, else an empty text.
 
     Raises:
-        UsageError: Not even the result and one checkpoint have.
+        UsageError: Not even the result and one checkpoint fit.
     """
     result = 4 * trainable
     has_moments = "adam" in str(getattr(arguments.optim, "value", arguments.optim)) and not arguments.save_only_model
@@ -58,7 +58,7 @@ def check(output_dir: Path, arguments: Any, trainable: int) -> str:
     if saves and arguments.max_steps > 0 and arguments.save_steps >= 1:
         saves = max(1, math.ceil(arguments.max_steps / arguments.save_steps))
     if saves and arguments.save_total_limit:
-        saves = min(saves, arguments.save_total_limit + 1)  # the next is written before the oldest goes
+        saves = min(saves, arguments.save_total_limit + 1)  # the next one is written before the oldest is removed
     if (most := result + saves * checkpoint) > available:
         return (
             f"the disk of {output_dir} has {human(available)} free, and {saves} checkpoints need {human(most)}: "
@@ -69,7 +69,10 @@ def check(output_dir: Path, arguments: Any, trainable: int) -> str:
 
 @contextmanager
 def explain_full_disk(*places: Path) -> Iterator[None]:
-    """Raise UsageError, in one line, when a disk is full: the one of the file if that is known, else of `places`."""
+    """Turn the error of a full disk into a UsageError that names the disk.
+
+    It is the disk of the file if the error names one, else the one of `places` with the least space.
+    """
     try:
         yield
     except ObsfsError:
@@ -86,7 +89,7 @@ def explain_full_disk(*places: Path) -> Iterator[None]:
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether an exception, or what led to it, is a disk without room."""
+    """Return whether an exception, or one of its causes, says that a disk is full."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -1,4 +1,4 @@
-"""How much memory a run takes: one answer for ``train --guide``, ``train --check`` and the run itself."""
+"""Estimate the memory of a run: the same for ``train --guide``, ``train --check`` and the run itself."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from trainer.base_model import ModelStats, available_memory, estimate_memory
 from trainer.config import TrainConfig
 
 _MARGIN = 1.25
-"""The estimate is good to within a third: only what is clearly too much is refused."""
+"""The estimate is accurate to about a third, so only a run that needs clearly too much is refused."""
 _LENGTH = 1024
-"""Tokens of a record, where a run sets no bound (TRL's usual one)."""
+"""Tokens per record if the run sets no limit: TRL's default."""
 
 
 class MemoryEstimate(NamedTuple):
-    """The bytes that a run needs by estimate, those that are free now, and where: a GPU, or this machine."""
+    """An estimate, and what there is.
+
+    Args:
+        needed: The bytes that the run needs.
+        free: The bytes that are free now.
+        device_name: The device that has them: a GPU, or this machine.
+    """
 
     needed: int
     free: int
@@ -22,17 +28,17 @@ class MemoryEstimate(NamedTuple):
 
     @property
     def is_too_much(self) -> bool:
-        """Whether the run is refused for it."""
+        """Whether the run needs so much that it is refused."""
         return self.needed > self.free * _MARGIN
 
 
 def estimate_run_memory(config: TrainConfig, arguments: Any, stats: ModelStats, trainable: int) -> MemoryEstimate:
-    """Estimate what a run needs.
+    """Estimate the memory that a run needs.
 
     Args:
         config: The run.
-        arguments: TRL's, of the run.
-        stats: What the files of its model say.
+        arguments: TRL's arguments of the run.
+        stats: The size of its model.
         trainable: How many parameters are trained.
     """
     bits = (8 if config.options.get("load_in_8bit") else 4) if config.is_quantized else None

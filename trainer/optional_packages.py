@@ -1,4 +1,4 @@
-"""Packages that only some options need: they are asked for before anything is loaded."""
+"""Check for packages that only some options need, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OPTIMISERS = {
     "stable_adamw": "torch-optimi",
     "adamw_anyprecision": "torchdistx",
 }
-"""By how their names begin, as transformers' trainer_optimizer.py asks for them."""
+"""The package for each prefix of an optimizer's name, as in transformers' trainer_optimizer.py."""
 _MODULES = {
     "comet-ml": "comet_ml",
     "azureml-core": "azureml",
@@ -34,14 +34,14 @@ _MODULES = {
     "apollo-torch": "apollo_torch",
     "torch-optimi": "optimi",
 }
-"""What a distribution is imported as, where it is not its own name."""
+"""The module of a distribution, if its name differs."""
 _TRACKERS = {"comet_ml": "comet-ml", "azure_ml": "azureml-core", "flyte": "flytekit"}
 _INTEGRATIONS = ("transformers.integrations.integration_utils", "INTEGRATION_TO_CALLBACK")
 _NO_PACKAGE = {"kubeflow"}
 
 
 def check(options: Mapping[str, Any], attention: str | None) -> None:
-    """Raise UsageError, with the command that installs it, for an option whose package is not there."""
+    """Raise UsageError, with the command that installs it, for an option whose package is missing."""
     for name, value in _trackers(options):
         if (known := config_keys.dictionary_keys(*_INTEGRATIONS)) and value not in known:
             close = difflib.get_close_matches(value, known, 1)
@@ -61,7 +61,7 @@ def _trackers(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _wanted(options: Mapping[str, Any], attention: str | None) -> Iterator[tuple[str, str]]:
-    """What is asked for, and the distribution that does it."""
+    """Yield each option that needs a package, and the distribution that has it."""
     for name, tracker in _trackers(options):
         if tracker not in _NO_PACKAGE:
             yield f"{name}: {tracker}", _TRACKERS.get(tracker, tracker)
@@ -83,7 +83,7 @@ def _wanted(options: Mapping[str, Any], attention: str | None) -> Iterator[tuple
     nested = options.get("model_init_kwargs")
     nested = nested if isinstance(nested, Mapping) else {}
     attention = attention or nested.get("attn_implementation")
-    # transformers takes flash attention from the package `kernels`, too, where there is one.
+    # transformers can also take flash attention from the package `kernels`.
     if attention == "flash_attention_2" and not _is_installed("kernels"):
         yield "attn_implementation: flash_attention_2", "flash-attn"
     if attention == "flash_attention_3" and not _is_installed("kernels") and not _is_installed("flash_attn_interface"):

@@ -1,4 +1,4 @@
-"""Configuration files of other trainers, given by mistake: what their keys are called here. Pure."""
+"""Recognise configuration files of other trainers, and name the keys that they need here. Pure."""
 
 from __future__ import annotations
 
@@ -150,15 +150,15 @@ _TOOLS: Mapping[str, Mapping[str, str]] = {
         "script_args": "",
     },
 }
-"""Keys that this package does not take, each with what it is called here; empty where there is no such thing."""
+"""Keys of other trainers that are unknown here, each with its name here; empty if there is no equivalent."""
 
 
 def refuse_other_trainers(given: Collection[str], unknown: Collection[str]) -> None:
-    """Raise UsageError, with their names here, if unknown keys are those of another trainer's configuration.
+    """Raise UsageError, with the names used here, if unknown keys are those of another trainer.
 
     Args:
-        given: Every key of the file, as it is spelled there.
-        unknown: Those of them that this package does not take.
+        given: All keys of the file.
+        unknown: Those that are unknown here.
     """
     tool = max(_TOOLS, key=lambda one: len(_TOOLS[one].keys() & set(unknown)))
     names = _TOOLS[tool]

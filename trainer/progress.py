@@ -1,4 +1,4 @@
-"""What a person (or a machine) sees of a run, and where its time went."""
+"""Show the progress of a run to people or programs, and measure where its time goes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from trainer.base_model import BaseModel
 
 _LOOK_SECONDS = 0.2
 LINE_SECONDS = 10.0
-"""Between two lines for people where there is no terminal to draw a bar on."""
+"""Seconds between two lines of progress if stderr is no terminal."""
 
 
 class Timeline:
-    """Seconds since the command began, split by what they went to. Some parts overlap."""
+    """The seconds that each part of a run took since the command began. Some parts overlap."""
 
     def __init__(self, started: float | None = None) -> None:
         self._started = time.time() if started is None else started
@@ -30,7 +30,7 @@ class Timeline:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What is done inside counts to `name`."""
+        """Add the time spent in the block to `name`."""
         began = time.time()
         try:
             yield
@@ -39,8 +39,10 @@ class Timeline:
 
     @contextmanager
     def quantising(self) -> Iterator[None]:
-        """Count to ``quantise`` what bitsandbytes does inside, weight by weight: in the middle of loading, where
-        transformers has nobody look on."""
+        """Add the time that bitsandbytes spends in the block to ``quantise``.
+
+        It quantises weight by weight while transformers loads them, and transformers has no hook for it.
+        """
         from bitsandbytes import functional
 
         originals = {name: getattr(functional, name) for name in ("quantize_4bit", "int8_vectorwise_quant")}
@@ -53,15 +55,15 @@ class Timeline:
                 setattr(functional, name, quantise)
 
     def mark(self, name: str) -> None:
-        """`name` is what all took together until now."""
+        """Record the time since the command began as `name`."""
         self.parts.setdefault(name, time.time() - self._started)
 
     def rounded(self) -> dict[str, float]:
-        """For people and JSON."""
+        """Return the parts in seconds, rounded to hundredths."""
         return {name: round(seconds, 2) for name, seconds in self.parts.items()}
 
     def watch_fetch(self, base: BaseModel, until: threading.Event) -> None:
-        """Count to ``fetch`` the time in which bytes of the model travel, until the event is set."""
+        """Add the time in which the mount downloads data to ``fetch``, until the event is set."""
 
         def watch() -> None:
             before = base.mount_status().get("bytes_fetched", 0)
@@ -76,13 +78,15 @@ class Timeline:
 
 
 def say(text: str) -> None:
-    """A line for people."""
+    """Print a line to stderr."""
     tell(text, err=True)
 
 
 class Progress(TrainerCallback):
-    """A bar on a terminal; without one a line for the first step, for the last, for each evaluation, and now and then
-    between them; with `as_json` an object per log instead."""
+    """Show a progress bar on a terminal, lines elsewhere, or with `as_json` an object per log entry.
+
+    Lines come for the first and the last step, for each evaluation, and every :data:`LINE_SECONDS` in between.
+    """
 
     def __init__(
         self, base: BaseModel, timeline: Timeline, *, as_json: bool, on_first_step: Callable[[], None]
@@ -94,9 +98,9 @@ class Progress(TrainerCallback):
         self._figures: dict[str, Any] = {}
         self._is_read = True
         self._logged_at = 0
-        """The step of the newest log, which the losses are of."""
+        """The step of the newest log entry, which the losses belong to."""
         self._told: tuple[float, int, int] | None = None
-        """When the last line was written, at which step, and how many tokens there had been."""
+        """The time, the step and the tokens so far when the last line was printed."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """See :class:`transformers.TrainerCallback`."""
@@ -122,7 +126,7 @@ class Progress(TrainerCallback):
             self._on_first_step()
         if self._bar:
             self._bar.update(self._task, completed=state.global_step)
-        elif not control.should_log:  # the log of this step, which has its loss, comes right after
+        elif not control.should_log:  # the log entry of this step follows, with its loss
             self._tell_if_due(state)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -153,7 +157,7 @@ class Progress(TrainerCallback):
                 self._tell_if_due(state)
 
     def _resources(self) -> dict[str, Any]:
-        """Memory, and what the mount of the model has done."""
+        """Return the memory in use, and the counters of the model's mount."""
         found: dict[str, Any] = {"memory_bytes": memory_used()}
         if mount := self._base.mount_status():
             found |= {"mount_bytes_fetched": mount["bytes_fetched"], "mount_hit_ratio": mount["hit_ratio"]}
@@ -164,7 +168,7 @@ class Progress(TrainerCallback):
             self._tell(state, doing)
 
     def _tell(self, state: Any, doing: str = "") -> None:
-        """A line of the step, the losses of the newest logs, and the speed since the last line."""
+        """Print the step, the newest losses, and the speed since the last line."""
         now, tokens = time.time(), int(self._tokens) * self._processes
         began, _, before = self._told or (self._began, 0, 0)
         figures = {**self._figures, **self._resources()}
@@ -176,7 +180,7 @@ class Progress(TrainerCallback):
         self._show(lambda: say(f"step {state.global_step}/{state.max_steps}  {doing}{line(figures)}{of}"))
 
     def _show(self, show: Callable[[], None]) -> None:
-        """Print, as long as somebody reads: a run does not end with a pipe's reader, or a terminal that was closed."""
+        """Print until that fails: a run must survive a closed pipe or terminal."""
         if self._is_read:
             try:
                 show()
@@ -184,7 +188,7 @@ class Progress(TrainerCallback):
                 self._is_read = False
 
     def _count(self, model: Any, unnamed: tuple[Any, ...], given: dict[str, Any]) -> None:
-        """Count the tokens that are learned from: not all of TRL's trainers say how many they have seen."""
+        """Count the tokens of each training batch: not all of TRL's trainers report them."""
         mask, tokens = given.get("attention_mask"), unnamed[0] if unnamed else given.get("input_ids")
         if torch.is_grad_enabled() and tokens is not None:
             self._tokens += tokens.numel() if mask is None else mask.sum()
@@ -196,7 +200,7 @@ class Progress(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Stop the progress bar."""
         if self._bar:
             self._bar.stop()
             self._bar = None
@@ -206,7 +210,7 @@ _LOSSES = ("loss", "eval_loss", "train_loss")
 
 
 def line(figures: dict[str, Any]) -> str:
-    """The figures of a log, for people."""
+    """Format the figures of a log entry for people."""
     parts = []
     for name in _LOSSES:
         if figures.get(name) is not None:
@@ -221,7 +225,7 @@ def line(figures: dict[str, Any]) -> str:
 
 
 def memory_used() -> int:
-    """Bytes: the GPU's highest so far, or those of this process now."""
+    """Return the bytes in use: the peak on the GPU if there is one, else the current size of this process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return int(psutil.Process().memory_info().rss)

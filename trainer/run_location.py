@@ -1,4 +1,4 @@
-"""Where in a bucket a run publishes, and which of its checkpoints are there."""
+"""The location in a bucket where a run publishes, and the checkpoints that are there."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ _MANIFEST = ".obsfs/manifest.json"
 STEP = re.compile(r"checkpoint-(\d+)")
 _BUCKETS = ("obs", "s3")
 _SCHEMES = {*_BUCKETS, "hf", "ms", "gs", "oss", "az", "file", "http", "https"}
-"""What is meant as a URL also where a slash is missing: such a directory would be made here, and nothing published."""
+"""Schemes that mean a URL even with a slash missing; taken as a path, it would become a local directory."""
 
 
 class RunLocation(NamedTuple):
-    """Where a run publishes: ``obs://BUCKET/NAME``, and how the bucket is reached.
+    """The location where a run publishes. Its methods raise UnavailableError if the bucket refuses a request.
 
-    Its methods raise UnavailableError for what the bucket refuses.
+    Args:
+        url: ``obs://BUCKET/NAME``.
+        settings: Settings of obsfs for the bucket.
     """
 
     url: str
     settings: dict[str, Any]
 
     def version(self, step: int) -> str:
-        """The URL of a checkpoint."""
+        """Return the URL of the checkpoint of a step."""
         return f"{self.url}@checkpoint-{step}"
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints that are whole there, in order."""
+        """Return the steps of the complete checkpoints there, in order."""
         found = []
         with self._files("read") as (fs, path), suppress(FileNotFoundError):
             parent, _, name = path.rpartition("/")
@@ -46,25 +48,25 @@ class RunLocation(NamedTuple):
         return sorted(found)
 
     def is_taken(self) -> bool:
-        """Whether something lies there already."""
+        """Return whether anything is stored there."""
         with self._files("read") as (fs, path):
-            # An empty directory, as some servers leave them and show as an empty object, is nothing.
+            # Some servers leave an empty directory behind, and list it as an empty object.
             found = fs.find(path, detail=True).items()
             return any(name != path or one["size"] for name, one in found) or bool(self.steps())
 
     def is_published(self) -> bool:
-        """Whether something whole lies there."""
+        """Return whether something complete is published there."""
         with self._files("read") as (fs, path):
             return bool(fs.exists(f"{path}/{_MANIFEST}"))
 
     def check(self) -> None:
-        """Write something, and take it away."""
+        """Check that the location can be written, by writing a small object and deleting it."""
         with self._files("written") as (fs, path):
             fs.pipe_file(f"{path}/.obsfs/probe", b"")
             fs.rm_file(f"{path}/.obsfs/probe")
 
     def remove(self, step: int) -> None:
-        """Take a checkpoint away: first its manifest, so that nobody takes half of it for a checkpoint."""
+        """Delete a checkpoint, its manifest first, so that no half of it counts as a checkpoint."""
         with self._files("written") as (fs, path):
             place = f"{path}@checkpoint-{step}"
             fs.rm_file(f"{place}/{_MANIFEST}")
@@ -74,7 +76,7 @@ class RunLocation(NamedTuple):
 
     @contextmanager
     def _files(self, doing: str) -> Iterator[tuple[Any, str]]:
-        """The file system of the bucket, as it is now, and the path of the place in it."""
+        """Give the file system of the bucket, with no cached listing, and the path of the location in it."""
         try:
             fs = obsfs.OBSFileSystem(**self.settings)
             fs.invalidate_cache()
@@ -87,7 +89,7 @@ class RunLocation(NamedTuple):
 
 
 def check_output(output: str) -> None:
-    """Raise UsageError for what is meant as a URL and is no place in a bucket, without looking into one."""
+    """Raise UsageError for a URL that is no location in a bucket. Does not look into a bucket."""
     scheme, colon, rest = output.partition(":")
     is_url = rest.startswith("//")
     if not colon or not (is_url or (scheme.lower() in _SCHEMES and not Path(output).exists())):
@@ -101,9 +103,10 @@ def check_output(output: str) -> None:
 
 
 def run_location(output: str, settings: dict[str, Any]) -> RunLocation | None:
-    """The place in a bucket that an output means: by URL, or as a path on a mount; None for a local directory.
+    """Return the location in a bucket for an output that is a URL or a path on a mount; None for a local directory.
 
-    Raises UsageError.
+    Raises:
+        UsageError: The output cannot be written.
     """
     check_output(output)
     if "://" in output:

@@ -1,6 +1,6 @@
-"""What a checkpoint was made with: written beside it, and compared before another run goes on from it.
+"""A record of what a checkpoint was made with. A run that resumes compares it with its own settings.
 
-A file ``obsfs-run.json``, version 1, in each checkpoint (its seal covers it) and in the result.
+It is the file ``obsfs-run.json``, version 1, in each checkpoint (covered by its seal) and in the result.
 """
 
 from __future__ import annotations
@@ -38,17 +38,23 @@ _ARGUMENTS = (
     "loss_type",
     "beta",
 )
-"""What may change in the middle of a run, and is said when it does."""
+"""Arguments that may change when a run resumes; the user is told of each change."""
 _KEPT = {"learning_rate", "weight_decay"}
-"""What torch writes into the optimiser's state, and takes from there."""
+"""Arguments that torch saves in the optimiser's state, and restores from it."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run is made with.
+    """The settings, base model and data of a run.
 
-    `base` is the model's name and `base_digest` what it is known by, wherever it lies; `fixed` cannot change from one
-    checkpoint to the next (each is what a person calls it, and its value); `free` can, and `data` with it.
+    Args:
+        version: The version of this format.
+        base: The name of the base model.
+        base_digest: A hash of the base model's weights, independent of where they are.
+        fixed: Settings that must not change when the run resumes, by the names that users know.
+        free: Settings that may change.
+        data: Where the data is, and what it is.
+        ended_at: Only in a result: the step at which the run ended.
     """
 
     version: int = VERSION
@@ -58,10 +64,9 @@ class RunRecord:
     free: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     ended_at: int | None = None
-    """Of a result: the step that its run ended at."""
 
     def write(self, directory: Path) -> None:
-        """Write them into a checkpoint or a result."""
+        """Write the record into the directory of a checkpoint or a result."""
         path = directory / NAME
         new = path.with_suffix(".new")
         new.write_text(json.dumps(msgspec.to_builtins(self), indent=1))
@@ -69,10 +74,10 @@ class RunRecord:
 
 
 def read(directory: Path) -> RunRecord | None:
-    """Return the notes of a checkpoint or a result; None if it has none that can be read.
+    """Return the record of a checkpoint or a result; None if it has none that can be read.
 
     Raises:
-        UsageError: They are of a later version.
+        UsageError: A later version of obsfs wrote it.
     """
     try:
         found = json.loads((directory / NAME).read_bytes())
@@ -91,7 +96,7 @@ def read(directory: Path) -> RunRecord | None:
 
 
 def take(config: TrainConfig, parts: Parts, base: BaseModel, plan: AdapterPlan | None) -> RunRecord:
-    """Note what a run is made with, but for its data."""
+    """Make the record of a run; :func:`data_of` adds what its data is."""
     arguments = parts.arguments
     fixed: dict[str, Any] = {"task": config.task, "method": config.method, "base in 4 or 8 bits": config.is_quantized}
     fixed["optim"] = _plain(arguments.optim).removesuffix(
@@ -101,7 +106,7 @@ def take(config: TrainConfig, parts: Parts, base: BaseModel, plan: AdapterPlan |
     if lora is not None and plan is not None:
         fixed |= {"rank (lora_r)": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": list(plan.modules)}
         fixed |= {"use_dora": lora.use_dora, "use_rslora": lora.use_rslora}
-        # Some ways to begin change the base: an adapter goes on with the base that it was begun on.
+        # Some initializations change the base, so an adapter must resume with the one that it started with.
         fixed |= {"init_lora_weights": lora.init_lora_weights, "the adapter's parameters": plan.digest}
     free = {name: _plain(getattr(arguments, name, None)) for name in _ARGUMENTS}
     free = {name: value for name, value in free.items() if value is not None}
@@ -111,9 +116,9 @@ def take(config: TrainConfig, parts: Parts, base: BaseModel, plan: AdapterPlan |
 
 
 def data_of(records: Any) -> dict[str, Any]:
-    """Note what the data of a run is: how many records, and a digest of the first, some between, and the last.
+    """Return the number of records, and a hash of the first, the last, and some in between.
 
-    Streamed data, which has no length, is known by its place alone.
+    Streamed data has no length; it is known by its location alone, and this returns nothing.
     """
     try:
         count = len(records)
@@ -125,10 +130,10 @@ def data_of(records: Any) -> dict[str, Any]:
 
 
 def digest_model(path: Path) -> str:
-    """Return what the weights of a model are known by, wherever they lie.
+    """Return a hash that identifies the weights of a model, wherever they are stored.
 
-    Of each file its size, its header, and some samples are read: training changes nearly every byte, and nobody reads
-    a bucket's 140 GB to compare them.
+    It covers the size, the header and some samples of each file. Training changes nearly every byte, so samples are
+    enough, and reading 140 GB from a bucket to compare them would take too long.
     """
     digest = hashlib.sha256()
     for shard in sorted(path.glob("*.safetensors")):
@@ -144,7 +149,7 @@ def digest_model(path: Path) -> str:
 
 
 def refuse_other(checkpoint: str, then: RunRecord, now: RunRecord) -> None:
-    """Raise UsageError, naming both values, if a run cannot go on from a checkpoint that was made with `then`."""
+    """Raise UsageError, with both values, if a run cannot resume from a checkpoint that was made with `then`."""
     remedy = "go on with what it was made with, or choose another output"
     if then.base_digest != now.base_digest:
         both = f"{then.base}, and the model is {now.base}"
@@ -159,7 +164,7 @@ def refuse_other(checkpoint: str, then: RunRecord, now: RunRecord) -> None:
 
 
 def changes(then: RunRecord, now: RunRecord) -> str:
-    """Return what else is other than it was, both values named, for people; empty if nothing is."""
+    """Return what has changed otherwise, with both values, as text for users; empty if nothing has."""
     told = []
     for old, new in ((then.data, now.data), (then.free, now.free)):
         for name, value in new.items():

@@ -1,4 +1,4 @@
-"""What TRL is given: a model with its weights, and a trainer around it. The run and its rehearsal share both."""
+"""Make what TRL needs: a model with its weights, and a trainer. A run and its rehearsal use the same functions."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def load_model(path: Path, kind: Any, config: TrainConfig, parts: Parts, init: d
 
 
 def _without_head(quantization: Any, path: Path, is_trusted: bool) -> Any:
-    """How to quantise a model so that its head stays as it is, as TRL's losses need it.
+    """Return a quantization that leaves the head of a model as it is, as TRL's losses need it.
 
-    transformers leaves the head out by itself, but not where somebody names other modules to leave out.
+    transformers does that by default, but not if the user names other modules to leave out.
     """
     if not quantization.llm_int8_skip_modules:
         return quantization
@@ -53,7 +53,7 @@ def _without_head(quantization: Any, path: Path, is_trusted: bool) -> Any:
 
 
 def make_trainer(parts: Parts, model: Any, tokenizer: Any, train_data: Any, eval_data: Any) -> Any:
-    """Make the trainer of a run. It raises what TRL, PEFT, transformers and accelerate raise."""
+    """Make TRL's trainer for a run. Raises whatever TRL, PEFT, transformers and accelerate raise."""
     trainer = parts.trainer(
         model=model,
         args=parts.arguments,
@@ -63,8 +63,8 @@ def make_trainer(parts: Parts, model: Any, tokenizer: Any, train_data: Any, eval
         peft_config=parts.lora,
     )
     if parts.lora is not None and not is_sharded(parts.arguments):
-        # TRL makes the adapter of a quantised base bfloat16, and PEFT float32 when it resumes: float32 at once, so
-        # that a run that was cut off goes on as if it had not been. What shards a model wants one kind for all.
+        # TRL makes the adapter of a quantised base bfloat16, but PEFT makes it float32 on resume. Make it float32 from
+        # the start, so that a resumed run equals an uninterrupted one. (Sharding needs one type for all parameters.)
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -72,11 +72,11 @@ def make_trainer(parts: Parts, model: Any, tokenizer: Any, train_data: Any, eval
 
 
 def is_sharded(arguments: Any) -> bool:
-    """Whether FSDP or DeepSpeed divides the model among processes (accelerate's configuration tells by a variable)."""
+    """Return whether FSDP or DeepSpeed shards the model (accelerate sets a variable for it)."""
     given = arguments.fsdp or arguments.deepspeed_plugin or os.environ.get("ACCELERATE_USE_FSDP") == "true"
     return bool(given) and arguments.world_size > 1
 
 
 def trusts(arguments: Any) -> bool:
-    """Whether a model may bring its own code."""
+    """Return whether the user allowed the model's own code."""
     return bool(getattr(arguments, "trust_remote_code", False))
