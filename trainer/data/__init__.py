@@ -1,6 +1,10 @@
-"""Data for a run: found (places.py), read (reading.py, loading.py), told apart and converted (formats.py, messages.py),
-with an account of what is not used (account.py), made into tokens (tokens.py), and looked at before the weights are
-loaded (check.py)."""
+"""The data of a run, in the order of its steps.
+
+* sources.py finds files, buckets and data sets of the hub.
+* reading.py and strict_json.py read files record by record; loading.py makes data sets of them.
+* formats.py and messages.py recognise a record's format and convert it; unused_fields.py keeps what is left over.
+* tokens.py makes tokens and labels; check.py checks a sample before the weights are loaded.
+"""
 
 from trainer.data.check import Limits, Report, look, measure
 from trainer.data.formats import is_conversation, recognise, shown

@@ -1,4 +1,4 @@
-"""A look at the data before the weights are loaded: a sample of its records through the real template and tokenizer."""
+"""Check the data before the weights are loaded: pass a sample of it through the real template and tokenizer."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from trainer.data.tokens import (
 )
 
 _MORE = 256
-"""Kinds of records of which one each is looked at, in addition to the sample."""
+"""The most kinds of records to check one record of, in addition to the sample."""
 _PREFERENCE_LENGTH = 512
-"""What TRL's ORPO and CPO take for max_length when it is not set."""
+"""The default of max_length in TRL's ORPO and CPO."""
 _TAIL = 40
 _LENGTH = "length"
 _UNLEARNED = "are not learned, only later ones: the chat template writes earlier answers in another way"
@@ -34,10 +34,22 @@ _UNLEARNED = "are not learned, only later ones: the chat template writes earlier
 
 @dataclass
 class Report:
-    """What was found in the records that were looked at.
+    """What the check of some records found.
 
-    `total` is how many there are (None when streamed), `longest` in tokens; `cut` records are longer than
-    `max_length`, by `cut_tokens` tokens in all; `gone` records have nothing left to learn. `loss` says what is learned.
+    Args:
+        total: How many records there are; None if streamed.
+        max_length: The limit of a record, in tokens.
+        loss: What is learned, in words.
+        looked: How many records were checked.
+        longest: The length of the longest one, in tokens.
+        cut: How many are longer than `max_length`.
+        cut_tokens: By how many tokens in all.
+        gone: How many have nothing left to learn.
+        unfound: How many answers cannot be located, see :class:`trainer.data.tokens.Tokens`.
+        example_cut: The name of the first record that is cut.
+        example_gone: The name of the first record with nothing left to learn.
+        left_out: What the chat template leaves out, and of how many records.
+        notes: Further notes for users.
     """
 
     total: int | None
@@ -71,7 +83,7 @@ class Report:
         return f"records checked: {which}, up to {self.longest:,} tokens; the loss covers {self.loss}"
 
     def rest(self, whole: Tokenised) -> list[str]:
-        """Return what was not known before the run from the records that were looked at, a line each."""
+        """Return what tokenising all records found beyond the sample, a line each."""
         found: list[str] = []
         if self.total is None or self.looked >= self.total:
             return found
@@ -82,7 +94,7 @@ class Report:
         return found
 
     def warnings(self) -> list[str]:
-        """Return what a user should know before the run, a line each."""
+        """Return warnings for the user, a line each."""
         found = [visible(note) for note in self.notes]
         if self.cut:
             found.append(
@@ -103,7 +115,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run does with long records: the task, TRL's max_length (in tokens) and which end of a record stays."""
+    """How a run truncates records: its task, TRL's max_length in tokens, and whether the end of a record is kept."""
 
     task: str
     max_length: int | None
@@ -111,28 +123,35 @@ class Limits:
 
     @classmethod
     def of(cls, task: str, arguments: Any) -> Limits:
-        """As TRL's config of the task says."""
+        """Return the limits in a config of TRL for the task."""
         length = getattr(arguments, "max_length", None)
         if length is None and task in ("orpo", "cpo", "simpo"):
             length = _PREFERENCE_LENGTH
         if getattr(arguments, "packing", False) and getattr(arguments, "packing_strategy", "") != "bfd":
-            length = None  # What is too long goes on in the next sequence.
+            length = None  # the rest of a long record continues in the next sequence
         return cls(task, length, getattr(arguments, "truncation_mode", "") == "keep_end")
 
 
 def look(loaded: Loaded, tokeniser: Tokeniser | None, target: Target, limits: Limits, loss: str) -> Report:
-    """Look at a sample of the records.
+    """Check a sample of the records.
 
-    `tokeniser` makes what task sft learns; the other tasks' tokens are counted as TRL makes them. `loss` says what is
-    learned. Raises UsageError for what cannot be trained on: a record that the template refuses or leaves out, a token
-    that the model does not know, answers that are all cut off.
+    Args:
+        loaded: The records.
+        tokeniser: Makes tokens for task sft; None for other tasks, whose tokens are counted as TRL makes them.
+        target: The model.
+        limits: How records are truncated.
+        loss: What is learned, in words.
+
+    Raises:
+        UsageError: The template refuses or leaves out a record, the model does not know a token, or every answer is
+            cut off.
     """
     records = loaded.records
     total = len(records) if hasattr(records, "__len__") else None
     report = Report(total, limits.max_length, loss)
     extra = len(target.tokenizer) - target.vocabulary if target.vocabulary else 0
     if extra > 0:
-        # Each record is looked at: the first batch with such a token would end the run.
+        # Check every record: the first batch with such a token would end the run.
         report.notes.append(
             f"{target.name} does not know {extra:,} tokens of its tokenizer: records must not have them"
         )
@@ -161,10 +180,10 @@ def look(loaded: Loaded, tokeniser: Tokeniser | None, target: Target, limits: Li
 
 
 def measure(loaded: Loaded, report: Report, target: Target, limits: Limits) -> Tokenised:
-    """Count the records that are cut, over all of them, where TRL makes the tokens and does not tell.
+    """Count the truncated records among all records, for tasks where TRL makes the tokens and does not report it.
 
-    Those that the report knows of already, and streamed ones, which nobody has seen yet, are not counted again. Raises
-    UsageError, which names the record.
+    It counts nothing if the report covers all records already, or if the data is streamed. Raises UsageError, which
+    names the record.
     """
     records = loaded.records
     if limits.max_length is None or report.total is None or report.looked >= report.total:
@@ -179,7 +198,7 @@ def measure(loaded: Loaded, report: Report, target: Target, limits: Limits) -> T
 
 
 class _Measurer:
-    """Gives the length of a record in tokens, for ``Dataset.map``."""
+    """Returns the length of a record in tokens, for ``Dataset.map``."""
 
     def __init__(self, target: Target, limits: Limits, places: RecordOrigins) -> None:
         self._target, self._limits, self._places = target, limits, places
@@ -190,7 +209,7 @@ class _Measurer:
 
 
 def _sample(loaded: Loaded, total: int | None, *, is_whole: bool) -> Iterator[tuple[int, Record]]:
-    """Some records, and the first of each kind that a template may refuse."""
+    """Yield a sample, with the first record of each kind that a template may refuse."""
     records = loaded.records
     if total is None:
         yield from enumerate(records.take(SAMPLE))
@@ -223,7 +242,7 @@ def _has_label(labels: list[int], limits: Limits) -> bool:
 
 
 def _sizes(record: Record, target: Target, limits: Limits, where: str) -> Iterator[tuple[int, bool]]:
-    """The tokens of a question with each of its answers, and whether TRL keeps anything of that answer."""
+    """Yield the length of a question with each of its answers, and whether TRL keeps anything of that answer."""
     tokenizer = target.tokenizer
     prompt, tools = record.get("prompt", ""), record.get("tools")
     is_chat = isinstance(prompt, list)
@@ -243,12 +262,12 @@ def _sizes(record: Record, target: Target, limits: Limits, where: str) -> Iterat
             ids = ids_of(prompt + record[name])
             check_vocabulary(ids, target, lambda: where)
             start = common_length(asked, ids)
-            length = len(ids) + (0 if is_chat else 1)  # TRL ends a text with the end token.
+            length = len(ids) + (0 if is_chat else 1)  # TRL appends the end token to a text
             yield length, limits.max_length is None or limits.keeps_end or start < limits.max_length
 
 
 def _check_template(report: Report, record: Record, target: Target, where: str) -> None:
-    """See that the template shows what the record holds. Raises UsageError."""
+    """Raise UsageError if the template leaves out an essential part of the record."""
     for messages in _conversations(record):
         try:
             text = render(target.tokenizer, messages, record.get("tools"))
@@ -264,7 +283,7 @@ def _check_template(report: Report, record: Record, target: Target, where: str) 
 
 
 def _keys_left_out(loaded: Loaded, template: str, report: Report) -> Iterator[str]:
-    """The keys of messages, in whatever record, that the chat template does not even name."""
+    """Yield a note on the keys of messages, in any record, that the chat template does not mention."""
     for account in loaded.accounts:
         names = [one for one in account.keys if one.partition(" ")[0] not in template]
         if names := [one for one in names if f"the key {one}" not in report.left_out]:
@@ -280,7 +299,7 @@ def _conversations(record: Record) -> list[list[chats.Message]]:
 
 
 def _left_out(text: str, messages: list[chats.Message], tools: str | None) -> tuple[str, set[str]]:
-    """What must not be left out and is, or an empty text; and what is left out otherwise."""
+    """Return the essential part that is missing from the text, if any, and what else is missing."""
     missed: set[str] = set()
     for number, one in enumerate(messages, 1):
         if not _shows(text, one["content"]):

@@ -1,4 +1,4 @@
-"""Where data comes from: files, directories, a bucket, or the hub."""
+"""Find data: in files, directories, a bucket, or on the hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BUILTIN = {
     "ultrafeedback": "trl-lib/ultrafeedback_binarized",
     "kto-mix": "trl-lib/kto-mix-14k",
 }
-"""Short names of common data sets: ``LIBRARY/datasets/NAME`` in the bucket if it is there, else this on the hub."""
+"""Short names of common data sets: ``LIBRARY/datasets/NAME`` in the bucket if that exists, else this one on the hub."""
 
 _TEXT = "text"
 _BUILDERS = {**dict.fromkeys((*JSON_SUFFIXES, *CSV_SUFFIXES), _TEXT), ".parquet": "parquet"}
@@ -25,8 +25,14 @@ _SHOWN = 5
 
 
 class DataSource(NamedTuple):
-    """Where data is: files of text, which reading.py reads; else what ``datasets.load_dataset`` is to be told, its
-    first argument and the others. `unread` says, for people, which files of a directory are left alone."""
+    """Where data is, and how to read it.
+
+    Args:
+        builder: The first argument of ``datasets.load_dataset``; for text files a mark that reading.py reads them.
+        files: The files, if the data is in files.
+        options: Further arguments of ``datasets.load_dataset``.
+        unread: A note for users on files of a directory that are not read.
+    """
 
     builder: str
     files: Sequence[str]
@@ -35,20 +41,21 @@ class DataSource(NamedTuple):
 
     @property
     def is_text(self) -> bool:
-        """Whether the files are read here."""
+        """Return whether reading.py reads the files."""
         return bool(self.files) and self.builder == _TEXT
 
 
 def check_name(place: str) -> None:
-    """Raises UsageError for what can be no data, without looking into a bucket or on the hub."""
+    """Raise UsageError for a name that cannot be data. Does not look into a bucket or on the hub."""
     if "://" not in place and place not in BUILTIN:
         find(place, {})
 
 
 def find(place: str, settings: dict[str, Any]) -> DataSource:
-    """Find a place.
+    """Find the data that a name, a path or a URL means.
 
-    Raises UsageError when there is nothing, or nothing that can be read as data.
+    Raises:
+        UsageError: There is nothing, or nothing that can be read as data.
     """
     if place in BUILTIN:
         library = obsfs.Settings.load(**settings).library

@@ -1,4 +1,4 @@
-"""JSON of which nothing is lost: a key that is given twice is refused, where Python's reader takes the last. Pure."""
+"""Read JSON without losing anything: refuse a key that is given twice, where Python takes the last. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from obsfs.plugin import visible
 
 
 class NotJson(ValueError):
-    """What is wrong with a text, and in which of its lines, counted from 1."""
+    """What is wrong with a text, and on which line, counted from 1."""
 
     def __init__(self, reason: str, line: int = 1) -> None:
         super().__init__(reason)
@@ -24,12 +24,12 @@ def decoded(text: str) -> Any:
         raise NotJson(f"{error.msg} at character {error.pos + 1}", error.lineno) from None
     except RecursionError:
         raise NotJson("nested too deeply") from None
-    except ValueError as error:  # a number of too many digits, or a key that is given twice
+    except ValueError as error:  # a number with too many digits, or a key that is given twice
         raise NotJson(str(error)) from None
 
 
 def decoded_at(text: str, start: int) -> tuple[Any, int]:
-    """Return the value that begins at a place of a text, and the place where it ends. Raises NotJson."""
+    """Return the value that starts at an offset of a text, and the offset where it ends. Raises NotJson."""
     try:
         return _DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:

@@ -1,7 +1,7 @@
-"""Records made into tokens and labels for supervised training: what is learned is decided here, for every format.
+"""Turn records into tokens and labels for supervised training. This decides, for every format, what is learned.
 
-TRL takes a data set that has ``input_ids`` and ``labels`` as it is; it only cuts it to ``max_length``, and packs it. So
-what is looked at before a run, and what the run learns, come from the same function.
+TRL takes a data set with ``input_ids`` and ``labels`` as it is: it only truncates it to ``max_length`` and packs it. So
+the check before a run and the run itself use the same function.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from trainer.data import messages as chats
 from trainer.data.formats import Record
 
 IGNORED = -100
-"""The label of a token that is not learned (torch's cross_entropy)."""
+"""The label of a token that is not learned: ``ignore_index`` of torch's cross_entropy."""
 _UNFOUND = "unfound"
 
 
 class Target(NamedTuple):
-    """The model that records are for: its tokenizer, its name, and how many tokens it knows (0: unknown)."""
+    """The model that records are for: its tokenizer, its name, and the size of its vocabulary (0 if unknown)."""
 
     tokenizer: Any
     name: str
@@ -31,8 +31,13 @@ class Target(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """A record as the model sees it. `unfound` counts the answers that should be learned, and are not, because they
-    cannot be told from the rest in the text that the chat template makes."""
+    """A record as the model sees it.
+
+    Args:
+        input_ids: The tokens.
+        labels: For each token itself, or :data:`IGNORED` if it is not learned.
+        unfound: How many answers are not learned because they cannot be located in the chat template's text.
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -40,9 +45,14 @@ class Tokens(NamedTuple):
 
 
 def what_is_learned(record: Record, options: Mapping[str, Any]) -> tuple[bool, str]:
-    """Return whether all of the records is learned, given one of them, and in words what is.
+    """Return whether whole records are learned, and in words what is learned.
 
-    `options` are the user's: assistant_only_loss and completion_only_loss. Raises UsageError where they do not fit.
+    Args:
+        record: One of the records.
+        options: The user's options, of which assistant_only_loss and completion_only_loss count.
+
+    Raises:
+        UsageError: The options do not fit the records.
     """
     if "text" in record:
         for name in ("assistant_only_loss", "completion_only_loss"):
@@ -62,8 +72,13 @@ def what_is_learned(record: Record, options: Mapping[str, Any]) -> tuple[bool, s
 
 
 class Tokenised(NamedTuple):
-    """The records of a data set as tokens and labels; how many of them are longer than `max_length`, and how many
-    answers are not learned, as :class:`Tokens` says. (Both are 0 of streamed records, which nobody has seen yet.)"""
+    """The records of a data set as tokens and labels.
+
+    Args:
+        records: The data set.
+        cut: How many records are longer than ``max_length``; 0 for streamed data, which is not read yet.
+        unfound: How many answers are not learned, see :class:`Tokens`; 0 for streamed data.
+    """
 
     records: Any
     cut: int = 0
@@ -88,7 +103,7 @@ def tokenise(records: Any, tokeniser: Tokeniser, max_length: int | None) -> Toke
 
 
 def tokenizer_for(tokenizer: Any, arguments: Any) -> Any:
-    """Return the tokenizer as TRL will change it: by the keys eos_token, pad_token and chat_template_path."""
+    """Return a copy of the tokenizer, changed as TRL will: by eos_token, pad_token and chat_template_path."""
     from transformers import AutoTokenizer
 
     tokenizer = copy.deepcopy(tokenizer)
@@ -114,7 +129,7 @@ def tokenizer_for(tokenizer: Any, arguments: Any) -> Any:
 
 
 def render(tokenizer: Any, messages: list[chats.Message], tools: str | None, **options: Any) -> str:
-    """Return the text that the chat template makes. Raises ValueError with what the template or its language says."""
+    """Return the text that the chat template makes. Raises ValueError with the template's reason."""
     from jinja2 import TemplateError
 
     offered = json.loads(tools) if tools else None
@@ -128,8 +143,10 @@ def render(tokenizer: Any, messages: list[chats.Message], tools: str | None, **o
 class Tokeniser:
     """Makes tokens of records for task sft, for ``Dataset.map``.
 
-    `is_whole` learns everything; else only the answers are learned (of text, which has none, everything). `where`
-    names the record at an index, for errors.
+    Args:
+        target: The model that the records are for.
+        is_whole: Learn whole records; otherwise learn only the answers (plain text is always learned whole).
+        where: Returns a name for the record at an index, for errors.
     """
 
     def __init__(self, target: Target, *, is_whole: bool, where: Callable[[int], str]) -> None:
@@ -183,7 +200,7 @@ class Tokeniser:
         return self._of_spans(messages, wanted, tools, text)
 
     def _of_marks(self, messages: list[chats.Message], wanted: list[int], tools: str | None) -> Tokens | None:
-        """By the generation marks of a template. None where they do not tell the answers apart."""
+        """Locate the answers by the template's generation marks. Returns None if the marks do not separate them."""
         from jinja2 import TemplateError
 
         if self._marked is None:
@@ -208,11 +225,11 @@ class Tokeniser:
         return Tokens(ids, _labels(ids, chosen))
 
     def _of_spans(self, messages: list[chats.Message], wanted: list[int], tools: str | None, text: str) -> Tokens:
-        """By rendering the conversation up to each answer, without and with it."""
+        """Locate the answers by rendering the conversation up to each answer, without and with it."""
         spans = [span for i in wanted if (span := self._span(messages, i, tools, text))]
         unfound = len(wanted) - len(spans)
         if wanted and not spans:
-            # The template writes earlier answers in another way: end with the last one, which it writes as it is.
+            # The template writes earlier answers differently: end with the last one, which it writes unchanged.
             messages = messages[: wanted[-1] + 1]
             text = render(self._tokenizer, messages, tools)
             span = self._span(messages, wanted[-1], tools, text)
@@ -223,12 +240,12 @@ class Tokeniser:
         return Tokens(ids, _labels(ids, found), unfound)
 
     def _span(self, messages: list[chats.Message], i: int, tools: str | None, text: str) -> tuple[int, int] | None:
-        """Where answer `i` starts and ends in the text. None when the text writes it in another way than at its end."""
+        """Return the span of answer `i` in the text. None if the text has it in another form than at its end."""
         try:
             upto = render(self._tokenizer, messages[: i + 1], tools) if i + 1 < len(messages) else text
             plain = render(self._tokenizer, messages[:i] or messages[:1], tools)
             before = render(self._tokenizer, messages[:i] or messages[:1], tools, add_generation_prompt=True)
-            if not i:  # Nothing is in front of the answer but what begins one.
+            if not i:  # nothing precedes the answer but the prompt that starts it
                 before, plain = before.removeprefix(plain), ""
         except ValueError:
             return None
@@ -239,14 +256,14 @@ class Tokeniser:
         return start, len(upto)
 
     def _tokens_of(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
-        """The tokens of a text, and which of them spans of its characters are.
+        """Return the tokens of a text, and the spans of tokens for spans of characters.
 
-        A token across the start of a span belongs to it: it is where the text stops being what was asked.
+        A token across the start of a span belongs to the span: there the text stops being the question.
         """
         if getattr(self._tokenizer, "is_fast", False):
             made = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             starts, ends = zip(*made["offset_mapping"], strict=True)
-            # Tokens without characters of their own repeat a place; their ends never fall.
+            # Tokens without characters of their own repeat an offset, so the ends never decrease.
             return made["input_ids"], [(bisect_right(ends, first), bisect_left(starts, last)) for first, last in spans]
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         edges = [edge for span in spans for edge in span]
@@ -283,7 +300,7 @@ def common_length(ids: Sequence[Any], others: Sequence[Any]) -> int:
 
 
 def _marked_template(tokenizer: Any) -> str | None:
-    """A template that marks the answers, with the token that ends them: the model's own, or TRL's for its family."""
+    """Return a template that marks the answers and their end token: the model's own, or TRL's for its family."""
     from trl.chat_template_utils import (
         get_training_chat_template,
         has_generation_markers,
@@ -297,7 +314,7 @@ def _marked_template(tokenizer: Any) -> str | None:
         template = tokenizer.get_chat_template() if own else get_training_chat_template(tokenizer)
         if template and is_chat_template_stop_token_trained(tokenizer, template):
             return str(template)
-    except Exception:  # A template is a program: trying it may raise anything.
+    except Exception:  # a template is a program, and may raise anything
         return None
     return None
 

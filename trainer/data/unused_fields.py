@@ -1,4 +1,4 @@
-"""The account of what records hold and no training sees: told for every record, not only for those of a sample."""
+"""Report fields of the data that training does not use: over all records, not only a sample."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from trainer.data import messages as chats
 from trainer.data.formats import Made, Record
 
 _SHOWN = 20
-"""Names that are told in one line; of more, their number."""
+"""The most names to print on one line; of further ones only the number is printed."""
 
 
 class UnusedFields:
-    """What the records of one place hold and nothing is made of: `columns`, and `keys` of messages that only some chat
-    templates show. `place` is its name."""
+    """The fields of one source that training does not use: `columns`, and `keys` of messages that few templates show.
+
+    Args:
+        place: The name of the source.
+    """
 
     def __init__(self, place: str) -> None:
         self.place = place
@@ -28,16 +31,16 @@ class UnusedFields:
 
     @property
     def columns(self) -> list[str]:
-        """In the order in which they came up."""
+        """The unused columns, in order of appearance."""
         return list(self._columns)
 
     @property
     def keys(self) -> list[str]:
-        """As :func:`trainer.data.messages.other_keys` names them."""
+        """The keys of messages, named as by :func:`trainer.data.messages.other_keys`."""
         return list(self._keys)
 
     def add(self, columns: Iterable[str], keys: Iterable[str]) -> None:
-        """Enter what is left of a record. Once the account is live, what is new in it is told at once."""
+        """Add the unused fields of a record. After :meth:`go_live`, print new ones at once."""
         new = [one for one in columns if one not in self._columns]
         other = [f"the {one}" for one in keys if one not in self._keys]
         self._columns |= dict.fromkeys(new)
@@ -49,11 +52,11 @@ class UnusedFields:
                 tell(f"{visible(self.place)}: some records have {visible(', '.join(other))}", err=True)
 
     def go_live(self) -> None:
-        """Tell from now on what is new: of streamed data, what has been noted until now is told elsewhere."""
+        """Print new fields from now on. (For streamed data: fields found so far are reported elsewhere.)"""
         self._is_live = True
 
     def notes(self) -> list[str]:
-        """Return a line on the columns, if there are any."""
+        """Return a line on the unused columns, if there are any."""
         return [_unused(self.place, self.columns)] if self._columns else []
 
 
@@ -66,13 +69,16 @@ def _unused(place: str, names: list[str]) -> str:
 
 
 def entry(made: Made) -> str:
-    """Return what is to be known of a record, as text: the fewer different ones, the faster they are counted."""
+    """Return the unused fields and the kind of a record as text. Few distinct texts are fast to count."""
     return json.dumps([made.columns, made.keys, kind(made.record)])
 
 
 def kind(record: Record) -> str:
-    """Return what a chat template may refuse a record for: which roles come first, last, and after which; tools, calls
-    and other keys. Records of one kind are taken or refused alike."""
+    """Return the properties of a record that a chat template may refuse, as text.
+
+    They are the first and last roles, which role follows which, tools, calls, and other keys. A template accepts all
+    records of one kind, or none.
+    """
     sides = {name: side for name, side in record.items() if isinstance(side, list)}
     return ";".join(
         [*(f"{name}:{_roles(side)}" for name, side in sides.items()), "tools" if record.get("tools") else ""]
