@@ -1,8 +1,8 @@
-"""Checkpoints: whole or not there, on the disk and in the bucket.
+"""Checkpoints that are complete or do not exist, on disk and in the bucket.
 
-transformers writes a checkpoint file by file. One is whole once it has its seal, a list of its files and their sizes,
-which is written last. In the bucket a checkpoint of ``obs://BUCKET/NAME`` is the version ``NAME@checkpoint-STEP``,
-published by ``obsfs.push``: whole or not at all, too. The adapter itself, at the end, is ``NAME``.
+transformers writes a checkpoint file by file. A checkpoint is complete once it has its seal: a list of its files and
+their sizes, written last. In the bucket, a checkpoint of ``obs://BUCKET/NAME`` is the version ``NAME@checkpoint-STEP``.
+``obsfs.push`` publishes it, also completely or not at all. The result at the end is ``NAME`` itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trainer.run_location import STEP, RunLocation
 _SEAL = "obsfs-whole.json"
 _SUMS = "obsfs-sums.json"
 _SUMMED_BYTES = 8 << 20
-"""From the start and from the end of each file: all of an adapter, and little of a model."""
+"""Bytes to hash at the start and at the end of each file: all of an adapter, and a small part of a model."""
 _OUTBOX = ".outbox"
 _STATE = {_SEAL, _SUMS, "trainer_state.json", run_record.NAME}
 _QUICK_START = re.compile(r"(?<=\n## Quick start\n).*?(?=\n## )", re.DOTALL)
@@ -38,14 +38,14 @@ _WRITTEN = (
     "tokenizer*", "chat_template.jinja",
 )  # fmt: skip
 _NOT_PUBLISHED = {"training_args.bin", "train.yaml.before", _SEAL, _SUMS}
-"""The pickled arguments hold paths and tokens of this machine, and nobody needs them to go on."""
+"""The pickled arguments contain paths and tokens of this machine, and resuming does not need them."""
 
 
 def refuse_others(output_dir: Path) -> None:
-    """Raise UsageError for a directory with files that a run would write, and that no run of this package wrote.
+    """Raise UsageError for a directory with files that a run would overwrite and that no run of this package wrote.
 
-    Training overwrites a README.md and a tokenizer, and removes checkpoints that are not whole: somebody's project, a
-    model, or what another trainer has made would be lost.
+    Training overwrites README.md and the tokenizer, and removes incomplete checkpoints. A user's project, a model, or
+    the output of another trainer would be lost.
     """
     if is_ours(output_dir):
         return
@@ -59,10 +59,10 @@ def refuse_others(output_dir: Path) -> None:
 
 
 def is_ours(output_dir: Path) -> bool:
-    """Whether a run of this package has written to a directory, also one that was cut off early."""
+    """Return whether a run of this package wrote to a directory, even if it was interrupted early."""
     if (output_dir / run_record.NAME).exists() or any(output_dir.glob(f"checkpoint-*/{_SEAL}")):
         return True
-    try:  # versions before wrote the notes at the end only
+    try:  # earlier versions wrote the record only at the end
         found = yaml.safe_load((output_dir / "train.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return False
@@ -70,7 +70,7 @@ def is_ours(output_dir: Path) -> bool:
 
 
 def write_run(output_dir: Path, text: str) -> None:
-    """Write the YAML of a run beside its result. Another one, which may be what somebody has written, stays there."""
+    """Write the YAML of a run beside its result. A different file there is renamed, not lost."""
     path = output_dir / "train.yaml"
     if path.exists() and path.read_bytes() != text.encode():
         path.replace(output_dir / "train.yaml.before")
@@ -78,21 +78,21 @@ def write_run(output_dir: Path, text: str) -> None:
 
 
 def has_result(output_dir: Path) -> bool:
-    """Whether the result of a run, an adapter or a whole model, lies in a directory."""
+    """Return whether a directory has the result of a run: an adapter or a whole model."""
     return any((output_dir / name).exists() for name in ("adapter_config.json", "config.json"))
 
 
 def seal(checkpoint: Path) -> None:
-    """Say that a checkpoint is whole, once its bytes are on the disk."""
+    """Mark a checkpoint as complete, after its bytes are on disk."""
     sizes, sums = {}, {}
     for path in _files(checkpoint):
-        if path.name in (_SEAL, _SUMS):  # of before, which this one replaces
+        if path.name in (_SEAL, _SUMS):  # earlier ones, which these replace
             continue
         with path.open("rb") as file:
             os.fsync(file.fileno())
         name = path.relative_to(checkpoint).as_posix()
         sizes[name], sums[name] = path.stat().st_size, _sum(path)
-    # A file beside the seal, whose shape versions before know.
+    # The hashes go to a file of their own: earlier versions read the seal.
     for name, found in ((_SUMS, sums), (_SEAL, sizes)):
         new = checkpoint / f"{name}.new"
         with new.open("w") as file:
@@ -103,7 +103,7 @@ def seal(checkpoint: Path) -> None:
 
 
 def _sum(path: Path) -> str:
-    """SHA-256 of how a file begins and ends."""
+    """Return the SHA-256 of the start and the end of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         digest.update(file.read(_SUMMED_BYTES))
@@ -113,7 +113,7 @@ def _sum(path: Path) -> str:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether it has a seal that holds: every file has its size, and begins and ends as it did."""
+    """Return whether a checkpoint has a seal that matches: sizes, and starts and ends of all files."""
     try:
         sizes = json.loads((checkpoint / _SEAL).read_bytes())
         if any((checkpoint / name).stat().st_size != size for name, size in sizes.items()):
@@ -129,12 +129,12 @@ def _files(directory: Path, pattern: str = "**/*") -> Iterator[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint is of."""
+    """Return the step of a checkpoint."""
     return int(checkpoint.name.partition("-")[2])
 
 
 def is_finished(checkpoint: Path, arguments: Any) -> bool:
-    """Whether nothing is left to do after it, and it has the whole result (not sharded among processes)."""
+    """Return whether the run ended at this checkpoint, and it has the whole result (not sharded among processes)."""
     state = json.loads((checkpoint / "trainer_state.json").read_bytes())
     if arguments.max_steps > 0:
         is_last = state["global_step"] >= arguments.max_steps
@@ -144,22 +144,23 @@ def is_finished(checkpoint: Path, arguments: Any) -> bool:
 
 
 def copy_result(checkpoint: Path, output_dir: Path) -> None:
-    """What a checkpoint has but for what goes on with it, into the place of a result."""
+    """Copy a checkpoint without the files for resuming into the directory of the result."""
     for path in checkpoint.iterdir():
         if path.is_file() and path.suffix not in (".pt", ".pth") and path.name not in _STATE:
             shutil.copyfile(path, output_dir / path.name)
 
 
 def local_steps(output_dir: Path) -> list[int]:
-    """The steps of the checkpoints that are whole on the disk, in order."""
+    """Return the steps of the complete checkpoints on disk, in order."""
     found = (path for path in output_dir.glob("checkpoint-*") if STEP.fullmatch(path.name) and is_whole(path))
     return sorted(step_of(path) for path in found)
 
 
 class Publisher:
-    """Publishes directories in the background, in order, from links of their own: training may delete the originals.
+    """Publishes directories in the background, in order.
 
-    An error of one is kept, and told by :meth:`finish`; later ones are tried all the same.
+    It works on hard links, because training may delete the originals. If one fails, it still tries the later ones;
+    :meth:`finish` raises the error of the newest.
     """
 
     def __init__(self, place: RunLocation, output_dir: Path, source: str, keep: int | None) -> None:
@@ -173,9 +174,9 @@ class Publisher:
         self._thread.start()
 
     def put(self, directory: Path, step: int | None, best: int | None = None) -> None:
-        """Publish it soon: as the checkpoint of a step, or (None) as the result. `best` is a step to keep."""
+        """Queue a directory: the checkpoint of a step, or (None) the result. `best` is a step never to delete."""
         linked = self._outbox / (directory.name if step is not None else "result")
-        # The place of the result has checkpoints in it, and the outbox, from which directories vanish.
+        # The directory of the result also has the checkpoints, and the outbox, which changes meanwhile.
         for path in _files(directory, "**/*" if step is not None else "*"):
             name = path.relative_to(directory)
             if name.name not in _NOT_PUBLISHED:
@@ -184,7 +185,7 @@ class Publisher:
         self._queue.put((linked, step, best))
 
     def finish(self) -> None:
-        """Wait until all is published. Raises what went wrong with the newest."""
+        """Wait until everything is published. Raises the error of the newest directory, if it failed."""
         self._queue.put(None)
         self._thread.join()
         shutil.rmtree(self._outbox, ignore_errors=True)
@@ -255,9 +256,9 @@ def describe(directory: Path, base: str, url: str) -> None:
 
 
 def newest(output_dir: Path, place: RunLocation | None) -> Path | None:
-    """The newest whole checkpoint, from the disk or (brought here first) from the bucket; None when there is none.
+    """Return the newest complete checkpoint, downloaded from the bucket if necessary; None if there is none.
 
-    What is not whole on the disk is removed: transformers would trip over it.
+    It removes incomplete checkpoints on disk, because transformers would fail on them.
     """
     here = local_steps(output_dir)
     for path in output_dir.glob("checkpoint-*"):
@@ -281,8 +282,10 @@ def _bring(place: RunLocation, step: int, target: Path) -> None:
 
 
 def _relocate_best(checkpoint: Path) -> None:
-    """Have a checkpoint name the run's best one by where it is here: on another machine it was elsewhere, and
-    transformers forgets a best one that it does not find."""
+    """Correct the path of the run's best checkpoint in a checkpoint that another machine wrote.
+
+    transformers forgets a best checkpoint that it does not find.
+    """
     path = checkpoint / "trainer_state.json"
     state = json.loads(path.read_bytes())
     step = best_step(checkpoint)
@@ -295,16 +298,17 @@ def _relocate_best(checkpoint: Path) -> None:
 
 
 def best_step(checkpoint: Path) -> int | None:
-    """Return the step of the best checkpoint of a run, as one of its checkpoints knows it; None if none was chosen."""
+    """Return the step of the run's best checkpoint, as recorded in one of its checkpoints; None if none was chosen."""
     state = json.loads((checkpoint / "trainer_state.json").read_bytes())
     found = STEP.search(state.get("best_model_checkpoint") or "")
     return int(found[1]) if found else None
 
 
 def bring_best(checkpoint: Path, place: RunLocation | None) -> Path | None:
-    """Return the best checkpoint of the run that a checkpoint is of, from the disk or brought from the bucket.
+    """Return the best checkpoint of a checkpoint's run, downloaded if necessary; None if none was chosen yet.
 
-    None if none was chosen yet. Raises UsageError if it is gone.
+    Raises:
+        UsageError: It is gone.
     """
     step = best_step(checkpoint)
     if step is None:

@@ -1,4 +1,4 @@
-"""``obsfs train --guide``: a few questions, and the YAML of a run that fits this machine."""
+"""``obsfs train --guide``: ask a few questions, and write the YAML file of a run that fits this machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainer.quiet import silence_libraries, silence_progress_bars
 from trainer.trl_setup import trusts
 
 _SIZES = {"max_length": 1024, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16}
-"""What is proposed for every run."""
+"""Proposed for every run."""
 _ABOUT = {
     "sft": "show it what to say",
     "dpo": "show it which of two answers is better",
@@ -44,12 +44,10 @@ _SEARCH_SECONDS = 5.0
 
 
 def found_models() -> list[str]:
-    """Directories on this user's mounts that have a configuration, one or two levels deep.
+    """Return the directories on this user's mounts that have a configuration, one or two levels deep.
 
-    Not on those that end with a program which has made them.
-
-    Each mount is searched by a process of its own, and one that takes longer than 5 seconds is left out: nobody who
-    waits for a mount can be made to stop.
+    Mounts that end with the program that made them are left out. A process of its own searches each mount, for at most
+    5 seconds: a thread that waits for a dead mount could not be stopped.
     """
     usable = [one for one in find_mounts() if one.state == "mounted" and not one.status.get("ends_with_program")]
     roots = [one.entry.mountpoint for one in usable]
@@ -77,7 +75,7 @@ def found_models() -> list[str]:
 
 
 def missing_bytes(directory: Path) -> int:
-    """How many bytes of the weights are not on this machine yet: those of a mount that are not cached."""
+    """Return how many bytes of the weights are not on this machine yet: those on a mount that are not cached."""
     missing = 0
     for path in directory.glob("*.safetensors"):
         with suppress(OSError):
@@ -86,9 +84,17 @@ def missing_bytes(directory: Path) -> int:
 
 
 def guide(given: dict[str, Any]) -> tuple[Path, bool]:
-    """Ask, write the YAML with the keys that were given, and return where it is and whether to start.
+    """Ask the questions, and write the YAML file.
 
-    Raises ObsfsError, and click.Abort.
+    Args:
+        given: Keys that the user gave already; they go to the file, too.
+
+    Returns:
+        The file, and whether to start the run now.
+
+    Raises:
+        ObsfsError: The model cannot be opened or used.
+        click.Abort: The user gave up.
     """
     settings = {name: value for name, value in given.items() if name in knobs()}
     models = found_models()
@@ -99,7 +105,7 @@ def guide(given: dict[str, Any]) -> tuple[Path, bool]:
     run: dict[str, Any] = {"model": model}
     with base_model.open_model(model, settings) as base:
         silence_libraries()
-        silence_progress_bars()  # imports transformers, for which nobody should wait before the first question
+        silence_progress_bars()  # imports transformers; the first question must not wait for that
         stats = base_model.check_files(base.path)
         tell(
             f"  {count(stats.parameters)} parameters, {human(stats.size)}, "
@@ -127,7 +133,7 @@ def guide(given: dict[str, Any]) -> tuple[Path, bool]:
 
 
 def _ask_data(task: str, has_template: bool, settings: dict[str, Any]) -> str:
-    """A place that can be read, asked for until one is given."""
+    """Ask for data until the answer can be read, and return it."""
     while True:
         place: str = ask(f"Data (a file, a directory, a URL, a data set of the hub, or {', '.join(data.BUILTIN)})")
         try:
@@ -140,7 +146,7 @@ def _ask_data(task: str, has_template: bool, settings: dict[str, Any]) -> str:
 
 
 def _tell_memory(found: dict[str, MemoryEstimate | str]) -> str:
-    """Show what each method takes, and return the one to propose."""
+    """Show the memory that each method needs, and return the method to propose."""
     rows, fitting = [], []
     known = [memory for memory in found.values() if isinstance(memory, MemoryEstimate)]
     for name, memory in found.items():
@@ -156,12 +162,12 @@ def _tell_memory(found: dict[str, MemoryEstimate | str]) -> str:
 
 
 def estimates(run: dict[str, Any], model: Path, stats: base_model.ModelStats) -> dict[str, MemoryEstimate | str]:
-    """Return what memory a run takes by each method, as the run itself will say; or why it is not for that method.
+    """Return the memory that a run needs with each method, as the run itself estimates it, or why a method fails.
 
     Args:
-        run: Its keys, as far as they are known.
+        run: The keys that are known.
         model: The directory of its model.
-        stats: What the files of its model say.
+        stats: The size of its model.
     """
     found: dict[str, MemoryEstimate | str] = {}
     for method in METHODS:

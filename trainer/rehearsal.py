@@ -1,12 +1,12 @@
-"""A rehearsal before the weights are loaded: one step of the run, with its own settings, on a model of one small layer.
+"""Rehearse a run before the weights are loaded: one step with its settings, on a stand-in model of one small layer.
 
-TRL, PEFT, transformers and accelerate look at many values late: when a trainer is made, at the first step, at the first
-evaluation or save. A list of such values would be out of date with their next release. So the run is tried: the real
-trainer, optimiser, scheduler, loss, quantisation, evaluation and checkpoint, with a few made-up records. What fails is
-told by the key whose default value does not fail.
+TRL, PEFT, transformers and accelerate check many values late: when a trainer is made, at the first step, evaluation or
+save. A list of such values would be outdated by their next release. So the rehearsal uses the real trainer, optimiser,
+scheduler, loss, quantisation, evaluation and checkpoint, with a few made-up records. If it fails, it names the key
+whose default value does not fail.
 
-A run is refused only where the same run without its settings passes: in doubt it goes on, and fails later if it must.
-What several processes do is not rehearsed (:func:`can_rehearse`).
+It refuses a run only if the same run with default settings passes. In doubt the run continues, and fails later if it
+must. Runs of several processes are not rehearsed (:func:`can_rehearse`).
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from trainer.temporary import temporary_directory
 from trainer.trl_setup import load_model, make_trainer, trusts
 
 _WIDTH, _HEADS = 64, 4
-"""Of the stand-in."""
+"""Hidden size and attention heads of the stand-in."""
 _MOST_RANK = 32
-"""Ranks above the width would be refused by the ways to begin that decompose a weight (pissa, olora)."""
+"""Initializations that decompose a weight (pissa, olora) refuse ranks above the width."""
 _BATCH, _RECORDS = 4, 8
 _TOKENS = 256
-"""Enough for a record: how many are left of real ones is for :mod:`trainer.data` to say."""
+"""Enough tokens for a made-up record; :mod:`trainer.data` checks the length of real ones."""
 _PROMPT, _GOOD, _BAD = "The quick brown", " fox jumps", " dog"
 _OF_THE_MODEL = (
     "exclude_modules",
@@ -53,7 +53,7 @@ _OF_THE_MODEL = (
     "target_parameters",
     "trainable_token_indices",
 )
-"""Options of LoraConfig that name parts of the real model: :func:`trainer.base_model.plan_adapter` looks at those."""
+"""Options of LoraConfig that name parts of the real model: :func:`trainer.base_model.plan_adapter` checks those."""
 _NOT_FOR_OTHERS = {
     "attn_implementation",
     "gguf_file",
@@ -64,43 +64,43 @@ _NOT_FOR_OTHERS = {
     "tp_size",
     "variant",
 }
-"""Arguments of ``from_pretrained`` that fit the real model, its files or its size."""
+"""Arguments of ``from_pretrained`` that make sense only for the real model, its files or its size."""
 _KEYS = ("dtype", "test_split_size", "eval_data")
-"""Keys of our own that can be at fault."""
+"""Our own keys that can be at fault."""
 
 
 def can_rehearse(arguments: Any) -> bool:
-    """Whether a run, by TRL's arguments, is that of one process on one device.
+    """Return whether a run has one process and one device, given TRL's arguments.
 
-    Several would have to agree on what failed, or wait for each other for ever. DeepSpeed keeps what it was first told
-    for the whole process, and a model that is spread over several GPUs is not like one that has room on the first.
+    Several processes would have to agree on what failed, or they would deadlock. DeepSpeed keeps its first
+    configuration for the whole process. A model spread over several GPUs differs from one that fits on the first.
     """
     return arguments.world_size == 1 and arguments.n_gpu <= 1 and not arguments.deepspeed_plugin
 
 
 def rehearse(config: TrainConfig, base: Path, tokenizer: Any) -> None:
-    """Try a run on a stand-in for its model.
+    """Try one step of a run on a stand-in for its model.
 
     Args:
         config: The run.
-        base: The directory of its model, of which only the configuration is read.
-        tokenizer: The run's tokenizer, as TRL will change it.
+        base: The directory of its model; only the configuration is read.
+        tokenizer: The tokenizer of the run, with TRL's changes.
 
     Raises:
-        UsageError: It fails; the key at fault is named where one can be found.
+        UsageError: It fails. The message names the key at fault if one is found.
     """
     with _without_traces():
         try:
             with temporary_directory("obsfs-rehearsal-") as place:
                 fault = _find_fault(_Rehearsal(place, config, base, tokenizer), config)
-        except OSError:  # no room for a stand-in, or no place
+        except OSError:  # the stand-in cannot be written
             return
     if fault:
         raise UsageError(fault, "change it; rehearse: false skips this trial on a small model")
 
 
 def _find_fault(scene: _Rehearsal, config: TrainConfig) -> str:
-    """What is wrong with a run, in words; empty where nothing is, or where it is in doubt."""
+    """Return what is wrong with a run, in words; an empty text if nothing is, or in doubt."""
     error = scene.play(config)
     if error is None or scene.play(_plain(config)) is not None:
         return ""
@@ -113,7 +113,7 @@ def _find_fault(scene: _Rehearsal, config: TrainConfig) -> str:
 
 
 def _suspects(config: TrainConfig, said: str) -> list[str]:
-    """The keys that can be at fault for an error: first those whose value or name it quotes."""
+    """Return the keys that may have caused an error, those whose name or value it quotes first."""
 
     def is_quoted(value: Any) -> bool:
         return isinstance(value, str) and bool(re.search(rf"(?<!\w){re.escape(value)}(?!\w)", said))
@@ -131,19 +131,19 @@ def _suspects(config: TrainConfig, said: str) -> list[str]:
 
 
 def _without(config: TrainConfig, *names: str) -> TrainConfig:
-    """The run with the defaults of some keys."""
+    """Return the run with some keys set to their defaults."""
     usual = TrainConfig()
     own = {name: getattr(usual, name) for name in names if name not in config.options}
     return replace(config, options={key: value for key, value in config.options.items() if key not in names}, **own)
 
 
 def _plain(config: TrainConfig) -> TrainConfig:
-    """The run of the same task and method, with every other key's default."""
+    """Return the run with the same task and method, and defaults for all other keys."""
     return _without(config, *config.options, *(name for name in _KEYS if name not in config.options))
 
 
 class _Rehearsal:
-    """A directory with the stand-in, in which runs are tried."""
+    """A stand-in model in a directory, to try runs on."""
 
     def __init__(self, place: Path, config: TrainConfig, base: Path, tokenizer: Any) -> None:
         self._place, self._tokenizer = place, tokenizer
@@ -152,14 +152,14 @@ class _Rehearsal:
         LlamaForCausalLM(_small(tokenizer)).save_pretrained(self._model)
 
     def play(self, config: TrainConfig) -> Exception | None:
-        """Return what a run fails with; None where it does not."""
+        """Return the error that a run fails with; None if it passes."""
         try:
             parts = config.parts(self._place / "out")
             _shorten(parts.arguments)
             self._step(config, parts)
         except (torch.OutOfMemoryError, MemoryError):
-            return None  # not for its settings
-        except Exception as error:  # whatever a library says of a value that it does not take
+            return None  # not because of its settings
+        except Exception as error:  # libraries raise anything for a value that they refuse
             return None if disk_space.is_full(error) else error
         return None
 
@@ -171,7 +171,7 @@ class _Rehearsal:
             _ask_hub(arguments.hub_token)
             arguments.push_to_hub = False
         get_reporting_integration_callbacks(arguments.report_to)
-        arguments.report_to = []  # nobody is told of a rehearsal
+        arguments.report_to = []  # a rehearsal is not reported to trackers
         # trainer.base_model.check_attention tries the attention on the real model; compiling it takes long.
         config = replace(config, attn_implementation=None)
         model = load_model(self._model, LlamaForCausalLM, config, parts, self._init(parts))
@@ -185,9 +185,9 @@ class _Rehearsal:
         trainer.train()
 
     def _init(self, parts: Parts) -> dict[str, Any]:
-        """Arguments of ``from_pretrained`` for the stand-in: those that are not about the real model."""
+        """Return the arguments of ``from_pretrained`` that apply to the stand-in, too."""
         given = parts.arguments.model_init_kwargs or {}
-        if self._config is None or trusts(parts.arguments):  # its own code may take any
+        if self._config is None or trusts(parts.arguments):  # the model's own code may take any argument
             return {name: value for name, value in given.items() if name == "dtype"}
         return {
             name: value
@@ -198,7 +198,7 @@ class _Rehearsal:
 
 
 class _OneStep(TrainerCallback):
-    """Ends the run after its first step, with the evaluation and the checkpoint that would come in time."""
+    """Ends the run after its first step, with the evaluation and the checkpoint that it would make later."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """See :class:`transformers.TrainerCallback`."""
@@ -208,7 +208,7 @@ class _OneStep(TrainerCallback):
 
 
 def _ask_hub(token: str | None) -> None:
-    """See that the hub knows who will push to it. Raises what huggingface_hub does."""
+    """Check that the hub accepts the token to push with. Raises what huggingface_hub raises."""
     try:
         HfApi(token=token).whoami()
     except HfHubHTTPError as error:
@@ -221,7 +221,7 @@ def _configuration(base: Path, is_trusted: bool) -> Any:
 
     try:
         return AutoConfig.from_pretrained(base, trust_remote_code=is_trusted)
-    except Exception:  # one that brings its own code; check_files has looked at the rest
+    except Exception:  # it needs the model's own code; check_files has checked the rest
         return None
 
 
@@ -234,12 +234,12 @@ def _small(tokenizer: Any) -> LlamaConfig:
 
 
 def _shorten(arguments: Any) -> None:
-    """Leave out of a run what takes long, what others would see, and what depends on how many records there are."""
+    """Remove from a run what takes long, what others would see, and what depends on the number of records."""
     arguments.per_device_train_batch_size = min(arguments.per_device_train_batch_size, _BATCH)
     arguments.per_device_eval_batch_size = min(arguments.per_device_eval_batch_size, _BATCH)
     arguments.gradient_accumulation_steps = 1
     arguments.disable_tqdm = True
-    arguments.dataloader_drop_last = False  # packed, the records are one
+    arguments.dataloader_drop_last = False  # packing makes one record of all
     arguments.dataloader_num_workers, arguments.dataloader_prefetch_factor = 0, None
     arguments.dataloader_persistent_workers = False
     arguments.torch_compile, arguments.torch_compile_backend, arguments.torch_compile_mode = False, None, None
@@ -249,13 +249,13 @@ def _shorten(arguments: Any) -> None:
         if getattr(arguments, name, None) is not None:
             setattr(arguments, name, _TOKENS)
     if hasattr(arguments, "assistant_only_loss"):
-        arguments.assistant_only_loss = False  # the labels say it, as in the run
+        arguments.assistant_only_loss = False  # the labels say it already, as in the run
     if hasattr(arguments, "dataset_num_proc"):
         arguments.dataset_num_proc = None
 
 
 def _fitting(lora: Any) -> Any:
-    """An adapter's configuration without what names parts of the real model."""
+    """Return an adapter's configuration without the options that name parts of the real model."""
     if lora is None:
         return None
     lora = copy.copy(lora)
@@ -269,7 +269,7 @@ def _fitting(lora: Any) -> Any:
 
 
 def _records(task: str, tokenizer: Any) -> Any:
-    """A few records, as a task takes them."""
+    """Return a few records for a task."""
     from datasets import Dataset
 
     if task == "sft":
@@ -283,7 +283,7 @@ def _records(task: str, tokenizer: Any) -> Any:
 
 @contextmanager
 def _without_traces() -> Iterator[None]:
-    """Leave no trace: nothing of what libraries say, the random numbers that the run will draw, and no memory."""
+    """Suppress all output of libraries, and afterwards restore the random states and free the memory."""
     before, state, state_of_numpy = logging.root.manager.disable, random.getstate(), numpy.random.get_state()
     logging.disable(logging.CRITICAL)
     try:
@@ -299,4 +299,4 @@ def _without_traces() -> Iterator[None]:
         logging.disable(before)
         random.setstate(state)
         numpy.random.set_state(state_of_numpy)
-        gc.collect()  # a trainer refers to itself
+        gc.collect()  # a trainer is part of a reference cycle
