@@ -1,6 +1,6 @@
-"""The keys that TRL, PEFT and transformers take, and their types: read from the installed source files.
+"""The keys that TRL, PEFT and transformers take, and their types, parsed from the installed source files.
 
-Importing those packages takes ten seconds and more; a mistyped key should be told at once.
+Importing those packages takes over ten seconds, and a mistyped key should be reported at once.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import msgspec
 from obsfs.plugin import UsageError, visible
 
 Hints = Mapping[str, Any]
-"""Keys, each with its type; ``typing.Any`` where any value goes."""
+"""Keys with their types; ``typing.Any`` accepts any value."""
 
 
 class Bound(NamedTuple):
-    """The range of a number, the ends included unless `is_open`; and values outside it that have a meaning."""
+    """The range of a number, including its ends unless `is_open`, and special values outside it."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -35,7 +35,7 @@ class Bound(NamedTuple):
     also: tuple[float, ...] = ()
 
     def holds(self, number: float) -> bool:
-        """Whether a number is in the range."""
+        """Return whether a number is in the range."""
         if number in self.also:
             return True
         return self.low < number < self.high if self.is_open else self.low <= number <= self.high
@@ -83,11 +83,11 @@ BOUNDS = {
     "lora_alpha": _POSITIVE,
     "lora_dropout": Bound(0, 0.99),
 }
-"""What transformers, TRL and PEFT check late, or not at all: a batch of 0 is a division by zero at the first step."""
+"""Ranges that transformers, TRL and PEFT check late or never: a batch of 0 divides by zero at the first step."""
 
 
 BARE: Any = object()
-"""The value of a flag that was given without one: true, where true can be meant."""
+"""The value of an option without a value: it means true where that is possible."""
 
 _SIMPLE: Mapping[str, Any] = {"int": int, "float": float, "str": str, "bool": bool, "dict": dict, "Dict": dict,
                               "list": list, "List": list, "None": None}  # fmt: skip
@@ -95,14 +95,14 @@ _SIMPLE: Mapping[str, Any] = {"int": int, "float": float, "str": str, "bool": bo
 
 @cache
 def dataclass_keys(package: str, name: str) -> Hints | None:
-    """Return the keys of a dataclass of an installed package; None if its source cannot be read so."""
+    """Return the keys of a dataclass of an installed package; None if its source cannot be parsed."""
     found = _find(package, name)
     return dict(_fields(*found)) if found else None
 
 
 @cache
 def signature_keys(package: str, name: str) -> Hints | None:
-    """Return the keys that a class takes at its creation, their types told by annotations or defaults."""
+    """Return the arguments of a class's ``__init__``, with types from annotations or defaults."""
     found = _find(package, name)
     if found is None:
         return None
@@ -123,7 +123,7 @@ def signature_keys(package: str, name: str) -> Hints | None:
 
 @cache
 def dictionary_keys(module: str, name: str) -> tuple[str, ...]:
-    """Return the keys of the dictionary that a module of an installed package calls `name`; none if there is none."""
+    """Return the keys of the dictionary `name` in a module of an installed package; empty if there is none."""
     tree = _parse(module)
     for node in tree[0].body if tree else ():
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
@@ -135,7 +135,7 @@ def dictionary_keys(module: str, name: str) -> tuple[str, ...]:
 
 @cache
 def _parse(module: str) -> tuple[ast.Module, bool] | None:
-    """The source of a module, and whether it is a package. It is found without importing its parents."""
+    """Return the syntax tree of a module, and whether it is a package. Does not import its parents."""
     top, *below = module.split(".")
     spec = find_spec(top)
     if spec is None or not spec.submodule_search_locations:
@@ -151,7 +151,7 @@ def _parse(module: str) -> tuple[ast.Module, bool] | None:
 
 @cache
 def _find(module: str, name: str) -> tuple[str, ast.ClassDef] | None:
-    """Where a class is defined that a module has, through the imports that bring it there."""
+    """Return the module and definition of a class, following the imports of a module."""
     found = _parse(module)
     if found is None:
         return None
@@ -191,7 +191,7 @@ def _fields(module: str, node: ast.ClassDef) -> Iterator[tuple[str, Any]]:
 
 
 def _hint(node: ast.expr, module: str) -> Any:
-    """The type that an annotation means; Any where it says more than this reads."""
+    """Return the type of an annotation; Any if it is too complex."""
     if isinstance(node, ast.Constant):
         if isinstance(node.value, str):
             return _hint(ast.parse(node.value, mode="eval").body, module)
@@ -206,7 +206,7 @@ def _hint(node: ast.expr, module: str) -> Any:
     inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
     if of == "Literal":
         values = [one.value for one in inner if isinstance(one, ast.Constant)]
-        # "pissa_niter_[number of iters]" is a pattern and no value.
+        # "pissa_niter_[number of iters]" is a pattern, not a value.
         is_exact = len(values) == len(inner) and all(isinstance(one, str) and "[" not in one for one in values)
         return Literal[tuple(values)] if is_exact else Any
     if of in ("Optional", "Union"):
@@ -228,7 +228,7 @@ def _union(members: list[Any]) -> Any:
 
 @cache
 def _choices(module: str, name: str) -> Any:
-    """The values of an enumeration of text; Any for every other class."""
+    """Return the values of an enumeration of text; Any for other classes."""
     found = _find(module, name)
     if found is None or not any("Enum" in ast.unparse(base) for base in found[1].bases):
         return Any
@@ -239,16 +239,16 @@ def _choices(module: str, name: str) -> Any:
 
 
 def checked(name: str, value: Any, hint: Any, spelling: str) -> Any:
-    """Return a value as its type wants it: whole numbers for numbers, numbers for text, one for a list.
+    """Check a value, and convert it where that is safe: 2.0 to 2, a number to text, one value to a list.
 
     Args:
-        name: The key, by which :data:`BOUNDS` has its range.
-        value: As YAML or a program gave it.
-        hint: Its type; Any takes everything.
+        name: The key, for its range in :data:`BOUNDS`.
+        value: The value from YAML or a program.
+        hint: Its type; Any accepts everything.
         spelling: How the user wrote the key.
 
     Raises:
-        UsageError: It is of another type, not finite, out of its range in :data:`BOUNDS`, or missing.
+        UsageError: It has another type, is not finite, is out of its range, or is missing.
     """
     if value is BARE:
         if hint is not Any and bool not in _options(hint):
@@ -302,7 +302,7 @@ def _reads_as(text: str, options: Iterable[Any]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """What YAML gives for what a program gave."""
+    """Return the value that YAML would give for a value from a program."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, set | frozenset):
@@ -336,7 +336,7 @@ _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 
 def _words(hint: Any) -> str:
-    """What may be given, for people."""
+    """Describe a type for people."""
     told: list[str] = []
     for option in _options(hint):
         if _origin(option) is Literal:
@@ -349,6 +349,6 @@ def _words(hint: Any) -> str:
 
 
 def own_keys(kind: type) -> dict[str, Any]:
-    """Return the keys of a dataclass of ours, with their types."""
+    """Return the keys of one of our dataclasses, with their types."""
     hints = typing.get_type_hints(kind)
     return {one.name: hints[one.name] for one in dataclasses.fields(kind)}

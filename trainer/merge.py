@@ -1,4 +1,4 @@
-"""An adapter into its base: PEFT merges, transformers writes."""
+"""Merge an adapter into its base model: PEFT merges, transformers writes the result."""
 
 from __future__ import annotations
 
@@ -41,16 +41,22 @@ _PROCESSOR = (
     "video_preprocessor_config.json",
     "image_processor_config.json",
 )
-"""What a model of more than text needs beside its tokenizer."""
+"""Files that a model of more than text needs besides its tokenizer."""
 _LORA = re.compile(r"\.lora_(embedding_)?[AB]\b")
 _ROOM = 1.3
-"""What merging takes, in times of the weights: the largest of them twice, and a few activations."""
+"""The memory for merging, as a multiple of the weights: the largest weight twice, and a few activations."""
 
 
 class Quantizer(NamedTuple):
-    """A format to write: the modules that it needs, what configures it (a class of transformers; None where
-    llm-compressor writes it), the options of that, whether it matters what the model reads meanwhile, and whether only
-    a GPU writes it."""
+    """A quantized format to write.
+
+    Args:
+        needs: The modules that it needs.
+        config: The class of transformers that configures it; None if llm-compressor writes it.
+        options: The options of that class.
+        is_calibrated: Whether it needs calibration data.
+        is_for_gpu: Whether writing it needs a GPU.
+    """
 
     needs: tuple[str, ...]
     config: str | None
@@ -84,8 +90,15 @@ QUANTIZERS = {
 
 
 class Merged(NamedTuple):
-    """What was written, the largest and mean difference of its logits from those of base plus adapter, and the modules
-    that were left as they are when the others were quantised."""
+    """The result of a merge.
+
+    Args:
+        output: Where the model is: a directory or a URL.
+        base: The name of the base model.
+        largest: The largest difference between its logits and those of base plus adapter.
+        mean: The mean difference.
+        kept: The modules that were not quantised when the others were.
+    """
 
     output: str
     base: str
@@ -95,7 +108,7 @@ class Merged(NamedTuple):
 
 
 def base_of(adapter: BaseModel, given: str | None) -> str:
-    """The base of an adapter: as given, or as its configuration says. Raises UsageError when it is no adapter."""
+    """Return the base of an adapter: the given one, or the one in its configuration. Raises UsageError."""
     try:
         config = json.loads((adapter.path / ADAPTER).read_bytes())
     except (OSError, ValueError):
@@ -108,11 +121,11 @@ def base_of(adapter: BaseModel, given: str | None) -> str:
 
 @contextmanager
 def open_adapter(adapter: str, base: str | None, settings: dict[str, Any]) -> Iterator[tuple[BaseModel, BaseModel]]:
-    """An adapter and its base, by directory, URL or name in the library."""
+    """Open an adapter and its base by directory, URL or name in the library."""
     with ExitStack() as stack:
         opened = stack.enter_context(open_model(adapter, settings))
         place = obsfs.on_mount(opened.path) if opened.mountpoint else None
-        # The base is where the adapter is, if nobody says otherwise.
+        # By default, reach the base as the adapter is reached.
         reached = {**(place.settings if place else {}), **settings}
         yield opened, stack.enter_context(open_model(base_of(opened, base), reached))
 
@@ -127,11 +140,21 @@ def merge(
     dequantize: bool = False,
     settings: dict[str, Any] | None = None,
 ) -> Merged:
-    """Write base plus adapter to `output`, a directory or a URL: bfloat16, in shards, with the adapter's tokenizer.
+    """Merge an adapter into its base, and write the result in bfloat16 shards with the adapter's tokenizer.
 
-    The base is the unquantised one; with `dequantize` it is what 4 bits leave of it, which is what a QLoRA adapter
-    was trained on. `quantize` is one of :data:`QUANTIZERS`; for awq and gptq, `calibrate` is data as ``obsfs train``
-    takes it (without it, transformers takes C4 from the hub for gptq). Raises ObsfsError.
+    Args:
+        adapter: The adapter: a directory, a URL, or a name in the library.
+        output: Where the result goes: a directory or a URL.
+        base: The base model; by default the one that the adapter names.
+        quantize: The format to quantize the result to: one of :data:`QUANTIZERS`.
+        calibrate: Calibration data for awq and gptq, as ``obsfs train`` takes it. (Without it, transformers takes C4
+            from the hub for gptq.)
+        dequantize: Merge into the dequantized 4-bit base, the weights that QLoRA trained against, instead of the
+            published base.
+        settings: Settings of obsfs.
+
+    Raises:
+        ObsfsError: The adapter, the base or the output cannot be used, or they do not fit.
     """
     _check_quantizer(quantize, calibrate)
     settings = settings or {}
@@ -144,7 +167,7 @@ def merge(
     with ExitStack() as stack:
         tuned, found = stack.enter_context(open_adapter(adapter, base, settings))
         silence_libraries()
-        silence_progress_bars()  # imports transformers, for which no refusal above should wait
+        silence_progress_bars()  # imports transformers; the checks above must not wait for that
         home = None if place else target.absolute().parent
         if home is not None:
             home.mkdir(parents=True, exist_ok=True)
@@ -173,8 +196,8 @@ def _merge(adapter: Path, base: Path, directory: Path, dequantize: bool) -> tupl
     with _told(f"the base {base} cannot be loaded"):
         model = kind.from_pretrained(base, dtype=torch.bfloat16, **options)
     if getattr(model, "hf_quantizer", None) is not None:
-        # Never merged, nor even tried, while it is quantised: bitsandbytes may repack the weights in use, and then they
-        # give garbage. What was just loaded is as it is on the disk.
+        # Never merge or run it while it is quantised: bitsandbytes may repack weights in use, which then give garbage.
+        # Weights that were just loaded are unchanged.
         with _told(f"the base {base} is quantised, and cannot be merged into"):
             model = model.dequantize().to(torch.bfloat16)
     tokenizer = _tokenizer(adapter, base)
@@ -183,7 +206,7 @@ def _merge(adapter: Path, base: Path, directory: Path, dequantize: bool) -> tupl
     with _told(f"{adapter} does not fit {base}"):
         tuned = PeftModel.from_pretrained(model, str(adapter))
         if hasattr(tuned, "merge_and_unload"):
-            # PEFT leaves out what the base has no place for, without a word.
+            # PEFT silently drops weights that the base has no module for.
             loaded = tuned.load_adapter(str(adapter), "default")
             names = [name for name in (*loaded.unexpected_keys, *loaded.missing_keys) if _LORA.search(name)]
             if names:
@@ -208,7 +231,7 @@ def _merge(adapter: Path, base: Path, directory: Path, dequantize: bool) -> tupl
 
 @contextmanager
 def _told(what: str) -> Iterator[None]:
-    """Tell in one line what libraries say of files that they cannot use: they raise whatever comes."""
+    """Report on one line that libraries cannot use some files: they raise anything."""
     import torch
 
     try:
@@ -220,7 +243,7 @@ def _told(what: str) -> Iterator[None]:
 
 
 def _device(model: Path) -> str:
-    """The GPU, when all of the model has room there."""
+    """Return the GPU if the whole model fits there, else the CPU."""
     import torch
 
     weights = sum(path.stat().st_size for path in model.iterdir() if path.suffix in _WEIGHTS)
@@ -232,7 +255,7 @@ def _tokenizer(adapter: Path, base: Path) -> Any:
 
 
 def calibration(place: str, tokenizer: Any, settings: dict[str, Any]) -> list[str]:
-    """The first 128 records of data, as the model would read them. Raises UsageError."""
+    """Return the first 128 records of data as the model would read them. Raises UsageError."""
     from trl import maybe_apply_chat_template
 
     records = load([place], "sft", split="train", streaming=True, chat=bool(tokenizer.chat_template), settings=settings)
@@ -262,11 +285,11 @@ def _check_quantizer(name: str | None, calibrate: str | None) -> None:
 
 
 def _quantize(directory: Path, name: str, samples: list[str] | None) -> list[str]:
-    """Quantise a model in place. Returns the modules that are left as they are, beside the usual ones."""
+    """Quantise a model in place. Returns the modules that stay unquantised, besides the usual ones."""
     import torch
     import transformers
 
-    # What was merged is garbage by now, and what is free on the GPU will be asked.
+    # Free the merged model: the free memory of the GPU decides where the next one is loaded.
     gc.collect()
     torch.cuda.empty_cache()
     chosen = QUANTIZERS[name]
@@ -276,7 +299,7 @@ def _quantize(directory: Path, name: str, samples: list[str] | None) -> list[str
         empty = empty_model(directory)
         skipped = bitsandbytes_cpu.never_quantised(empty)
         kept = [one for one in skipped if empty.get_submodule(one) is not empty.get_output_embeddings()]
-        # transformers leaves the head as it is only where nobody names others.
+        # transformers skips the head by default only if no other modules are named.
         options["llm_int8_skip_modules"] = skipped if kept else None
     load_model = partial(model_class(directory).from_pretrained, directory, dtype=torch.bfloat16)
     try:
@@ -301,7 +324,7 @@ def _quantize(directory: Path, name: str, samples: list[str] | None) -> list[str
 
 
 def _compress(model: Any, tokenizer: Any, samples: list[str], options: dict[str, Any]) -> None:
-    """AWQ (arXiv 2306.00978) by llm-compressor, in place. It moves one layer after the other to the GPU."""
+    """Quantise a model in place by AWQ (arXiv 2306.00978). llm-compressor moves layer by layer to the GPU."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier

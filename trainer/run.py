@@ -1,4 +1,4 @@
-"""A run, from its configuration to the adapter in its place: what TRL is given, and when."""
+"""A run, from its configuration to the published adapter: the order of its steps."""
 
 from __future__ import annotations
 
@@ -33,11 +33,18 @@ _SECRET = {"hub_token", "push_to_hub_token"}
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run has brought.
+    """The result of a run, or of a check.
 
-    Where the result is (a directory or a URL), its steps, TRL's metrics of the last log, and where the time went, in
-    seconds; `reason` is why no step was left to do. Of a check, the metrics are what was found, and the bytes of memory
-    that training needs by estimate, and that can be had. `notes` say what was found in the data, a line each.
+    Args:
+        output: Where the result is: a directory or a URL.
+        steps: The step at which the run ended.
+        resumed_from: The step that it resumed from; 0 if it started from the beginning.
+        metrics: TRL's metrics of the last log entry. For a check: the size of model and data, and the memory that
+            training needs and that is free, in bytes.
+        seconds: The time of each part, in seconds.
+        published: The URLs that it published, in order.
+        reason: Why no step was left to do; empty otherwise.
+        notes: Notes on the data, a line each.
     """
 
     output: str
@@ -59,15 +66,24 @@ def train(
     callbacks: Sequence[Any] = (),
     **overrides: Any,
 ) -> TrainResult:
-    """Run `config` (a mapping of keys, or a dataclass), with `overrides`, to its end.
+    """Train, and publish the result. Under ``torchrun`` or ``accelerate launch`` each process calls this.
 
-    `as_json` prints an object per log; `only_check` stops before the first step; `started` is when the command began
-    (seconds since the epoch); `callbacks` are transformers'. Under ``torchrun`` or ``accelerate launch`` each process
-    calls it. Raises ObsfsError for what cannot be run as asked, ImportError where the extra ``train`` is not installed;
-    a run that was cut off goes on with ``resume=True``.
+    An interrupted run continues with ``resume=True``.
+
+    Args:
+        config: The run: a mapping of keys, or a :class:`trainer.TrainConfig`.
+        as_json: Print an object per log entry.
+        only_check: Stop before the first step.
+        started: When the command started, in seconds since the epoch; by default now.
+        callbacks: Callbacks of transformers.
+        overrides: Keys that replace those of `config`.
+
+    Raises:
+        ObsfsError: The run is not possible as configured.
+        ImportError: The extra ``train`` is not installed.
     """
     chosen = load_config(config, overrides)
-    run_location(chosen.output, chosen.settings)  # a mount that has died is told before Python imports
+    run_location(chosen.output, chosen.settings)  # reports a dead mount before the slow imports
     base_model.check_name(chosen.model, chosen.settings)
     for place in (*chosen.data, *chosen.eval_data):
         data.check_name(place)
@@ -77,9 +93,9 @@ def train(
         show = waiting.enter_context(spinner("mounting, importing", quiet=as_json or not _is_first()))
         with base_model.open_model(chosen.model, chosen.settings) as base:
             base_model.require_weights(base.path)
-            # A model that is not there is told first. Then the weights travel while Python imports for ten seconds.
+            # Report a missing model first. Then load the weights while Python imports for ten seconds.
             importing = pool.submit(_import, chosen)
-            # A check reads the headers alone.
+            # A check reads only the headers.
             stop = base_model.prefetch(base) if _is_first_here() and not only_check else threading.Event()
             try:
                 importing.result()
@@ -106,7 +122,7 @@ def _import(config: TrainConfig) -> None:
 
 
 def _is_of_another(error: RuntimeError) -> bool:
-    """Whether it is what torch's gloo or NCCL raises where the others wait for a process that is gone."""
+    """Return whether gloo or NCCL raised the error because another process of the run is gone."""
     from torch.distributed import DistError
 
     return isinstance(error, DistError) or "gloo" in str(error)
@@ -144,10 +160,10 @@ class _Run:
         self._parts: Parts = config.parts(self.output_dir)
         self._is_main = self._parts.arguments.process_index == 0
         if self._place and "://" not in config.output and self._is_main:
-            # What is written to a directory elsewhere appears there; here others see it, in the bucket.
+            # Output to a directory stays local; this one appears in the bucket, where others see it.
             tell(f"{config.output} lies on a mount: the result is published as {self._place.url}", err=True)
         if not as_json:
-            # What people see begins with the first step. (All processes must agree: a log gathers the loss of each.)
+            # Show people the first step. (All processes must agree: a log entry gathers the loss of each.)
             self._parts.arguments.logging_first_step = config.options.get("logging_first_step", True)
         self._data = RunData(config, self._parts.arguments, base.name, is_main=self._is_main)
 
@@ -202,7 +218,7 @@ class _Run:
             if report.total is not None:
                 checked["records"] = report.total
             return TrainResult(self._config.output, 0, 0, checked, self._timeline.rounded(), notes=self._data.notes)
-        # The whole of the data becomes tokens while the weights are loaded.
+        # Tokenise all data while the weights are loaded.
         with ThreadPoolExecutor(1, "trainer-load") as pool:
             loading = pool.submit(self._load_model)
             with self._timeline.part("data"), arguments.main_process_first(desc="data"):
@@ -225,7 +241,7 @@ class _Run:
         return state_dir() / "runs" / f"{name}-{hashlib.sha256(self._place.url.encode()).hexdigest()[:8]}"
 
     def _check_memory(self, stats: base_model.ModelStats, trainable: int) -> MemoryEstimate:
-        """What training needs. Raises UsageError when that is surely too much."""
+        """Return the memory that training needs. Raises UsageError if that is surely too much."""
         config, arguments = self._config, self._parts.arguments
         memory = estimate_run_memory(config, arguments, stats, trainable)
         if config.check_memory and not is_sharded(arguments) and memory.is_too_much:
@@ -238,7 +254,7 @@ class _Run:
         return memory
 
     def _prepare_output(self) -> Path | None:
-        """See that the output can be written, and find what to go on with."""
+        """Check that the output can be written, and return the checkpoint to resume from, if any."""
         from trainer import checkpoints
 
         arguments = self._parts.arguments
@@ -288,7 +304,7 @@ class _Run:
         return self._place.is_taken() if self._place else checkpoints.has_result(self.output_dir)
 
     def _compare(self, checkpoint: Path) -> None:
-        """Refuse a checkpoint that was made with what cannot change, and have the best one here that may be needed."""
+        """Refuse a checkpoint made with other fixed settings, and download the best checkpoint if it is needed."""
         from trainer import checkpoints
         from trainer.progress import say
 
@@ -301,7 +317,7 @@ class _Run:
             checkpoints.bring_best(checkpoint, self._place)
 
     def _note_data(self, train_data: Any, checkpoint: Path | None) -> None:
-        """Note what the data is, and say what is other than it was when the checkpoint was made."""
+        """Record what the data is, and report what changed since the checkpoint was made."""
         from trainer.progress import say
 
         self._notes = replace(self._notes, data={**self._notes.data, **run_record.data_of(train_data)})
@@ -339,7 +355,7 @@ class _Run:
         if self._is_main:
             trainer.add_callback(progress)
             checkpoints.write_run(self.output_dir, self._to_yaml())
-            if not (self.output_dir / run_record.NAME).exists():  # by which the next run knows the directory as ours
+            if not (self.output_dir / run_record.NAME).exists():  # marks the directory as ours for the next run
                 self._notes.write(self.output_dir)
             if checkpoint and not self._as_json:
                 say(f"going on from {checkpoint.name}")
@@ -370,7 +386,7 @@ class _Run:
         return outcome
 
     def _make_publisher(self, checkpoint: Path | None) -> Publisher | None:
-        """What publishes, in the one process that does; it begins with a checkpoint that the bucket does not have."""
+        """Return the publisher, in the main process only. It starts with a checkpoint that the bucket lacks."""
         from trainer.checkpoints import Publisher, step_of
 
         if not self._is_main or self._place is None:
@@ -401,8 +417,10 @@ class _Run:
         )
 
     def _publish_finished(self, checkpoint: Path) -> TrainResult:
-        """The run had come to its end: its last checkpoint, or its best, has the result. (transformers would take one
-        step more.) A result that is there already stays."""
+        """Publish the result of a run that had ended already, from its last or best checkpoint.
+
+        transformers would take one step more. An existing result is kept.
+        """
         from trainer import checkpoints
 
         step = checkpoints.step_of(checkpoint)
@@ -419,7 +437,7 @@ class _Run:
         return replace(outcome, reason=reason)
 
     def _has_result(self, checkpoint: Path) -> bool:
-        """Whether what lies in the place of the result is that of the run that ended with a checkpoint."""
+        """Return whether the output has the result of the run that ended with a checkpoint."""
         from trainer import checkpoints
 
         found = run_record.read(self.output_dir)
@@ -432,7 +450,7 @@ class _Run:
         try:
             return make_trainer(self._parts, model, tokenizer, train_data, eval_data)
         except (ValueError, TemplateError) as error:
-            # What TRL and PEFT refuse: a record that the template does not take, modules that the model does not have.
+            # TRL and PEFT refuse, for example, a record that the template does not accept, or unknown modules.
             raise UsageError(f"{self._config.task} cannot be set up", first_line(error)) from None
 
     def _to_yaml(self) -> str:

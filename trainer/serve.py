@@ -1,4 +1,4 @@
-"""A model, and an adapter if there is one, behind an OpenAI-compatible server: transformers', vLLM's or SGLang's."""
+"""Serve a model, with an adapter if given, by the OpenAI-compatible server of transformers, vLLM or SGLang."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _END_SECONDS = 10.0
 
 
 class Server(NamedTuple):
-    """A server that runs: its URL (to be followed by ``/v1``), the name to ask it by, and its process."""
+    """A running server: its URL (without ``/v1``), the name of the model in requests, and its process."""
 
     url: str
     model: str
@@ -45,7 +45,7 @@ class Server(NamedTuple):
 
 
 def choose_backend(given: str | None) -> str:
-    """As given, or the fastest that is installed. Raises UsageError when it is not."""
+    """Return the given backend, or the fastest one installed. Raises UsageError if it is not installed."""
     if given is None:
         given = next((name for name in ("vllm", "sglang") if find_spec(name)), "transformers")
     needs = {"transformers": ("fastapi", "transformers[serving]")}.get(given, (given, given))
@@ -57,9 +57,14 @@ def choose_backend(given: str | None) -> str:
 def command_of(
     backend: str, model: Path, adapter: Path | None, where: Sequence[str], extra: Sequence[str]
 ) -> list[str]:
-    """How a backend is started, in a directory with a link to the model, so that it is asked for both by name.
+    """Return the command that starts a backend, in a directory with a link to the model.
 
-    `where` is to listen. transformers serves no adapters: it is given a merged model.
+    Args:
+        backend: One of :data:`BACKENDS`.
+        model: The directory of the model. Its name is the name of the model in requests.
+        adapter: The directory of an adapter; None for transformers, which serves no adapters but a merged model.
+        where: The options for host and port.
+        extra: Further options.
     """
     named = [*where, "--served-model-name", model.name]
     if backend == "vllm":
@@ -68,7 +73,7 @@ def command_of(
     if backend == "sglang":
         lora = ["--lora-paths", f"{adapter.name}={adapter}"] if adapter else []
         return [*python_command("-m", "sglang.launch_server", "--model-path", str(model)), *named, *lora, *extra]
-    # By way of a module of ours, which keeps the chatter of libraries from the terminal.
+    # A module of ours runs it, which keeps the noise of libraries off the terminal.
     return [*python_command("-m", "trainer.backend"), "serve", model.name, *where, *extra]
 
 
@@ -84,13 +89,24 @@ def serve(
     quiet: bool = False,
     settings: dict[str, Any] | None = None,
 ) -> Iterator[Server]:
-    """Serve until the block is left. `port` 0 is any that is free; `extra` goes to the backend as it is.
+    """Serve a model until the block ends.
 
-    Raises UsageError when the server does not start; what it said went to stderr, unless `quiet`.
+    Args:
+        model: The model: a directory, a URL, or a name in the library. An adapter is served with its base.
+        adapter: An adapter for it.
+        backend: One of :data:`BACKENDS`; by default the fastest one installed.
+        host: The address to listen on.
+        port: The port to listen on; 0 takes any free one.
+        extra: Further options for the backend.
+        quiet: Discard the server's output.
+        settings: Settings of obsfs.
+
+    Raises:
+        UsageError: The server does not start.
     """
     settings = settings or {}
     chosen = choose_backend(backend)
-    port = _free_port(host, port)  # before anything is loaded
+    port = _free_port(host, port)  # before anything is loaded: a wrong port is reported at once
     with ExitStack() as stack:
         base, tuned = _open(stack, model, adapter, settings)
         if chosen == "transformers":
@@ -104,8 +120,8 @@ def serve(
             adapter_path = None
         command = command_of(chosen, path, adapter_path, ["--host", host, "--port", str(port)], extra)
         silence = subprocess.DEVNULL if quiet else None
-        # In a directory of its own: the model's, or the one above it, may hold anything. transformers, which is told
-        # no other name to serve a model by, finds it there.
+        # The server runs in a directory of its own, because the model's may contain anything. A link there gives the
+        # model its name: transformers has no option for it.
         home = stack.enter_context(temporary_directory("obsfs-serve-"))
         (home / path.name).symlink_to(path.absolute())
         process = subprocess.Popen(
@@ -135,8 +151,7 @@ def _open(
 
 
 def _tell_of_template(base: BaseModel, tuned: BaseModel | None, *, is_chat: bool, extra: Sequence[str]) -> None:
-    """Say at the start what every request for a chat would be refused for. Raises UsageError where that is all there is
-    to do."""
+    """Warn at the start that chats will be refused without a chat template. Raises UsageError for ``obsfs chat``."""
     source = tuned if tuned and (tuned.path / "tokenizer_config.json").exists() else base
     if has_chat_template(source.path) or any("chat-template" in word for word in extra):
         return
@@ -153,7 +168,7 @@ def _tell_of_template(base: BaseModel, tuned: BaseModel | None, *, is_chat: bool
 
 
 def has_chat_template(model: Path) -> bool:
-    """Whether a model, or an adapter, says how a conversation is written."""
+    """Return whether a model or an adapter has a chat template."""
     if any(
         (model / name).exists() for name in ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
     ):
@@ -166,12 +181,12 @@ def has_chat_template(model: Path) -> bool:
 
 
 def _free_port(host: str, port: int) -> int:
-    """Return `port`, or any free one for 0. Raises UsageError where nothing can listen there."""
+    """Return `port`, or a free one for 0. Raises UsageError if it cannot be listened on."""
     try:
         with socket.create_server((host, port)) as listener:
             return int(listener.getsockname()[1])
     except OSError as error:
-        # Python adds the address to what the system says; a name that is not found has a negative number.
+        # Python adds the address to the system's message; an unknown host name has a negative error number.
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or first_line(error)
         raise UsageError(f"cannot listen on {host}:{port} ({reason})", "choose another --host or --port") from None
 
@@ -203,13 +218,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def chat(server: Server, extra: Sequence[str]) -> int:
-    """Talk to a server in the terminal, by ``transformers chat``. Returns its exit status.
+    """Chat with a server in the terminal by ``transformers chat``. Returns its exit status.
 
-    What it saves goes below ``chat`` in the state directory, where it runs.
+    It runs, and saves chats, in ``chat`` below the state directory.
     """
     home = state_dir() / "chat"
     home.mkdir(mode=0o700, exist_ok=True)
     command = [*python_command("-m", "trainer.backend"), "chat", server.model, server.url, *extra]
-    # With HF_HUB_OFFLINE its client refuses to speak to any server, also to the one on this machine.
+    # With HF_HUB_OFFLINE its client refuses to talk to any server, even one on this machine.
     environment = {name: value for name, value in child_environment().items() if name != "HF_HUB_OFFLINE"}
     return subprocess.run(command, cwd=home, env=environment, check=False).returncode
