@@ -1,4 +1,4 @@
-"""Formats of data, told apart by what a record holds, and made into the records that TRL takes. Pure."""
+"""Recognise the format of data by the columns of a record, and convert records to those that TRL takes. Pure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LABELS = ("label", "kto_tag")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _HISTORY = "history"
 _NEVER_LEFT = (*_SYSTEM, _HISTORY, *_TOOLS, "chosen", *_REJECTED)
-"""Columns that change what is learned: a record that holds one which its format cannot use is refused."""
+"""Columns that change what is learned: a record with one that its format cannot use is refused."""
 _PREFERENCE = ("dpo", "orpo", "cpo", "simpo", "kto")
 _WITHOUT_TOOLS = ("orpo", "cpo", "simpo")
 _KNOWN = (
@@ -38,9 +38,14 @@ _KNOWN = (
 
 
 class Shape(NamedTuple):
-    """What all records of a place become: `is_chat` with a chat template; `is_plain` where question and answers stay
-    text; `has_tools` where some record has tools, which is only where they can have them. (A table has one type in each
-    column.)"""
+    """What all records of a source become. (A table has one type per column, so they are all alike.)
+
+    Args:
+        is_chat: The model has a chat template.
+        is_plain: Questions and answers stay text.
+        can_have_tools: The format and the task allow tools.
+        has_tools: Some record has tools.
+    """
 
     is_chat: bool
     is_plain: bool
@@ -49,7 +54,7 @@ class Shape(NamedTuple):
 
 
 class Made(NamedTuple):
-    """TRL's record, and what it was not made of: names of columns, and of keys of messages that few templates show."""
+    """A record of TRL, the columns that were not used, and the keys of messages that few templates show."""
 
     record: Record
     columns: list[str]
@@ -57,7 +62,7 @@ class Made(NamedTuple):
 
 
 class Held:
-    """What a record holds: of this everything is taken by a conversion, or told to the user, or refused."""
+    """The values of a record. The conversion takes each one, or it is reported to the user, or refused."""
 
     def __init__(self, record: Mapping[str, Any]) -> None:
         self.left = {name: value for name, value in record.items() if not _is_empty(value)}
@@ -66,11 +71,11 @@ class Held:
         return name in self.left
 
     def take(self, name: str | None) -> Any:
-        """Return a value, None for an empty one. It counts as used from now on."""
+        """Return a value, None if it is empty, and count it as used."""
         return self.left.pop(name, None) if name else None
 
     def text(self, names: Iterable[str]) -> str:
-        """Take several values, which are to be texts, as one."""
+        """Take several values, all of which must be text, as one text."""
         parts = []
         for name in names:
             if (value := self.take(name)) is not None:
@@ -86,7 +91,7 @@ class Held:
         return self.take(name)
 
     def same(self, names: Iterable[str], read: Callable[[Any], Any]) -> Any:
-        """Take a value that goes by one of several names; by two of them, it has to be the same."""
+        """Take a value that may have one of several names. Under two names, it must be the same."""
         given = {name: read(self.take(name)) for name in names if name in self}
         values = [value for value in given.values() if value]
         if any(value != values[0] for value in values):
@@ -95,10 +100,16 @@ class Held:
 
 
 class Format(NamedTuple):
-    """What a record is: its kind, the columns that make it so, and the tasks that learn from it.
+    """The format of a record.
 
-    `talk`, `ask`, `answer` and `rejected` are the columns of a conversation, a question, its answer, and the answer
-    that was rejected, if it has them.
+    Args:
+        kind: The kind of format, a key of ``_CONVERT``.
+        columns: The columns that identify it.
+        tasks: The tasks that can learn from it.
+        talk: The column of a conversation, if any.
+        ask: The column of a question, if any.
+        answer: The column of its answer, if any.
+        rejected: The column of a rejected answer, if any.
     """
 
     kind: str
@@ -111,11 +122,11 @@ class Format(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For people: its columns."""
+        """The columns, as a name for users."""
         return ", ".join(self.columns)
 
     def shape(self, record: Record, columns: Collection[str], is_chat: bool) -> Shape:
-        """Return what the records of a place become, given the first of them and the columns that any of them holds."""
+        """Return what the records of a source become, given the first one and the columns that any of them has."""
         others = (*_SYSTEM, *_TOOLS, *_MORE, _HISTORY)
         own = self.ask in (None, "prompt") and self.answer in (None, "completion", "chosen")
         asked_is_text = not self.talk and (self.ask is None or isinstance(record.get(self.ask), str))
@@ -127,11 +138,11 @@ class Format(NamedTuple):
         return Shape(is_chat, is_plain, can, can and any(name in columns for name in _TOOLS))
 
     def convert(self, record: Record, is_chat: bool) -> Record:
-        """Return TRL's record of one that stands alone. Raises ValueError with the reason."""
+        """Convert a single record. Raises ValueError with the reason."""
         return self.make(record, self.shape(record, held_columns(record), is_chat)).record
 
     def make(self, record: Record, shape: Shape) -> Made:
-        """Return TRL's record, and what of the record is not in it. Raises ValueError with the reason."""
+        """Convert a record, and return what is not in the result. Raises ValueError with the reason."""
         held = Held(record)
         made = _CONVERT[self.kind](self, held, shape)
         offered = held.same(_TOOLS, chats.tools) if self.kind != "text" else None
@@ -145,7 +156,7 @@ class Format(NamedTuple):
 
 
 def recognise(record: Record, task: str, where: str) -> Format:
-    """Return the format that a record is in. Raises UsageError, which shows the record."""
+    """Return the format of a record. Raises UsageError, which shows the record, if it fits no format of the task."""
     found = _format(record, task)
     if found is not None and task in found.tasks:
         return found
@@ -158,22 +169,22 @@ def recognise(record: Record, task: str, where: str) -> Format:
 
 
 def held_columns(record: Mapping[str, Any]) -> list[str]:
-    """Return the names of the columns in which a record has something."""
+    """Return the names of the columns in which a record has a value."""
     return list(Held(record).left)
 
 
 def shown(record: Mapping[str, Any]) -> str:
-    """Return a record for an error, cut short."""
+    """Return a record as text for an error, cut short."""
     return visible(json.dumps(dict(record), ensure_ascii=False, default=str), _SHOWN)
 
 
 def is_conversation(record: Record) -> bool:
-    """Return whether a record (as TRL takes it) is made of messages, which a tokenizer needs a chat template for."""
+    """Return whether a record of TRL is a conversation, which needs a chat template."""
     return "messages" in record or any(isinstance(record.get(name), list) for name in ("prompt", "chosen"))
 
 
 def refuse_other(form: Format, record: Record, task: str) -> None:
-    """Raise ValueError, with the reason, for a record that is not in the format of its place."""
+    """Raise ValueError, with the reason, for a record that is not in the format of its source."""
     other = _format(record, task)
     if other == form:
         return
@@ -186,18 +197,18 @@ def refuse_other(form: Format, record: Record, task: str) -> None:
 
 
 def can_have_tools(task: str) -> bool:
-    """Return whether TRL shows tools to the chat template."""
+    """Return whether TRL passes tools to the chat template."""
     return task not in _WITHOUT_TOOLS
 
 
 def refuse_tools(made: Record, task: str) -> None:
-    """Raise ValueError for a record with tools where TRL would leave them out."""
+    """Raise ValueError for a record with tools if TRL would leave them out."""
     if not can_have_tools(task) and (made.get("tools") or _calls(made)):
         raise ValueError(f"it has tools or calls them, which TRL leaves out in task {task}: dpo shows them")
 
 
 def without_nulls(value: Any) -> Any:
-    """Return a value without the keys that a table has filled in with nulls."""
+    """Return a value without the keys that a table filled with nulls."""
     if isinstance(value, dict):
         return {key: without_nulls(one) for key, one in value.items() if one is not None}
     return [without_nulls(one) for one in value] if isinstance(value, list) else value
@@ -209,7 +220,7 @@ def _calls(made: Record) -> bool:
 
 
 def _format(record: Record, task: str) -> Format | None:
-    """By what a record holds: columns without a value count only where nothing else tells what it is."""
+    """Return the format of a record. Columns without a value count only if no other columns decide."""
     return _format_by(_column_held, record, task) or _format_by(_column_given, record, task)
 
 
@@ -255,7 +266,7 @@ def _column_held(record: Record, names: Iterable[str]) -> str | None:
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a value holds nothing: also where a table has made something of nothing, such as a list of a null."""
+    """Return whether a value is empty, even if a table made a list of nulls of it."""
     if isinstance(value, list):
         return all(_is_empty(one) for one in value)
     if isinstance(value, dict):
@@ -264,7 +275,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _refuse(form: Format, held: Held) -> None:
-    """Refuse what is left of a record and would change what is learned."""
+    """Raise ValueError if an unused value of a record would change what is learned."""
     for name in _MEDIA:
         if name in held:
             raise ValueError(
@@ -295,7 +306,7 @@ def _label(value: Any) -> bool:
 
 
 def _said(value: Any, name: str) -> list[chats.Message]:
-    """An answer as messages: from a text, one message, or several."""
+    """Return an answer as messages: it may be a text, one message, or several."""
     if _is_empty(value):
         raise ValueError(f"{name} is empty")
     if isinstance(value, str):
@@ -309,7 +320,7 @@ def _said(value: Any, name: str) -> list[chats.Message]:
 
 
 def _question(form: Format, held: Held) -> list[chats.Message]:
-    """What is asked, as messages: system prompt, earlier turns, question."""
+    """Return the question as messages: system prompt, earlier turns, question."""
     ask = form.ask or ""
     past = held.take(_HISTORY)
     turns = chats.history(past) if past is not None else []
@@ -324,7 +335,7 @@ def _question(form: Format, held: Held) -> list[chats.Message]:
 
 
 def _question_text(form: Format, held: Held, shape: Shape) -> str:
-    """What is asked, where it stays text: everything in front of the answer."""
+    """Return the question as text: everything before the answer."""
     if shape.is_chat:
         return str(_filled_text(held, form.ask or ""))
     turns = _question(form, held)
@@ -349,7 +360,7 @@ def _of_talk(form: Format, held: Held, shape: Shape) -> Record:
 
 
 def _talk(form: Format, held: Held) -> Any:
-    """Take a conversation: an empty one is no conversation, and its reader says so."""
+    """Take a conversation. An empty one is refused by its reader."""
     return held.take(form.talk) or []
 
 
@@ -404,7 +415,7 @@ def _of_choice(form: Format, held: Held, shape: Shape) -> Record:
 def _without_shared(
     form: Format, asked: list[chats.Message], chosen: list[chats.Message], rejected: list[chats.Message]
 ) -> tuple[list[chats.Message], list[chats.Message], list[chats.Message]]:
-    """The whole conversation twice: what they share is the prompt, which may also stand in a column of its own."""
+    """Split off the prompt that two whole conversations share; a column of its own may repeat it."""
     pairs = zip(chosen[:-1], rejected[:-1], strict=False)
     shared = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
     if not shared:
@@ -430,7 +441,7 @@ def _choice(
 
 
 def _all_learned(made: Record) -> Record:
-    """Preferences are learned whole: an answer that should not be is refused; of the question it does not matter."""
+    """Refuse an answer that must not be learned: preferences are learned whole. For a question it does not matter."""
     for name in ("completion", "chosen", "rejected"):
         if isinstance(made.get(name), list) and any(chats.LOSS in one for one in made[name]):
             raise ValueError(f"{name} has loss: false, which only task sft can honour")

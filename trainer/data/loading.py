@@ -1,4 +1,4 @@
-"""Data sets read, by ``datasets`` and by reading.py, and made into the records that TRL takes."""
+"""Read data sets, by ``datasets`` and by reading.py, and convert them to the records that TRL takes."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from trainer.data.sources import find
 from trainer.data.unused_fields import UnusedFields, entry
 
 SAMPLE = 256
-"""Records of streamed data that are looked at before the run: what they hold, all others are to hold."""
+"""How many records of streamed data are checked before the run. All others must have the same columns."""
 _ENTRY = "account"
-"""The column that :func:`trainer.data.unused_fields.entry` is kept in until it is counted."""
+"""The column for :func:`trainer.data.unused_fields.entry`, until the entries are counted."""
 
 
 class RecordOrigins(NamedTuple):
-    """Where the records of one data set come from. A size is None where a place is streamed."""
+    """The sources of the records of one data set: names and sizes. The size of a streamed source is None."""
 
     names: tuple[str, ...]
     sizes: tuple[int | None, ...]
 
     def where(self, index: int) -> str:
-        """Return what to call the record at an index (from 0) of the whole: its number (from 1) and its place."""
+        """Return the name of the record at an index (from 0): its number (from 1) in its source, and the source."""
         before = 0
         for name, size in zip(self.names, self.sizes, strict=True):
             if size is None:
@@ -52,10 +52,14 @@ class RecordOrigins(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """One data set of all places: a ``Dataset``, or an ``IterableDataset`` when it is streamed.
+    """One data set made of all sources.
 
-    `accounts` are of what is not used, for each place; `kinds` has the index of the first record of each kind, as
-    :func:`trainer.data.unused_fields.kind` tells them apart (none when streamed). `notes` say what was not even read.
+    Args:
+        records: A ``Dataset``, or an ``IterableDataset`` if it is streamed.
+        places: The sources of the records.
+        accounts: For each source, the fields that are not used.
+        kinds: The index of the first record of each kind (:func:`trainer.data.unused_fields.kind`); empty if streamed.
+        unread: Notes on files that were not read.
     """
 
     records: Any
@@ -66,13 +70,23 @@ class Loaded(NamedTuple):
 
     @property
     def notes(self) -> list[str]:
-        """What is not used, a line each."""
+        """Notes on what is not used, a line each."""
         return [*self.unread, *(line for one in self.accounts for line in one.notes())]
 
 
 class _Raw(NamedTuple):
-    """A place as it was read: its first record, and the columns in which some record has something (when streamed, one
-    of a sample). `nested` are the columns in which tables have filled in nulls; `given` those of the data set."""
+    """A source as it was read, before conversion.
+
+    Args:
+        place: The name of the source.
+        records: The records.
+        first: The first one.
+        columns: The columns in which any record (if streamed: any of a sample) has a value.
+        nested: The columns in which a table filled in nulls.
+        given: The columns of the data set.
+        form: The format of the records.
+        unread: A note on files that were not read.
+    """
 
     place: str
     records: Any
@@ -85,10 +99,16 @@ class _Raw(NamedTuple):
 
 
 class Converter:
-    """Makes TRL's records of the records of one place, for ``Dataset.map``, and keeps account of the rest.
+    """Converts the records of one source to TRL's, for ``Dataset.map``, and records which fields are not used.
 
-    `account` is where it is kept of streamed data; else it stands in a column, as ``datasets`` may take from its cache
-    what was converted before. `becomes` is what all records are to be, as :func:`described` says of the first.
+    Args:
+        raw: The source.
+        task: The task of the run.
+        shape: What all records become.
+        ignored: Columns to leave out.
+        account: Takes the unused fields of streamed data; None puts them into a column, because ``datasets`` may take
+            converted records from its cache.
+        becomes: The required columns and types of the result, as :func:`described` gives them; empty for any.
     """
 
     def __init__(
@@ -104,10 +124,10 @@ class Converter:
         self._form, self._task, self._shape, self._where = raw.form, task, shape, raw.place
         self._nested, self._ignored, self._account = frozenset(raw.nested), frozenset(ignored), account
         self._becomes = becomes
-        self._code = _code()  # what was converted by other code is not taken from a cache
+        self._code = _code()  # so that ``datasets`` does not reuse what other code converted
 
     def __call__(self, record: Record, number: int) -> Record:
-        """Raises UsageError, which shows the record that does not fit and its number, counted from 1."""
+        """Convert a record. Raises UsageError with the record and its number, counted from 1, if it does not fit."""
         try:
             record = {name: one for name, one in _opened(record).items() if name not in self._ignored}
             made = self._made(record)
@@ -141,9 +161,19 @@ def load_all(
     settings: dict[str, Any],
     ignored: Collection[str] = (),
 ) -> Loaded:
-    """Read all places into one data set, ready for TRL. With `chat`, instructions become conversations.
+    """Read all sources into one data set, ready for TRL.
 
-    Raises UsageError for what cannot be found, read or recognised, and for each record that does not fit its format.
+    Args:
+        places: The sources: files, directories, URLs, names.
+        task: The task of the run.
+        split: The split of data sets on the hub.
+        streaming: Read while training, without converting everything first.
+        chat: Make conversations of instructions, for a chat template.
+        settings: Settings of obsfs for buckets.
+        ignored: Columns to leave out.
+
+    Raises:
+        UsageError: A source cannot be found, read or recognised, or a record does not fit the format of its source.
     """
     import datasets
 
@@ -186,19 +216,19 @@ def load_all(
 
 
 def load(places: Iterable[str], task: str, *, split: str, streaming: bool, chat: bool, settings: dict[str, Any]) -> Any:
-    """Return the data set alone of :func:`load_all`."""
+    """Return only the data set of :func:`load_all`."""
     return load_all(places, task, split=split, streaming=streaming, chat=chat, settings=settings).records
 
 
 def described(made: Record) -> str:
-    """Return what a record of TRL is made of: its columns, and their types."""
+    """Return the columns and types of a record of TRL, as text."""
     kinds = {str: "text", list: "messages", bool: "true or false"}
     told = [f"{name} ({kinds.get(type(value), '?')})" for name, value in sorted(made.items()) if name != "tools"]
     return " and ".join(told)
 
 
 def _features(made: Record, *, has_entry: bool) -> Any:
-    """The columns of TRL's records. Messages are JSON, so that no table fills in keys that a message does not have."""
+    """Return the columns of TRL's records. Messages are JSON, so that the table adds no keys to a message."""
     from datasets import Features, Json, Value
 
     kinds = {list: Json(), bool: Value("bool")}
@@ -207,7 +237,7 @@ def _features(made: Record, *, has_entry: bool) -> Any:
 
 
 def _count(part: Any, account: UnusedFields) -> list[int]:
-    """Enter every record into the account, and return the index of the first record of each kind."""
+    """Add the unused fields of every record, and return the index of the first record of each kind."""
     firsts: dict[str, int] = {}
     seen: dict[str, str] = {}
     index = 0
@@ -230,7 +260,7 @@ def _code() -> str:
 
 
 def _opened(record: Record) -> Record:
-    """A record as it was in its file. Raises ValueError."""
+    """Return a record as it was in its file. Raises ValueError."""
     if record.keys() == {reading.RECORD, reading.COLUMNS}:
         return reading.parsed(str(record[reading.RECORD]))
     return record
@@ -239,7 +269,7 @@ def _opened(record: Record) -> Record:
 def _read(
     place: str, *, task: str, split: str, streaming: bool, settings: dict[str, Any], ignored: Collection[str]
 ) -> _Raw:
-    """Read a place, and recognise it by its first record."""
+    """Read a source, and recognise its format by the first record."""
     import datasets
 
     found = find(place, settings)
@@ -272,7 +302,7 @@ def _read(
 
 
 def _read_text(files: Sequence[str], storage_options: dict[str, Any], *, streaming: bool) -> Any:
-    """The records of JSON and CSV files, as :func:`trainer.data.reading.read_text` makes them."""
+    """Return the records of JSON and CSV files, as :func:`trainer.data.reading.read_text` makes them."""
     from datasets import Dataset, Features, IterableDataset, Value
 
     features = Features({reading.RECORD: Value("large_string"), reading.COLUMNS: Value("string")})
@@ -280,13 +310,13 @@ def _read_text(files: Sequence[str], storage_options: dict[str, Any], *, streami
     if streaming:
         return IterableDataset.from_generator(reading.read_text, features=features, gen_kwargs=given)
     if next(reading.read_text(files, storage_options), None) is None:
-        return []  # datasets takes it for an error of ours
+        return []  # datasets raises an error for no records
     given |= {"stamps": tuple(reading.stamps(files, storage_options)), "code": _code()}
     return Dataset.from_generator(reading.read_text, features=features, gen_kwargs=given)
 
 
 def _columns(records: Any, first: Record, *, streaming: bool) -> set[str]:
-    """The columns in which some record has something."""
+    """Return the columns in which any record has a value."""
     if streaming:
         sample = [_opened(record) for record in records.take(SAMPLE)]
         return {name for record in sample for name in held_columns(record)}

@@ -33,15 +33,15 @@ _SYNONYMS = {
     ),
     _CALL: (_CALL, "tool_call"),
 }
-"""Roles as ShareGPT, LLaMA-Factory, ms-swift, axolotl and OpenAI write them, by the role that templates know."""
+"""For each role that templates know, the names in ShareGPT, LLaMA-Factory, ms-swift, axolotl and OpenAI."""
 _ROLES = {word: role for role, words in _SYNONYMS.items() for word in words}
 ROLES = ("system", "user", "assistant", "tool")
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-"""Keys of what an assistant thinks before it answers. Some templates show it."""
+"""Keys for the reasoning of an assistant before its answer. Some templates show it."""
 LOSS = "loss"
-"""The key of a message that is not learned from; its value is false. Other messages do not have it."""
+"""The key that marks a message not to learn; its value is false. Other messages do not have it."""
 _LOSS_KEYS = (LOSS, "train", "training", "trainable", "train_on_turn", "weight")
-"""As ms-swift (loss), axolotl (train, training, train_on_turn) and Mistral and OpenAI (weight) write it."""
+"""Names of that key in ms-swift (loss), axolotl (train, training, train_on_turn), Mistral and OpenAI (weight)."""
 _NOTHING: tuple[Any, ...] = (None, "", {}, [])
 _KNOWN_KEYS = {"role", "content", "tool_calls", "tool_call_id", "id", "name", LOSS}
 _KNOWN_OF_CALLS = {"type", "id", "function"}
@@ -49,9 +49,9 @@ _KNOWN_OF_FUNCTIONS = {"name", "arguments"}
 
 
 def turns(value: Any) -> list[Message]:
-    """Return a conversation as messages with the keys ``role`` and ``content``, and what else each one holds.
+    """Return a conversation as messages with the keys ``role`` and ``content``, and their other keys.
 
-    Keys without a value are left out: tables fill them in for every message. ``function_call`` turns become
+    Keys without a value are left out, because tables add them to every message. ``function_call`` turns become
     ``tool_calls`` of an assistant message.
     """
     if isinstance(value, str):
@@ -68,17 +68,17 @@ def turns(value: Any) -> list[Message]:
 
 
 def learned(messages: list[Message]) -> list[int]:
-    """Return the indexes of the messages that are learned from: the assistant's, but for those with ``loss: false``."""
+    """Return the indexes of the messages to learn: the assistant's, except those with ``loss: false``."""
     return [i for i, one in enumerate(messages) if one["role"] == "assistant" and one.get(LOSS, True)]
 
 
 def for_template(messages: list[Message]) -> list[Message]:
-    """Return the messages without the mark that only we understand."""
+    """Return the messages without our own mark ``loss``."""
     return [{key: value for key, value in one.items() if key != LOSS} for one in messages]
 
 
 def other_keys(messages: list[Message]) -> set[str]:
-    """Return what else messages hold, each with where: only some chat templates show it."""
+    """Return the other keys of messages, with where they are. Only some chat templates show them."""
     found = {f"{key} of messages" for one in messages for key in one if key not in _KNOWN_KEYS}
     found |= {"name of messages" for one in messages if "name" in one and one["role"] != "tool"}
     for call in (call for one in messages for call in one.get("tool_calls", ())):
@@ -88,7 +88,7 @@ def other_keys(messages: list[Message]) -> set[str]:
 
 
 def with_system(messages: list[Message], system: str) -> list[Message]:
-    """Put a system prompt in front. Refuse a second one that differs."""
+    """Put a system prompt first. Refuse a second one that differs."""
     if not system:
         return messages
     if messages and messages[0]["role"] == "system":
@@ -120,7 +120,7 @@ def history(value: Any) -> list[Message]:
 
 
 def tools(value: Any) -> str | None:
-    """Return the tools that a record offers as JSON text of OpenAI's form, which TRL takes. None without any."""
+    """Return the tools of a record as JSON text in OpenAI's form, which TRL takes; None if it has none."""
     if isinstance(value, str):
         value = _parsed(value, "tools") if value.strip() else None
     if value in (None, [], {}):
@@ -132,7 +132,7 @@ def tools(value: Any) -> str | None:
 
 
 def tool_names(value: str | None) -> list[str]:
-    """Return the names of the tools in what :func:`tools` has made."""
+    """Return the names of the tools in the result of :func:`tools`."""
     return [one["function"]["name"] for one in json.loads(value)] if value else []
 
 
@@ -174,7 +174,7 @@ def _add(found: list[Message], turn: Any) -> None:
         raise ValueError("is an empty answer: take it out, or give it loss: false")
     last = found[-1] if found else None
     if is_call and last and last["role"] == "assistant" and (LOSS in last) is not is_learned:
-        # Calls of one answer that stand in turns of their own: templates know one assistant message.
+        # Calls of one answer in turns of their own: templates expect one assistant message.
         last["tool_calls"] = [*last.get("tool_calls", []), *calls]
         for key, value in rest.items():
             if last.setdefault(key, value) != value:
@@ -184,7 +184,7 @@ def _add(found: list[Message], turn: Any) -> None:
 
 
 def _one_of(rest: Message, name: str, other: str) -> Any:
-    """Take a value out of a message that goes by one of two names."""
+    """Take a value that has one of two names out of a message."""
     value, second = rest.pop(name, None), rest.pop(other, None)
     if value in _NOTHING:
         return second if second is not None else value
@@ -194,7 +194,7 @@ def _one_of(rest: Message, name: str, other: str) -> Any:
 
 
 def _loss(rest: Message, role: str) -> bool:
-    """Take the marks of what is learned out of a message, and return whether it is."""
+    """Take the marks of what is learned out of a message, and return whether it is learned."""
     is_learned = True
     for key in _LOSS_KEYS:
         value = rest.pop(key, None)
@@ -232,7 +232,7 @@ def _part(part: Any) -> str:
 
 
 def _call(one: Any) -> dict[str, Any]:
-    """A tool call as templates take it: its arguments an object, also where they came as JSON text."""
+    """Return a tool call as templates take it, with its arguments as an object even if they were JSON text."""
     if isinstance(one, str):
         one = _parsed(one, "a tool call")
     call = {key: value for key, value in one.items() if value is not None} if isinstance(one, dict) else {}

@@ -1,7 +1,7 @@
-"""Text files of records, read so that each record keeps exactly what it holds.
+"""Read text files of records so that each record keeps exactly what it has.
 
-A record goes on as JSON text of its own, beside the names of its columns. Made into a table at once, it would be given
-the keys of its neighbours, and lose those that come up late, the spelling of its numbers, and one of two equal keys.
+A record is passed on as JSON text, with the names of its columns. A table would give it the keys of other records, and
+lose keys that appear late, the spelling of its numbers, and one of two equal keys.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _CSV_FIELD_BYTES = sys.maxsize >> 1
 
 
 def bare(name: str) -> str:
-    """Return the name of a file without the suffix of its compression, which tells what is in it."""
+    """Return the name of a file without the suffix of its compression."""
     return next((name.removesuffix(one) for one in _COMPRESSIONS if name.endswith(one)), name)
 
 
 def stamps(files: Sequence[str], storage_options: Mapping[str, Any]) -> list[str]:
-    """Return what changes when a file does, for each of them."""
+    """Return, for each file, a text that changes when the file does."""
     found = []
     for file in files:
         fs, path = fsspec.url_to_fs(file, **(storage_options if "://" in file else {}))
@@ -54,7 +54,7 @@ def stamps(files: Sequence[str], storage_options: Mapping[str, Any]) -> list[str
 def read_text(files: Sequence[str], storage_options: Mapping[str, Any], **_: Any) -> Iterator[dict[str, str]]:
     """Read JSON Lines, JSON and CSV files, each named so, compressed or not, for ``Dataset.from_generator``.
 
-    Raises UsageError, which names the file and the line, for what is not a record.
+    Raises UsageError, which names the file and the line, if something is not a record.
     """
     for file in files:
         number = 0
@@ -85,11 +85,11 @@ def _open(file: str, storage_options: Mapping[str, Any]) -> IO[bytes]:
 
 
 _Found = tuple[int, tuple[str, list[str]]]
-"""A line, counted from 1, and the record there: as JSON text, with the names of its columns."""
+"""A line, counted from 1, and its record: JSON text, and the names of its columns."""
 
 
 def _json(file: IO[bytes]) -> Iterator[_Found]:
-    """An object per line; or else one text of JSON: an array of objects, or objects that stand over several lines."""
+    """Read an object per line, or else one JSON text: an array of objects, or objects over several lines."""
     lines = enumerate(_lines(file), 1)
     first = next(((n, line) for n, line in lines if line.strip()), None)
     if first is None:
@@ -113,7 +113,7 @@ def _json(file: IO[bytes]) -> Iterator[_Found]:
     try:
         values = list(_values(whole))
     except NotJson as error:
-        # Of a line of its own, its own reader says more.
+        # For the first line alone, the reader of single lines says more.
         told = reason if reason and error.line == 1 else str(error)
         raise ValueError(f"line {first[0] + error.line - 1} is not JSON ({told})") from None
     for number, record in enumerate(values, 1):
@@ -135,7 +135,7 @@ def _text(line: bytes, number: int) -> str:
 
 
 def _values(text: str) -> Iterator[Any]:
-    """The values of a JSON text, those of its arrays one by one."""
+    """Yield the values of a JSON text, and the items of its arrays."""
     place = 0
     while place < len(text):
         value, place = decoded_at(text, place)
@@ -150,7 +150,7 @@ def _columns(record: Any, where: str) -> list[str]:
 
 
 def _csv(file: IO[bytes]) -> Iterator[_Found]:
-    """Every value is text, as it is spelled."""
+    """Read CSV. Every value stays text."""
     csv.field_size_limit(_CSV_FIELD_BYTES)
     reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
     columns = next(reader, [])
@@ -166,7 +166,7 @@ def _csv(file: IO[bytes]) -> Iterator[_Found]:
 
 
 def parsed(text: str) -> dict[str, Any]:
-    """Return the record that :func:`read_text` has read. Raises ValueError for text that cannot be written."""
+    """Return a record that :func:`read_text` read. Raises ValueError for text that cannot be encoded."""
     found: dict[str, Any] = json.loads(text)
     if "\\ud" in text.casefold():
         try:
