@@ -31,6 +31,9 @@ from tests.nursery import Nursery
 # Where an image of containers says that no bytecode is to be written, each of the thousands of processes of the tests
 # would compile all of obsfs again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# torch's models here are tiny, and the tests run in as many processes as there are processors: its threads would only
+# wait for each other, and they do it spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Some terminals export it, and what a command prints must not depend on them.
 os.environ.pop("COLUMNS", None)
 sys.dont_write_bytecode = False

@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from obsfs import ObsfsError
-from tests.conftest import Store, stop_group
+from tests.conftest import Result, Store, stop_group
 from trainer.serve import choose_backend, command_of, has_chat_template, serve
 
 _QUESTION: Any = [{"role": "user", "content": "name 3"}]
@@ -123,11 +123,12 @@ def test_a_server_that_does_not_start_is_told(tmp_path: Path) -> None:
         (("--port", "{taken}"), "cannot listen on 127.0.0.1:{taken} (Address already in use)"),
     ],
 )
-def test_where_nothing_can_listen_is_told_before_the_model_is_looked_at(where: tuple[str, ...], said: str) -> None:
+def test_where_nothing_can_listen_is_told_before_the_model_is_looked_at(
+    where: tuple[str, ...], said: str, obsfs_command: Callable[..., Result]
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         taken = str(listener.getsockname()[1])
         words = [word.replace("{taken}", taken) for word in where]
-        command = [sys.executable, "-m", "obsfs", "serve", "/nowhere", *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"obsfs: {said.replace('{taken}', taken)}")
+        done = obsfs_command("serve", "/nowhere", *words)
+    assert done.code == 2
+    assert done.err.startswith(f"obsfs: {said.replace('{taken}', taken)}")
