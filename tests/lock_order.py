@@ -29,7 +29,7 @@ from types import FrameType
 from typing import Any
 
 from obsfs.cache.directory import Cache
-from obsfs.cache.layout import DirectoryLock
+from obsfs.cache.locks import DirectoryLock
 from obsfs.cache.object import CachedObject
 from obsfs.fetch import fetcher, reader
 from obsfs.fetch.fetcher import CountdownCallback

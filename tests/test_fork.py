@@ -86,9 +86,9 @@ check(9)
     "every lock is held": """
 check(1)
 engine, held, ending = fs.engine, threading.Event(), threading.Event()
-locks = [fs._engine_guard, file._guard, engine._guard, engine.fetcher._changed, engine.cache._guard,
+locks = [fs._engine_guard, file._guard, engine._guard, engine.fetcher._changed, engine.cache.room._guard,
          file._reader.load.guard, file._reader.cached._guard,
-         engine.cache.directory_lock._threads, engine.cache._evicting._threads]
+         engine.cache.directory_lock._threads, engine.cache.room._evicting._threads]
 def hold():
     for lock in locks:
         lock.acquire()

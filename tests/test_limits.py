@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from obsfs import mountinfo
-from obsfs.cache import object as objects
+from obsfs.cache import map_file
 from obsfs.cache.directory import Cache
 from obsfs.errors import TooManyFilesError
 from obsfs.fuse.kernel import channel
@@ -44,7 +44,7 @@ def test_the_soft_limit_becomes_the_hard_one(soft: int, hard: int, expected: str
 
 def test_an_open_object_has_one_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a few of them, a second one of the map file."""
-    monkeypatch.setattr(objects, "_MAX_MAPS", 3)
+    monkeypatch.setattr(map_file, "_MAX_OPEN", 3)
     cache = Cache(tmp_path / "c", 1 << 30)
 
     def to_cache() -> int:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from obsfs import private
-from obsfs.cache.layout import DirectoryLock, identity, is_linked, is_pinned, map_path, pin_path, read_blocks
+from obsfs.cache.layout import identity, is_linked, is_pinned, map_path, pin_path, read_blocks
+from obsfs.cache.locks import DirectoryLock
 from obsfs.errors import CacheError
 from obsfs.store.types import ObjectVersion
 
@@ -15,20 +16,30 @@ _MAX_SHARE = 0.9
 
 
 class Pins:
-    """Those of a cache directory, for all its processes.
+    """The pins of a cache directory, shared by all its processes.
 
-    `limit` says what the cache may hold (bytes), and `more` what to do so that it may hold more.
+    Args:
+        root: ``CACHE_DIR/v1/``.
+        limit: Returns the most bytes that the cache may hold.
+        how_to_enlarge: Returns what a user must do so that it may hold more.
+        directory_lock: Held while a pin is made or removed.
     """
 
     def __init__(
-        self, root: Path, limit: Callable[[], int], more: Callable[[], str], directory_lock: DirectoryLock
+        self, root: Path, limit: Callable[[], int], how_to_enlarge: Callable[[], str], directory_lock: DirectoryLock
     ) -> None:
-        self._root, self._limit, self._how_to_enlarge, self._directory_lock = root, limit, more, directory_lock
+        self._root, self._limit, self._how_to_enlarge, self._directory_lock = (
+            root,
+            limit,
+            how_to_enlarge,
+            directory_lock,
+        )
 
     def add(self, version: ObjectVersion) -> None:
         """Keep what is cached of a version, now and later, until it is unpinned.
 
-        Raises CacheError, also for pins that would leave no room for anything else.
+        Raises:
+            CacheError: The pin cannot be written, or pins would leave no room for anything else.
         """
         path = map_path(self._root, version)
         with self._directory_lock:
@@ -44,7 +55,7 @@ class Pins:
                 raise CacheError(f"{pin_path(path)} cannot be written ({error.strerror})", "make room") from None
 
     def remove(self, selects: Callable[[ObjectVersion], bool]) -> int:
-        """Undo the pins of these objects; how many there were."""
+        """Unpin the versions that `selects` is true for. Returns how many there were."""
         count = 0
         with self._directory_lock:
             for version, path in self._all():
@@ -54,11 +65,11 @@ class Pins:
         return count
 
     def size(self) -> int:
-        """Bytes of all pinned objects, once they are wholly cached."""
+        """Return the bytes of all pinned objects, cached or not."""
         return sum(version.size for version, _ in self._all())
 
     def cached_bytes(self) -> int:
-        """Bytes of them that are cached."""
+        """Return the bytes of pinned objects that are cached, and count as such."""
         maps = (path.with_suffix(".map") for _, path in self._all())
         return sum(block.size for path in maps if not is_linked(path) for block in read_blocks(path))
 

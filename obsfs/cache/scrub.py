@@ -1,10 +1,10 @@
-"""Reading the cache again in the background, so that what rots on the disk is found before somebody reads it.
+"""Reading the cache again in the background, to find damage on the disk before a reader does.
 
-A file that is trusted by its seal, or that this process verified long ago, is read by the kernel alone: nobody looks at
-its bytes. So each cached block is read from the medium, past the page cache, once in seven days, slowly, while nothing
-else goes on. A damaged block is dropped and fetched again into its place, which also heals the readers of an open file.
+A file that is sealed, or was verified long ago, is read by the kernel alone: nobody verifies its bytes. So each cached
+block is read from the disk, past the page cache, once in seven days, slowly, while the cache is idle. A damaged block
+is dropped and fetched again into its place, which also heals readers that have the file open.
 
-One process of those that share a cache does it (a lock), and how far it has come outlives it (``v1/scrub.json``).
+Of the processes that share a cache, one does it (a lock). Its progress outlives it (``v1/scrub.json``).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from obsfs.store.types import ObjectVersion
 log = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 7 * 86400.0
-"""Between the beginnings of two passes."""
+"""Between the starts of two passes."""
 _POLL_SECONDS = 30.0
 _BUSY_SECONDS = 1.0
 _SAVE_SECONDS = 10.0
 _JOIN_SECONDS = 5.0
 _MAX_PRESSURE = 10.0
-"""Per cent of the last ten seconds in which something waited for a disk (/proc/pressure/io); beyond, it is busy."""
+"""Percentage of the last ten seconds in which a process waited for a disk (/proc/pressure/io). Above, it is busy."""
 _FORMAT = 1
 
 
@@ -46,7 +46,7 @@ class Scrubber:
 
     Args:
         pace: Bytes per second.
-        is_idle: Whether nothing else reads or fetches.
+        is_idle: Returns whether nothing else reads or fetches.
         on_damage: Called with a version and its blocks that were damaged, and are absent now.
     """
 
@@ -58,7 +58,7 @@ class Scrubber:
         on_damage: Callable[[ObjectVersion, list[int]], None] = lambda version, blocks: None,
     ) -> None:
         self.bytes = 0
-        """Read since the start of this process."""
+        """Bytes read by this process."""
         self.errors = 0
         """Damaged blocks among them."""
         self._cache, self._pace, self._is_idle, self._on_damage = cache, pace, is_idle, on_damage
@@ -68,18 +68,18 @@ class Scrubber:
         self._next_save = 0.0
 
     def start(self) -> None:
-        """Begin, in half a minute."""
+        """Start the thread. The first look is half a minute later."""
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread. Where it was is noted."""
+        """Stop the thread. Its progress is kept."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(_JOIN_SECONDS)
 
     @property
     def last_pass(self) -> float | None:
-        """When a whole pass was finished last, by whichever process (seconds since the epoch); None: never."""
+        """When any process last finished a pass (seconds since the epoch); None: never."""
         return float(self._load()["finished"]) or None
 
     def _run(self) -> None:
@@ -92,7 +92,7 @@ class Scrubber:
                 log.exception("scrubbing the cache failed")
 
     def run_pass(self) -> bool:
-        """Go on with a pass, if one is due and no other process is at it; whether it was finished. Raises OSError."""
+        """Continue a pass, if one is due and no other process does it. Returns whether it is done. Raises OSError."""
         lock = private.open_file(self._cache.root / "scrub.lock")
         try:
             try:
@@ -106,7 +106,7 @@ class Scrubber:
     def _pass(self) -> bool:
         state = self._load()
         if state["finished"] >= state["began"]:
-            # A clock that was set back does not put it off for ever.
+            # A clock that was set back must not postpone it forever.
             if 0 <= time.time() - state["began"] < INTERVAL_SECONDS:
                 return False
             state.update(began=time.time(), position="")
@@ -114,7 +114,7 @@ class Scrubber:
             place = f"{path.parent.name}/{path.stem}"
             if place <= state["position"]:
                 continue
-            if not self._file(path):
+            if not self._scrub_object(path):
                 self._save(state)
                 return False
             state["position"] = place
@@ -125,21 +125,21 @@ class Scrubber:
         self._save(state)
         return True
 
-    def _file(self, path: Path) -> bool:
-        """Scrub one object; False when it was told to stop."""
+    def _scrub_object(self, path: Path) -> bool:
+        """Scrub one object; False if the thread must stop."""
         entry = read_entry(path)
         if entry is None or not entry.cached_bytes:
             return True
         damaged: list[int] = []
         try:
-            with closing(self._cache.open(entry.version)) as cached, closing(_Medium(entry.path)) as medium:
+            with closing(self._cache.open(entry.version)) as cached, closing(_UncachedFile(entry.path)) as file:
                 for block in self._cache.present_blocks(entry.version):
                     if not self._wait(cached.length_of(block)):
                         return False
-                    if not self._block(cached, medium, block):
+                    if not self._scrub_block(cached, file, block):
                         damaged.append(block)
         except FileNotFoundError:
-            return True  # evicted meanwhile
+            return True  # it was just evicted
         finally:
             self.errors += len(damaged)
             if damaged:
@@ -147,7 +147,7 @@ class Scrubber:
         return True
 
     def _wait(self, size: int) -> bool:
-        """Keep to the pace, and wait for idle times; False when it is to stop."""
+        """Keep to the pace, and wait until the cache is idle; False if the thread must stop."""
         if self._stopping.wait(size / self._pace):
             return False
         while not self._is_idle() or _pressure() > _MAX_PRESSURE:
@@ -155,12 +155,12 @@ class Scrubber:
                 return False
         return True
 
-    def _block(self, cached: CachedObject, medium: _Medium, block: int) -> bool:
-        """Read one block; False when it was damaged."""
+    def _scrub_block(self, cached: CachedObject, file: _UncachedFile, block: int) -> bool:
+        """Read one block; False if it was damaged."""
         word = cached.present_word(block)
         if not word:
             return True
-        data = medium.read(block * BLOCK, cached.length_of(block))
+        data = file.read(block * BLOCK, cached.length_of(block))
         self.bytes += len(data)
         return cached.matches_checksum(block, data) or not cached.drop_damaged(block, word)
 
@@ -183,12 +183,12 @@ class Scrubber:
             private.write_file(self._state_path, json.dumps(state).encode())
 
 
-class _Medium:
-    """A data file as its disk has it, rather than the page cache; where that is not to be had, as the kernel has it."""
+class _UncachedFile:
+    """A data file as the disk has it, past the page cache. On file systems without O_DIRECT, as the kernel has it."""
 
     def __init__(self, path: Path) -> None:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-        # O_DIRECT wants aligned memory.
+        # O_DIRECT needs aligned memory.
         self._buffer = mmap.mmap(-1, BLOCK)
         try:
             self._fd = os.open(path, flags | os.O_DIRECT)
@@ -198,7 +198,7 @@ class _Medium:
             self._fd = os.open(path, flags)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Bytes of the file; none where the disk fails."""
+        """Return up to `size` bytes from `offset` on; none if the disk fails."""
         try:
             count = os.preadv(self._fd, [self._buffer], offset)
         except OSError:
@@ -211,7 +211,7 @@ class _Medium:
 
 
 def _pressure() -> float:
-    """Per cent of the last ten seconds in which some process waited for a disk; 0 where the kernel does not say."""
+    """Return the percentage of the last ten seconds in which a process waited for a disk; 0 if unknown."""
     try:
         # some avg10=0.00 avg60=0.00 avg300=0.00 total=0
         return float(Path("/proc/pressure/io").read_text().split()[1].partition("=")[2])

@@ -287,8 +287,7 @@ class Engine:
         # Nobody waits for the disk with it: whoever begins or ends a read asks for it.
         self._guard = threading.Lock()
         self._is_trimming = False
-        self.cache.trim_soon = self._trim_soon
-        self.cache.on_removed = self._close_evicted
+        self.cache.subscribe(on_removed=self._close_evicted, on_room_needed=self._trim_soon)
         self._trim_soon()
         self.background.run_repeatedly(_LOOK_SECONDS, self._look)
         self._read_at_last_look = 0

@@ -20,11 +20,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from obsfs.cache import directory as cache_module
-from obsfs.cache import layout
+from obsfs.cache import layout, room
 from obsfs.cache.directory import Cache, cached_sizes
-from obsfs.cache.layout import BLOCK, checksum, evict_blocks, map_path, read_blocks
+from obsfs.cache.layout import BLOCK, checksum, map_path, read_blocks
+from obsfs.cache.lending import Lender
 from obsfs.cache.object import CachedObject
+from obsfs.cache.removal import evict_blocks
 from obsfs.errors import CacheError
 from obsfs.store.types import ObjectVersion
 from tests.conftest import MIB, random_bytes
@@ -124,16 +125,14 @@ def test_damage_that_many_readers_find_at_once_is_counted_once(tmp_path: Path, m
         file.write(b"rot")
     later = Cache(tmp_path / "c", GIB)
     again = later.open(version(BLOCK))
-    together, matches_checksum, count = threading.Barrier(4), again.matches_checksum, later.count_corrupt_block
+    together, matches, count = threading.Barrier(4), Lender.matches_checksum, later.faults.count_corrupt_block
 
     def count_slowly() -> None:
         time.sleep(0.05)
         count()
 
-    monkeypatch.setattr(
-        again, "matches_checksum", lambda *given: matches_checksum(*given) or bool(together.wait(10) < 0)
-    )
-    monkeypatch.setattr(later, "count_corrupt_block", count_slowly)
+    monkeypatch.setattr(Lender, "matches_checksum", lambda *given: matches(*given) or bool(together.wait(10) < 0))
+    monkeypatch.setattr(later.faults, "count_corrupt_block", count_slowly)
     with ThreadPoolExecutor(4) as readers:
         assert not any(readers.map(again.ensure_verified, [0] * 4))
     assert later.corrupt_blocks == 1
@@ -250,7 +249,7 @@ def test_who_opens_a_file_does_not_wait_for_who_reads_all_maps(
                 assert held.wait(20)
             yield path
 
-    monkeypatch.setattr(cache_module, "map_paths", slow)
+    monkeypatch.setattr(room, "map_paths", slow)
     with ThreadPoolExecutor() as pool:
         try:
             work: Future[object] = pool.submit(housekeeper.trim if what == "trim" else housekeeper.clean)
@@ -285,8 +284,8 @@ def test_room_is_given_back_when_writing_fails(tmp_path: Path) -> None:
 
     for _ in range(20):
         with pytest.raises(MemoryError):
-            cache.store(BLOCK, fail)
-        assert not cache.store(BLOCK, lambda: False)
+            cache.room.reserve_and_write(BLOCK, fail)
+        assert not cache.room.reserve_and_write(BLOCK, lambda: False)
     assert cache.used_bytes == 0
     put(cache.open(version(15 * BLOCK)), 3)
     assert (cache.used_bytes, cache.overflow.count) == (BLOCK, 0)
@@ -514,7 +513,7 @@ def test_what_makes_a_cache_larger_is_what_limits_it(
 ) -> None:
     cache = Cache(tmp_path / "c", limit)
     if limit is None:
-        monkeypatch.setattr(Cache, "_disk", lambda self: (GIB, GIB))  # nothing more than is to stay free
+        monkeypatch.setattr(room.Room, "_disk", lambda self: (GIB, GIB))  # nothing more than is to stay free
     assert cache.how_to_enlarge.startswith(advice)
     with pytest.raises(CacheError, match=f"unpin others, or {advice}"):
         cache.pins.add(version(GIB))

@@ -103,7 +103,7 @@ def test_room_for_a_held_block_is_made_by_closing_other_files(disk: Path, monkey
     data = put(cached, 0)
     assert not cached.is_present(0)
     idle.release_passthrough()
-    cache.on_removed = idle.close
+    cache.subscribe(on_removed=idle.close)
     monkeypatch.setattr(time, "monotonic", lambda: 1e12)
     cache.overflow.drain_one()
     assert cached.is_present(0)
@@ -185,7 +185,7 @@ def test_it_leaves_free_what_is_to_be_left_free(disk: Path) -> None:
 def test_the_least_that_is_left_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, free: int) -> None:
     cache = Cache(tmp_path / "c")
     like = os.statvfs_result((4096, 4096, size // 4096, 0, size // 4096 // 2, 0, 0, 0, 0, 255))
-    monkeypatch.setattr("obsfs.cache.directory.os.statvfs", lambda path: like)
+    monkeypatch.setattr("obsfs.cache.room.os.statvfs", lambda path: like)
     assert cache.min_free == free
     assert cache.limit == max(0, size // 2 - free)
     assert Cache(tmp_path / "c", 5 * MIB).limit == min(5 * MIB, cache.limit)
@@ -478,7 +478,7 @@ def test_a_seal_is_over_when_the_disk_was_mounted_anew(tmp_path: Path, monkeypat
     cached.seal()
     assert Cache(tmp_path / "c", GIB).open(where).is_fully_verified()
     for changed in (12345, None):
-        monkeypatch.setattr(layout, "_session", lambda fd, changed=changed: changed)
+        monkeypatch.setattr(layout, "mount_session", lambda fd, changed=changed: changed)
         again = Cache(tmp_path / "c", GIB).open(where)
         assert not again.is_trusted(0)
         assert again.ensure_verified(0)

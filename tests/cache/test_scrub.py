@@ -78,14 +78,14 @@ def test_a_block_that_is_evicted_while_it_is_read_is_not_damaged(cache: Cache, m
     cached = cache.open(where)
     put(cached, 0)
     put(cached, 1)
-    read = scrub._Medium.read
+    read = scrub._UncachedFile.read
 
     def late(medium: Any, offset: int, size: int) -> bytes:
         if offset:
             cache.drop(where)
         return read(medium, offset, size)
 
-    monkeypatch.setattr(scrub._Medium, "read", late)
+    monkeypatch.setattr(scrub._UncachedFile, "read", late)
     told: list[object] = []
     scrubber = Scrubber(cache, FAST, on_damage=lambda *damage: told.append(damage))
     assert scrubber.run_pass()

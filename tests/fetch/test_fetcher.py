@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from obsfs.access.readahead import runs
 from obsfs.cache.directory import Cache
-from obsfs.cache.layout import BLOCK, PIECE, evict_blocks, read_blocks
+from obsfs.cache.layout import BLOCK, PIECE, read_blocks
+from obsfs.cache.removal import evict_blocks
 from obsfs.errors import ObsfsError, UnavailableError, VersionChangedError
 from obsfs.fetch.fetcher import (
     FULL_RANGE_DISTANCE_BLOCKS,
@@ -180,7 +181,7 @@ def test_a_small_object_is_always_fetched_whole(tmp_path: Path) -> None:
     assert len(setup.bucket.asked) in (2, 3)  # the second demand may have come before or after the failure
     assert all(map(setup.cached.is_trusted, range(4)))
     # A part of it that was evicted comes with all of it, and is all that is stored.
-    evict_blocks(setup.cached._path, [block for block in read_blocks(setup.cached._path) if block.number == 2])
+    evict_blocks(setup.cached.path, [block for block in read_blocks(setup.cached.path) if block.number == 2])
     fetched = setup.fetcher.stats.bytes_fetched
     setup.demand(2)
     wait_for(lambda: setup.told == [None] * 3 and not setup.target.is_busy)

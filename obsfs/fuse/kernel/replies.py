@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+from functools import partial
 
-from obsfs.cache.layout import BLOCK, block_count
+from obsfs.cache.lending import Lent
 from obsfs.fetch.reader import Reader
 from obsfs.fuse.kernel import wire
 from obsfs.fuse.kernel.pending import Pending
@@ -49,27 +50,29 @@ class ReadReplies:
 
     def send(self, fd: int, unique: int, reader: Reader, offset: int, size: int) -> bool:
         """Answer a pending read, unless it was interrupted. Returns False when the bytes are no longer there."""
-        cached = reader.cached
         header = wire.OUT_HEADER.pack(wire.OUT_HEADER.size + size, 0, unique)
-        blocks = range(offset // BLOCK, block_count(offset + size))
-        if size < _SPLICE_FROM_BYTES or not cached.are_verified(blocks):
-            data = cached.read(offset, size)
-            if data is None:
-                return False
-            if self._pending.claim(unique):
-                send(fd, [header, data])
-            return True
+        if size >= _SPLICE_FROM_BYTES:
+            lent = self._splice(fd, unique, header, reader, offset, size)
+            if lent is not Lent.ABSENT:
+                return lent is Lent.TAKEN
+        data = reader.cached.read(offset, size)
+        if data is None:
+            return False
+        if self._pending.claim(unique):
+            send(fd, [header, data])
+        return True
+
+    def _splice(self, fd: int, unique: int, header: bytes, reader: Reader, offset: int, size: int) -> Lent:  # noqa: PLR0917
+        """Answer a pending read by splice, if all its blocks are in the cache file."""
         pipe = self._pipe()
         is_empty = False
         try:
-            is_filled = pipe.fill(header, cached.data_fd, offset, size)
-            if not cached.are_verified(blocks):
-                return False
-            if not is_filled:
-                cached.mark_lost(blocks)
-                return False
-            is_empty = self._pending.claim(unique) and pipe.send(fd, len(header) + size)
-            return True
+            lent = reader.cached.lend(offset, size, partial(pipe.fill, header))
+            if lent is Lent.ABSENT:
+                is_empty = True
+            elif lent is Lent.TAKEN:
+                is_empty = self._pending.claim(unique) and pipe.send(fd, len(header) + size)
+            return lent
         finally:
             # Bytes that are left in it must not become part of the next reply, whatever went wrong.
             if not is_empty:
