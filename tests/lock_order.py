@@ -31,14 +31,15 @@ from typing import Any
 from obsfs.cache.directory import Cache
 from obsfs.cache.locks import DirectoryLock
 from obsfs.cache.object import CachedObject
+from obsfs.cache.room import Room
 from obsfs.fetch import fetcher, reader
 from obsfs.fetch.fetcher import CountdownCallback
 from obsfs.vfs import listings
 
 FREE: tuple[tuple[type, str], ...] = (
     (Cache, "open"),
-    (Cache, "reserve"),
-    (Cache, "trim"),
+    (Room, "reserve"),
+    (Room, "trim"),
     (CachedObject, "close"),
     (CachedObject, "store_block"),
     (CountdownCallback, "failed"),
