@@ -50,20 +50,20 @@ class ReadReplies:
 
     def send(self, fd: int, unique: int, reader: Reader, offset: int, size: int) -> bool:
         """Answer a pending read, unless it was interrupted. Returns False when the bytes are no longer there."""
-        header = wire.OUT_HEADER.pack(wire.OUT_HEADER.size + size, 0, unique)
         if size >= _SPLICE_FROM_BYTES:
-            lent = self._splice(fd, unique, header, reader, offset, size)
+            lent = self._splice(fd, unique, reader, offset, size)
             if lent is not Lent.ABSENT:
                 return lent is Lent.TAKEN
         data = reader.cached.read(offset, size)
         if data is None:
             return False
         if self._pending.claim(unique):
-            send(fd, [header, data])
+            reply(fd, unique, data)
         return True
 
-    def _splice(self, fd: int, unique: int, header: bytes, reader: Reader, offset: int, size: int) -> Lent:  # noqa: PLR0917
+    def _splice(self, fd: int, unique: int, reader: Reader, offset: int, size: int) -> Lent:
         """Answer a pending read by splice, if all its blocks are in the cache file."""
+        header = wire.OUT_HEADER.pack(wire.OUT_HEADER.size + size, 0, unique)
         pipe = self._pipe()
         is_empty = False
         try:
