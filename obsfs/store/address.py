@@ -1,4 +1,4 @@
-"""Where things are: ``obs://bucket/prefix``, endpoints by region, and keys against names in a directory."""
+"""Addresses of buckets (``obs://bucket/prefix``), endpoints by region, and which keys can be file names. Pure."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from obsfs.text import is_utf8
 
 SCHEMES = ("obs", "s3")
 NAME_MAX = 255
-"""Bytes in a file name, as Linux has it (``<linux/limits.h>``)."""
+"""Bytes in a file name on Linux, at most (``<linux/limits.h>``)."""
 
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html; OBS has the same rules.
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-_]{1,61}[a-z0-9]", re.IGNORECASE)
 _OBS = (".myhuaweicloud.com", ".myhuaweicloud.eu")
 _AWS = (".amazonaws.com", ".amazonaws.com.cn")
 PROVIDERS = (*_OBS, *_AWS, ".aliyuncs.com", ".myqcloud.com")
-"""Ends of the host names of clouds whose endpoints are known; they want the bucket in the host name."""
+"""Ends of the host names of known clouds, which want the bucket in the host name."""
 
 # huaweicloudsdkobs 3.1.219, region/obs_region.py, and rclone's backend/s3/provider/HuaweiOBS.yaml.
 OBS_REGIONS = (
@@ -48,13 +48,13 @@ class Address:
 
 
 def check_text(url: object) -> None:
-    """Raise TypeError for what is no text, such as a path, which would lose a slash of ``obs://``."""
+    """Raise TypeError for anything but text, such as a path, which would lose a slash of ``obs://``."""
     if not isinstance(url, str):
         raise TypeError(f"an address in a bucket is text, as in 'obs://models', not {type(url).__name__}")
 
 
 def parse_address(url: str) -> Address:
-    """``obs://bucket[/prefix]`` (or ``s3://``) as an Address. Raises UsageError for any other text."""
+    """Parse ``obs://bucket[/prefix]`` (or ``s3://``). Raises UsageError for any other text."""
     check_text(url)
     scheme, separator, rest = url.partition("://")
     meant = _meant(url)
@@ -79,7 +79,7 @@ _ALMOST = re.compile(r"(?:(obs|s3)[an]?:?/+|(obs|s3):)?([^/:?#@]+)(/[^?#]*)?", r
 
 
 def _meant(url: str) -> str:
-    """What to write instead of an address that is none: for a browser's URL its bucket and endpoint, and so on."""
+    """Return what to write instead of text that is not an address: for a browser's URL its bucket and endpoint, say."""
     text = url.strip()
     try:
         parts = urlsplit(text)
@@ -107,7 +107,7 @@ def _meant(url: str) -> str:
 
 
 def hide_secrets(url: str) -> str:
-    """A URL that somebody gave, without the user, password and query that it may hold."""
+    """Return a user's URL without the user name, password and query that it may hold."""
     start, separator, rest = url.partition("://")
     place = (rest if separator else url).partition("?")
     shown = f"{'…@' if '@' in place[0].partition('/')[0] else ''}{place[0].partition('/')[0].rpartition('@')[2]}"
@@ -116,9 +116,14 @@ def hide_secrets(url: str) -> str:
 
 
 def obs_endpoint(region: str, place: str = "--region ") -> str:
-    """The OBS endpoint of a region, per https://developer.huaweicloud.com/intl/en-us/endpoint?OBS.
+    """Return the OBS endpoint of a region (https://developer.huaweicloud.com/intl/en-us/endpoint?OBS).
 
-    `place` is what was written before the region. Raises UsageError when it cannot be one.
+    Args:
+        region: A region of Huawei Cloud.
+        place: What the user wrote before the region, for the error.
+
+    Raises:
+        UsageError: It cannot be a region.
     """
     if not re.fullmatch(r"[a-z0-9-]+", region):
         raise UsageError(f"{place}{region}: that is no region of OBS", "write for example --region cn-south-1")
@@ -126,9 +131,14 @@ def obs_endpoint(region: str, place: str = "--region ") -> str:
 
 
 def check_endpoint(url: str, place: str = "--endpoint-url ") -> str:
-    """The endpoint as it is used and shown. Raises UsageError when it is no URL, or holds a secret.
+    """Return an endpoint as it is used and shown.
 
-    `place` is what was written before it.
+    Args:
+        url: What the user wrote.
+        place: What the user wrote before it, for the error.
+
+    Raises:
+        UsageError: It is not a URL, or it holds a secret.
     """
     shown = f"{place}{hide_secrets(url)}"
     try:
@@ -146,13 +156,13 @@ def check_endpoint(url: str, place: str = "--endpoint-url ") -> str:
 
 
 def is_aws(endpoint_url: str) -> bool:
-    """Whether an endpoint is Amazon's own S3."""
+    """Return whether an endpoint is Amazon's own S3."""
     host = urlsplit(endpoint_url).hostname or ""
     return host.endswith(_AWS)
 
 
 def is_obs(endpoint_url: str) -> bool:
-    """Whether an endpoint is Huawei Cloud's OBS."""
+    """Return whether an endpoint is Huawei Cloud's OBS."""
     return (urlsplit(endpoint_url).hostname or "").endswith(_OBS)
 
 
@@ -164,12 +174,12 @@ def region_of(host: str) -> str:
 
 
 def nearest_regions(region: str, known: Iterable[str] = OBS_REGIONS) -> list[str]:
-    """Return the regions whose names are most like one that does not exist, the most alike first."""
+    """Return the regions whose names are closest to one that does not exist, the closest first."""
     return difflib.get_close_matches(region, known, n=2, cutoff=0.75)
 
 
 def endpoint_at(endpoint: str, bucket: str, *, region: str, host: str) -> str | None:
-    """Return the endpoint that a server has sent us to, if it is another one of the same cloud; else None.
+    """Return the endpoint that a server redirects to, if it is another one of the same cloud; else None.
 
     Args:
         endpoint: The endpoint that was asked.
@@ -190,7 +200,7 @@ def endpoint_at(endpoint: str, bucket: str, *, region: str, host: str) -> str | 
 
 
 def addressing_style(endpoint_url: str) -> str:
-    """``virtual`` where the cloud is known to want the bucket in the host name, else ``path``."""
+    """Return ``virtual`` for clouds that want the bucket in the host name, else ``path``."""
     host = urlsplit(endpoint_url).hostname or ""
     try:
         ipaddress.ip_address(host)
@@ -200,7 +210,7 @@ def addressing_style(endpoint_url: str) -> str:
 
 
 def is_valid_name(name: str) -> bool:
-    """Whether a directory can show a name: not empty, ``.`` or ``..``, no ``/`` or NUL, 255 bytes at most."""
+    """Return whether a directory can show a name: not empty, ``.`` or ``..``, no ``/`` or NUL, 255 bytes at most."""
     if name in ("", ".", "..") or "/" in name or "\0" in name:
         return False
     return is_utf8(name) and len(name.encode()) <= NAME_MAX

@@ -31,16 +31,16 @@ class _Loader(Loader):  # type: ignore[misc]
     FILE_LOADER_CLASS = _JSONFiles
 
     def list_available_services(self, type_name: str) -> list[str]:
-        """The directories of all services: to look into each of the 400 for its `type_name` takes 60 ms more."""
+        """Return the directories of all services: to look into each of the 400 for its `type_name` takes 60 ms more."""
         places = [path for path in self.search_paths if os.path.isdir(path)]  # noqa: PTH112 - as above
         return sorted({path.name for place in places for path in Path(place).iterdir()})
 
 
 def new_session(profile: str | None = None) -> Any:
-    """A ``botocore.session.Session``; what is wrong with `profile` is raised when it is first used."""
+    """Return a ``botocore.session.Session``. Its first use raises ProfileNotFound if there is no such profile."""
     session = botocore.session.Session(profile=profile)
     session.lazy_register_component("data_loader", lambda: _Loader(_extra_paths(session)))
-    # STS, SSO and others that hand out keys: who waits for these waits for nothing else. Our own client says otherwise.
+    # For STS, SSO and others that give out keys, while nothing else can start. Our own clients have other timeouts.
     session.set_default_client_config(
         Config(connect_timeout=_KEYS_SECONDS, read_timeout=5 * _KEYS_SECONDS, retries={"total_max_attempts": 1})
     )

@@ -22,9 +22,9 @@ from obsfs.store.address import Address
 from obsfs.store.credentials import Keys
 from obsfs.store.deadline import call_within
 from obsfs.store.s3.config import EndpointConfig, load_config
-from obsfs.store.s3.failures import explained, map_errors, no_credentials
+from obsfs.store.s3.failures import explain_silence, map_errors, no_credentials
 from obsfs.store.s3.http import new_http_session
-from obsfs.store.s3.parsers import bound
+from obsfs.store.s3.parsers import install_bounds
 from obsfs.store.s3.pins import Pin
 from obsfs.store.s3.ranges import RangeAnswer, RangeSender
 from obsfs.text import visible
@@ -37,7 +37,7 @@ _SPARE_CONNECTIONS = 8
 _RENEW_SECONDS = 1.0
 """Credentials are looked for again once in so many seconds, however many requests are refused."""
 _MAX_NEAR = 3
-"""Names of buckets in an error."""
+"""Names of buckets that an error suggests."""
 _RESOLVE_SECONDS = 6.0
 """A resolver repeats a lost query after 5 s (resolv.conf(5))."""
 _ACCESS_DENIED = "(AccessDenied)"
@@ -105,7 +105,7 @@ class Endpoint:
             connections=connections,
         )
         self._sender = RangeSender(self.client, config.credentials, http)
-        bound(self.client, http)
+        install_bounds(self.client, http)
 
     def resolve(self, what: str) -> None:
         """Look up the name of the server, or of the proxy before it, as the first request to it will.
@@ -217,7 +217,7 @@ class EndpointPool:
             path = urlsplit(self._first_url).path.strip("/")
             hint = f"leave {visible(path)} out of the endpoint URL; " if path else self._nearest_buckets()
             return NoBucketError(error.message, f"{hint}{error.remedy}")
-        return explained(error, self._first_url)
+        return explain_silence(error, self._first_url)
 
     def _nearest_buckets(self) -> str:
         """Name the buckets most like this one, for an error; empty where they may not be listed."""

@@ -1,7 +1,7 @@
-"""What went wrong on the way to a bucket, in our terms: botocore's and urllib3's exceptions as :mod:`obsfs.errors`.
+"""Turn exceptions of botocore and urllib3 into those of :mod:`obsfs.errors`.
 
-Two tables say it: `_BY_CODE` and `_BY_STATUS` for what a server answers, `_network` for what happens before it does.
-Only what may end by itself becomes an UnavailableError, which others ask for again: every other answer is final.
+Two tables map what a server answers (`_BY_CODE`, `_BY_STATUS`); `_network` maps what happens before it answers. Only a
+failure that may end by itself becomes an UnavailableError, which callers retry; every other answer is final.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from obsfs.text import visible
 _MAX_SAID = 200
 """Characters of a server's own words in an error."""
 _MAX_WORD = 60
-"""Characters of a word that are shown: a session token, which a server knows, is longer, and must not be shown."""
+"""Characters of a word that is shown. A session token, which a server may echo, is longer and must not be shown."""
 _PROBE_SECONDS = 2.0
 
 _GIVE_CREDENTIALS = (
@@ -51,16 +51,20 @@ _GIVE_CREDENTIALS = (
 
 
 def no_credentials(places: str = "") -> ForbiddenError:
-    """The error of who has no keys. `places`: where they were looked for."""
+    """Return the error for a client without keys.
+
+    Args:
+        places: Where they were looked for, in words.
+    """
     return ForbiddenError(f"no credentials found{f' ({places})' if places else ''}", _GIVE_CREDENTIALS)
 
 
 class DroppedError(UnavailableError):
-    """The server closed a connection without an answer, as one does that was spoken to in another protocol."""
+    """The server closed a connection without an answer, as one does that expects another protocol."""
 
 
 class MuteError(RefusedError):
-    """The server refused a request without a word of S3, as one does that speaks another protocol."""
+    """The server refused a request without an S3 error code, as one does that speaks another protocol."""
 
 
 class _Rule(NamedTuple):
@@ -75,14 +79,14 @@ _PROXY_PASSWORD = f"write user and password into {_PROXIES}, as http://USER:PASS
 _DENIED = "access to {what} denied ({code})"
 _ARREARS = _Rule(ForbiddenError, "{what}: the account is closed or owes money ({code})", "see to the account")
 _BUSY = _Rule(BusyError, "server answered {status} {code} for {what}")
-_AGAIN = _Rule(UnavailableError, "server answered {status} {code} for {what}")
+_TRANSIENT = _Rule(UnavailableError, "server answered {status} {code} for {what}")
 _MISSING_BUCKET = _Rule(NoBucketError, "bucket of {what} does not exist", "check the name, the region and the endpoint")
-_NOT_HAD = _Rule(
+_UNSUPPORTED = _Rule(
     UnsupportedError,
     "the server does not support this request for {what} ({status} {code})",
     "see whether a newer version of the server does",
 )
-_ELSEWHERE = _Rule(MovedError, "{what} lives elsewhere ({code})")
+_MOVED = _Rule(MovedError, "{what} lives elsewhere ({code})")
 
 # Codes of S3: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html. Of OBS: its API reference,
 # "Error Codes" (obs_04_0115), and its pages of single codes (obs_errorcode_0009 to _0014).
@@ -141,7 +145,7 @@ _BY_CODE = {
         ForbiddenError, "cannot read {what}: its encryption key is gone ({code})", "the bytes are lost with the key"
     ),
     **dict.fromkeys(
-        # Each may end by itself, whatever its status.
+        # Each may end by itself, whatever its HTTP status.
         (
             *(
                 "SlowDown",
@@ -156,23 +160,23 @@ _BY_CODE = {
         ),
         _BUSY,
     ),
-    # The body was hurt, or did not come, on its way.
+    # The body was damaged or lost on its way.
     **dict.fromkeys(
-        ("RequestTimeout", "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "InvalidCRC64"), _AGAIN
+        ("RequestTimeout", "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "InvalidCRC64"), _TRANSIENT
     ),
     **dict.fromkeys(
         (
             *("NotImplemented", "ServiceNotImplemented", "MethodNotAllowed", "ServiceNotSupported", "FsNotSupport"),
             "OperationNotSupported",
         ),
-        _NOT_HAD,
+        _UNSUPPORTED,
     ),
     **dict.fromkeys(
         (
             *("PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed", "WebsiteRedirect"),
             "IllegalLocationConstraintException",
         ),
-        _ELSEWHERE,
+        _MOVED,
     ),
 }
 
@@ -180,27 +184,32 @@ _BY_STATUS = {
     401: _Rule(ForbiddenError, _DENIED, "check the credentials"),
     403: _Rule(ForbiddenError, _DENIED, "check the credentials and what they allow"),
     404: _Rule(NotFoundError, "{what} does not exist", "check the name, the region and the endpoint"),
-    405: _NOT_HAD,
+    405: _UNSUPPORTED,
     407: _Rule(RefusedError, "the proxy refuses to pass on {what} ({status})", _PROXY_PASSWORD),
-    408: _AGAIN,
-    425: _AGAIN,
+    408: _TRANSIENT,
+    425: _TRANSIENT,
     429: _BUSY,
-    501: _NOT_HAD,
-    505: _NOT_HAD,
-    **dict.fromkeys((301, 302, 303, 307, 308), _ELSEWHERE),
+    501: _UNSUPPORTED,
+    505: _UNSUPPORTED,
+    **dict.fromkeys((301, 302, 303, 307, 308), _MOVED),
 }
 
 
 @contextmanager
 def map_errors(what: str, *, pinned: bool = False) -> Iterator[None]:
-    """Turn botocore's and urllib3's exceptions into ours. `pinned`: absence means that a version is gone."""
+    """Turn exceptions of botocore and urllib3 into those of :mod:`obsfs.errors`.
+
+    Args:
+        what: What was asked for, as the error names it.
+        pinned: The request was for one version: if the object is absent, that version is gone.
+    """
     try:
         yield
     except ObsfsError:
         raise
     except botocore.NoCredentialsError:
         raise no_credentials() from None
-    except _NO_KEYS as error:
+    except _CREDENTIAL_ERRORS as error:
         raise ForbiddenError(f"no credentials for {what} ({_words(error)})", _where_keys_come_from(error)) from None
     except botocore.ClientError as error:
         raise _from_response(error, what, pinned) from None
@@ -210,9 +219,9 @@ def map_errors(what: str, *, pinned: bool = False) -> Iterator[None]:
         raise _network(error, what) from None
 
 
-_SIGN_IN = (botocore.SSOError, botocore.TokenRetrievalError)
-_NO_KEYS = (
-    *_SIGN_IN,
+_SIGN_IN_ERRORS = (botocore.SSOError, botocore.TokenRetrievalError)
+_CREDENTIAL_ERRORS = (
+    *_SIGN_IN_ERRORS,
     botocore.PartialCredentialsError,
     botocore.CredentialRetrievalError,
     botocore.InvalidConfigError,
@@ -223,11 +232,11 @@ _NO_KEYS = (
     botocore.ConfigNotFound,
     botocore.NoRegionError,  # of STS
 )
-"""What botocore says of a profile, or of a place of keys, that has none to give."""
+"""What botocore raises for a profile, or another source of credentials, that gives none."""
 
 
 def _where_keys_come_from(error: Exception) -> str:
-    if isinstance(error, _SIGN_IN):
+    if isinstance(error, _SIGN_IN_ERRORS):
         return "sign in with `aws sso login`, with the same profile"
     if isinstance(error, botocore.PartialCredentialsError):
         return "an access key and its secret key go together"
@@ -258,13 +267,13 @@ def _from_response(error: botocore.ClientError, what: str, pinned: bool) -> Obsf
     if rule.kind is MovedError:
         return _moved(text, headers, said)
     remedy = rule.remedy
-    if rule is _NOT_HAD and message:
+    if rule is _UNSUPPORTED and message:
         remedy = f"{message} ({rule.remedy})"
     return rule.kind(" ".join(text.split()), remedy)
 
 
 def _code(code: str, status: int, headers: Mapping[str, str]) -> str:
-    """The code of an error; HEAD has none in its body, and OBS says it in a header."""
+    """Return the code of an error. HEAD has none in its body, and OBS sends it in a header."""
     if code in ("", str(status)):
         return _header(headers, "error-code")
     return code
@@ -275,7 +284,7 @@ def _header(headers: Mapping[str, str], name: str) -> str:
 
 
 def _words(text: object) -> str:
-    """What a server says, as much of it as helps, and no word that could be a token."""
+    """Return the start of a server's message, without any word that could be a token."""
     words = (word if len(word) <= _MAX_WORD else "…" for word in str(text)[: 4 * _MAX_SAID].split())
     return visible(" ".join(words), _MAX_SAID)
 
@@ -298,7 +307,7 @@ def _moved(text: str, headers: Mapping[str, str], said: Mapping[str, Any]) -> Mo
 
 
 def _network(error: Exception, what: str) -> ObsfsError:
-    """One sentence, and a next step, for each way in which a server is not reached."""
+    """Return one sentence, and a next step, for each way in which a server is not reached."""
     given = getattr(error, "kwargs", None) or {}
     place, scheme = _place(str(given.get("endpoint_url") or ""))
     causes = list(_causes(error))
@@ -338,7 +347,7 @@ def _network(error: Exception, what: str) -> ObsfsError:
 
 
 def _proxy(url: str, what: str, text: str) -> ObsfsError:
-    """Why a proxy does not lead to the server."""
+    """Return why a proxy does not lead to the server."""
     place, scheme = _place(url)
     bypass = "or list the host in NO_PROXY"
     start = f"cannot reach the proxy {place or scheme} for {what}"
@@ -349,7 +358,7 @@ def _proxy(url: str, what: str, text: str) -> ObsfsError:
         return kind(f"the proxy {place} refuses to connect to the server for {what} ({said[1]})", remedy)
     if scheme not in ("http", "https") or place.endswith(":"):  # botocore writes http:// before socks5://
         return RefusedError(f"{start}: it is no HTTP proxy", f"write http://HOST:PORT in {_PROXIES}, {bypass}")
-    if any(word in text for word in _PLAIN):
+    if any(word in text for word in _NOT_TLS):
         return UnavailableError(f"{start}: it does not speak TLS", f"write http://{place} in {_PROXIES}")
     if "ertificate verify failed" in text:
         return UnavailableError(f"{start}: its certificate is not trusted", "name its CA in AWS_CA_BUNDLE")
@@ -362,7 +371,7 @@ _UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception, and those that it was made of."""
+    """Yield an exception and its causes."""
     seen: set[int] = set()
     queue: list[object] = [error]
     while queue:
@@ -376,7 +385,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _place(url: str) -> tuple[str, str]:
-    """Host and port of a URL, which may hold secrets, as an error may show them; and its scheme."""
+    """Return host and port of a URL, without the secrets in it, and its scheme."""
     try:
         parts = urlsplit(url)
         return visible(parts.netloc.rpartition("@")[2], _MAX_SAID), parts.scheme
@@ -413,7 +422,7 @@ def _tls(start: str, place: str, text: str) -> ObsfsError:
         else:
             remedy = "name the CA in AWS_CA_BUNDLE, or add --insecure-tls to trust any certificate"
         return UnavailableError(f"{start}: its certificate is not trusted ({reason})", remedy)
-    if any(word in text for word in _PLAIN):
+    if any(word in text for word in _NOT_TLS):
         return UnavailableError(
             f"{start}: it does not speak TLS on that port", f"write http://{place}, or another port"
         )
@@ -422,18 +431,18 @@ def _tls(start: str, place: str, text: str) -> ObsfsError:
     return DroppedError(f"{start}: the TLS connection failed ({_words(text)[:120]})", "check the port and the proxy")
 
 
-_PLAIN = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "UNKNOWN_PROTOCOL")
-"""OpenSSL's words for an answer that is no TLS record, by its versions."""
+_NOT_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "UNKNOWN_PROTOCOL")
+"""How versions of OpenSSL name an answer that is not a TLS record."""
 
 
 def _expects_tls(scheme: str) -> str:
     return "if it expects TLS, write https://" if scheme == "http" else "see the server's own log"
 
 
-def explained(error: ObsfsError, endpoint: str) -> ObsfsError:
-    """Return why a server that has never answered does not: as `error` says, or that it waits for TLS.
+def explain_silence(error: ObsfsError, endpoint: str) -> ObsfsError:
+    """Return why a server does not answer: `error`, or that it expects TLS.
 
-    Connects to it again, once for each server, and for two seconds at most.
+    Connects to the server again, once for each server, for two seconds at most.
     """
     parts = urlsplit(endpoint)
     if not isinstance(error, DroppedError | MuteError) or parts.scheme != "http" or not parts.hostname:
@@ -449,7 +458,7 @@ def explained(error: ObsfsError, endpoint: str) -> ObsfsError:
 def _speaks_tls(host: str, port: int) -> bool:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE  # only whether there is TLS; nothing is sent
+    context.verify_mode = ssl.CERT_NONE  # only to see whether there is TLS; nothing is sent
     try:
         with (
             socket.create_connection((host, port), timeout=_PROBE_SECONDS) as plain,

@@ -1,8 +1,8 @@
-"""What botocore's client is given to read: answers of bounded length, and no field that it would stumble over.
+"""Bound what botocore's client reads: answers of limited length, without fields that it cannot parse.
 
-botocore reads a body of any length into memory, and one field of one entry that it cannot read (a size, a date) costs
-it the whole page. Its public events let us go before it: ``before-send`` receives the body, ``before-parse`` reads
-listings by :mod:`obsfs.store.bounds`, and leaves out what cannot be read.
+botocore reads a body of any length into memory, and one field that it cannot parse (a size, a date) costs the whole
+page. Its public events run before it: ``before-send`` receives the body, ``before-parse`` reads listings by
+:mod:`obsfs.store.bounds` and leaves out entries that cannot be read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LISTINGS = {
     "ListObjectVersions": "ListVersionsResult",
     "ListParts": "ListPartsResult",
 }
-"""Operations whose answers are read here, and what the outermost element of each is called."""
+"""Operations whose answers are read here, and the name of the outermost element of each."""
 _OK = range(200, 300)
 _EMPTY = b"<Empty/>"
 
@@ -45,8 +45,8 @@ class _Body:
         yield self._data
 
 
-def bound(client: Any, session: Any) -> None:
-    """Have an S3 client of botocore send its requests by `session` and read what it is answered within bounds.
+def install_bounds(client: Any, session: Any) -> None:
+    """Have an S3 client of botocore send its requests by `session`, and bound what it reads.
 
     Args:
         client: A client for S3.
@@ -92,12 +92,12 @@ def _whole(request: Any, answer: AWSResponse) -> bytes:
 
 
 def _place(request: Any) -> str:
-    """The address of a request, without what a signature may be in."""
+    """Return the URL of a request without its query, which may hold a signature."""
     return str(request.url).partition("?")[0]
 
 
 def _header_kinds(operation_model: Any) -> dict[str, str]:
-    """The headers of an operation's answer that botocore reads as numbers or dates, with their types."""
+    """Return the headers of an operation's answer that botocore reads as numbers or dates, with their types."""
     shape = operation_model.output_shape
     members = shape.members.values() if shape is not None else ()
     return {

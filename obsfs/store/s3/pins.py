@@ -1,7 +1,7 @@
-"""By what each answer is known to be of one version of an object: its ETag, or its Last-Modified where it has none.
+"""Hold each answer to one version of an object: by its ETag, or by its Last-Modified if it has none.
 
-The request asks for it (``If-Match``, ``If-Unmodified-Since``), and the answer is compared all the same: servers are
-known that ignore the question. An answer with nothing to compare is refused, so that no two versions are ever mixed.
+The request names the version (``If-Match``, ``If-Unmodified-Since``), and the answer is compared all the same, because
+some servers ignore conditions. An answer with nothing to compare is refused, so that versions are never mixed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from obsfs.store.types import ObjectVersion, last_modified, modified_of, parse_t
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
 _SETTLED_SECONDS = 2.0
-"""How old an object without an ETag must be to be read: Last-Modified counts whole seconds (RFC 9110 5.6.7), so that
-one replaced within them has the same."""
+"""How old an object without an ETag must be to be read: Last-Modified counts whole seconds (RFC 9110 5.6.7), so an
+object that is replaced within one keeps it."""
 
 
 @dataclass(frozen=True)
 class Pin:
-    """What is known of the version that is asked for; nothing, to take whichever is there now."""
+    """What is known of the version to read; nothing, to read whichever is there now."""
 
     etag: str = ""
     modified: int | None = None
@@ -52,24 +52,28 @@ class Pin:
     @property
     def options(self) -> dict[str, Any]:
         """The same as keyword arguments of botocore, with the version id."""
-        found: dict[str, Any] = {"VersionId": self.version_id} if self.version_id else {}
+        options: dict[str, Any] = {"VersionId": self.version_id} if self.version_id else {}
         if self.etag:
-            found["IfMatch"] = self.etag
+            options["IfMatch"] = self.etag
         elif self.modified is not None:
-            found["IfUnmodifiedSince"] = self._moment
-        return found
+            options["IfUnmodifiedSince"] = self._moment
+        return options
 
     @property
     def _moment(self) -> datetime:
         return datetime.fromtimestamp(self.modified or 0, UTC)
 
     def check_version(self, headers: Mapping[str, str], what: str) -> None:
-        """Raise unless an answer (its headers, by their names in lower case) is of this version.
+        """Raise unless an answer is of this version.
+
+        Args:
+            headers: Of the answer; names in lower case.
+            what: The object, as an error names it.
 
         Raises:
-            VersionChangedError: It is of another one.
-            RefusedError: It says nothing by which to tell.
-            UnavailableError: It cannot be told yet: the object was written just now.
+            VersionChangedError: It is of another version.
+            RefusedError: It has nothing to compare.
+            UnavailableError: The object was written just now, and its time does not tell versions apart yet.
         """
         etag = headers.get("etag", "").strip('"')
         if self.etag and etag:
@@ -91,10 +95,10 @@ class Pin:
             )
 
     def check_range(self, headers: Mapping[str, str], span: range, what: str, stream: Any) -> bool:
-        """Raise unless an answer is of this version and of these bytes; its stream is closed then.
+        """Raise, and close the stream, unless an answer is of this version and of these bytes.
 
         Returns:
-            Whether the answer says how long its body is. If not, the body's end has to be looked at.
+            Whether the answer says how long its body is. If not, the reader must check where the body ends.
 
         Raises:
             UnavailableError: It is of other bytes than were asked for.
@@ -124,7 +128,7 @@ class Pin:
 
 
 def _clock(headers: Mapping[str, str]) -> float:
-    """The server's own time; far in the future where it does not say."""
+    """Return the server's own time; infinity if it sends none."""
     try:
         return parse_timestamp(headers["date"]).timestamp()
     except (KeyError, ValueError, TypeError, OverflowError):
