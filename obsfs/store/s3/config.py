@@ -130,7 +130,7 @@ def _client_options(settings: Settings, url: str) -> dict[str, Any]:
 
 
 def _region(settings: Settings, session: Any) -> tuple[str | None, str]:
-    """The region, and what was written before it where it was found. Raises UsageError when it cannot be one."""
+    """Return the region, and what the user wrote before it, for an error. Raises UsageError if it cannot be one."""
     region: str | None
     if settings.region:
         region, place = settings.region, settings.place("region")
@@ -144,7 +144,7 @@ def _region(settings: Settings, session: Any) -> tuple[str | None, str]:
 
 
 def _in_profile(session: Any, key: str) -> str:
-    """What stands before a value of a profile, for an error."""
+    """Return what stands before a value of a profile, for an error."""
     return f"profile {session.profile or 'default'} in {session.get_config_variable('config_file')}: {key} = "
 
 
@@ -165,8 +165,8 @@ def _default_endpoint(session: Any, scheme: str, region: str | None, place: str)
 def _configured_endpoint(session: Any, region: str | None) -> str | None:
     if session.get_config_variable("ignore_configured_endpoint_urls"):
         return None
-    # https://docs.aws.amazon.com/sdkref/latest/guide/feature-ss-endpoints.html. Here, because to make a client only to
-    # ask where it would go takes a tenth of a second.
+    # https://docs.aws.amazon.com/sdkref/latest/guide/feature-ss-endpoints.html. Read here, because a client
+    # that is made only to ask where it would go takes a tenth of a second.
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
         if given := os.environ.get(name):
             return addresses.check_endpoint(given, f"{name}=")
@@ -175,7 +175,7 @@ def _configured_endpoint(session: Any, region: str | None) -> str | None:
         return None
     try:
         return addresses.check_endpoint(_clients_endpoint(session, region), _in_profile(session, "endpoint_url"))
-    except ValueError:  # botocore says of it what may hold a secret
+    except ValueError:  # botocore's message may hold a secret
         shown = addresses.hide_secrets(profile.get("endpoint_url", "..."))
         raise UsageError(
             f"{_in_profile(session, 'endpoint_url')}{shown}: that is no http:// or https:// URL",

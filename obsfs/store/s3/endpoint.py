@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 _NO_PIN = Pin()
 _SPARE_CONNECTIONS = 8
-"""Connections for names and small objects, beside those for ranges."""
+"""Connections for names and small objects, in addition to those for ranges."""
 _RENEW_SECONDS = 1.0
 """Credentials are looked for again once in so many seconds, however many requests are refused."""
 _MAX_NEAR = 3

@@ -137,7 +137,7 @@ _BY_CODE = {
         ForbiddenError, _DENIED, "too many requests had a wrong signature: correct the secret key, then wait a while"
     ),
     "NoSuchBucket": _MISSING_BUCKET,
-    "NoSuchUpload": _Rule(NotFoundError, "the upload of {what} is gone", "begin anew"),
+    "NoSuchUpload": _Rule(NotFoundError, "the upload of {what} is gone", "begin again"),
     "KMS.DisabledException": _Rule(
         ForbiddenError, "cannot read {what}: its encryption key is disabled ({code})", "enable the key in KMS"
     ),
