@@ -1,4 +1,4 @@
-"""What a mount keeps outside of the cache: a lock, a journal and a log, one file each in the XDG state directory."""
+"""The files of a mount outside of the cache: lock, takeover log, log and control socket, in the XDG state directory."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from obsfs.paths import state_dir
 _MAX_NAME = 220
 """Bytes of a mountpoint's name in that of a file: with all that is added, a name has 255 (<linux/limits.h>)."""
 _SETTLE_SECONDS = 2.0
-"""In which a server has handed its lock to its supervisor."""
+"""For a new server to hand its lock to its supervisor."""
 _PAUSE_SECONDS = 0.02
 
 
 def file_path(mountpoint: Path, suffix: str) -> Path:
-    """The file of a mount with this suffix: ``lock``, ``journal`` or ``log``."""
+    """Return the file of a mount with this suffix: ``lock``, ``journal`` (takeover log), ``snapshot`` or ``log``."""
     digest = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:8]
     name = os.fsdecode(os.fsencode(mountpoint.name[:100])[:_MAX_NAME])
     return state_dir() / f"{name}-{digest}.{suffix}"
@@ -64,13 +64,13 @@ def acquire_lock(mountpoint: Path, supervisor: int) -> int:
 
 
 def record_supervisor(lock: int, supervisor: int) -> None:
-    """Write into the file of a lock that we have with which process the mount ends."""
+    """Write into the file of a lock that is ours with which process the mount ends."""
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"{supervisor} {start_ticks(supervisor)}".encode(), 0)
 
 
 def is_abandoned(mountpoint: Path) -> bool:
-    """Whether the process is gone with which the mount there should have ended; False where that is not known."""
+    """Return whether the process is gone with which the mount there should have ended; False if that is not known."""
     supervisor = _recorded_supervisor(mountpoint)
     if supervisor is None:
         return False
@@ -140,7 +140,7 @@ def _recorded_supervisor(mountpoint: Path) -> tuple[int, int | None] | None:
 
 
 def start_ticks(pid: int) -> int:
-    """When a process started, in clock ticks after the boot (proc_pid_stat(5), field 22); 0 when it is gone."""
+    """Return when a process started, in clock ticks after the boot (proc_pid_stat(5), field 22); 0 if it is gone."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
     except (OSError, IndexError):

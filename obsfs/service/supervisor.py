@@ -1,23 +1,23 @@
 """The small process that outlives the server of a mount, and starts another one when it dies.
 
-It holds what must not close: the descriptors of the connection to the kernel (all of them: a request that was read
-from one dies with it), the lock of the mountpoint, and the locks of files that the kernel reads by itself. A server
-that was killed is followed by one that inherits them, restores names and opens from the journal, and asks the kernel
-to send again what was not answered (FUSE_NOTIFY_RESEND, Linux 6.9). Readers wait for a second, and never know.
+It holds what must not close: all descriptors of the connection to the kernel (a request that was read from one is
+aborted when that one closes), the lock of the mountpoint, and the locks of files that the kernel reads by itself. When
+a server is killed, the next one inherits them, restores names and opens from the takeover log, and asks the kernel to
+send unanswered requests again (FUSE_NOTIFY_RESEND, Linux 6.9). Readers wait for about a second.
 
-It imports nothing but the standard library, so that it is small and has little to die of. When it is killed itself, its
-server starts another one, which adopts it (:mod:`obsfs.service.supervisor_client`).
+It imports only the standard library, to keep its memory footprint and failure surface small. If it is killed itself,
+its server starts another supervisor, which adopts the server (:mod:`obsfs.service.supervisor_client`).
 
-It may be older or newer than its servers. What they say to each other has a format's number (no number is format 0),
-and both leave out what they do not know. Before a server is replaced, the program that is installed now is asked
-whether it can read what is there (``python -m obsfs.fuse.daemon --probe``); if it cannot, the old server stays. When a
-successor fails to start, the program of the last server that did is tried in turn: by where its names led then, and
-from the copy that it gave to keep, since another version may lie under the same names by now.
+It may be older or newer than its servers. Their messages carry the number of their format (none means 0), and both
+sides ignore what they do not know. Before a server is replaced, the program that is installed now is asked whether it
+can read what is there (``python -m obsfs.fuse.daemon --probe``); if it cannot, the old server stays. When a successor
+fails to start, the supervisor tries in turn the program of the last server that started: where its names led then, and
+from the copy that it stored, since another version may lie under the same names by now.
 
-:mod:`obsfs.service.mounts` starts it as ``python -m obsfs.fuse.supervisor SOURCE MOUNTPOINT``, with the request to the
-server (one JSON line) on stdin; with ``lifeline`` in it the mount ends when the other end of stdin closes, and with
-``is_temporary`` its directory goes, too. SIGTERM ends the mount, also while no server follows; SIGHUP replaces the
-server by a new one (of the version that is installed now).
+:mod:`obsfs.service.starting` runs it as ``python -m obsfs.fuse.supervisor SOURCE MOUNTPOINT``, with the request to the
+server (one JSON line) on stdin. With ``lifeline`` in it, the mount ends when the other end of stdin closes; with
+``is_temporary``, its directory is removed, too. SIGTERM ends the mount, also while no server is there; SIGHUP replaces
+the server by a new one, of the version that is installed now.
 """
 
 from __future__ import annotations
@@ -44,44 +44,44 @@ from obsfs.text import visible
 
 CONTROL = "OBSFS_SUPERVISOR_FD"
 FORMAT = 1
-"""Of requests to servers, and of messages between a supervisor and its servers."""
+"""The format of requests to servers, and of messages between a supervisor and its servers."""
 READY = b"ready\n"
-"""What a supervisor says to the server that has started it."""
+"""What a supervisor tells the server that appointed it."""
 RETRY = 75
 """The exit status (EX_TEMPFAIL) of a successor that could not take over yet."""
 
 _STDIN = 0
-_MOST_MESSAGE = 64 << 10
-_MOST_FDS = 16
-_PATIENCE_SECONDS = 60.0
+_MAX_MESSAGE_BYTES = 64 << 10
+_MAX_FDS = 16
+_RETRY_SECONDS = 60.0
 _PAUSE_SECONDS = 0.5
 _START_SECONDS = 60.0
-"""In which a successor has to serve."""
+"""For a successor to begin to serve."""
 _END_SECONDS = 20.0
-"""In which a server has to end that was told to; it serves whoever has files open for 5 s more."""
+"""For a server to end that was told to; it serves open files for 5 s more."""
 _LOOK_SECONDS = 0.5
 _QUICK_SECONDS = 0.5
-_MOST_QUICK = 300
+_MAX_QUICK_ENDS = 300
 
 
 class Adopted:
-    """A server that is no child of this process: its supervisor was killed, and it has started us."""
+    """A server that is not a child of this process: its supervisor was killed, and it has started us."""
 
     def __init__(self, pidfd: int) -> None:
         self._pidfd = pidfd
 
     def send_signal(self, number: int) -> None:
-        """As of Popen."""
+        """Send a signal, as Popen does."""
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, number)
 
     def wait(self) -> int | None:
-        """Nobody but its parent is told its exit status."""
+        """Return None: only its parent is told its exit status."""
         return None
 
 
 class Supervisor:
-    """One mount: its server, and what it has given to keep."""
+    """One mount: its server, and the descriptors that it has stored."""
 
     def __init__(self, arguments: list[str], request: dict[str, Any]) -> None:
         self._arguments = arguments
@@ -117,7 +117,7 @@ class Supervisor:
             self._start()
 
     def _listen(self) -> None:
-        """Signals become events, as does the end of the lifeline."""
+        """Make events of signals, and of the end of the lifeline."""
         wake, poke = socket.socketpair()
         poke.setblocking(False)
         signal.set_wakeup_fd(poke.fileno())
@@ -129,7 +129,7 @@ class Supervisor:
             self._selector.register(_STDIN, selectors.EVENT_READ, self._on_lifeline)
 
     def _adopt(self, adopt: dict[str, Any]) -> None:
-        """Supervise the process that has started this one. It says what is to be kept as every server does."""
+        """Supervise the process that has started this one. It stores its descriptors as every server does."""
         self._restarts, self._upgrades = int(adopt["restarts"]), int(adopt["upgrades"])
         self._servers = int(adopt["servers"])
         self._running, self._installed = Program(*adopt["running"]), Program(*adopt["installed"])
@@ -155,7 +155,7 @@ class Supervisor:
         return json.dumps(request).encode() + b"\n"
 
     def _choose(self) -> Program:
-        """What is installed now; where that could not be started, in turn with what last could."""
+        """Return the program that is installed now; if that could not be started, in turn the last one that could."""
         if self._good is None or not self._failed % 2:
             return self._installed
         return self._good._replace(copy=next(iter(self._kept.get("program", ())), -1))
@@ -207,7 +207,7 @@ class Supervisor:
         self._selector.register(pidfd, selectors.EVENT_READ, self._on_end)
 
     def run(self) -> int:
-        """Until the mount is over. Returns the exit status of its last server."""
+        """Run until the mount is over. Returns the exit status of its last server."""
         while True:
             for key, _ in self._selector.select(self._seconds_left()):
                 status = key.data()
@@ -220,7 +220,7 @@ class Supervisor:
                 return status
 
     def _seconds_left(self) -> float | None:
-        """Until something is due that no descriptor tells."""
+        """Return the seconds until something is due that no descriptor tells."""
         left = [self._probe.seconds_left] if self._probe is not None else []
         if self._alarm is not None:
             left.append(max(0.0, self._alarm[0] - time.monotonic()))
@@ -270,7 +270,7 @@ class Supervisor:
         return None
 
     def _ask_to_replace(self) -> None:
-        """Have another server follow, if what is installed now says that it can: once there is one to be followed."""
+        """Replace the server, if the program that is installed now can follow it, once there is a server to follow."""
         if self._probe is not None or self._is_ending:
             return
         if not self._is_serving:
@@ -299,7 +299,7 @@ class Supervisor:
             self._is_wanted = True
 
     def _refuse(self, reason: str) -> None:
-        """The server shows why it was not replaced."""
+        """Tell the server why it is not replaced; its status shows that."""
         self._refusals += 1
         message = {"format": FORMAT, "refused": {"number": self._refusals, "reason": reason}}
         try:
@@ -322,7 +322,7 @@ class Supervisor:
         if self._control not in self._selector.get_map():
             return False
         try:
-            data, fds, *_ = socket.recv_fds(self._control, _MOST_MESSAGE, _MOST_FDS)
+            data, fds, *_ = socket.recv_fds(self._control, _MAX_MESSAGE_BYTES, _MAX_FDS)
         except BlockingIOError:
             return False
         except OSError:
@@ -338,7 +338,7 @@ class Supervisor:
         return True
 
     def _take(self, message: dict[str, Any], fds: list[int]) -> None:
-        """What a server says. What is not known of it is left out: it may be a later one."""
+        """Do what a server asks for. Unknown keys are ignored: it may be of a later version."""
         name = message.get("keep")
         if isinstance(name, str):
             for old in self._kept.pop(name, []):
@@ -383,13 +383,13 @@ class Supervisor:
             return None
         # One that dies of what the kernel sends it would do so for ever, and keep its readers waiting.
         self._quick = self._quick + 1 if time.monotonic() - self._since < _QUICK_SECONDS else 0
-        if self._quick >= _MOST_QUICK:
+        if self._quick >= _MAX_QUICK_ENDS:
             return self._give_up()
         self._is_serving = False
         return self._follow()
 
     def _last_words(self, status: int) -> str:
-        """Why a server has not begun to serve."""
+        """Return why a server has not begun to serve."""
         said = os.pread(self._said, MAX_REASON_BYTES, 0).decode(errors="replace").strip() if self._said >= 0 else ""
         return said.rpartition("\n")[2] or (f"it ended by signal {-status}" if status < 0 else f"exit status {status}")
 
@@ -410,12 +410,12 @@ class Supervisor:
         """A successor did not begin to serve: after a pause there is another one, or none."""
         self._failed += 1
         self._log("ERROR", f"a server that should follow did not start: {reason}")
-        is_last = self._failed > 1 and time.monotonic() - self._since > _PATIENCE_SECONDS
+        is_last = self._failed > 1 and time.monotonic() - self._since > _RETRY_SECONDS
         self._alarm = time.monotonic() + _PAUSE_SECONDS, self._give_up if is_last else self._follow
         self._drop_said()
 
     def _drop_said(self) -> None:
-        """What a server has said is of use only until it serves, or has failed to."""
+        """Drop what a server has printed, which matters only until it serves or fails to."""
         if self._said >= 0:
             os.close(self._said)
             self._said = -1
@@ -425,7 +425,7 @@ class Supervisor:
         return 1
 
     def _finish(self, status: int) -> int:
-        """The mount is over, and gone, if somebody has asked for that."""
+        """End: unmount if the mount was told to end. Returns the exit status."""
         if not self._is_ending:
             return status if status >= 0 else 1
         if self._state is not None and not self._is_over():
@@ -452,7 +452,7 @@ class Supervisor:
 
 
 def main() -> int:
-    """Run as a child of :func:`obsfs.service.mounts.start`."""
+    """Run as a child of :func:`obsfs.service.starting.start`."""
     # The environment holds keys: neither this process nor its servers write it to a core file.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     request = json.loads(io.FileIO(_STDIN, closefd=False).readline())  # unbuffered: what follows is the lifeline

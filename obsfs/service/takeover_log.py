@@ -1,7 +1,7 @@
-"""What a server has told the kernel, in a file that outlives it: one JSON list per line.
+"""The takeover log: what a server has told the kernel, for its successor. One JSON list per line.
 
-Each record is written before the kernel hears of it. A process that dies loses nothing that way, since the page
-cache is the kernel's; a machine that goes down loses the mount as well, so that nothing is synced.
+Each record is written before the kernel hears of it. A process that dies loses nothing, since the page cache is the
+kernel's. Nothing is synced: a machine that goes down loses the mount as well.
 
 The first record names the format: ``["obsfs-journal", 1]``. A file without it is of format 0, in which nobody counted
 lookups. A reader knows all formats up to its own, and refuses a later one. Within a format, kinds of records may be
@@ -54,12 +54,12 @@ class TakeoverLog:
         self._floor = 0
         self._next_try = 0.0
         self.is_whole = True
-        """Whether the file has all that was recorded."""
+        """Whether the file holds everything that was recorded."""
         if not keep:
             self.record([_MAGIC, FORMAT])
 
     def renew(self) -> None:
-        """Write it anew from the snapshot, in one go; later, if the disk takes no more now.
+        """Write the file again from the snapshot, in one go; later, if the disk takes no more now.
 
         For a successor that does not serve yet, so that nobody records anything meanwhile.
         """
@@ -119,13 +119,13 @@ class TakeoverLog:
             self.on_whole(True)
 
     def close(self) -> None:
-        """Close and remove the file: the mount is over."""
+        """Close and remove the file, when the mount is over."""
         os.close(self._fd)
         self.path.unlink(missing_ok=True)
 
 
 class Records(NamedTuple):
-    """What is in a journal. `damaged` counts lines that cannot be read; `format` is its first record's."""
+    """What a takeover log holds. `damaged` counts lines that cannot be read; `format` is that of its first record."""
 
     format: int
     records: list[list[object]]
