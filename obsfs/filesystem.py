@@ -30,7 +30,8 @@ from s3fs.core import S3File
 from s3fs.utils import FileExpired
 
 from obsfs.errors import ObsfsError, UsageError, VersionChangedError
-from obsfs.fetch.reader import Engine, Reader
+from obsfs.fetch.engine import Engine
+from obsfs.fetch.reader import Reader
 from obsfs.settings import Settings, is_setting, keywords, knobs
 from obsfs.store import open_store
 from obsfs.store.address import Address

@@ -24,7 +24,7 @@ with atheris.instrument_imports(include=["obsfs"]):
     from obsfs.cache.directory import Cache
     from obsfs.cache.layout import BLOCK, FORMAT, map_path, read_entry
     from obsfs.errors import ObsfsError, UnavailableError
-    from obsfs.fetch.reader import Engine
+    from obsfs.fetch.engine import Engine
     from obsfs.fuse.kernel import wire
     from obsfs.fuse.kernel.server import Server
     from obsfs.fuse.kernel.wire import Opcode

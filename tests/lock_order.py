@@ -32,7 +32,7 @@ from obsfs.cache.directory import Cache
 from obsfs.cache.locks import DirectoryLock
 from obsfs.cache.object import CachedObject
 from obsfs.cache.room import Room
-from obsfs.fetch import fetcher, reader
+from obsfs.fetch import engine, fetcher, reader, transport
 from obsfs.fetch.fetcher import CountdownCallback
 from obsfs.vfs import listings
 
@@ -45,7 +45,8 @@ FREE: tuple[tuple[type, str], ...] = (
     (CountdownCallback, "failed"),
     (CountdownCallback, "landed"),
     (fetcher.Fetcher, "close"),
-    (reader.Engine, "_close_evicted"),
+    (transport.ThreadTransport, "close"),
+    (engine.Engine, "_close_evicted"),
     (reader.Reader, "_on_prefetched"),
     (reader.Reader, "_on_changed"),
     (reader.Reader, "_on_idle"),

@@ -18,7 +18,7 @@ import pytest
 from obsfs.cache import scrub
 from obsfs.cache.layout import BLOCK, block_count
 from obsfs.errors import ObsfsError
-from obsfs.fetch.reader import Engine
+from obsfs.fetch.engine import Engine
 from obsfs.service.takeover_log import TakeoverLog
 from obsfs.settings import Settings
 from obsfs.store.address import Address

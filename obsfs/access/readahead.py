@@ -33,9 +33,10 @@ loader's own, which runs through all shards of a model, a load is one stream.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from obsfs.access.ranges import runs
 from obsfs.access.safetensors import Extent, load_order
 from obsfs.cache.layout import BLOCK, PIECE
 
@@ -127,8 +128,8 @@ class ReadAhead:
     blocks: int
     max_window: int
     credit: Credit = field(default_factory=Credit)
-    fences: Sequence[int] = ()
-    borders: Sequence[int] = ()
+    extent_ends: Sequence[int] = ()
+    piece_ends: Sequence[int] = ()
     gives_extents: bool = True
     cheap_gap: int = 0
     """Positions that arrive in the time that another request would take to be answered."""
@@ -179,8 +180,8 @@ class ReadAhead:
 
     def _enter(self, stream: _Stream, first: int, last: int) -> None:
         """Note in which extents a stream reads, and which it leaves out. `stream.tail` is where it was before."""
-        fences = self.fences
-        begin = self._fences_behind(first)
+        fences = self.extent_ends
+        begin = self._ends_behind(first)
         if first > stream.tail:
             # Two extents share the block at their border: who comes to it from afar means the second.
             # Not within the extent that it is in already: reads of the kernel come out of order.
@@ -191,7 +192,7 @@ class ReadAhead:
                 if extent not in self._seen and not is_unseen:
                     stream.missed[extent] = self._size_of(extent)
                     stream.missed_positions += stream.missed[extent]
-        end = max(begin, self._fences_behind(last))
+        end = max(begin, self._ends_behind(last))
         for extent in range(begin, end + 1):
             size = self._size_of(extent)
             if extent > stream.extent:
@@ -206,18 +207,18 @@ class ReadAhead:
         stream.extent = max(stream.extent, end)
 
     def _size_of(self, extent: int) -> int:
-        stop = self.fences[extent] if extent < len(self.fences) else self.blocks
-        return stop - (self.fences[extent - 1] if extent else 0)
+        stop = self.extent_ends[extent] if extent < len(self.extent_ends) else self.blocks
+        return stop - (self.extent_ends[extent - 1] if extent else 0)
 
     def _go_on(self, stream: _Stream, first: int, last: int) -> None:
-        if self.fences:
+        if self.extent_ends:
             self._enter(stream, first, last)
         for position in range(first, min(last + 1, stream.tail)):
             if stream.unread.pop(position, None) is not None:
                 stream.own += 1
         if last < stream.tail:
             return
-        if first > stream.tail and not self.fences:
+        if first > stream.tail and not self.extent_ends:
             is_costly = first - stream.tail > self.cheap_gap
             near = max(stream.tail, first - _REORDER_BLOCKS)
             stream.unread |= dict.fromkeys(range(near, first), is_costly)
@@ -262,26 +263,31 @@ class ReadAhead:
 
     def _is_hop(self, stream: _Stream, first: int) -> bool:
         """Whether a read is where the extent after the stream's begins, as when a loader looks at one after another."""
-        behind = self._fences_behind(stream.tail)
+        behind = self._ends_behind(stream.tail)
         return (
-            behind < len(self.fences) and -_FAULT_AROUND_BLOCKS <= first - self.fences[behind] <= _TAIL_TOLERANCE_BLOCKS
+            behind < len(self.extent_ends)
+            and -_FAULT_AROUND_BLOCKS <= first - self.extent_ends[behind] <= _TAIL_TOLERANCE_BLOCKS
         )
 
     def _begin(self, first: int, last: int) -> _Stream:
         lent = 0 if self.gives_extents else self.credit.lend()
         count = last + 1 - first
-        passed = self._fences_behind(last)
-        extent = self.fences[passed - 1] if passed else 0
+        passed = self._ends_behind(last)
+        extent = self.extent_ends[passed - 1] if passed else 0
         # A page fault reads around its page: who begins inside an extent, right before its end, means the next one.
-        if passed < len(self.fences) and extent < first and self.fences[passed] <= last + _FAULT_AROUND_BLOCKS:
+        if (
+            passed < len(self.extent_ends)
+            and extent < first
+            and self.extent_ends[passed] <= last + _FAULT_AROUND_BLOCKS
+        ):
             passed += 1
-        from_start = first == 0 and not self.fences and not self._streams
+        from_start = first == 0 and not self.extent_ends and not self._streams
         if self.gives_extents:
             # Who has only looked at the start so far wants more than to copy the file.
             for other in self._streams:
                 other.from_start = other.from_start and other.own > _PROBATION_BLOCKS
         stream = _Stream(last + 1, last + 1, count, lent, from_start, passed, first, self._reads)
-        if self.fences:
+        if self.extent_ends:
             stream.extent = passed - 1
             self._enter(stream, first, last)
         return self._add(stream)
@@ -315,9 +321,9 @@ class ReadAhead:
         crossed = self._crossed(stream)
         if self._is_loader(stream):
             window = max(window, min(_ESTABLISHED_BLOCKS << crossed - _LOADER_EXTENTS, self.max_window))
-        elif stream.passed < len(self.fences) and not from_start:
+        elif stream.passed < len(self.extent_ends) and not from_start:
             beyond = _FAULT_AROUND_BLOCKS + 1 if self._is_first(stream) else 0
-            rest = self.fences[stream.passed] + beyond - stream.tail
+            rest = self.extent_ends[stream.passed] + beyond - stream.tail
             is_young = stream.own < _ESTABLISHED_BLOCKS
             if is_young and stream.own > 1:
                 window = max(window, min(_ESTABLISHED_BLOCKS, self.max_window))
@@ -325,7 +331,7 @@ class ReadAhead:
             if is_young or not crossed:
                 window = max(0, min(window, rest)) if self.gives_extents or not is_young else 0
         if missed:
-            rest = self.fences[stream.extent] - stream.tail if stream.extent < len(self.fences) else 0
+            rest = self.extent_ends[stream.extent] - stream.tail if stream.extent < len(self.extent_ends) else 0
             window = min(window, max(rest, stream.entered - 2 * missed))
         return window
 
@@ -335,15 +341,17 @@ class ReadAhead:
         With extents only when it has gone on beyond the first by more than the kernel reads ahead: before that it may
         want no more than one.
         """
-        return stream.from_start or (self._is_first(stream) and stream.tail > self.fences[0] + _FAULT_AROUND_BLOCKS)
+        return stream.from_start or (
+            self._is_first(stream) and stream.tail > self.extent_ends[0] + _FAULT_AROUND_BLOCKS
+        )
 
     def _is_first(self, stream: _Stream) -> bool:
-        return bool(self.fences) and stream.begin <= _FAULT_AROUND_BLOCKS and not stream.passed
+        return bool(self.extent_ends) and stream.begin <= _FAULT_AROUND_BLOCKS and not stream.passed
 
     def _is_start(self, position: int) -> bool:
         """Whether an extent begins here or in the next block: a page fault reads around the page."""
-        behind = self._fences_behind(position + 1)
-        return bool(behind) and position <= self.fences[behind - 1]
+        behind = self._ends_behind(position + 1)
+        return bool(behind) and position <= self.extent_ends[behind - 1]
 
     def _is_loader(self, stream: _Stream) -> bool:
         """Whether it goes from extent to extent, and leaves out few."""
@@ -356,13 +364,13 @@ class ReadAhead:
         return max(0, stream.extent - stream.passed - len(stream.missed))
 
     def _border_before(self, position: int) -> int:
-        if not self.borders:
+        if not self.piece_ends:
             return position - position % PIECE
-        behind = bisect.bisect_right(self.borders, position)
-        return self.borders[behind - 1] if behind else 0
+        behind = bisect.bisect_right(self.piece_ends, position)
+        return self.piece_ends[behind - 1] if behind else 0
 
-    def _fences_behind(self, position: int) -> int:
-        return bisect.bisect_right(self.fences, position)
+    def _ends_behind(self, position: int) -> int:
+        return bisect.bisect_right(self.extent_ends, position)
 
 
 class LoadOrder:
@@ -432,16 +440,3 @@ class LoadOrder:
     def forget_wanted(self) -> None:
         """As :meth:`ReadAhead.forget_wanted`."""
         self._policy.forget_wanted()
-
-
-def runs(blocks: Iterable[int]) -> Iterator[range]:
-    """Numbers as ranges without gaps, in the order given."""
-    start = stop = -1
-    for block in blocks:
-        if block != stop:
-            if stop > start:
-                yield range(start, stop)
-            start = block
-        stop = block + 1
-    if stop > start:
-        yield range(start, stop)

@@ -177,7 +177,7 @@ def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
     ]
 
 
-def file_fences(found: list[Extent], block: int) -> list[int]:
+def extent_ends(found: list[Extent], block: int) -> list[int]:
     """The block after each extent's last, ascending."""
     return sorted({-(-extent.stop // block) for extent in found})
 
@@ -189,11 +189,11 @@ def load_order(files: Mapping[str, Sequence[Extent]], block: int) -> tuple[list[
     A block that several extents share stands where the first of them is.
     """
     order: dict[tuple[str, int], None] = {}
-    fences: list[int] = []
+    ends: list[int] = []
     found = [(natural_sort_key(extent.name), file, extent) for file, extents in files.items() for extent in extents]
     for _, file, extent in sorted(found):
         for number in range(extent.start // block, -(-extent.stop // block)):
             order.setdefault((file, number))
-        if not fences or fences[-1] != len(order):
-            fences.append(len(order))
-    return list(order), fences
+        if not ends or ends[-1] != len(order):
+            ends.append(len(order))
+    return list(order), ends

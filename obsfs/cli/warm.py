@@ -72,7 +72,7 @@ def warm(
 def _warm(
     url: str, settings: Settings, *, profile: str | None, most: int | None, pin: bool, quiet: bool
 ) -> dict[str, Any]:
-    from obsfs.fetch.reader import Engine
+    from obsfs.fetch.engine import Engine
     from obsfs.library import catalog
     from obsfs.library import warm as warming
     from obsfs.library.names import parse_model

@@ -7,10 +7,11 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from obsfs.access.readahead import runs
+from obsfs.access.ranges import runs
 from obsfs.cache.layout import BLOCK, block_count
 from obsfs.errors import UnavailableError
-from obsfs.fetch.reader import Engine, Reader
+from obsfs.fetch.engine import Engine
+from obsfs.fetch.reader import Reader
 from obsfs.library.manifest import File
 from obsfs.library.model_directory import PIECE, ModelDirectory
 from obsfs.library.transfer import Advance, OrderedHash, WorkerPool

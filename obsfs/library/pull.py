@@ -18,7 +18,7 @@ from typing import NamedTuple
 from obsfs.cache.directory import cached_sizes
 from obsfs.cache.layout import BLOCK
 from obsfs.errors import ObsfsError, UsageError, VersionChangedError
-from obsfs.fetch.reader import Engine
+from obsfs.fetch.engine import Engine
 from obsfs.library import catalog
 from obsfs.library.file_download import FileDownload, pieces_of
 from obsfs.library.manifest import File

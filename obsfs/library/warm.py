@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import msgspec
 
-from obsfs.access.readahead import runs
+from obsfs.access.ranges import runs
 from obsfs.cache.directory import Cache
 from obsfs.cache.layout import BLOCK, block_count
 from obsfs.errors import NotFoundError, UsageError
-from obsfs.fetch.reader import Engine
+from obsfs.fetch.engine import Engine
 from obsfs.library import catalog
 from obsfs.library.catalog import Model
 from obsfs.library.names import METADATA_DIRECTORY, parse_model, split_label, suggest_names

@@ -13,7 +13,7 @@ from typing import Any
 
 from obsfs import mountinfo
 from obsfs.errors import UsageError
-from obsfs.fetch.reader import Engine
+from obsfs.fetch.engine import Engine
 from obsfs.library import snapshot
 from obsfs.limits import LEAST_FILES, allow_open_files, open_files_limit
 from obsfs.service import state, takeover_log

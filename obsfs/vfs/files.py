@@ -11,21 +11,22 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
-from obsfs.access.loaders import Loads, companions, shards
+from obsfs.access.loaders import LoadTracker
 from obsfs.cache.layout import BLOCK
 from obsfs.errors import ObsfsError
-from obsfs.fetch.reader import Engine, Reader
+from obsfs.fetch.engine import Engine
+from obsfs.fetch.reader import Reader
 from obsfs.limits import available_memory
 from obsfs.store.types import ObjectVersion
 from obsfs.vfs.frontend import FrontEnd
 from obsfs.vfs.handles import BadHandleError, Mode, OpenFile
 from obsfs.vfs.inodes import Node
-from obsfs.vfs.listings import WouldBlockError
+from obsfs.vfs.listings import Entry, WouldBlockError
 from obsfs.vfs.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class Files:
         self._handles = tree.handles
         # Only for opens and releases, which write to the takeover log: a read must not wait for them.
         self._opening = threading.Lock()
-        self._loads = Loads(available_memory, time.monotonic)
+        self._loads = LoadTracker(available_memory, time.monotonic)
 
     def try_passthrough(self) -> bool:
         """Find out whether the kernel takes cache files: privileges and the cache's file system decide."""
@@ -219,11 +220,17 @@ class Files:
         return Opened(handle, 0) if mode is Mode.BUFFERED else self._register(handle, unique)
 
     def _expect_load(self, node: Node, version: ObjectVersion) -> None:
+        """Fetch what a loader that has opened this file opens next."""
         entries = self._tree.known(node.parent)
-        if others := companions(node.name, entries):
-            self._engine.fetch_starts([version, *map(self._tree.version, others)])
-        if self._loads.is_loading(node.parent) and (weights := shards(node.name, entries)):
-            self._engine.begin_load(map(self._tree.version, weights))
+        hints = self._loads.hints(node.parent, node.name, lambda: _sizes(entries))
+
+        def versions(names: Iterable[str]) -> Iterator[ObjectVersion]:
+            return (self._tree.version(info) for name in names if (info := entries[name].info) is not None)
+
+        if hints.starts:
+            self._engine.fetch_starts([version, *versions(hints.starts)])
+        if hints.shards:
+            self._engine.begin_load(versions(hints.shards))
 
     def _prefault(self, node: Node) -> None:
         assert node.version is not None
@@ -296,3 +303,8 @@ class Files:
             file.inherited -= 1
         elif file.reader is not None:
             file.reader.cached.release_passthrough()
+
+
+def _sizes(entries: Mapping[str, Entry]) -> Iterator[tuple[str, int]]:
+    """The files in a directory: their names, and their sizes in bytes."""
+    return ((entry.name, entry.info.size) for entry in entries.values() if entry.info is not None)

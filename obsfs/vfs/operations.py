@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from obsfs.errors import ObsfsError
-from obsfs.fetch.reader import Engine, Reader
+from obsfs.fetch.engine import Engine
+from obsfs.fetch.reader import Reader
 from obsfs.settings import Settings
 from obsfs.store.types import ObjectVersion
 from obsfs.version import __version__
@@ -128,10 +129,11 @@ class Operations:
         """Tell a front end of names and blocks from now on, and ask it for passthrough."""
         self._front = self._files.front = front
         self._tree.await_names(front.is_awaited)
-        self._engine.on_complete = self._on_complete
-        self._engine.on_changed = self._on_changed
-        if front.can_store:
-            self._engine.on_prefetched = self._files.store_block
+        self._engine.subscribe(
+            on_complete=self._on_complete,
+            on_changed=self._on_changed,
+            on_prefetched=self._files.store_block if front.can_store else None,
+        )
 
     @property
     def can_pass_through(self) -> bool:

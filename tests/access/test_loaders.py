@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from obsfs.access.loaders import Loads, companions, shards
-from obsfs.store.types import ObjectInfo
-from obsfs.vfs.listings import Entry
+from obsfs.access.loaders import Files, LoadTracker, companions, model_of, shards
 
 WEIGHTS = "model-00001-of-00002.safetensors"
 
@@ -12,7 +10,7 @@ WEIGHTS = "model-00001-of-00002.safetensors"
 class Setup:
     def __init__(self, available: int) -> None:
         self.now = 100.0
-        self.loads = Loads(lambda: available, lambda: self.now)
+        self.loads = LoadTracker(lambda: available, lambda: self.now)
 
 
 def test_weights_are_read_whole_after_their_config() -> None:
@@ -43,28 +41,59 @@ def test_a_load_is_over_after_a_while() -> None:
     assert not setup.loads.is_loading(7)
 
 
-def listing(*names: str, size: int = 1000) -> dict[str, Entry]:
-    return {name: Entry(name, ObjectInfo(f"models/m/{name}", size, 0.0, '"e"')) for name in names}
+def files(*names: str, size: int = 1000) -> Files:
+    return lambda: [(name, size) for name in names]
 
 
-def names(found: list[ObjectInfo]) -> list[str]:
-    return [info.key.rpartition("/")[2] for info in found]
+def test_opening_the_config_announces_the_small_files_and_the_headers() -> None:
+    small = files("config.json", "tokenizer.json", "model.safetensors.index.json")
+    large = files("pytorch_model.bin", WEIGHTS, size=1 << 30)
 
+    def both() -> list[tuple[str, int]]:
+        return [*small(), *large()]
 
-def test_who_opens_the_config_is_about_to_read_the_small_files_and_the_headers() -> None:
-    small = listing("config.json", "tokenizer.json", "model.safetensors.index.json")
-    large = listing("pytorch_model.bin", WEIGHTS, size=1 << 30)
-    entries = {**small, **large, "onnx": Entry("onnx", None)}
-    expected = ["tokenizer.json", "model.safetensors.index.json", WEIGHTS]
-    assert names(companions("config.json", entries)) == expected
-    assert companions("tokenizer.json", entries) == []
-    many = listing("config.json", *(f"{n}.json" for n in range(1000)))
+    assert companions("config.json", both) == ["tokenizer.json", "model.safetensors.index.json", WEIGHTS]
+    assert companions("tokenizer.json", both) == []
+    many = files("config.json", *(f"{n}.json" for n in range(1000)))
     assert len(companions("config.json", many)) == 32
 
 
-def test_who_opens_an_index_is_about_to_load_its_shards() -> None:
+def test_opening_an_index_announces_its_shards() -> None:
     shards_of_both = ("model.fp16-00001-of-00001.safetensors", "model-00002-of-00002.safetensors", WEIGHTS)
-    entries = listing("model.safetensors.index.json", "model.fp16.safetensors.index.json", *shards_of_both)
-    assert set(names(shards("model.safetensors.index.json", entries))) == set(shards_of_both[1:])
-    assert names(shards("model.fp16.safetensors.index.json", entries)) == list(shards_of_both[:1])
-    assert shards("config.json", entries) == []
+    listed = files("model.safetensors.index.json", "model.fp16.safetensors.index.json", *shards_of_both)
+    assert set(shards("model.safetensors.index.json", listed)) == set(shards_of_both[1:])
+    assert shards("model.fp16.safetensors.index.json", listed) == list(shards_of_both[:1])
+    assert shards("config.json", listed) == []
+
+
+def test_a_directory_is_not_looked_through_for_other_files() -> None:
+    """It may have 100,000 names, and each of them may be opened."""
+
+    def never() -> list[tuple[str, int]]:
+        raise AssertionError
+
+    setup = Setup(available=4000)
+    setup.loads.on_open(7, "config.json")
+    for name in ("a.bin", WEIGHTS, "config.json.bak"):
+        assert companions(name, never) == shards(name, never) == []
+        assert setup.loads.hints(7, name, never) == ([], [])
+
+
+def test_an_index_alone_announces_no_shards() -> None:
+    """Its reader may want one tensor. After the config, it is a load."""
+    setup = Setup(available=4000)
+    listed = files("config.json", "model.safetensors.index.json", WEIGHTS)
+    assert setup.loads.hints("m", "model.safetensors.index.json", listed) == ([], [])
+    setup.loads.on_open("m", "config.json")
+    assert setup.loads.hints("m", "config.json", listed).starts == ["model.safetensors.index.json", WEIGHTS]
+    assert setup.loads.hints("m", "model.safetensors.index.json", listed) == ([], [WEIGHTS])
+    assert setup.loads.hints("other", "model.safetensors.index.json", listed).shards == []
+    setup.now += 31
+    assert setup.loads.hints("m", "model.safetensors.index.json", listed).shards == []
+
+
+def test_shards_of_one_model_have_one_name() -> None:
+    assert model_of("m/model-00001-of-00003.safetensors") == model_of("m/model-00003-of-00003.safetensors")
+    assert model_of("m/model-00001-of-00003.safetensors") != model_of("m/model-00001-of-00002.safetensors")
+    assert model_of("a/model-00001-of-00003.safetensors") != model_of("b/model-00001-of-00003.safetensors")
+    assert model_of("m/model.safetensors") != model_of("m/model.fp16.safetensors")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obsfs.access.readahead import Credit, LoadOrder, ReadAhead
-from obsfs.access.safetensors import Extent, file_fences, natural_sort_key
+from obsfs.access.safetensors import Extent, extent_ends, natural_sort_key
 from obsfs.cache.layout import BLOCK
 
 WINDOW = 256
@@ -24,12 +24,12 @@ def wanted(policy: ReadAhead, first: int, last: int) -> set[int]:
     blocks=st.integers(1, 5000),
     window=st.integers(0, 512),
     reads=st.lists(st.tuples(st.integers(0, 4999), st.integers(1, 8)), max_size=100),
-    fences=st.lists(st.integers(1, 5000), max_size=50),
+    extent_ends=st.lists(st.integers(1, 5000), max_size=50),
 )
 def test_it_wants_what_exists_and_no_more_than_its_window(
-    blocks: int, window: int, reads: list[tuple[int, int]], fences: list[int]
+    blocks: int, window: int, reads: list[tuple[int, int]], extent_ends: list[int]
 ) -> None:
-    policy = ReadAhead(blocks, window, fences=sorted({fence for fence in fences if fence <= blocks}))
+    policy = ReadAhead(blocks, window, extent_ends=sorted({end for end in extent_ends if end <= blocks}))
     for start, count in reads:
         first = start % blocks
         last = min(first + count, blocks) - 1
@@ -117,7 +117,7 @@ def test_the_kernels_own_read_ahead_arrives_out_of_order() -> None:
 def test_one_tensor_is_given_whole_and_nothing_beyond(tensor: int, size: int, around: int) -> None:
     """Also when the kernel reads around the first page, and so begins in the tensor before. Who begins with the first
     one may be about to copy the file: that comes with as much behind it as the kernel would read ahead."""
-    policy = ReadAhead(40 * size, WINDOW, fences=[size * (n + 1) for n in range(40)])
+    policy = ReadAhead(40 * size, WINDOW, extent_ends=[size * (n + 1) for n in range(40)])
     had: set[int] = set()
     around *= size > 2 and tensor > 0
     for block in range(tensor * size - around, (tensor + 1) * size):
@@ -127,13 +127,13 @@ def test_one_tensor_is_given_whole_and_nothing_beyond(tensor: int, size: int, ar
 
 
 def test_a_tensor_comes_with_its_second_read() -> None:
-    policy = ReadAhead(400, WINDOW, fences=[8 * n + 1 for n in range(1, 50)])
+    policy = ReadAhead(400, WINDOW, extent_ends=[8 * n + 1 for n in range(1, 50)])
     assert wanted(policy, 79, 79) == set()
     assert wanted(policy, 80, 80) == set(range(81, 89)), "the tensor goes from the end of block 80 to that of block 88"
 
 
 def test_who_reads_from_the_first_tensor_on_reads_all() -> None:
-    policy = ReadAhead(400, WINDOW, fences=[8 * n for n in range(1, 51)])
+    policy = ReadAhead(400, WINDOW, extent_ends=[8 * n for n in range(1, 51)])
     had: set[int] = set()
     late = 0
     for block in range(400):
@@ -144,7 +144,7 @@ def test_who_reads_from_the_first_tensor_on_reads_all() -> None:
 
 def test_a_loader_that_looks_at_the_start_of_each_tensor_is_one_stream() -> None:
     size, count = 32, 60
-    policy = ReadAhead(size * count, WINDOW, fences=[size * (n + 1) for n in range(count)])
+    policy = ReadAhead(size * count, WINDOW, extent_ends=[size * (n + 1) for n in range(count)])
     had: set[int] = set()
     late = 0
     for tensor in range(count):
@@ -341,8 +341,8 @@ class Loading:
     def __init__(self, file: list[Extent]) -> None:
         self.ahead = LoadOrder(WINDOW, Credit())
         assert self.ahead.add("f", file)
-        fences = file_fences(file, BLOCK)
-        self.policy = ReadAhead(fences[-1], WINDOW, fences=fences)
+        ends = extent_ends(file, BLOCK)
+        self.policy = ReadAhead(ends[-1], WINDOW, extent_ends=ends)
         self.touched, self.fetched, self.late = {0}, {0}, 0
 
     def read(self, first: int, last: int) -> None:

@@ -58,8 +58,8 @@ def test_the_load_order_has_every_block_once(sizes: list[int], names: list[int])
     for size, name in zip(sizes, names, strict=False):
         found.append(Extent(f"layer.{name}", at, at + size))
         at += size
-    order, fences = safetensors.load_order({"b": found, "a": found}, 64)
+    order, ends = safetensors.load_order({"b": found, "a": found}, 64)
     blocks = range(37 // 64, -(-at // 64))
     assert sorted(order) == [(file, block) for file in "ab" for block in blocks]
-    assert fences == sorted(set(fences))
-    assert fences[-1] == len(order)
+    assert ends == sorted(set(ends))
+    assert ends[-1] == len(order)

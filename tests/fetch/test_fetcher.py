@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -10,23 +9,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from obsfs.access.readahead import runs
 from obsfs.cache.directory import Cache
 from obsfs.cache.layout import BLOCK, PIECE, read_blocks
 from obsfs.cache.removal import evict_blocks
 from obsfs.errors import ObsfsError, UnavailableError, VersionChangedError
-from obsfs.fetch.fetcher import (
-    FULL_RANGE_DISTANCE_BLOCKS,
-    MIN_RANGE_BLOCKS,
-    CountdownCallback,
-    Fetcher,
-    ObjectFetch,
-    demand_reserve,
-    range_stop,
-)
+from obsfs.fetch.background import Background
+from obsfs.fetch.fetcher import CountdownCallback, Fetcher
+from obsfs.fetch.pending import ObjectFetch
+from obsfs.fetch.scheduler import Scheduler
+from obsfs.fetch.transport import ThreadTransport
 from obsfs.store.memory import MemoryStore, Request
 from tests.conftest import wait_for
 
@@ -63,16 +55,17 @@ class HeldStore(MemoryStore):
 class Setup:
     def __init__(self, place: Path, connections: int, retry_timeout: float = 20.0, size: int = 64 * BLOCK) -> None:
         self.bucket = HeldStore(size)
-        self.fetcher = Fetcher(self.bucket.open_range, connections=connections, retry_timeout=retry_timeout)
+        self.scheduler = Scheduler(connections, retry_timeout)
+        self.fetcher = Fetcher(self.scheduler, partial(ThreadTransport, self.bucket.open_range))
         self.cached = Cache(place / "c", 1 << 30).open(self.bucket.version_of_it)
-        self.target = ObjectFetch(self.cached)
+        self.fetch = ObjectFetch(self.cached)
         self.told: list[ObsfsError | None] = []
 
     def demand(self, *blocks: int) -> None:
-        self.fetcher.demand(self.target, blocks, CountdownCallback(len(blocks), self.told.append))
+        self.fetcher.demand(self.fetch, blocks, CountdownCallback(len(blocks), self.told.append))
 
     def prefetch(self, *blocks: int) -> None:
-        self.fetcher.prefetch(self.target, [(block, block) for block in blocks])
+        self.fetcher.prefetch(self.fetch, [(block, block) for block in blocks])
 
 
 @pytest.fixture
@@ -95,9 +88,9 @@ def test_demand_comes_before_read_ahead(one: Setup) -> None:
 def test_what_is_a_little_less_urgent_has_its_turn(one: Setup) -> None:
     one.prefetch(0)
     wait_for(lambda: len(one.bucket.asked) == 1)
-    one.fetcher.prefetch(one.target, [(9, 60)])
+    one.fetcher.prefetch(one.fetch, [(9, 60)])
     for number in range(1, 30):
-        one.fetcher.prefetch(one.target, [(8, 2 * number)])
+        one.fetcher.prefetch(one.fetch, [(8, 2 * number)])
         one.bucket.allow.release(1)
         wait_for(partial(lambda asked: len(one.bucket.asked) == asked, number + 1))
     assert 1 < one.bucket.asked.index((60, 61)) < 12
@@ -105,19 +98,21 @@ def test_what_is_a_little_less_urgent_has_its_turn(one: Setup) -> None:
 
 def test_what_holds_up_the_disk_waits_until_nothing_is_fetched(one: Setup) -> None:
     done: list[str] = []
+    background = Background(lambda: one.fetcher.is_idle)
     one.prefetch(*range(0, 8))
     wait_for(lambda: len(one.bucket.asked) == 1)
-    one.fetcher.background.run_when_idle(lambda: done.append("quiet"))
-    one.fetcher.background.run_in_background(lambda: done.append("soon"))
+    background.run_when_idle(lambda: done.append("quiet"))
+    background.run_in_background(lambda: done.append("soon"))
     time.sleep(1.2)
     assert done == ["soon"]
     one.bucket.allow.release(8)
     wait_for(lambda: done == ["soon", "quiet"])
     one.prefetch(*range(8, 16))
     wait_for(lambda: len(one.bucket.asked) == 2)
-    one.fetcher.background.run_when_idle(lambda: done.append("at the end"))
+    background.run_when_idle(lambda: done.append("at the end"))
     one.bucket.allow.release(8)
-    one.fetcher.close()
+    one.fetcher.stop()
+    background.close()
     assert done[-1] == "at the end"
 
 
@@ -154,13 +149,6 @@ def test_what_has_landed_meanwhile_is_not_fetched_again(one: Setup) -> None:
     assert sorted(blocks) == [0, 1, 2, 3, 4]
 
 
-@given(st.sets(st.integers(0, 50)))
-def test_runs_have_no_gaps(blocks: set[int]) -> None:
-    found = list(runs(sorted(blocks)))
-    assert [block for run in found for block in run] == sorted(blocks)
-    assert all(before.stop < after.start for before, after in itertools.pairwise(found))
-
-
 def test_failures_are_tried_again(one: Setup) -> None:
     one.bucket.failures = [UnavailableError("busy"), UnavailableError("busy")]
     one.bucket.allow.release(1)
@@ -176,7 +164,7 @@ def test_a_small_object_is_always_fetched_whole(tmp_path: Path) -> None:
     setup.bucket.allow.release(1000)
     setup.demand(1)
     setup.demand(3)
-    wait_for(lambda: setup.told == [None] * 2 and not setup.target.is_busy)
+    wait_for(lambda: setup.told == [None] * 2 and not setup.fetch.is_busy)
     assert set(setup.bucket.asked) == {(0, 4)}
     assert len(setup.bucket.asked) in (2, 3)  # the second demand may have come before or after the failure
     assert all(map(setup.cached.is_trusted, range(4)))
@@ -184,10 +172,10 @@ def test_a_small_object_is_always_fetched_whole(tmp_path: Path) -> None:
     evict_blocks(setup.cached.path, [block for block in read_blocks(setup.cached.path) if block.number == 2])
     fetched = setup.fetcher.stats.bytes_fetched
     setup.demand(2)
-    wait_for(lambda: setup.told == [None] * 3 and not setup.target.is_busy)
+    wait_for(lambda: setup.told == [None] * 3 and not setup.fetch.is_busy)
     assert setup.bucket.asked[-1] == (0, 4)
     assert setup.fetcher.stats.bytes_fetched == fetched + BLOCK
-    assert setup.fetcher._busy == setup.fetcher._queued == 0
+    assert setup.scheduler.busy == setup.scheduler.queued == 0
     setup.fetcher.close()
 
 
@@ -226,14 +214,14 @@ def test_who_asks_again_at_once_for_what_was_given_up_is_told_the_same(tmp_path:
     assert setup.bucket.asked[-1] == (5, 6), "nobody has asked for that yet"
     setup.bucket.failures.clear()
     setup.bucket.allow.release(1000)
-    setup.fetcher.try_again(setup.target)
+    setup.fetcher.forget_failures(setup.fetch)
     setup.demand(0)
     wait_for(lambda: setup.told[4:] == [None])
     setup.fetcher.close()
 
 
 def test_what_was_given_up_is_tried_again_a_moment_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("obsfs.fetch.fetcher._SAME_READ_SECONDS", 0.2)
+    monkeypatch.setattr("obsfs.fetch.scheduler._SAME_READ_SECONDS", 0.2)
     setup = Setup(tmp_path, connections=1, retry_timeout=0)
     setup.bucket.failures = [UnavailableError("busy")]
     setup.bucket.allow.release(1000)
@@ -257,11 +245,11 @@ def test_patience_ends_while_what_is_tried_again_is_silent(tmp_path: Path) -> No
     assert setup.fetcher.stats.errors == 1
     silence.set()
     setup.bucket.allow.release(1000)
-    wait_for(lambda: not setup.target.is_busy)
-    setup.fetcher.try_again(setup.target)
+    wait_for(lambda: not setup.fetch.is_busy)
+    setup.fetcher.forget_failures(setup.fetch)
     setup.demand(0)
     wait_for(lambda: setup.told[1:] == [None])
-    assert setup.fetcher._busy == setup.fetcher._queued == 0
+    assert setup.scheduler.busy == setup.scheduler.queued == 0
     setup.fetcher.close()
 
 
@@ -285,14 +273,14 @@ def test_what_waits_on_a_silent_connection_is_asked_for_again_beside_it(tmp_path
     assert bucket.asked[4:] == [(20, 21)]
     for silence in silences.values():
         silence.set()
-    wait_for(lambda: not setup.target.is_busy)
+    wait_for(lambda: not setup.fetch.is_busy)
     assert fetcher.stats.bytes_fetched == 5 * BLOCK
     assert (fetcher.stats.retries, fetcher.stats.errors) == (0, 0)
     # Everybody is back: nothing of it was counted twice.
     setup.demand(30)
     setup.demand(40)
-    wait_for(lambda: setup.told == [None] * 5 and not setup.target.is_busy)
-    assert fetcher._busy == fetcher._queued == fetcher._given_up == 0
+    wait_for(lambda: setup.told == [None] * 5 and not setup.fetch.is_busy)
+    assert setup.scheduler.busy == setup.scheduler.queued == setup.scheduler.superseded == 0
     fetcher.close()
 
 
@@ -309,16 +297,16 @@ def test_a_silent_connection_that_comes_back_first_has_brought_it(tmp_path: Path
     first.set()
     wait_for(lambda: setup.told == [None] * 2)
     second.set()
-    wait_for(lambda: not setup.target.is_busy)
+    wait_for(lambda: not setup.fetch.is_busy)
     assert setup.fetcher.stats.bytes_fetched == 3 * BLOCK
-    assert setup.fetcher._busy == setup.fetcher._queued == setup.fetcher._given_up == 0
+    assert setup.scheduler.busy == setup.scheduler.queued == setup.scheduler.superseded == 0
     setup.fetcher.close()
 
 
 def test_read_ahead_that_fails_is_dropped(one: Setup) -> None:
     one.bucket.failures = [UnavailableError("busy")]
     one.prefetch(0)
-    wait_for(lambda: len(one.bucket.asked) == 1 and not one.target.is_busy)
+    wait_for(lambda: len(one.bucket.asked) == 1 and not one.fetch.is_busy)
     assert (one.fetcher.stats.retries, one.fetcher.stats.errors) == (1, 0)
     one.bucket.allow.release(1)
     one.demand(0)
@@ -328,9 +316,9 @@ def test_read_ahead_that_fails_is_dropped(one: Setup) -> None:
 def test_a_file_that_nobody_has_open_is_left(one: Setup) -> None:
     one.prefetch(*range(0, 32))
     wait_for(lambda: len(one.bucket.asked) == 1)
-    one.fetcher.drop_prefetch(one.target)
+    one.fetcher.drop_prefetch(one.fetch)
     one.bucket.allow.release(100)
-    wait_for(lambda: not one.target.is_busy)
+    wait_for(lambda: not one.fetch.is_busy)
     assert len(one.bucket.asked) == 1
 
 
@@ -352,19 +340,3 @@ def test_closing_tells_who_waits(tmp_path: Path) -> None:
     setup.bucket.allow.release(1)
     setup.fetcher.close()
     wait_for(lambda: len(setup.told) == 2)
-
-
-@given(
-    start=st.integers(0, 10_000),
-    queued=st.integers(1, 10_000),
-    connections=st.integers(1, 256),
-    urgency=st.integers(0, 256),
-)
-def test_ranges_are_aligned_and_long_when_much_is_wanted_or_nothing_soon(
-    start: int, queued: int, connections: int, urgency: int
-) -> None:
-    stop = range_stop(start, queued, connections, urgency)
-    length = PIECE if queued >= 2 * connections or urgency >= FULL_RANGE_DISTANCE_BLOCKS else MIN_RANGE_BLOCKS
-    assert start < stop <= start + length
-    assert stop % length == 0
-    assert demand_reserve(connections) < connections

@@ -15,7 +15,7 @@ import pytest
 from obsfs.cache.directory import Cache
 from obsfs.cache.object import CachedObject
 from obsfs.errors import CacheError
-from obsfs.fetch.reader import Engine
+from obsfs.fetch.engine import Engine
 from obsfs.settings import Settings
 from obsfs.store.address import Address
 from obsfs.store.s3.store import S3Store
@@ -69,7 +69,7 @@ def test_what_somebody_waits_for_does_not_wait_for_files_that_are_verified(
 
     monkeypatch.setattr(CachedObject, "verify", held_up)
     completed: list[str] = []
-    engine.on_complete = lambda reader: completed.append(reader.version.key)
+    engine.subscribe(on_complete=lambda reader: completed.append(reader.version.key))
     reader = engine.open(left)
     assert begun.wait(20)
 
@@ -99,7 +99,7 @@ def test_a_file_that_was_left_half_is_verified_when_the_rest_has_come(bucket: St
 
     source, engine = start()
     completed: list[str] = []
-    engine.on_complete = lambda reader: completed.append(reader.version.key)
+    engine.subscribe(on_complete=lambda reader: completed.append(reader.version.key))
     reader = engine.open(version)
     engine.fill(version, range(9, 20))
     wait_for(lambda: completed == ["half.bin"])
@@ -121,7 +121,7 @@ def test_a_file_that_has_rotted_is_not_taken_for_complete(bucket: Store, start: 
 
     source, engine = start()
     completed: list[str] = []
-    engine.on_complete = lambda reader: completed.append(reader.version.key)
+    engine.subscribe(on_complete=lambda reader: completed.append(reader.version.key))
     reader = engine.open(version)
     wait_for(lambda: engine.cache.corrupt_blocks == 1)
     assert not completed

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from obsfs.errors import ObsfsError, VersionChangedError
-from obsfs.fetch.reader import Engine
+from obsfs.fetch.engine import Engine
 from obsfs.settings import Settings
 from obsfs.store.address import Address
 from obsfs.store.s3.store import S3Store
