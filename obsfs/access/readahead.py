@@ -1,33 +1,35 @@
-"""What to want next: the read-ahead policy of one object version. Pure: no I/O, no clock, no threads.
+"""Decide what to read ahead for one object version. Pure: no I/O, no clock, no threads.
 
 Reads arrive as block numbers. They come from many threads and processes through any number of descriptors, and as
-page faults, so descriptors mean nothing here: a *stream* is a run of reads that continue each other in one region,
-and any number of streams run through a file side by side.
+page faults, so descriptors mean nothing here. A *stream* is a run of reads that continue each other in one region. Any
+number of streams run through a file side by side.
 
-* A stream earns its window by what it has read: nothing for the first 3 MiB, which may be one random read; then half
-  as much, so that one tensor costs at most one and a half times its bytes; as much after 16 MiB, up to the largest
-  window. A file that is read from its start, before anything else of it, is being copied: there the window is three
-  times what was read from the second block on; as is that of a load that was announced. (Who looks elsewhere first, as
-  into the directory of a zip file or the footer of a Parquet file, wants a part.)
-* A stream that skips blocks (every fourth tensor, one column of many) loses as much of its window as it skips, so that
-  it asks for less, and in the end for nothing beyond what is read. Skipped blocks that come sooner than another request
-  would be answered (`cheap_gap`) cost nothing of it. In any case what it has skipped and what it has not yet read
-  are together no more than what it has read, and 4 MiB: a part costs at most twice its bytes. The kernel's own
-  read-ahead arrives out of order; a block counts as skipped for as long as it has not come.
-* A read that continues no stream begins a new one, and gets nothing beyond what it asked for. Only in a loader's order
-  (below), where streams have gone on until now (:class:`Credit`; loaders jump from layer to layer and from shard to
-  shard), a new one is lent a quarter of what they have earned.
-* Where the file says what lies in it (*extents*: the tensors of a safetensors file), a young stream is given the rest
-  of the extent that it is in at once, and nothing beyond; in the first, 3 MiB more, as far as a mapped reader's kernel
-  reads: if it goes on there, it copies the file. One that goes from extent to extent is a loader's, though it may read
-  only the start of each: after the second its window is 16 MiB, and doubles with each further one. It may leave out a
-  fifth of the bytes that it passes, as long as no other stream reads them either, which costs it twice as much of its
-  window. Who leaves out more (every third tensor, one kind of layer) is given the rest of the extent that it is in.
-* Streams share the largest window, so that eight readers together do not want more than one.
+* **A stream earns its window by what it has read.** It gets nothing for its first 3 MiB, which may be one random read.
+  Then it gets half as much as it has read, so that one tensor costs at most one and a half times its bytes. From 16 MiB
+  on it gets as much as it has read, up to the largest window.
+* **A reader that begins at the start of the file copies it.** From its second block on, its window is three times what
+  it has read. The same holds for a load that was announced. A reader that looks elsewhere first (the directory of a zip
+  file, the footer of a Parquet file) wants a part.
+* **A stream that skips blocks gets less.** It loses as much of its window as it skips (every fourth tensor, one column
+  of many), and in the end gets nothing beyond what it reads. Gaps shorter than `cheap_gap` cost nothing: their blocks
+  arrive sooner than another request would be answered. What a stream skipped and what it has not yet read are together
+  at most what it has read, and 4 MiB, so that a part costs at most twice its bytes. The kernel's own read-ahead arrives
+  out of order, so a block counts as skipped only until it is read.
+* **A read that continues no stream begins a new one**, and gets nothing beyond what it asked for. Only in a loader's
+  order (below) is a new stream lent a quarter of what earlier ones earned (:class:`Credit`), because loaders jump from
+  layer to layer and from shard to shard.
+* **Extents, the tensors of a safetensors file, bound a young stream.** It gets the rest of its extent at once, and
+  nothing beyond. In the first extent it gets 3 MiB more, as far as the kernel reads ahead for a mapped reader: a reader
+  that continues there copies the file.
+* **A stream that goes from extent to extent is a loader's**, though it may read only the start of each. After the
+  second extent its window is 16 MiB, and doubles with each further one. It may leave out a fifth of the bytes that it
+  passes, unless another stream reads them. Each byte left out costs it twice as much of its window. A stream that
+  leaves out more (every third tensor, one kind of layer) gets the rest of its extent.
+* **Streams share the largest window**, so that eight readers together do not want more than one.
 
 A loader reads tensors in the natural order of their names (layer 2 before layer 10), which is not their order in the
-file, and goes from shard to shard. So files with extents are watched in both orders, by two policies: in the
-loader's own, which runs through all shards of a model, a load is one stream.
+file, and goes from shard to shard. So two policies watch a file with extents: one in the order of the file, and one in
+the loader's order, which runs through all shards of a model and sees a load as one stream.
 """
 
 from __future__ import annotations
@@ -41,42 +43,56 @@ from obsfs.access.safetensors import Extent, load_order
 from obsfs.cache.layout import BLOCK, PIECE
 
 _MAX_STREAMS = 64
+"""Streams remembered for each policy; the one not read for longest is forgotten."""
 _TAIL_TOLERANCE_BLOCKS = 8
+"""A read so close to a stream's tail, or to what was wanted for it, continues it: reads come out of order."""
 _ACTIVE_READS = 64
+"""A stream that was read within so many reads of any stream counts as active, and shares the window."""
 _PROBATION_BLOCKS = 4
+"""A stream of fewer blocks may be one random read, and gets nothing beyond it."""
 _ESTABLISHED_BLOCKS = 16
+"""A stream of so many blocks is likely to continue: 16 MiB, more than most single reads."""
 _COPY_FACTOR = 3
+"""The window of a reader that copies the file, in multiples of what it has read."""
 _FREE_WASTE_BLOCKS = 4
+"""Blocks that a stream may cost beyond twice what it has read."""
 _REORDER_BLOCKS = 32
 """Positions behind a stream's tail that may still be read: by other threads, or the kernel's read-ahead."""
 _MIN_SHARED_WINDOW_BLOCKS = 32
+"""Each active stream's part of the largest window, at least: four full ranges."""
 _MAX_CREDIT_BLOCKS = 256
+"""Credit never exceeds the largest default window, so that a reader that turns to jumping soon gets nothing."""
 _LOADER_EXTENTS = 2
+"""A stream that has read in so many extents after its first is a loader's."""
 _READ_PER_MISSED = 4
-"""A loader leaves out one position for so many that it reads in. It may be more, or none: reads come out of order."""
+"""A loader reads in so many positions for each that it leaves out. It may be more: reads come out of order."""
 _FAULT_AROUND_BLOCKS = 2
+"""A page fault reads up to so many blocks around its page, so a read may begin before the extent that it is for."""
 _GROUPING_DISTANCE_BLOCKS = 32
+"""Beyond this distance, whole pieces are wanted at a time: single blocks would each become a request."""
 _SPARSE_RATIO = 2
+"""A stream that has read less than one in so many blocks looks at the start of each extent only."""
 _EXTENT_START_PRIORITY = 8
+"""The start of an extent is so many times more urgent, for a stream that looks at starts."""
 _MAX_MODEL_BLOCKS = 1 << 16
-"""Blocks of shards that are watched as one model: in 64 GiB, what the turn of a shard costs is nothing."""
+"""Blocks of shards that are watched as one model, 64 GiB: the change from one larger shard to the next costs little."""
 
 
 @dataclass(slots=True)
 class Credit:
-    """What the streams of one model have earned by going on, in blocks, and may lend to those that begin.
+    """Blocks that the streams of one model have earned by continuing, and may lend to new ones.
 
-    It is spent when it is lent, so that a reader who turns to jumping about costs little.
+    Lending spends it, so that a reader that turns to jumping costs little.
     """
 
     balance: int = 0
 
     def earn(self, blocks: int) -> None:
-        """A stream has gone on by so many blocks."""
+        """Count that a stream has continued by so many blocks."""
         self.balance = min(self.balance + blocks, _MAX_CREDIT_BLOCKS)
 
     def lend(self) -> int:
-        """Blocks that a new stream counts as read by it."""
+        """Return how many blocks a new stream may count as read by it, and spend them."""
         lent = self.balance // 4 if self.balance >= _ESTABLISHED_BLOCKS else 0
         self.balance -= lent
         return lent
@@ -91,22 +107,22 @@ class _Stream:
     own: int
     """Blocks read by this stream."""
     lent: int
-    """Blocks that count as read by it besides."""
+    """Blocks that count as read by it, though it has not read them."""
     from_start: bool
     passed: int
-    """The extent in which it began: how many fences lay behind it."""
+    """The extent in which it began: how many extents end before it."""
     begin: int
     last_read: int
     unread: dict[int, bool] = field(default_factory=dict)
-    """Positions before the tail that were not read, and may yet be; and whether the gap that they lie in is costly."""
+    """Positions before the tail that may yet be read, and whether each lies in a costly gap."""
     skipped: int = 0
-    """Positions that were not read, and are too far behind to be."""
+    """Positions that were not read, and are too far behind the tail to be read."""
     skipped_costly: int = 0
-    """Those of them that took longer to fetch than to ask anew."""
+    """Those of them that take longer to fetch than another request takes to be answered."""
     dense_from: int = 0
-    """Where it went on after it skipped something for the last time."""
+    """Where it continued after its last gap."""
     is_filled: bool = False
-    """Whether what it skipped before it was known for a loader's has been wanted."""
+    """Whether what it skipped before it was recognised as a loader's has been wanted."""
     extent: int = -1
     """The furthest extent that it has read in."""
     entered: int = 0
@@ -119,10 +135,15 @@ class _Stream:
 
 @dataclass
 class ReadAhead:
-    """Streams through `blocks` positions, with a largest window of `max_window` blocks.
+    """The streams through a file, or through a model's blocks in a loader's order.
 
-    `fences` are the ascending positions where an extent ends, none if that is not known; `borders` those where a piece
-    ends, none if that is every PIECE positions. With `gives_extents`, a young stream is given the rest of its extent.
+    Args:
+        blocks: Positions: block numbers, or places in a loader's order.
+        max_window: Largest window, in blocks.
+        credit: What streams earned, shared by the policies of a model.
+        extent_ends: Ascending positions where an extent ends; empty if that is not known.
+        piece_ends: Ascending positions where a piece ends; empty if that is every PIECE positions.
+        gives_extents: Whether a young stream gets the rest of its extent.
     """
 
     blocks: int
@@ -132,32 +153,39 @@ class ReadAhead:
     piece_ends: Sequence[int] = ()
     gives_extents: bool = True
     cheap_gap: int = 0
-    """Positions that arrive in the time that another request would take to be answered."""
+    """Positions that arrive in the time that another request takes to be answered."""
     is_mapped: bool = False
-    """Whether a stream was seen that looks at the start of each extent: a loader that has mapped the file, and may read
-    what was wanted for it without a read that is seen here."""
+    """Whether a stream was seen that looks at the start of each extent: a loader that has mapped the file. It may read
+    what was wanted for it from the page cache, without a read that is seen here."""
     _streams: list[_Stream] = field(default_factory=list)
     _seen: set[int] = field(default_factory=set)
     """Extents that any stream has read in."""
     _reads: int = 0
 
     def on_read(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Note a read of the positions `first` to `last`; ``(urgency, position)`` of those wanted now, 0 most urgent.
+        """Note a read, and return what is wanted now.
 
-        A position is wanted once per stream; the caller leaves out those that it has.
+        Args:
+            first: First position.
+            last: Last position.
+
+        Returns:
+            ``(urgency, position)``, 0 most urgent. A stream wants a position once; the caller leaves out blocks that
+            the cache has.
         """
         self._reads += 1
+        extents = self._extents_of(first, last)
         stream = self._continuing(first)
         if stream is None:
-            stream = self._begin(first, last)
+            stream = self._begin(first, last, extents)
         else:
-            self._go_on(stream, first, last)
+            self._continue(stream, first, last, extents)
         stream.last_read = self._reads
         start = max(stream.tail, stream.ahead)
         stop = min(self.blocks, stream.tail + self._window(stream))
         if start - stream.tail >= _GROUPING_DISTANCE_BLOCKS and stop < self.blocks:
-            # By whole pieces: block by block, each would become a request wherever a connection is idle.
-            stop = self._border_before(stop)
+            # By whole pieces: each single block would become a request wherever a connection is idle.
+            stop = self._piece_end_before(stop)
         if start >= stop:
             return []
         stream.ahead = stop
@@ -178,41 +206,49 @@ class ReadAhead:
                 stream.is_filled = True
         return wanted
 
-    def _enter(self, stream: _Stream, first: int, last: int) -> None:
+    def _extents_of(self, first: int, last: int) -> tuple[int, int]:
+        """Return the extents of the positions `first` and `last`: how many extents end before each."""
+        ends = self.extent_ends
+        begin = end = self._ends_behind(first)
+        while end < len(ends) and ends[end] <= last:
+            end += 1
+        return begin, end
+
+    def _enter(self, stream: _Stream, first: int, extents: tuple[int, int]) -> None:
         """Note in which extents a stream reads, and which it leaves out. `stream.tail` is where it was before."""
-        fences = self.extent_ends
-        begin = self._ends_behind(first)
+        ends = self.extent_ends
+        begin, end = extents
         if first > stream.tail:
-            # Two extents share the block at their border: who comes to it from afar means the second.
-            # Not within the extent that it is in already: reads of the kernel come out of order.
-            begin += stream.extent < begin < len(fences) and first + 1 == fences[begin]
+            # Two extents share the block at their border. A stream that comes to it from afar means the second one.
+            # Not within the extent that it is in already: the kernel's reads come out of order.
+            begin += stream.extent < begin < len(ends) and first + 1 == ends[begin]
             for extent in range(stream.extent + 1, begin):
-                # What is put into the page cache of a loader as it arrives, is read unseen.
-                is_unseen = self.is_mapped and fences[extent] <= stream.ahead
+                # What is put into a loader's page cache as it arrives is read unseen.
+                is_unseen = self.is_mapped and ends[extent] <= stream.ahead
                 if extent not in self._seen and not is_unseen:
                     stream.missed[extent] = self._size_of(extent)
                     stream.missed_positions += stream.missed[extent]
-        end = max(begin, self._ends_behind(last))
+        end = max(begin, end)
         for extent in range(begin, end + 1):
             size = self._size_of(extent)
             if extent > stream.extent:
                 stream.entered += size
-            # Its last block alone may be read for the next extent's sake.
-            if extent not in self._seen and (size == 1 or extent == len(fences) or first + 1 < fences[extent]):
+            # Its last block alone may be read for the sake of the next extent.
+            if extent not in self._seen and (size == 1 or extent == len(ends) or first + 1 < ends[extent]):
                 self._seen.add(extent)
                 for other in self._streams:
-                    found = other.missed.pop(extent, 0)
-                    other.missed_positions -= found
-                    other.entered += found
+                    positions = other.missed.pop(extent, 0)
+                    other.missed_positions -= positions
+                    other.entered += positions
         stream.extent = max(stream.extent, end)
 
     def _size_of(self, extent: int) -> int:
         stop = self.extent_ends[extent] if extent < len(self.extent_ends) else self.blocks
         return stop - (self.extent_ends[extent - 1] if extent else 0)
 
-    def _go_on(self, stream: _Stream, first: int, last: int) -> None:
+    def _continue(self, stream: _Stream, first: int, last: int, extents: tuple[int, int]) -> None:
         if self.extent_ends:
-            self._enter(stream, first, last)
+            self._enter(stream, first, extents)
         for position in range(first, min(last + 1, stream.tail)):
             if stream.unread.pop(position, None) is not None:
                 stream.own += 1
@@ -241,11 +277,11 @@ class ReadAhead:
             stream.unread = {position: costly for position, costly in stream.unread.items() if position >= stream.begin}
 
     def is_tail(self, position: int) -> bool:
-        """Whether a read of this position continues a stream without a gap."""
+        """Say whether a read of this position continues a stream without a gap."""
         return any(stream.tail == position for stream in self._streams)
 
     def forget_wanted(self) -> None:
-        """What was wanted and has not come will not come: streams want it again when they go on."""
+        """Forget what was wanted and has not arrived: streams want it again when they continue."""
         for stream in self._streams:
             stream.ahead = stream.tail
 
@@ -269,12 +305,12 @@ class ReadAhead:
             and -_FAULT_AROUND_BLOCKS <= first - self.extent_ends[behind] <= _TAIL_TOLERANCE_BLOCKS
         )
 
-    def _begin(self, first: int, last: int) -> _Stream:
+    def _begin(self, first: int, last: int, extents: tuple[int, int]) -> _Stream:
         lent = 0 if self.gives_extents else self.credit.lend()
         count = last + 1 - first
-        passed = self._ends_behind(last)
+        passed = extents[1]
         extent = self.extent_ends[passed - 1] if passed else 0
-        # A page fault reads around its page: who begins inside an extent, right before its end, means the next one.
+        # A page fault reads around its page: a read that begins right before the end of an extent is for the next.
         if (
             passed < len(self.extent_ends)
             and extent < first
@@ -283,17 +319,17 @@ class ReadAhead:
             passed += 1
         from_start = first == 0 and not self.extent_ends and not self._streams
         if self.gives_extents:
-            # Who has only looked at the start so far wants more than to copy the file.
+            # A reader that has only looked at the start so far does not just copy the file.
             for other in self._streams:
                 other.from_start = other.from_start and other.own > _PROBATION_BLOCKS
         stream = _Stream(last + 1, last + 1, count, lent, from_start, passed, first, self._reads)
         if self.extent_ends:
             stream.extent = passed - 1
-            self._enter(stream, first, last)
+            self._enter(stream, first, extents)
         return self._add(stream)
 
     def begin(self, count: int) -> list[tuple[int, int]]:
-        """The first `count` positions are about to be read in order: as `on_read`, before the first read."""
+        """Return the first `count` positions, as `on_read` does: they are about to be read in order."""
         stop = min(count, self.blocks, self.max_window)
         self._add(_Stream(0, stop, 0, stop // _COPY_FACTOR, True, 0, 0, self._reads))
         return [(position, position) for position in range(stop)]
@@ -327,7 +363,7 @@ class ReadAhead:
             is_young = stream.own < _ESTABLISHED_BLOCKS
             if is_young and stream.own > 1:
                 window = max(window, min(_ESTABLISHED_BLOCKS, self.max_window))
-            # The kernel's own read-ahead goes on beyond what is read, and must not be taken for a reader.
+            # The kernel's own read-ahead reaches beyond what is read, and must not be taken for a reader.
             if is_young or not crossed:
                 window = max(0, min(window, rest)) if self.gives_extents or not is_young else 0
         if missed:
@@ -336,10 +372,10 @@ class ReadAhead:
         return window
 
     def _is_from_start(self, stream: _Stream) -> bool:
-        """Whether it copies the file, as far as can be told.
+        """Whether it seems to copy the file.
 
-        With extents only when it has gone on beyond the first by more than the kernel reads ahead: before that it may
-        want no more than one.
+        In a file with extents, that shows only once it has read beyond the first one by more than the kernel reads
+        ahead. Before that it may want just one.
         """
         return stream.from_start or (
             self._is_first(stream) and stream.tail > self.extent_ends[0] + _FAULT_AROUND_BLOCKS
@@ -363,7 +399,7 @@ class ReadAhead:
         """How many extents it has read in, after that in which it began."""
         return max(0, stream.extent - stream.passed - len(stream.missed))
 
-    def _border_before(self, position: int) -> int:
+    def _piece_end_before(self, position: int) -> int:
         if not self.piece_ends:
             return position - position % PIECE
         behind = bisect.bisect_right(self.piece_ends, position)
@@ -374,9 +410,11 @@ class ReadAhead:
 
 
 class LoadOrder:
-    """Streams through the blocks of a model's files in the order in which a loader wants them.
+    """The streams through a model's files in the order in which a loader reads them.
 
-    Files have names; a block is a name and a number.
+    Args:
+        max_window: Largest window, in blocks.
+        credit: What streams earned, shared by the policies of the model.
     """
 
     def __init__(self, max_window: int, credit: Credit) -> None:
@@ -389,33 +427,42 @@ class LoadOrder:
         self._policy = ReadAhead(0, max_window, credit)
 
     def add(self, name: str, tensors: Sequence[Extent]) -> bool:
-        """Take a file in (again); False when there would be too much to watch.
+        """Add a file, or replace what is known of it.
 
-        The order is made anew, and the streams in it begin anew: loaders open the files before they read in them.
+        That makes the order anew, and all streams in it begin again: loaders open the files before they read in them.
+
+        Args:
+            name: The file's name, any text.
+            tensors: Its tensors.
+
+        Returns:
+            False when there would be too much to watch; then nothing has changed.
         """
         tensors_of = {**self._tensors, name: tensors}
         size = sum(extent.stop - extent.start for found in tensors_of.values() for extent in found)
         if len(tensors_of) > 1 and size > _MAX_MODEL_BLOCKS * BLOCK:
             return False
         self._tensors = tensors_of
-        self._order, fences = load_order(tensors_of, BLOCK)
+        self._order, ends = load_order(tensors_of, BLOCK)
         pieces = [(file, number // PIECE) for file, number in self._order]
-        borders = [position for position in range(1, len(pieces)) if pieces[position - 1] != pieces[position]]
+        piece_ends = [position for position in range(1, len(pieces)) if pieces[position - 1] != pieces[position]]
         self._position = {block: position for position, block in enumerate(self._order)}
-        self._strays = self._find_strays(fences)
-        self._policy = ReadAhead(len(self._order), self._max_window, self._credit, fences, borders, gives_extents=False)
+        self._strays = self._find_strays(ends)
+        self._policy = ReadAhead(
+            len(self._order), self._max_window, self._credit, ends, piece_ends, gives_extents=False
+        )
         return True
 
-    def _find_strays(self, fences: Sequence[int]) -> set[int]:
-        """The blocks at whose end a tensor begins that comes elsewhere in the order, and is read from there."""
+    def _find_strays(self, ends: Sequence[int]) -> set[int]:
+        """Return the blocks in whose end a tensor begins that comes elsewhere in the order, and is read from there."""
         strays = set()
         for name, tensors in self._tensors.items():
             for tensor in tensors:
                 block = tensor.start // BLOCK
                 if tensor.stop - tensor.start >= BLOCK and tensor.stop > (block + 1) * BLOCK:
-                    border, inner = self._position[name, block], self._position[name, block + 1]
-                    if bisect.bisect_right(fences, inner) - bisect.bisect_right(fences, border) not in (0, 1):
-                        strays.add(border)
+                    shared, inner = self._position[name, block], self._position[name, block + 1]
+                    if bisect.bisect_right(ends, inner) - bisect.bisect_right(ends, shared) not in (0, 1):
+                        strays.add(shared)
         return strays
 
     @property
@@ -424,11 +471,11 @@ class LoadOrder:
         return self._policy.is_mapped
 
     def begin(self, count: int) -> list[tuple[int, str, int]]:
-        """A load is about to begin: the first `count` blocks, as from `on_read`."""
+        """Return the first `count` blocks, as `on_read` does: a load is about to begin."""
         return [(urgency, *self._order[position]) for urgency, position in self._policy.begin(count)]
 
     def on_read(self, name: str, first: int, last: int) -> list[tuple[int, str, int]]:
-        """Note a read of blocks; ``(urgency, name, block)`` of those wanted now."""
+        """Note a read of blocks of a file, and return ``(urgency, name, block)`` of those wanted now."""
         wanted = []
         places = (self._position.get((name, block)) for block in range(first, last + 1))
         for run in runs(place for place in places if place is not None):
