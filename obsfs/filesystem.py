@@ -29,6 +29,7 @@ from s3fs import S3FileSystem
 from s3fs.core import S3File
 from s3fs.utils import FileExpired
 
+from obsfs.access.loaders import LoadTracker
 from obsfs.errors import ObsfsError, UsageError, VersionChangedError
 from obsfs.fetch.engine import Engine
 from obsfs.fetch.reader import Reader
@@ -157,6 +158,7 @@ class OBSFileSystem(S3FileSystem):
         self._engine_guard = threading.Lock()
         self._engine: Engine | None = None
         self._threads = ThreadPoolExecutor(_WAITING, thread_name_prefix="obsfs-read")
+        self._loads = LoadTracker(lambda: 0, time.monotonic)
         self._is_forked = False
         super().__init__(
             anon=self.settings.no_sign_request,
@@ -255,6 +257,22 @@ class OBSFileSystem(S3FileSystem):
         await super()._mkdir(path, acl=acl, create_parents=create_parents, **options)
 
     mkdir = sync_wrapper(_mkdir)
+
+    def expect_load(self, path: str, version: ObjectVersion) -> None:
+        """Fetch what a loader that has opened a file opens next, of the files that a listing remembers."""
+        directory, _, name = path.rpartition("/")
+        self._loads.on_open(directory, name)
+        listed = [entry for entry in self.dircache.get(directory) or () if entry["type"] == "file"]
+        hints = self._loads.hints(
+            directory, name, lambda: ((entry["name"].rpartition("/")[2], entry["size"]) for entry in listed)
+        )
+        if hints.starts or hints.shards:
+            versions = {entry["name"]: partial(self._version, entry["name"], entry) for entry in listed}
+            engine = self.engine
+            if hints.starts:
+                engine.fetch_starts([version, *(versions[f"{directory}/{other}"]() for other in hints.starts)])
+            if hints.shards:
+                engine.begin_load(versions[f"{directory}/{shard}"]() for shard in hints.shards)
 
     def _version(self, path: str, info: dict[str, Any]) -> ObjectVersion:
         bucket, key, _ = self.split_path(path)
@@ -417,6 +435,8 @@ class OBSFile(S3File):
                 with _as_oserror():
                     self._reader = engine.open(self._version)
                 self._release = partial(engine.release, self._reader)
+                # In another thread: that opens the cache files of others.
+                engine.background.run_in_background(partial(self.fs.expect_load, self.path, self._version))
             return self._reader
 
     def after_fork(self) -> None:

@@ -28,7 +28,7 @@ from s3fs import S3FileSystem
 
 import obsfs
 from obsfs.errors import UsageError
-from obsfs.filesystem import OBSFile
+from obsfs.filesystem import OBSFile, OBSFileSystem
 from tests.conftest import MIB, Mounter, Store, random_bytes, status, wait_for
 from tests.faulty import FaultyLink
 from tests.odd import OddServer, Thing, refusal
@@ -85,6 +85,36 @@ def test_one_cache_with_the_mount(bucket: Store, mount: Mounter, tmp_path: Path)
     assert filesystem.cat_file(f"{bucket.name}/file.bin") == data
     assert filesystem.engine.fetcher.stats.bytes_fetched == 0
     assert status(path)["bytes_fetched"] == len(data)
+
+
+def test_a_model_that_is_opened_is_fetched_ahead_of_its_loader(bucket: Store) -> None:
+    """As on a mount: the small files and headers with the config, the first weights with the index."""
+    bucket.put("m/config.json", b"{}")
+    bucket.put("m/model.safetensors.index.json", b"{}")
+    bucket.put("m/model-00001-of-00002.safetensors", random_bytes(9 * MIB, 1))
+    bucket.put("m/model-00002-of-00002.safetensors", random_bytes(9 * MIB, 2))
+    bucket.put("m/other.bin", random_bytes(9 * MIB, 3))
+
+    def cached(filesystem: OBSFileSystem) -> dict[str, list[int]]:
+        versions = [
+            filesystem._version(entry["name"], entry) for entry in filesystem.ls(f"{bucket.name}/m", detail=True)
+        ]
+        found = {
+            version.key.rpartition("/")[2]: filesystem.engine.cache.present_blocks(version) for version in versions
+        }
+        return {name: sorted(blocks) for name, blocks in found.items() if blocks}
+
+    filesystem = fsspec.filesystem("obs", skip_instance_cache=True)
+    filesystem.open(f"{bucket.name}/m/config.json").close()
+    assert not filesystem.dircache, "nothing is listed for the sake of a hint"
+    filesystem.ls(f"{bucket.name}/m")
+    with filesystem.open(f"{bucket.name}/m/config.json"):
+        wait_for(lambda: len(cached(filesystem)) == 4)
+        first = cached(filesystem)
+        assert first["model-00001-of-00002.safetensors"] == first["model-00002-of-00002.safetensors"] == [0]
+        with filesystem.open(f"{bucket.name}/m/model.safetensors.index.json"):
+            wait_for(lambda: len(cached(filesystem)["model-00001-of-00002.safetensors"]) == 9)
+    assert "other.bin" not in cached(filesystem)
 
 
 def test_a_file_that_nobody_closed_is_given_back_without_waiting(bucket: Store) -> None:

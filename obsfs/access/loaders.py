@@ -92,8 +92,9 @@ class LoadTracker:
         """Note that a file was opened. That may begin a load."""
         if name == CONFIG:
             now = self._clock()
-            self._loads = {place: load for place, load in self._loads.items() if load[0] > now}
-            self._loads[directory] = now + _LOAD_SECONDS, self._available() // _MEMORY_SHARE
+            loads = {place: load for place, load in self._loads.items() if load[0] > now}
+            # Replaced, never changed in size: another thread may be here too.
+            self._loads = {**loads, directory: (now + _LOAD_SECONDS, self._available() // _MEMORY_SHARE)}
 
     def is_loading(self, directory: Hashable) -> bool:
         """Say whether a model is being loaded from there."""

@@ -1,4 +1,4 @@
-"""What lies where in a safetensors file, and in which order loaders read it. Pure.
+"""Find what lies where in a safetensors file, and in which order loaders read it. Pure.
 
 The format: https://github.com/huggingface/safetensors#format - eight bytes with the length of a JSON header (little
 endian), the header, the tensors.
@@ -16,7 +16,7 @@ SUFFIX = ".safetensors"
 _LENGTH = 8
 _DIGITS = frozenset("0123456789")
 MIN_BYTES = _LENGTH
-"""Bytes that a file has at least, if it is one."""
+"""The smallest safetensors file has so many bytes."""
 _MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library itself."""
 
@@ -29,7 +29,7 @@ _BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
-"""Of each number of a dtype (safetensors 0.8, ``tensor.rs``); of a dtype that is not here, lengths are not compared."""
+"""Bits of one number of each dtype (safetensors 0.8, ``tensor.rs``). Others are not compared with their lengths."""
 MAX_PARAMETERS = 1 << 62
 _MAX_DIMENSIONS = 64
 
@@ -43,13 +43,19 @@ class Extent(NamedTuple):
 
 
 Read = Callable[[int, int], bytes | None]
-"""Bytes ``[offset, offset + size)``, or None when they are not at hand."""
+"""Return bytes ``[offset, offset + size)``, or None if they are not in the cache."""
 
 
 def header(size: int, read: Read) -> tuple[int, dict[str, Any]] | None:
-    """Where the tensors begin in a file of `size` bytes, and its header: ``{name: {dtype, shape, data_offsets}}``.
+    """Read a header, without checking it.
 
-    None when it is not at hand. A file that is no safetensors file has an empty header.
+    Args:
+        size: Bytes of the file.
+        read: Reads from it.
+
+    Returns:
+        Where the tensors begin, and ``{name: {dtype, shape, data_offsets}}``, empty if it is not a safetensors file.
+        None when `read` returned None.
     """
     length_field = read(0, _LENGTH)
     if length_field is None:
@@ -71,17 +77,24 @@ def header(size: int, read: Read) -> tuple[int, dict[str, Any]] | None:
 
 
 def checked_header(size: int, read: Callable[[int, int], bytes]) -> dict[str, Any]:
-    """Return the header of a file of `size` bytes, as :func:`header`, if it is one that the safetensors library opens.
+    """Read a header, and check it as the safetensors library does.
+
+    Args:
+        size: Bytes of the file.
+        read: Reads from it.
+
+    Returns:
+        ``{name: {dtype, shape, data_offsets}}``.
 
     Raises:
-        ValueError: It is not; says why, as the end of a sentence that begins with the file.
+        ValueError: The library would not open this file. The text ends a sentence that begins with the file's name.
     """
     length = int.from_bytes(read(0, min(size, _LENGTH)), "little")
     base = _LENGTH + length
     if size < _LENGTH:
         raise ValueError(f"is cut off: it has {size} bytes, too few for a header")
     if length > _MAX_HEADER:
-        raise ValueError("is no safetensors file")
+        raise ValueError("is not a safetensors file")
     if base > size:
         raise ValueError(f"is cut off inside its header: it has {size} bytes of {base}")
     try:
@@ -89,22 +102,22 @@ def checked_header(size: int, read: Callable[[int, int], bytes]) -> dict[str, An
     except (ValueError, RecursionError):
         entries = None
     if not isinstance(entries, dict):
-        raise ValueError("is no safetensors file: its header is not JSON")
+        raise ValueError("is not a safetensors file: its header is not JSON")
     said = entries.pop("__metadata__", None) or {}
     if not isinstance(said, dict) or not all(isinstance(text, str) for text in said.values()):
-        raise ValueError("is no safetensors file: its metadata are not text")
+        raise ValueError("is not a safetensors file: its metadata are not text")
     _check_layout(entries, size - base)
     return entries
 
 
 def _check_layout(entries: Mapping[str, Any], size: int) -> None:
-    """See that tensors lie one after the other, without gaps, and to the end of the `size` bytes behind the header."""
+    """Check that the tensors fill the `size` bytes behind the header, one after the other, without gaps."""
     spans: list[tuple[int, int]] = []
     try:
         for entry in entries.values():
             start, stop = entry["data_offsets"]
             numbers = [start, stop, *entry["shape"]]
-            # Bounded, since the product of what a hostile header has would take hours.
+            # Bounded, because the product of a hostile header's numbers would take hours.
             if not all(type(number) is int and 0 <= number <= MAX_PARAMETERS for number in numbers):
                 raise ValueError
             if len(numbers) > _MAX_DIMENSIONS:
@@ -127,9 +140,14 @@ def _check_layout(entries: Mapping[str, Any], size: int) -> None:
 
 
 def extents(size: int, read: Read) -> list[Extent] | None:
-    """The tensors of a file of `size` bytes, in the order of the file; None when its header is not at hand.
+    """Return the tensors of a file, in the order of the file.
 
-    A file that is no safetensors file has no tensors.
+    Args:
+        size: Bytes of the file.
+        read: Reads from it.
+
+    Returns:
+        The tensors, none if it is not a safetensors file. None when `read` returned None.
     """
     found_header = header(size, read)
     if found_header is None:
@@ -149,12 +167,12 @@ def extents(size: int, read: Read) -> list[Extent] | None:
 
 
 def parameters(entries: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
-    """How many numbers a header's tensors have together, and how many of each dtype (``BF16``)."""
+    """Count the numbers in a header's tensors: of all together, and of each dtype (``BF16``)."""
     dtypes: dict[str, int] = {}
     for entry in entries.values():
         try:
             lengths = [int(length) for length in entry["shape"]]
-            # Of one of the bounds first: the product of what a hostile header has would take hours.
+            # Bounds first: the product of a hostile header's numbers would take hours.
             if not all(0 <= length <= MAX_PARAMETERS for length in lengths) or len(lengths) > _MAX_DIMENSIONS:
                 continue
             count = math.prod(lengths)
@@ -167,10 +185,10 @@ def parameters(entries: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
 
 
 def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
-    """A sort key by which ``layers.2`` comes before ``layers.10``, as loaders visit tensors."""
+    """Return a sort key by which ``layers.2`` comes before ``layers.10``, as loaders visit tensors."""
     parts = [part for part in re.split(r"([0-9]+)", name) if part]
     numbers = [part.lstrip("0") if part[0] in _DIGITS else None for part in parts]
-    # By their lengths and then their digits, since int() takes no more than a few thousand of them.
+    # By their lengths and then their digits: int() takes only a few thousand digits.
     return [
         (1, 0, part) if number is None else (0, len(number), number)
         for part, number in zip(parts, numbers, strict=True)
@@ -178,15 +196,20 @@ def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
 
 
 def extent_ends(found: list[Extent], block: int) -> list[int]:
-    """The block after each extent's last, ascending."""
+    """Return the block after each extent's last, ascending. `block` is in bytes."""
     return sorted({-(-extent.stop // block) for extent in found})
 
 
 def load_order(files: Mapping[str, Sequence[Extent]], block: int) -> tuple[list[tuple[str, int]], list[int]]:
-    """The blocks of a model's files in the order in which a loader wants them, each a file's name and a number; and
-    the positions in it after each extent's last block.
+    """Put the blocks of a model's files in the order in which a loader reads them.
 
-    A block that several extents share stands where the first of them is.
+    Args:
+        files: The tensors of each file.
+        block: Bytes of a block.
+
+    Returns:
+        ``(file, number)`` of each block, once: a block that several tensors share stands where the first of them is;
+        and the positions after each tensor's last block.
     """
     order: dict[tuple[str, int], None] = {}
     ends: list[int] = []

@@ -90,7 +90,7 @@ def test_what_loaders_take_is_whole(files: dict[str, bytes]) -> None:
         ({"m.safetensors": tensors(a=5)[:3]}, "m.safetensors is cut off: it has 3 bytes, too few for a header"),
         ({"m.safetensors": b""}, "m.safetensors is empty"),
         ({"m.safetensors": tensors(a=5) + b"x"}, "m.safetensors has 1 bytes behind its last tensor"),
-        ({"m.safetensors": b"<html>" * 50}, "m.safetensors is no safetensors file"),
+        ({"m.safetensors": b"<html>" * 50}, "m.safetensors is not a safetensors file"),
         (
             {"m.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"},
             "m.safetensors is a pointer of Git LFS, not the file: git lfs pull fetches it",
