@@ -447,7 +447,9 @@ class AnyOrder(RuleBasedStateMachine):
         self.connections = connections
         self.steps = Steps(connections, pause=2.0, sizes=(BLOCKS, 3, BLOCKS))
         self.waiters = [self.steps.demand(0)]
-        self.steps.finish(self.steps.begin())  # before that, nobody knows what is slow
+        first = self.steps.begin()
+        self.steps.now += 0.2
+        self.steps.finish(first)  # before that, nobody knows what is slow
         self.to_come: dict[InFlightRange, list[int]] = {}
         """What each range in flight is still to bring."""
         self.landing: dict[InFlightRange, int] = {}
