@@ -32,7 +32,7 @@ CONTENT = {
     key: b"".join(random_bytes(min(BLOCK, size - start), start // BLOCK) for start in range(0, size, BLOCK))
     for key, size in SIZES.items()
 }
-LIMIT = 5 * BLOCK
+LIMIT = 4 * BLOCK
 _SLACK = 256 << 10
 """Bytes of new map files, which are counted at the next scan of the cache."""
 _CLOCK_TICK = 0.005
@@ -77,6 +77,11 @@ class CacheModel(RuleBasedStateMachine):
     def open(self, key: str) -> None:
         if len(self.open_objects) < 5:
             self.open_objects.append(self.cache.open(version(SIZES[key], key)))
+
+    @rule(key=st.sampled_from(list(SIZES)))
+    def open_and_store(self, key: str) -> None:
+        self.open(key)
+        self.store_all(len(self.open_objects) - 1)
 
     @initialize(key=st.sampled_from(list(SIZES)))
     def begin(self, key: str) -> None:
@@ -143,11 +148,12 @@ class CacheModel(RuleBasedStateMachine):
             cached.touch(range(cached.blocks))
             cached.seal()
 
-    @rule(number=numbers)
-    def acquire_passthrough(self, number: int) -> None:
+    @rule(number=numbers, kept=st.integers(0, 4))
+    def acquire_passthrough(self, number: int, kept: int) -> None:
         if (cached := self._object(number)) and cached.acquire_passthrough():
             self.direct.append(cached)
             assert os.pread(cached.data_fd, cached.size, 0) == CONTENT[cached.version.key]
+            self.another_process_evicts(kept)
 
     @rule(number=numbers)
     def release_passthrough(self, number: int) -> None:
@@ -286,6 +292,6 @@ def test_the_cache_does_as_its_model(disk: Path) -> None:
     run_state_machine_as_test(
         OnDisk,
         settings=settings(
-            max_examples=20, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
