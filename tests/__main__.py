@@ -1,4 +1,4 @@
-"""``python3 -m tests [PYTEST ARGUMENTS]``: set up, then ruff, mypy and pytest; with arguments, pytest alone.
+"""``python3 -m tests [PYTEST ARGUMENTS]``: set up, then ruff, import-linter, mypy and pytest; with arguments, pytest alone.
 
 All tests run in as many processes as the machine has threads, at most four; pytest with arguments in one.
 """
@@ -14,6 +14,7 @@ from tests import venv
 _GATES = (
     ("ruff", "check", "."),
     ("ruff", "format", "--check", "."),
+    ("lint-imports", "--no-cache"),
     ("mypy",),
 )
 _ALL_TESTS = ("--numprocesses", "logical", "--maxprocesses", "4", "--dist", "worksteal")
@@ -27,7 +28,8 @@ def main() -> int:
     gates = [("pytest", *sys.argv[1:])] if sys.argv[1:] else [*_GATES, ("pytest", *_ALL_TESTS)]
     for gate in gates:
         print(f"== {' '.join(gate)}", flush=True)
-        status = subprocess.run([venv.PYTHON, "-m", *gate], cwd=venv.ROOT, env=environment, check=False).returncode
+        command = [venv.HOME / "bin" / gate[0], *gate[1:]]
+        status = subprocess.run(command, cwd=venv.ROOT, env=environment, check=False).returncode
         if status:
             return status
     return 0
