@@ -1,6 +1,6 @@
-"""``python3 -m tests [PYTEST ARGUMENTS]``: set up, then ruff, import-linter, mypy and pytest; with arguments, pytest alone.
+"""``python3 -m tests [PYTEST ARGUMENTS]``: set up, then run ruff, import-linter, mypy and pytest.
 
-All tests run in as many processes as the machine has threads, at most four; pytest with arguments in one.
+All tests run in as many processes as the machine has threads, at most four. With arguments, pytest runs alone, in one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> int:
     gates = [("pytest", *sys.argv[1:])] if sys.argv[1:] else [*_GATES, ("pytest", *_ALL_TESTS)]
     for gate in gates:
         print(f"== {' '.join(gate)}", flush=True)
-        command = [venv.HOME / "bin" / gate[0], *gate[1:]]
+        command = [str(venv.HOME / "bin" / gate[0]), *gate[1:]]
         status = subprocess.run(command, cwd=venv.ROOT, env=environment, check=False).returncode
         if status:
             return status

@@ -21,8 +21,9 @@ import atheris
 
 with atheris.instrument_imports(include=["obsfs"]):
     from obsfs.access import safetensors
+    from obsfs.blocks import BLOCK
     from obsfs.cache.directory import Cache
-    from obsfs.cache.layout import BLOCK, FORMAT, map_path, read_entry
+    from obsfs.cache.layout import FORMAT, map_path, read_entry
     from obsfs.errors import ObsfsError, UnavailableError
     from obsfs.fetch.engine import Engine
     from obsfs.fuse.kernel import wire

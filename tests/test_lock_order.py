@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from obsfs.blocks import BLOCK, block_count
 from obsfs.cache import scrub
-from obsfs.cache.layout import BLOCK, block_count
 from obsfs.errors import ObsfsError
 from obsfs.fetch.engine import Engine
 from obsfs.service.takeover_log import TakeoverLog

@@ -38,9 +38,8 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from obsfs.access.ranges import runs
 from obsfs.access.safetensors import Extent, load_order
-from obsfs.cache.layout import BLOCK, PIECE
+from obsfs.blocks import BLOCK, PIECE, runs
 
 _MAX_STREAMS = 64
 """Streams remembered for each policy; the one not read for longest is forgotten."""

@@ -8,8 +8,9 @@ import os
 import threading
 from pathlib import Path
 
+from obsfs.blocks import BLOCK
 from obsfs.cache.faults import DiskFaults
-from obsfs.cache.layout import BLOCK, PASSTHROUGH_LOCK, current_seal
+from obsfs.cache.layout import PASSTHROUGH_LOCK, current_seal
 from obsfs.cache.syscalls import has_lost_writes, is_file_at, lock_range
 
 

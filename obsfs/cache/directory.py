@@ -12,18 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from obsfs.blocks import BLOCK
 from obsfs.cache.faults import DiskFaults
 from obsfs.cache.files import CacheFiles
-from obsfs.cache.layout import (
-    BLOCK,
-    FORMAT,
-    CacheEntry,
-    is_linked,
-    map_path,
-    map_paths,
-    read_blocks,
-    read_entry,
-)
+from obsfs.cache.layout import FORMAT, CacheEntry, is_linked, map_path, map_paths, read_blocks, read_entry
 from obsfs.cache.map_file import MapDescriptors
 from obsfs.cache.object import CachedObject, SharedParts
 from obsfs.cache.overflow import OverflowBuffer

@@ -41,16 +41,9 @@ from typing import NamedTuple
 import xxhash
 
 from obsfs import private
+from obsfs.blocks import BLOCK, block_count
 from obsfs.cache.syscalls import mount_session, written_ranges
 from obsfs.store.types import ObjectVersion
-
-BLOCK = 1 << 20
-"""Bytes in a block: the unit of presence, verification and eviction."""
-
-PIECE = 8
-"""Blocks in a piece: the longest range request, 8 MiB, where requests cost little compared to their bytes. Ranges keep
-to the borders of pieces: servers store objects in parts or chunks of 4 or 8 MiB, and a range across two of them costs
-more on their side (SeaweedFS: a fifth more CPU)."""
 
 FORMAT = "v1"
 HEADER = 4096
@@ -96,11 +89,6 @@ def map_path(root: Path, version: ObjectVersion) -> Path:
     """Return the path of the map file of a version, under ``CACHE_DIR/v1/``."""
     name = hashlib.sha256(identity_bytes(version)).hexdigest()[:40]
     return root / name[:2] / f"{name}.map"
-
-
-def block_count(size: int) -> int:
-    """Return how many blocks an object of `size` bytes has."""
-    return -(-size // BLOCK)
 
 
 def checksum(data: bytes | memoryview) -> int:

@@ -15,9 +15,10 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
+from obsfs.blocks import BLOCK, block_count
 from obsfs.cache.data_file import DataFile
 from obsfs.cache.faults import DiskFaults
-from obsfs.cache.layout import BLOCK, PRESENT, STATE_AT, block_count, checksum, entry_at
+from obsfs.cache.layout import PRESENT, STATE_AT, checksum, entry_at
 from obsfs.cache.map_file import MapFile
 from obsfs.cache.trust import TrustTable, chunks
 

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from obsfs.blocks import BLOCK, block_count
 from obsfs.cache.data_file import DataFile
 from obsfs.cache.faults import DiskFaults
 from obsfs.cache.files import CacheFiles
-from obsfs.cache.layout import BLOCK, PRESENT, block_count, checksum, map_path
+from obsfs.cache.layout import PRESENT, checksum, map_path
 from obsfs.cache.lending import Lender, Lent, StateWordRef
 from obsfs.cache.map_file import MapDescriptors, MapFile
 from obsfs.cache.overflow import Drained, OverflowBuffer

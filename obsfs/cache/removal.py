@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 
 from obsfs import private
+from obsfs.blocks import BLOCK
 from obsfs.cache.layout import (
-    BLOCK,
     ENTRY,
     HANDED_TO_KERNEL_AT,
     IN_USE_LOCK,

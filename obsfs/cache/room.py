@@ -11,8 +11,9 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
+from obsfs.blocks import BLOCK
 from obsfs.cache.files import CacheFiles
-from obsfs.cache.layout import BLOCK, StoredBlock, is_linked, is_pinned, map_paths, read_blocks, read_entry, read_map
+from obsfs.cache.layout import StoredBlock, is_linked, is_pinned, map_paths, read_blocks, read_entry, read_map
 from obsfs.cache.locks import DirectoryLock
 from obsfs.cache.pins import Pins
 from obsfs.cache.removal import evict_blocks, remove_empty, unlink

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from obsfs import private
+from obsfs.blocks import BLOCK
 from obsfs.cache.directory import Cache
-from obsfs.cache.layout import BLOCK, map_paths, read_entry
+from obsfs.cache.layout import map_paths, read_entry
 from obsfs.cache.object import CachedObject
 from obsfs.errors import ObsfsError
 from obsfs.store.types import ObjectVersion

@@ -13,10 +13,9 @@ from functools import partial
 from itertools import islice
 
 from obsfs.access.loaders import model_of
-from obsfs.access.ranges import runs
 from obsfs.access.readahead import Credit, LoadOrder
+from obsfs.blocks import BLOCK, block_count, runs
 from obsfs.cache.directory import Cache
-from obsfs.cache.layout import BLOCK, block_count
 from obsfs.cache.object import CachedObject
 from obsfs.cache.scrub import Scrubber
 from obsfs.errors import CacheError, ObsfsError, TooManyFilesError

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from obsfs.access import safetensors
 from obsfs.access.readahead import Credit, LoadOrder, ReadAhead
-from obsfs.cache.layout import BLOCK, block_count
+from obsfs.blocks import BLOCK, block_count
 from obsfs.cache.object import CachedObject
 from obsfs.errors import ObsfsError, UnavailableError
 from obsfs.fetch.background import Background

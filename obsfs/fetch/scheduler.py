@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from obsfs.cache.layout import PIECE
+from obsfs.blocks import PIECE
 from obsfs.errors import ObsfsError, UnavailableError
 from obsfs.fetch.concurrency import AdaptiveConcurrency, RoundTrip, StallDetector
 from obsfs.fetch.pending import InFlightRange, ObjectFetch, PendingBlock, Waiter

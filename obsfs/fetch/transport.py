@@ -13,8 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from obsfs.access.ranges import runs
-from obsfs.cache.layout import BLOCK
+from obsfs.blocks import BLOCK, runs
 from obsfs.errors import ObsfsError, UnavailableError
 from obsfs.fetch.pending import InFlightRange
 from obsfs.store.base import RangeReader

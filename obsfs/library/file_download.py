@@ -7,8 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from obsfs.access.ranges import runs
-from obsfs.cache.layout import BLOCK, block_count
+from obsfs.blocks import BLOCK, block_count, runs
 from obsfs.errors import UnavailableError
 from obsfs.fetch.engine import Engine
 from obsfs.fetch.reader import Reader

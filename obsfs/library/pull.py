@@ -15,8 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from obsfs.blocks import BLOCK
 from obsfs.cache.directory import cached_sizes
-from obsfs.cache.layout import BLOCK
 from obsfs.errors import ObsfsError, UsageError, VersionChangedError
 from obsfs.fetch.engine import Engine
 from obsfs.library import catalog

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from obsfs.blocks import BLOCK
 from obsfs.cache.directory import Cache
-from obsfs.cache.layout import BLOCK
 from obsfs.errors import CorruptError, NotFoundError, UsageError, VersionChangedError
 from obsfs.library.catalog import Model
 from obsfs.library.manifest import File, Manifest

@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from obsfs.access.ranges import runs
+from obsfs.blocks import BLOCK, block_count, runs
 from obsfs.cache.directory import Cache
-from obsfs.cache.layout import BLOCK, block_count
 from obsfs.errors import NotFoundError, UsageError
 from obsfs.fetch.engine import Engine
 from obsfs.library import catalog

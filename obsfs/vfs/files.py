@@ -17,7 +17,7 @@ from functools import partial
 from typing import NamedTuple
 
 from obsfs.access.loaders import LoadTracker
-from obsfs.cache.layout import BLOCK
+from obsfs.blocks import BLOCK
 from obsfs.errors import ObsfsError
 from obsfs.fetch.engine import Engine
 from obsfs.fetch.reader import Reader

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from obsfs.access.readahead import Credit, LoadOrder, ReadAhead
 from obsfs.access.safetensors import Extent, extent_ends, natural_sort_key
-from obsfs.cache.layout import BLOCK
+from obsfs.blocks import BLOCK
 
 WINDOW = 256
 

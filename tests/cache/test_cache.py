@@ -20,9 +20,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from obsfs.blocks import BLOCK
 from obsfs.cache import layout, room
 from obsfs.cache.directory import Cache, cached_sizes
-from obsfs.cache.layout import BLOCK, checksum, map_path, read_blocks
+from obsfs.cache.layout import checksum, map_path, read_blocks
 from obsfs.cache.lending import Lender
 from obsfs.cache.object import CachedObject
 from obsfs.cache.removal import evict_blocks

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import xxhash
 
+from obsfs.blocks import BLOCK
 from obsfs.cache import layout
 from obsfs.cache.directory import Cache
-from obsfs.cache.layout import BLOCK, map_path
+from obsfs.cache.layout import map_path
 from obsfs.cache.object import CachedObject
 from obsfs.store.types import ObjectVersion
 from tests.cache.test_cache import evict, put, version

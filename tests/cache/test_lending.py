@@ -15,8 +15,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from obsfs.blocks import BLOCK
 from obsfs.cache.directory import Cache
-from obsfs.cache.layout import BLOCK, WORD, read_blocks
+from obsfs.cache.layout import WORD, read_blocks
 from obsfs.cache.lending import Lender, Lent
 from obsfs.cache.object import CachedObject
 from obsfs.cache.removal import evict_blocks

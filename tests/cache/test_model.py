@@ -20,8 +20,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from obsfs.blocks import BLOCK
 from obsfs.cache.directory import Cache
-from obsfs.cache.layout import BLOCK
 from obsfs.cache.lending import Lent
 from obsfs.cache.object import CachedObject
 from tests.cache.test_cache import put, version

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from obsfs import mountinfo
+from obsfs.blocks import BLOCK
 from obsfs.cache import scrub
 from obsfs.cache.directory import Cache
-from obsfs.cache.layout import BLOCK, map_path
+from obsfs.cache.layout import map_path
 from obsfs.cache.scrub import Scrubber
 from obsfs.service.serving import serve
 from obsfs.service.stop import Stop

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from obsfs.blocks import BLOCK, PIECE
 from obsfs.cache.directory import Cache
-from obsfs.cache.layout import BLOCK, PIECE, read_blocks
+from obsfs.cache.layout import read_blocks
 from obsfs.cache.removal import evict_blocks
 from obsfs.errors import ObsfsError, UnavailableError, VersionChangedError
 from obsfs.fetch.background import Background

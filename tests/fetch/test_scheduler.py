@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from obsfs.cache.layout import BLOCK, PIECE
+from obsfs.blocks import BLOCK, PIECE
 from obsfs.errors import ObsfsError, UnavailableError, VersionChangedError
 from obsfs.fetch.pending import InFlightRange, ObjectFetch
 from obsfs.fetch.scheduler import (

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from obsfs.access.ranges import runs
+from obsfs.blocks import runs
 
 
 @given(st.sets(st.integers(0, 50)))
