@@ -203,7 +203,7 @@ class Mounter:
 
     def __call__(self, source: object, *, at: Path | None = None, **settings: Any) -> Path:
         path = at or self._home / f"mnt{len(self._mounted)}"
-        if not os.path.lexists(path) and at is None:
+        if at is None and not os.path.lexists(path):  # a look at a dead mount would wait for its server
             path.mkdir()
         settings.setdefault("cache_dir", self._home / "blocks")
         process = mounts.start(str(source), path, Settings.load(**settings), lifeline=False)

@@ -236,7 +236,7 @@ _ADAPTER = click.option(
 
 @click.command(
     cls=_Verb,
-    short_help="Serve a model with an OpenAI-compatible API",
+    short_help="Serve a model over HTTP, with OpenAI's API",
     context_settings=_PASSED,
     epilog="""\b
 Examples:
@@ -259,7 +259,7 @@ Examples:
 @_BACKEND
 @settings_options(*_PLACES)
 def serve(model: str, *, adapter: str | None, host: str, port: int, backend: str | None, **given: Any) -> None:
-    """Serve MODEL with an OpenAI-compatible API until Ctrl-C. Arguments after `--` go to the backend."""
+    """Serve MODEL over HTTP, with OpenAI's API, until Ctrl-C. Arguments after `--` go to the backend."""
     from trainer import serve as serving
 
     with serving.serve(

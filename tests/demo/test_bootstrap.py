@@ -14,6 +14,8 @@ import pytest
 import obsfs
 from obsfs.demo import __main__ as bootstrap
 
+_BARE = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+"""As a user's shell has it: nothing says where modules are, or are not, looked for."""
 _PIP = """#!/bin/sh
 echo "$*" >> {log}
 case "$*" in *--report*) echo '{report}';; esac
@@ -25,7 +27,13 @@ def test_it_imports_only_the_standard_library() -> None:
     check = "import obsfs.demo.__main__, sys; print('click' in sys.modules, 'numpy' in sys.modules)"
     where = Path(obsfs.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-S", "-c", check], cwd=where, capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-S", "-c", check],
+        cwd=where,
+        env=_BARE,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (0, "False False\n"), done.stderr
 
@@ -38,6 +46,7 @@ def test_outside_a_clone_it_says_what_to_install(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-S", "-m", "obsfs.demo"],
         cwd=tmp_path,
+        env=_BARE,
         capture_output=True,
         text=True,
         timeout=30,
