@@ -14,8 +14,8 @@ import logging
 import os
 import stat
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from obsfs.errors import ObsfsError
@@ -116,6 +116,9 @@ class Operations:
         self._sites = sites
         self._data_path = "splice" if settings.fuse_backend == "native" else "copy"
         self._listings: dict[int, Listing] = {}
+        # Open all the time: status is asked for when a process has no descriptor left, too.
+        self._process_status = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._process_status)
         # Directory handles of a successor must not be those that its predecessor gave.
         self._directory_handles = itertools.count(time.time_ns())
         self._uid = os.getuid() if settings.uid is None else settings.uid
@@ -338,7 +341,7 @@ class Operations:
             "version": __version__,
             "passthrough": self.can_pass_through,
             "data_path": self._data_path,
-            "memory_bytes": _memory(),
+            "memory_bytes": self._memory(),
             "open_files": sum(file.reader is not None for file in self._handles.files()),
             "nodes": self._tree.node_count,
             "listed": self._tree.listed_count,
@@ -348,12 +351,8 @@ class Operations:
             **self._engine.statistics(),
         }
 
-
-def _memory() -> int:
-    """Return the bytes of memory that this process alone uses; mapped pages of the cache do not count."""
-    return _kernel_figure("/proc/self/status", "RssAnon")
-
-
-def _kernel_figure(path: str, name: str) -> int:
-    fields = dict(line.split(":", 1) for line in Path(path).read_text().splitlines())
-    return int(fields[name].split()[0]) * 1024
+    def _memory(self) -> int:
+        """Return the bytes of memory that this process alone uses; mapped pages of the cache do not count."""
+        text = os.pread(self._process_status, 1 << 14, 0).decode()
+        fields = dict(line.split(":", 1) for line in text.splitlines())
+        return int(fields["RssAnon"].split()[0]) * 1024
