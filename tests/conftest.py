@@ -138,6 +138,13 @@ def environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch,
     for name in list(os.environ):
         if name.startswith(("AWS_", "OBSFS_", "HUAWEICLOUD_")):
             monkeypatch.delenv(name)
+    # A command that runs in this process changes these for its children, and would for those of the tests after it.
+    for name in ("PYTHONSAFEPATH", "PYTHONPATH"):
+        value = os.environ.get(name)
+        monkeypatch.setenv(name, value or "")
+        if value is None:
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     for name in ("CACHE", "STATE", "CONFIG"):
         monkeypatch.setenv(f"XDG_{name}_HOME", str(tmp_path / name.lower()))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "aws-config"))

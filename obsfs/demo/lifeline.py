@@ -24,14 +24,19 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
 
-def _end_with_parent() -> None:
+def _prepare() -> None:
+    """In the program, before it begins: end with the parent, and take SIGTERM."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def keep(pattern: str, command: list[str]) -> int:
     """Run a program until it ends, or stdin does. SIGTERM is passed on. Returns its exit status, as a shell does."""
-    program = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent)  # noqa: PLW1509
+    # Until there is a program to pass it on to, a SIGTERM waits.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    program = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_prepare)  # noqa: PLW1509
     signal.signal(signal.SIGTERM, lambda *_: program.terminate())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     ended = os.pidfd_open(program.pid)
     waiting = select.poll()
     waiting.register(ended, select.POLLIN)

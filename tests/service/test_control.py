@@ -116,7 +116,12 @@ def test_every_call_goes_over_the_socket(
         before, after = mounts.replace_server(path)
         assert before["pid"] != after["pid"]
         assert "upgrade" not in by_attribute
-        by_attribute.clear()  # what was asked while no server was there
+
+        def answers_over_the_socket() -> bool:
+            by_attribute.clear()  # what was asked while no server was there, or before it had its socket
+            return bool(mounts.status(path)["pid"]) and not by_attribute
+
+        wait_for(answers_over_the_socket)
         assert stat.S_IMODE(name.lstat().st_mode) == 0o600
     mounts.stop(path)
     assert mountinfo.mounted_at(path) is None
